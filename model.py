@@ -1,0 +1,624 @@
+"""A Llama in one file: the Transformer, its KV cache, `generate`, and its checkpoints.
+
+Parameter names, shapes and maths are those of llama2.c, so that the published tinyllamas
+checkpoints load here and ours load there. There is one forward pass, `Transformer.hidden`, used by
+pretraining, PPO, scoring and generation. It takes tokens in one of three shapes:
+
+    dense   (B, T)                    B sequences of equal length: pretraining
+    packed  (N,) and their lengths    ragged sequences one after the other, no padding: PPO
+    cached  (B,) and a KVCache        the next token of each of B sequences: generation
+
+Letters in the comments: B batch, T time, N packed tokens, D dim, H heads, K kv heads, E head dim,
+V vocabulary, L layers.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+BOS_ID, EOS_ID = 1, 2
+
+
+# ----------------------------------------------------------------------------
+# the model
+
+
+@dataclass
+class ModelArgs:
+    """The numbers that define a model. Defaults are those of llama2.c (Llama 7B)."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: Optional[int] = None  # None: as many as n_heads
+    vocab_size: int = 32000
+    hidden_dim: Optional[int] = None  # None: 8/3 of dim, rounded up to multiple_of
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    max_seq_len: int = 2048
+    dropout: float = 0.0
+    rope_theta: float = 10000.0
+    tied: bool = True  # the classifier is the embedding
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim ({self.dim}) must be an even multiple of n_heads ({self.n_heads})")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def head_dim(self):
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self):
+        """Width of the feed-forward layer: hidden_dim, or Llama's rule."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        return -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 whatever the input (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads. Rotary embeddings and the
+    softmax happen in `attend`, which knows how the sequences lie in memory."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x, attend):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return self.wo(attend(q, k, v).flatten(-2))  # (..., H, E) -> (..., D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x, attend):
+        x = x + self.dropout(self.attention(self.attention_norm(x), attend))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class Transformer(nn.Module):
+    """The Llama language model.
+
+    `model(tokens)` gives logits, `model(tokens, targets)` the mean cross-entropy in nats over the
+    targets that are not -1; see `hidden` for the shapes of tokens.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tied:
+            self.tok_embeddings.weight = self.output.weight
+        exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+        angles = torch.outer(torch.arange(args.max_seq_len).float(), args.rope_theta**-exponents)
+        self.register_buffer("freqs_cos", angles.cos(), persistent=False)  # (max_seq_len, E/2)
+        self.register_buffer("freqs_sin", angles.sin(), persistent=False)
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # residual projections start smaller, as in GPT-2
+            if name.endswith(("w3.weight", "wo.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layers))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def hidden(self, tokens, lengths=None, cache=None):
+        """The forward pass up to the final norm: what the classifier and the value head read.
+
+        tokens   (B, T), or packed (N,) with `lengths`, or with `cache` alone the next token (B,)
+        lengths  of the packed sequences, a list with sum N, each at most max_seq_len
+        cache    a KVCache; with `lengths` it is filled from empty rows, else it grows by a token
+        Returns (B, T, D), (N, D) or (B, D). Raises ValueError if a sequence exceeds max_seq_len.
+        """
+        cos, sin = self.freqs_cos, self.freqs_sin
+        longest = max(lengths, default=0) if lengths is not None else tokens.shape[-1]
+        if (lengths is not None or cache is None) and longest > self.args.max_seq_len:
+            raise ValueError(
+                f"a sequence of {longest} tokens does not fit the model's {self.args.max_seq_len}"
+            )
+        if lengths is not None:
+            attend = packed_attention(lengths, cos, sin)
+        elif cache is not None:
+            attend = None
+        else:
+            attend = functools.partial(dense_attention, cos=cos, sin=sin)
+        x = self.dropout(self.tok_embeddings(tokens))
+        for i, layer in enumerate(self.layers):
+            if cache is None:
+                x = layer(x, attend)
+            elif lengths is None:
+                x = layer(x, functools.partial(cache.step, i, cos, sin))
+            else:
+                x = layer(x, functools.partial(cache.prefill, i, lengths, attend, cos, sin))
+        if cache is not None:
+            cache.advance(lengths)
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, lengths=None, cache=None):
+        logits = self.output(self.hidden(tokens, lengths, cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1)
+
+    def flops_per_token(self, seq_len):
+        """Floating-point operations of forward and backward for one token (PaLM, appendix B)."""
+        a = self.args
+        weights = sum(p.numel() for p in self.parameters())
+        return 6 * weights + 12 * a.n_layers * a.dim * seq_len
+
+
+class TransformerWithValueHead(Transformer):
+    """A Transformer with a scalar head on its final hidden state: the critic of PPO, or a reward
+    model. The head starts at zero, so that an untrained critic predicts no advantage anywhere."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.value_head = nn.Linear(args.dim, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def values(self, hidden):
+        """hidden (..., D) -> (...) in fp32"""
+        return self.value_head(hidden).squeeze(-1).float()
+
+
+# ----------------------------------------------------------------------------
+# attention, for each way that sequences lie in memory
+
+
+def apply_rope(x, cos, sin):
+    """Rotates the pairs (x0, x1), (x2, x3), ... of x (..., heads, E) by their position's angles
+    cos, sin (..., E/2): rotary position embeddings (Su et al., 2021), interleaved as in llama2.c."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def dense_attention(q, k, v, cos, sin):
+    """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E), causal."""
+    B, T, H, E = q.shape
+    if native_attention(q):
+        starts = torch.arange(0, B * T + 1, T)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return NativeAttention.apply(q, k, v, starts, cos, sin).view(B, T, H, E)
+    q, k = (apply_rope(x, cos[:T], sin[:T]) for x in (q, k))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+
+def packed_attention(lengths, cos, sin):
+    """The attend function of packed sequences: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    B, T = len(lengths), max(lengths, default=0)
+
+    def attend(q, k, v):
+        if native_attention(q):
+            return NativeAttention.apply(q, k, v, starts, cos, sin)
+        # Padding on the right is after everything in the causal order, so it changes no number.
+        at = padded_index(lengths, T).to(q.device)  # (N,) into B * T
+        q, k, v = (x.new_zeros(B * T, *x.shape[1:]).index_copy(0, at, x) for x in (q, k, v))
+        out = dense_attention(*(x.unflatten(0, (B, T)) for x in (q, k, v)), cos, sin)
+        return out.flatten(0, 1)[at]
+
+    return attend
+
+
+def padded_index(lengths, T):
+    """Where packed tokens lie in a padded (B * T,): [2, 1], T=3 -> [0, 1, 3]."""
+    return torch.cat([torch.arange(n) + b * T for b, n in enumerate(lengths)])
+
+
+class KVCache:
+    """Rotated keys and values of the first `rows` of B sequences that grow by one token a step.
+
+    k, v    (L, B, K, E, T) where attention.c runs, which reads them E-major, else (L, B, K, T, E)
+    length  (B,) tokens held by each row; rows may differ
+    """
+
+    def __init__(self, model, batch, max_len):
+        a, weight = model.args, model.output.weight
+        self.native = native_attention(weight.new_empty(0, 1, a.head_dim))
+        self.capacity = -(-max_len // 16) * 16  # attention.c reads whole vectors of 16 keys
+        last = (a.head_dim, self.capacity) if self.native else (self.capacity, a.head_dim)
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        self.k, self.v = (
+            torch.zeros(a.n_layers, batch, a.n_kv_heads, *last, dtype=dtype, device=weight.device)
+            for _ in "kv"
+        )
+        self.length = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.rows = 0
+
+    def prefill(self, layer, lengths, attend, cos, sin, q, k, v):
+        """Appends len(lengths) new rows, packed, and attends within each."""
+        new = self.rows + torch.repeat_interleave(torch.tensor(lengths))
+        pos = torch.cat([torch.arange(n) for n in lengths])
+        new, pos = new.to(q.device), pos.to(q.device)
+        for store, x in (self.k, apply_rope(k, cos[pos], sin[pos])), (self.v, v):
+            store = store[layer].transpose(-1, -2) if self.native else store[layer]
+            store[new, :, pos] = x.to(store.dtype)  # (N, K, E)
+        return attend(q, k, v)
+
+    def step(self, layer, cos, sin, q, k, v):
+        """q (B, H, E), k and v (B, K, E) of the next token of every row -> (B, H, E)"""
+        B, H, E = q.shape
+        keys, values = self.k[layer, :B], self.v[layer, :B]
+        pos = self.length[:B]
+        if self.native:
+            return native_decode(q, k, v, keys, values, pos, cos, sin)
+        q, k = (apply_rope(x, cos[pos], sin[pos]) for x in (q, k))
+        row = torch.arange(B, device=q.device)
+        keys[row, :, pos], values[row, :, pos] = k.to(keys.dtype), v.to(keys.dtype)
+        mask = torch.arange(self.capacity, device=q.device) <= pos[:, None]  # (B, T)
+        gqa = H != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(2), keys, values, attn_mask=mask[:, None, None], enable_gqa=gqa
+        )
+        return out.squeeze(2)
+
+    def advance(self, lengths=None):
+        """After a forward pass: `lengths` is that of a prefill, None that of a step."""
+        if lengths is None:
+            self.length[: self.rows] += 1
+        else:
+            new = slice(self.rows, self.rows + len(lengths))
+            self.length[new] = torch.tensor(lengths, device=self.length.device)
+            self.rows += len(lengths)
+
+    def drop(self, alive):
+        """Keeps the rows where alive (rows,) is True. Only as many rows are copied as leave: the
+        last ones move into the holes. Returns (rows,) -> which old row is now at each new place."""
+        n = int(alive.sum())
+        order = torch.arange(n, device=alive.device)
+        holes = (~alive[:n]).nonzero().squeeze(1)
+        movers = n + alive[n:].nonzero().squeeze(1)
+        order[holes] = movers
+        for x in (self.k, self.v):
+            x[:, holes] = x[:, movers]
+        self.length[holes] = self.length[movers]
+        self.rows = n
+        return order
+
+
+# ----------------------------------------------------------------------------
+# attention.c: compiled on first use, called through ctypes
+
+
+@functools.cache
+def attention_library():
+    """The compiled attention.c, or None where that cannot be had: no compiler, or NATIVE_ATTENTION=0.
+
+    It is kept beside the source, under a name that changes with source and processor flags, and
+    arrives there by a rename: several processes may start at once."""
+    if os.environ.get("NATIVE_ATTENTION") == "0" or sys.platform == "win32":
+        return None
+    source = Path(__file__).with_name("attention.c")
+    try:
+        import hashlib
+        import platform
+
+        key = hashlib.sha256(source.read_bytes() + platform.processor().encode()).hexdigest()[:12]
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():  # -march=native code must not follow a shared folder to an older machine
+            flags = [x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))]
+            key = hashlib.sha256((key + flags[0] if flags else key).encode()).hexdigest()[:12]
+        folder = source.parent / "build"
+        if not os.access(source.parent, os.W_OK):
+            folder = Path(tempfile.gettempdir()) / f"attention-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        target = folder / f"attention-{key}.so"
+        if not target.exists():
+            temporary = target.with_suffix(f".{os.getpid()}")
+            command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-shared", "-fPIC"]
+            openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+            command += [*openmp, str(source), "-o", str(temporary), "-lm"]
+            subprocess.run(command, check=True, capture_output=True)
+            temporary.rename(target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def native_attention(x):
+    """Whether attention.c handles a tensor like x (..., E): fp32 on the CPU, small heads."""
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] <= 16
+    return small and not torch.is_autocast_enabled("cpu") and attention_library() is not None
+
+
+def call_native(name, *args):
+    """Calls a function of attention.c; tensors go as pointers to their contiguous fp32 or int64."""
+    pointers = [
+        ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x) for x in args
+    ]
+    if getattr(attention_library(), name)(*pointers):
+        raise MemoryError("no memory for attention")
+
+
+class NativeAttention(torch.autograd.Function):
+    """Rotary embedding and causal attention of packed sequences: q (N, H, E), k and v (N, K, E),
+    starts (S + 1) int64 -> (N, H, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, starts, cos, sin):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
+        call_native("attention_forward", out, lse, q, k, v, starts, cos, sin, *sizes)
+        ctx.save_for_backward(out, lse, q, k, v, starts, cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        out, lse, q, k, v, starts, cos, sin = ctx.saved_tensors
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
+        args = (*grads, dout.contiguous(), out, lse, q, k, v, starts, cos, sin)
+        call_native("attention_backward", *args, *sizes)
+        return *grads, None, None, None
+
+
+def native_decode(q, k, v, keys, values, pos, cos, sin):
+    """KVCache.step in attention.c: q (B, H, E), k and v (B, K, E), caches (B, K, E, T), pos (B,)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[-1])
+    call_native("attention_decode", out, keys, values, q, k, v, pos, cos, sin, *sizes)
+    return out
+
+
+# ----------------------------------------------------------------------------
+# generation
+
+
+def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Log-probabilities (B, V) that tokens are drawn from: logits / temperature, cut to the top_k
+    most likely (0: all) and to the smallest set with probability above top_p (1: all), the most
+    likely token always in it; normalised. Tokens outside have -inf. temperature > 0."""
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True, stable=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
+        outside = (before >= top_p).index_fill(-1, torch.tensor([0], device=logits.device), False)
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
+    return logits.log_softmax(-1)
+
+
+class Generation(NamedTuple):
+    """tokens (B, max_new_tokens) with -1 after each row's end, lengths (B,) counting the end token,
+    logprobs (B, max_new_tokens) of each token in the distribution it was drawn from (greedy: in the
+    model's), 0 after the end; ended (B,) True where the row stopped by itself."""
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    logprobs: torch.Tensor
+    ended: torch.Tensor
+
+    def responses(self):
+        """The generated ids as lists, each with its end token if it has one."""
+        lengths = self.lengths.tolist()
+        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths)]
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop_ids=(BOS_ID, EOS_ID),
+    generator=None,
+    max_batch=256,
+    on_token=None,
+):
+    """Continues each of `prompts`, lists of token ids that may differ in length.
+
+    Rows are independent: each has its own random numbers, so its text does not depend on the rows
+    beside it, and each leaves the batch when it has drawn one of stop_ids, max_new_tokens tokens,
+    or filled the model's context; the next prompt takes its place, at most max_batch at a time.
+    temperature 0 is greedy. on_token(row, token) is called for each token as it is drawn.
+    Returns a Generation. Raises ValueError for an empty prompt or one that leaves no room.
+    """
+    device, context = model.output.weight.device, model.args.max_seq_len
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise ValueError(
+                f"a prompt has {len(prompt)} tokens; the model's context holds 1 to {context - 1} "
+                "and one more to generate"
+            )
+    n = len(prompts)
+    tokens = torch.full((n, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(n, max_new_tokens, device=device)
+    lengths = torch.zeros(n, dtype=torch.long, device=device)
+    ended = torch.zeros(n, dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    uniform = None
+    if temperature > 0:  # one number a token, drawn before any row is known to end
+        where = generator.device if generator is not None else device
+        uniform = torch.rand(n, max_new_tokens, generator=generator, device=where).to(device)
+    was_training = model.training
+    model.eval()
+    longest = max((len(p) for p in prompts), default=0) + max_new_tokens
+    batch = min(max_batch, n)
+    cache = KVCache(model, batch, min(longest, context))
+    row = torch.empty(0, dtype=torch.long, device=device)  # (A,) which prompt each cache row continues
+    current = row  # (A,) the newest token of each, not yet in the cache
+    waiting = 0  # prompts[waiting:] have not started
+    while max_new_tokens and (len(row) or waiting < n):
+        free = batch - len(row)
+        if waiting < n and (free >= batch / 8 or not len(row)):
+            new = prompts[waiting : waiting + free]
+            head = [t for p in new for t in p[:-1]]
+            model.hidden(
+                torch.tensor(head, dtype=torch.long, device=device), [len(p) - 1 for p in new], cache
+            )
+            row = torch.cat([row, torch.arange(waiting, waiting + len(new), device=device)])
+            current = torch.cat([current, torch.tensor([p[-1] for p in new], device=device)])
+            waiting += len(new)
+        logits = model(current, cache=cache)  # (A, V)
+        at = lengths[row]
+        if temperature == 0:
+            logp = logits.float().log_softmax(-1)
+            current = logp.argmax(-1)
+        else:
+            logp = sampling_logits(logits, temperature, top_k, top_p)
+            # Inverse of the distribution function; the last token of positive probability catches
+            # a number that rounding left above the sum.
+            mass = logp.exp().cumsum(-1)
+            current = torch.searchsorted(mass, uniform[row, at, None] * mass[:, -1:], right=True)
+            current = current.squeeze(1).clamp_max(logits.shape[-1] - 1)
+        tokens[row, at] = current
+        logprobs[row, at] = logp.gather(1, current[:, None]).squeeze(1)
+        lengths[row] += 1
+        if on_token is not None:
+            for r, token in zip(row.tolist(), current.tolist()):
+                on_token(r, token)
+        stopped = torch.isin(current, stops)
+        ended[row] = stopped
+        full = (at + 1 >= max_new_tokens) | (cache.length[: len(row)] >= context)
+        alive = ~(stopped | full)
+        if not alive.all():
+            order = cache.drop(alive)
+            row, current = row[order], current[order]
+    model.train(was_training)
+    return Generation(tokens, lengths, logprobs, ended)
+
+
+# ----------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint so that whatever happens, `path` holds the old one or the new one:
+    a temporary file, flushed to the disk, renamed. Raises OSError, leaving nothing behind."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        raise OSError(f"{path}: cannot write the checkpoint: {e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys.
+    Only tensors and plain values are unpickled. Raises FileNotFoundError, or ValueError if the file
+    is not such a checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
+        reason = str(e).strip().split("\n")[0][:120]
+        raise ValueError(f"{path} is not a readable checkpoint, or is cut short ({reason})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'")
+    prefix = "_orig_mod."  # left in the names by torch.compile
+    checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
+    """The model of a checkpoint, on the CPU in fp32. `overrides` replace fields of its ModelArgs;
+    a class with a head that the checkpoint lacks gets a fresh one. Raises ValueError where names
+    or shapes do not fit."""
+    known = {f.name for f in fields(ModelArgs)}
+    given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
+    state = checkpoint["model"]
+    try:
+        if "tok_embeddings.weight" in state and "output.weight" in state:
+            given.setdefault("tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"]))
+        model = cls(ModelArgs(**{**given, **overrides}))
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (TypeError, RuntimeError, AttributeError) as e:
+        raise ValueError(f"the checkpoint does not fit its model_args: {e}") from None
+    missing = [name for name in missing if not name.startswith("value_head")]
+    if model.args.tied:
+        missing = [n for n in missing if n not in ("tok_embeddings.weight", "output.weight")]
+    unexpected = [name for name in unexpected if not name.startswith(("value_head", "freqs_"))]
+    if missing or unexpected:
+        raise ValueError(f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}")
+    return model
+
+
+def checkpoint_args(args: ModelArgs):
+    """ModelArgs as the checkpoint stores them: fields that llama2.c does not know are left out
+    while they have their default, so that it can load the file."""
+    stored = asdict(args)
+    for name, default in (("rope_theta", 10000.0), ("tied", True)):
+        if stored[name] == default:
+            del stored[name]
+    return stored
