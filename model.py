@@ -474,7 +474,7 @@ def generate(
     top_k=0,
     top_p=1.0,
     stop_ids=(BOS_ID, EOS_ID),
-    generator=None,
+    uniform=None,
     max_batch=256,
     on_token=None,
 ):
@@ -483,7 +483,8 @@ def generate(
     Rows are independent: each has its own random numbers, so its text does not depend on the rows
     beside it, and each leaves the batch when it has drawn one of stop_ids, max_new_tokens tokens,
     or filled the model's context; the next prompt takes its place, at most max_batch at a time.
-    temperature 0 is greedy. on_token(row, token) is called for each token as it is drawn.
+    temperature 0 is greedy. `uniform` (B, max_new_tokens) are the random numbers in [0, 1), drawn
+    from PyTorch's default generator if not given. on_token(row, token) is called for each token.
     Returns a Generation. Raises ValueError for an empty prompt or one that leaves no room.
     """
     device, context = model.output.weight.device, model.args.max_seq_len
@@ -499,10 +500,9 @@ def generate(
     lengths = torch.zeros(n, dtype=torch.long, device=device)
     ended = torch.zeros(n, dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    uniform = None
-    if temperature > 0:  # one number a token, drawn before any row is known to end
-        where = generator.device if generator is not None else device
-        uniform = torch.rand(n, max_new_tokens, generator=generator, device=where).to(device)
+    if uniform is None and temperature > 0:  # drawn before any row is known to end
+        uniform = torch.rand(n, max_new_tokens)
+    uniform = uniform if uniform is None else uniform.to(device)
     was_training = model.training
     model.eval()
     longest = max((len(p) for p in prompts), default=0) + max_new_tokens
