@@ -1,0 +1,1824 @@
+/* run.c: a Llama told by one C file: int8 (or fp32) inference on the CPU, with no dependencies.
+ *
+ *     cc -O3 run.c -o run -lm -pthread
+ *     ./run model.bin -i "Once upon a time"
+ *
+ * How to read it. The file goes from the disk to the screen: the model file and its checks, the
+ * threads, the kernels and the forward pass, the tokenizer, the sampler, the loops that generate,
+ * chat and measure, the command line.
+ *
+ * Where the time goes. To decode one token every weight is read once and used for one multiply
+ * and one add, so a large model runs as fast as memory delivers its weights, and nothing else
+ * matters; a model that fits a cache runs as fast as the arithmetic. Hence four decisions:
+ *   1. Weights are int8, with one fp16 scale for every 32 or 64 of them: 1.03 to 1.06 bytes each.
+ *   2. Weights lie in the file in the order in which they are used, so the file is mapped and
+ *      used as it is. Sixteen rows are interleaved, four columns at a time: one vector register
+ *      holds 4 columns of 16 rows, one instruction (vpdpbusd, sdot) multiplies them with 4
+ *      activations, and each of the 16 lanes sums its own row. No sum across lanes, ever.
+ *   3. A prompt goes through in blocks of rows, so that a weight is fetched once for many tokens;
+ *      so do N stories (-b N). It is the same code: a row is a (token, position, sequence).
+ *   4. All threads run the same forward pass, each on its share of every matrix's rows, and meet
+ *      five times a layer. What is cheap (norms, quantization) each of them does for itself. No
+ *      sum is ever split between threads, so the numbers are the same for any number of them.
+ *
+ * One text, several instruction sets. The kernels section is compiled once for each instruction
+ * set that this compiler can target, by including this very file again; the program picks one
+ * when it starts. Only dot4() and halves() know an instruction by name. Their plain C versions
+ * are the specification, the fallback and the oracle of the tests. The vectors are the GNU C
+ * vector extensions, so the compiler is gcc or clang (on Windows: mingw-w64).
+ *
+ * Files: llama2.c's version 0 (fp32) and version 2 (int8), which are repacked when loaded, and
+ * version 3, which export.py writes and which is mapped. Whatever is wrong with a file is found
+ * before a pointer is made from it, and is one line on stderr and exit status 1.
+ *
+ * Refused: -ffast-math (NaN checks depend on it), GPUs, assembly, other architectures, formats
+ * with fewer bits, a server. Little-endian machines only.
+ */
+
+#ifndef ISA // ------ everything up to the kernels is compiled once
+#define _GNU_SOURCE
+#include <errno.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+// ------------------------------------------------------------------------------------------
+// Errors, memory, time, files
+
+// Formats a message and returns it. Functions that can fail return such a message, or NULL.
+static const char *fail(const char *format, ...) {
+    static char message[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    return message;
+}
+
+static void die(const char *message) {
+    fflush(stdout);
+    fprintf(stderr, "error: %s\n", message);
+    exit(1);
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// A zeroed block aligned to a cache line; release with block_free. NULL where there is no memory.
+// The pages are the kernel's fresh ones: what is never touched is never allocated.
+static void *block_new(uint64_t bytes) {
+    if (bytes > SIZE_MAX / 2) return NULL;
+    char *raw = calloc(1, (size_t)bytes + 192);
+    if (!raw) return NULL;
+    char *aligned = raw + 128 - (uintptr_t)raw % 64; // room for a pointer in front
+    memcpy(aligned - sizeof raw, &raw, sizeof raw);
+    return aligned;
+}
+
+static void block_free(void *block) {
+    char *raw;
+    if (!block) return;
+    memcpy(&raw, (char *)block - sizeof raw, sizeof raw);
+    free(raw);
+}
+
+typedef struct {
+    uint8_t *data;
+    uint64_t size;
+} File;
+
+#ifdef _WIN32
+static const char *file_open(File *file, const char *path) { // read, not mapped: the whole shim
+    FILE *f = fopen(path, "rb");
+    if (!f) return fail("cannot open %s: %s", path, strerror(errno));
+    _fseeki64(f, 0, SEEK_END);
+    file->size = (uint64_t)_ftelli64(f);
+    _fseeki64(f, 0, SEEK_SET);
+    file->data = block_new(file->size);
+    bool ok = file->data && fread(file->data, 1, (size_t)file->size, f) == file->size;
+    fclose(f);
+    return ok ? NULL : fail("cannot read %s", path);
+}
+static void file_close(File *file) { block_free(file->data); }
+static int cores(void) {
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int)info.dwNumberOfProcessors;
+}
+static void yield(void) { SwitchToThread(); }
+#else
+static const char *file_open(File *file, const char *path) {
+    struct stat st;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return fail("cannot open %s: %s", path, strerror(errno));
+    const char *error = NULL;
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) error = fail("%s is not a regular file", path);
+    else if (st.st_size == 0) error = fail("%s is empty", path);
+    else {
+        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) error = fail("cannot map %s: %s", path, strerror(errno));
+        else *file = (File){p, (uint64_t)st.st_size};
+    }
+    close(fd);
+    return error;
+}
+static void file_close(File *file) {
+    if (file->data) munmap(file->data, (size_t)file->size);
+}
+static int cores(void) { // those this process may use
+#ifdef __linux__
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+#endif
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (int)n : 1;
+}
+static void yield(void) { sched_yield(); }
+#endif
+
+// ------------------------------------------------------------------------------------------
+// The model file
+//
+// Version 3, little-endian. A header of 256 bytes:
+//      0 u32 magic "ak42" = 0x616b3432     28 i32 vocab_size (V)     56 f32 rope_theta
+//      4 u32 version 3                     32 i32 max_seq_len        60 f32 norm_eps
+//      8 i32 dim (D)                       36 i32 1 q8_0, 0 fp32     64 u64 tokenizer offset
+//     12 i32 hidden_dim (F)                40 i32 group size (G)     72 u64 tokenizer bytes
+//     16 i32 n_layers                      44 i32 tied               80 u64 file size
+//     20 i32 n_heads (H)                   48 i32 bos id             88 u32 1: squeeze spaces
+//     24 i32 n_kv_heads (K)                52 i32 eos id             rest zero
+// then the tensors, each at the next multiple of 64 bytes, and the tokenizer in llama2.c's
+// format (0 bytes if there is none):
+//     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H+2K)E, D), wo (D, D),
+//     ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
+// Norms are fp32. A matrix of (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
+//   fp32: for each tile, for each column: 16 floats, one a row.
+//   q8_0: columns zero-padded to a multiple of G. For each tile, for each 4 columns, for each of
+//         the 16 rows: 4 bytes, value + 128. After all tiles, at a multiple of 64: for each tile,
+//         for each group of G columns: 16 fp16 scales, one a row. weight = (byte - 128) * scale.
+// wq|wk|wv are stacked row upon row; w1|w3 tile by tile: 16 rows of w1, 16 of w3, and so on, so
+// that whoever computes one tile of w1 has the gate and the value of the SwiGLU side by side.
+
+#define MAGIC 0x616b3432u
+#define HEADER 256
+#define TILE 16 // rows of a matrix that are interleaved
+
+enum { FP32 = 0, Q8_0 = 1 };
+
+typedef struct {
+    int dim;        // D
+    int hidden_dim; // F
+    int n_layers;
+    int n_heads;    // H query heads
+    int n_kv_heads; // K key and value heads; H / K query heads share one
+    int vocab_size; // V
+    int seq_len;    // the context: positions that the model was trained for
+    int format;     // FP32 or Q8_0
+    int group;      // G
+    int tied;       // the classifier is the token embedding
+    int bos, eos;
+    float rope_theta, norm_eps;
+    int head_dim;   // E = D / H
+    int kv_dim;     // K * E
+} Config;
+
+typedef struct {
+    uint8_t *q;  // q8_0: (tiles, cols / 4, 16, 4) weight / scale + 128
+    uint16_t *s; // q8_0: (tiles, cols / G, 16) fp16
+    float *f;    // fp32: (tiles, cols, 16)
+    int tiles;   // ceil(rows / 16)
+    int cols;    // q8_0: padded to a multiple of G
+} Matrix;
+
+typedef struct {
+    float *att_norm; // (D,)
+    Matrix wqkv;     // ((H + 2K) * E, D)
+    Matrix wo;       // (D, D)
+    float *ffn_norm; // (D,)
+    Matrix w13;      // (2F, D), tiles of w1 and of w3 in turn
+    Matrix w2;       // (D, F)
+} Layer;
+
+typedef struct {
+    Config c;
+    Matrix embed;  // (V, D)
+    Layer *layers; // (n_layers,)
+    float *norm;   // (D,)
+    Matrix output; // (V, D); the embedding again if tied
+    File file;
+    void *packed;  // the repacked weights of versions 0 and 2
+    uint64_t bytes; // read for one token
+    const uint8_t *tokenizer; // within the file, or NULL
+    uint64_t tokenizer_size;
+    int version, squeeze;
+} Model;
+
+static uint64_t round_up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
+
+static uint64_t place_floats(float **p, uint8_t *base, uint64_t at, int n) {
+    at = round_up(at, 64);
+    if (base) *p = (float *)(void *)(base + at);
+    return at + 4 * (uint64_t)n;
+}
+
+static uint64_t place_matrix(Matrix *m, const Config *c, uint8_t *base, uint64_t at, int rows,
+                             int cols) {
+    at = round_up(at, 64);
+    m->tiles = (int)round_up((uint64_t)rows, TILE) / TILE;
+    m->cols = c->format == FP32 ? cols : (int)round_up((uint64_t)cols, (uint64_t)c->group);
+    uint64_t cells = (uint64_t)m->tiles * TILE * (uint64_t)m->cols;
+    if (c->format == FP32) {
+        if (base) m->f = (float *)(void *)(base + at);
+        return at + 4 * cells;
+    }
+    uint64_t scales = round_up(at + cells, 64);
+    if (base) m->q = base + at, m->s = (uint16_t *)(void *)(base + scales);
+    return scales + 2 * (cells / (uint64_t)c->group);
+}
+
+// Walks over all tensors in file order, the first at byte `at`, and returns where they end. With
+// a base it also points the model at them. The limits that check_config sets keep it below 2^63.
+static uint64_t place_tensors(Model *m, uint8_t *base, uint64_t at) {
+    const Config *c = &m->c;
+    int tiles_f = (int)round_up((uint64_t)c->hidden_dim, TILE); // w1|w3 is padded tile by tile
+    at = place_matrix(&m->embed, c, base, at, c->vocab_size, c->dim);
+    uint64_t start = at; // of the embedding a token reads one row
+    Layer scratch, *l = &scratch;
+    for (int i = 0; i < c->n_layers; i++) {
+        if (base) l = &m->layers[i];
+        at = place_floats(&l->att_norm, base, at, c->dim);
+        at = place_matrix(&l->wqkv, c, base, at, c->dim + 2 * c->kv_dim, c->dim);
+        at = place_matrix(&l->wo, c, base, at, c->dim, c->dim);
+        at = place_floats(&l->ffn_norm, base, at, c->dim);
+        at = place_matrix(&l->w13, c, base, at, 2 * tiles_f, c->dim);
+        at = place_matrix(&l->w2, c, base, at, c->dim, c->hidden_dim);
+    }
+    at = place_floats(&m->norm, base, at, c->dim);
+    if (!c->tied) at = place_matrix(&m->output, c, base, at, c->vocab_size, c->dim);
+    else m->output = m->embed, start = HEADER; // the classifier reads all of the embedding
+    m->bytes = at - start;
+    return at;
+}
+
+static int32_t read_i32(const uint8_t *p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
+static float read_f32(const uint8_t *p) {
+    float v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
+static uint64_t read_u64(const uint8_t *p) {
+    uint64_t v;
+    memcpy(&v, p, 8);
+    return v;
+}
+
+// Every number that the forward pass depends on; derives head_dim and kv_dim.
+static const char *check_config(Config *c, const char *path) {
+    struct {
+        const char *name;
+        int value, min, max;
+    } limits[] = {{"dim", c->dim, 1, 1 << 16},           {"hidden_dim", c->hidden_dim, 1, 1 << 20},
+                  {"n_layers", c->n_layers, 1, 1 << 10}, {"n_heads", c->n_heads, 1, 1 << 14},
+                  {"n_kv_heads", c->n_kv_heads, 1, 1 << 14},
+                  {"vocab_size", c->vocab_size, 1, 1 << 22},
+                  {"max_seq_len", c->seq_len, 1, 1 << 22},
+                  {"format", c->format, FP32, Q8_0},     {"group size", c->group, 4, 1 << 12},
+                  {"tied", c->tied, 0, 1},               {"BOS id", c->bos, 0, c->vocab_size - 1},
+                  {"EOS id", c->eos, 0, c->vocab_size - 1}};
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
+            return fail("%s: %s is %d, should be %d to %d", path, limits[i].name,
+                        limits[i].value, limits[i].min, limits[i].max);
+    if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
+        return fail("%s: dim %d does not divide into %d heads of even size", path, c->dim,
+                    c->n_heads);
+    if (c->n_heads % c->n_kv_heads)
+        return fail("%s: %d heads cannot share %d key heads", path, c->n_heads, c->n_kv_heads);
+    if (c->group % 4) return fail("%s: group size %d is no multiple of 4", path, c->group);
+    if (!(c->rope_theta > 0 && c->rope_theta < 1e30f) || !(c->norm_eps >= 0 && c->norm_eps < 1))
+        return fail("%s: rope_theta %g or norm_eps %g is absurd", path, c->rope_theta,
+                    c->norm_eps);
+    c->head_dim = c->dim / c->n_heads;
+    c->kv_dim = c->n_kv_heads * c->head_dim;
+    return NULL;
+}
+
+// fp32 -> fp16 bits, to nearest even, clamped to the largest finite. The multiplication moves
+// the exponent's bias, and makes fp16's subnormals come out right.
+static uint16_t to_half(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    memcpy(&x, &bits, 4);
+    x = (x < 65504.0f ? x : 65504.0f) * 0x1p-112f;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+static float from_half(uint16_t h) {
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    x *= 0x1p112f;
+    return h & 0x8000 ? -x : x;
+}
+
+// Writes one row of n values into a matrix of this model's format, quantizing if it is q8_0.
+// A group that was quantized before comes out with the very same integers, because its largest
+// is 127.
+static void pack_row(const Config *c, Matrix *m, int row, const float *values, int n) {
+    uint64_t tile = (uint64_t)(row / TILE), lane = (uint64_t)(row % TILE);
+    uint64_t cols = (uint64_t)m->cols, group = (uint64_t)c->group, count = (uint64_t)n;
+    if (c->format == FP32) {
+        for (uint64_t i = 0; i < count; i++) m->f[(tile * cols + i) * TILE + lane] = values[i];
+        return;
+    }
+    for (uint64_t g = 0; g < cols / group; g++) {
+        float max = 0;
+        for (uint64_t i = g * group; i < (g + 1) * group && i < count; i++)
+            if (fabsf(values[i]) > max) max = fabsf(values[i]);
+        uint16_t half = to_half(max / 127);
+        float scale = from_half(half);
+        m->s[(tile * (cols / group) + g) * TILE + lane] = half;
+        for (uint64_t i = g * group; i < (g + 1) * group; i++) {
+            float v = i < count && scale > 0 ? rintf(values[i] / scale) : 0;
+            v = v > 127 ? 127 : v < -127 ? -127 : v; // also where the scale was rounded down
+            m->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] = (uint8_t)(v == v ? v + 128 : 128);
+        }
+    }
+}
+
+// Where versions 0 and 2 are read from: a tensor is a run of floats, or of int8 followed by one
+// float scale for every `group` of them, counted over the flattened tensor.
+typedef struct {
+    const uint8_t *p;
+    int version, group;
+    float *row; // one dequantized row
+} Source;
+
+// Packs the next tensor of the source, of (rows, cols), into m; row r of it goes to
+// at + r, or, with stride 2, into every second tile.
+static void pack_tensor(const Config *c, Matrix *m, Source *src, int rows, int cols, int at,
+                        int stride) {
+    uint64_t total = (uint64_t)rows * (uint64_t)cols;
+    for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < cols; i++) {
+            uint64_t k = (uint64_t)r * (uint64_t)cols + (uint64_t)i;
+            src->row[i] = src->version == 0 ? read_f32(src->p + 4 * k)
+                        : (float)(int8_t)src->p[k]
+                              * read_f32(src->p + total + 4 * (k / (uint64_t)src->group));
+        }
+        pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, src->row, cols);
+    }
+    src->p += src->version == 0 ? 4 * total : total + 4 * (total / (uint64_t)src->group);
+}
+
+static void copy_floats(float *out, Source *src, int n) {
+    memcpy(out, src->p, 4 * (size_t)n);
+    src->p += 4 * (size_t)n;
+}
+
+// Repacks a file of version 0 or 2, whose length was checked, into m->packed. Both keep each
+// kind of tensor together for all layers.
+static void repack(Model *m, Source *src) {
+    const Config *c = &m->c;
+    int D = c->dim, F = c->hidden_dim, kv = c->kv_dim, V = c->vocab_size, L = c->n_layers;
+    Layer *l = m->layers;
+    if (src->version == 2) {
+        for (int i = 0; i < L; i++) copy_floats(l[i].att_norm, src, D);
+        for (int i = 0; i < L; i++) copy_floats(l[i].ffn_norm, src, D);
+        copy_floats(m->norm, src, D);
+    }
+    pack_tensor(c, &m->embed, src, V, D, 0, 1);
+    if (src->version == 0)
+        for (int i = 0; i < L; i++) copy_floats(l[i].att_norm, src, D);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].wqkv, src, D, D, 0, 1);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].wqkv, src, kv, D, D, 1);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].wqkv, src, kv, D, D + kv, 1);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].wo, src, D, D, 0, 1);
+    if (src->version == 0)
+        for (int i = 0; i < L; i++) copy_floats(l[i].ffn_norm, src, D);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].w13, src, F, D, 0, 2);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].w2, src, D, F, 0, 1);
+    for (int i = 0; i < L; i++) pack_tensor(c, &l[i].w13, src, F, D, TILE, 2);
+    if (src->version == 0) {
+        copy_floats(m->norm, src, D);
+        src->p += 4 * (uint64_t)c->seq_len * (uint64_t)c->head_dim; // the unused RoPE tables
+    }
+    if (!c->tied) pack_tensor(c, &m->output, src, V, D, 0, 1);
+}
+
+// The exact length of a file of version 0 or 2 with this config.
+static uint64_t old_size(const Config *c, int version, int group, bool *whole_groups) {
+    uint64_t D = (uint64_t)c->dim, F = (uint64_t)c->hidden_dim, kv = (uint64_t)c->kv_dim;
+    uint64_t V = (uint64_t)c->vocab_size, L = (uint64_t)c->n_layers, G = (uint64_t)group;
+    uint64_t norms = (2 * L + 1) * D;
+    uint64_t weights = (c->tied ? 1 : 2) * V * D + L * (2 * D * D + 2 * kv * D + 3 * D * F);
+    *whole_groups = true;
+    if (version == 0)
+        return 28 + 4 * (norms + weights + (uint64_t)c->seq_len * (uint64_t)c->head_dim);
+    *whole_groups = V * D % G == 0 && D * D % G == 0 && kv * D % G == 0 && D * F % G == 0;
+    return HEADER + 4 * norms + weights + weights / G * 4;
+}
+
+static const char *open_old(Model *m, const char *path) {
+    Config *c = &m->c;
+    const uint8_t *p = m->file.data;
+    int group = 32;
+    if (m->version == 0) {
+        c->tied = c->vocab_size > 0; // llama2.c marks a classifier of its own by a negative V
+        if (c->vocab_size < 0 && c->vocab_size > -(1 << 30)) c->vocab_size = -c->vocab_size;
+    } else {
+        c->tied = p[36] != 0;
+        group = read_i32(p + 37);
+        if (group < 1) return fail("%s: group size %d", path, group);
+    }
+    c->format = m->version == 0 ? FP32 : Q8_0;
+    // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
+    // was meant, and quantized again by 32.
+    bool fits = group % 4 == 0 && group <= 4096 && c->dim % group == 0 && c->hidden_dim % group == 0;
+    c->group = fits ? group : 32;
+    c->bos = 1, c->eos = 2;
+    c->rope_theta = 10000, c->norm_eps = 1e-5f;
+    const char *error = check_config(c, path);
+    if (error) return error;
+    bool whole_groups;
+    uint64_t want = old_size(c, m->version, group, &whole_groups);
+    if (!whole_groups) return fail("%s: group size %d divides no tensor", path, group);
+    if (m->file.size != want)
+        return fail("%s: %llu bytes long, its header says %llu", path,
+                    (unsigned long long)m->file.size, (unsigned long long)want);
+    int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
+    Source src = {p + (m->version == 0 ? 28 : HEADER), m->version, group, NULL};
+    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
+    m->packed = block_new(place_tensors(m, NULL, 0));
+    src.row = malloc(sizeof(float) * (size_t)widest);
+    if (m->layers && m->packed && src.row) {
+        place_tensors(m, m->packed, 0);
+        repack(m, &src);
+    } else error = fail("%s: not enough memory", path);
+    free(src.row);
+    return error;
+}
+
+static const char *open_v3(Model *m, const char *path) {
+    Config *c = &m->c;
+    const uint8_t *p = m->file.data;
+    c->format = read_i32(p + 36), c->group = read_i32(p + 40), c->tied = read_i32(p + 44);
+    c->bos = read_i32(p + 48), c->eos = read_i32(p + 52);
+    c->rope_theta = read_f32(p + 56), c->norm_eps = read_f32(p + 60);
+    m->squeeze = read_i32(p + 88) == 1;
+    const char *error = check_config(c, path);
+    if (error) return error;
+    uint64_t offset = read_u64(p + 64), size = read_u64(p + 72), total = read_u64(p + 80);
+    if (total != m->file.size)
+        return fail("%s: %llu bytes long, its header says %llu", path,
+                    (unsigned long long)m->file.size, (unsigned long long)total);
+    uint64_t end = place_tensors(m, NULL, HEADER);
+    if (end > total || offset < end || offset > total || size != total - offset)
+        return fail("%s: the tensors end at byte %llu, the header says otherwise", path,
+                    (unsigned long long)end);
+    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
+    if (!m->layers) return fail("%s: not enough memory", path);
+    place_tensors(m, m->file.data, HEADER);
+    if (size) m->tokenizer = p + offset, m->tokenizer_size = size;
+    return NULL;
+}
+
+static void model_close(Model *m) {
+    free(m->layers);
+    block_free(m->packed);
+    file_close(&m->file);
+    memset(m, 0, sizeof *m);
+}
+
+// Opens a model of version 0, 2 or 3. On error the model is closed again.
+static const char *model_open(Model *m, const char *path) {
+    memset(m, 0, sizeof *m);
+    const char *error = file_open(&m->file, path);
+    if (error) return error;
+    const uint8_t *p = m->file.data;
+    uint64_t size = m->file.size;
+    bool magic = size >= 4 && (uint32_t)read_i32(p) == MAGIC;
+    m->version = magic && size >= 8 ? read_i32(p + 4) : 0;
+    const uint8_t one[2] = {1, 0};
+    uint16_t little;
+    memcpy(&little, one, 2);
+    if (little != 1) error = fail("this machine is big-endian, the model file is not");
+    else if (size < (magic ? HEADER : 28)) error = fail("%s: too short for a model", path);
+    else if (m->version != 0 && m->version != 2 && m->version != 3)
+        error = fail("%s: version %d, this program reads 0, 2 and 3", path, m->version);
+    else {
+        const uint8_t *h = magic ? p + 8 : p;
+        m->c = (Config){.dim = read_i32(h), .hidden_dim = read_i32(h + 4),
+                        .n_layers = read_i32(h + 8), .n_heads = read_i32(h + 12),
+                        .n_kv_heads = read_i32(h + 16), .vocab_size = read_i32(h + 20),
+                        .seq_len = read_i32(h + 24)};
+        error = m->version == 3 ? open_v3(m, path) : open_old(m, path);
+    }
+    if (error) model_close(m);
+    return error;
+}
+
+// ------------------------------------------------------------------------------------------
+// Threads: a team that runs one function together, and a barrier within it
+//
+// Members spin for the microseconds between two steps, and yield when it takes longer (another
+// process may have the core); between calls they go to sleep.
+
+typedef struct Team Team;
+typedef void Work(void *arg, Team *team, int thread);
+
+typedef struct {
+    Team *team;
+    int index;
+    pthread_t thread;
+} Member;
+
+struct Team {
+    int n;                // threads, the caller among them
+    Member *members;      // (n,), the first unused
+    atomic_int arrived;   // at the barrier
+    atomic_uint phase;    // how often the barrier has opened
+    atomic_uint calls;    // how often team_run was called
+    atomic_int sleepers;
+    atomic_bool over;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    Work *work;
+    void *arg;
+};
+
+static void pause_core(void) {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+// Returns when all n threads of the team have called it.
+static void barrier(Team *t) {
+    if (t->n == 1) return;
+    unsigned phase = atomic_load_explicit(&t->phase, memory_order_acquire);
+    if (atomic_fetch_add_explicit(&t->arrived, 1, memory_order_acq_rel) == t->n - 1) {
+        atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&t->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int spin = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; spin++)
+        if (spin < 4000) pause_core();
+        else yield();
+}
+
+static void *member_main(void *arg) {
+    Member *me = arg;
+    Team *t = me->team;
+    for (unsigned seen = 0;; seen++) {
+        for (int spin = 0; atomic_load(&t->calls) == seen && spin < 4000; spin++) pause_core();
+        if (atomic_load(&t->calls) == seen) {
+            pthread_mutex_lock(&t->lock);
+            atomic_fetch_add(&t->sleepers, 1);
+            while (atomic_load(&t->calls) == seen) pthread_cond_wait(&t->wake, &t->lock);
+            atomic_fetch_sub(&t->sleepers, 1);
+            pthread_mutex_unlock(&t->lock);
+        }
+        if (atomic_load(&t->over)) return NULL;
+        t->work(t->arg, t, me->index);
+        barrier(t);
+    }
+}
+
+// Calls work(arg, team, 0 .. n-1), each in its own thread, and returns when all have returned.
+static void team_run(Team *t, Work *work, void *arg) {
+    t->work = work;
+    t->arg = arg;
+    atomic_fetch_add(&t->calls, 1);
+    if (atomic_load(&t->sleepers)) {
+        pthread_mutex_lock(&t->lock);
+        pthread_cond_broadcast(&t->wake);
+        pthread_mutex_unlock(&t->lock);
+    }
+    work(arg, t, 0);
+    barrier(t);
+}
+
+static void team_close(Team *t) {
+    atomic_store(&t->over, true);
+    atomic_fetch_add(&t->calls, 1);
+    pthread_mutex_lock(&t->lock);
+    pthread_cond_broadcast(&t->wake);
+    pthread_mutex_unlock(&t->lock);
+    for (int i = 1; i < t->n; i++) pthread_join(t->members[i].thread, NULL);
+    pthread_mutex_destroy(&t->lock);
+    pthread_cond_destroy(&t->wake);
+    free(t->members);
+}
+
+// Starts n - 1 threads; fewer where the system gives no more.
+static void team_open(Team *t, int n) {
+    memset(t, 0, sizeof *t);
+    t->n = 1;
+    pthread_mutex_init(&t->lock, NULL);
+    pthread_cond_init(&t->wake, NULL);
+    t->members = calloc((size_t)n, sizeof *t->members);
+    int made = 1;
+    for (; t->members && made < n; made++) {
+        t->members[made].team = t;
+        t->members[made].index = made;
+        if (pthread_create(&t->members[made].thread, NULL, member_main, &t->members[made])) break;
+    }
+    t->n = made;
+}
+
+// The share of thread `thread` of `n` things: from lo to hi.
+static void share(int n, int thread, int threads, int *lo, int *hi) {
+    *lo = (int)((int64_t)n * thread / threads);
+    *hi = (int)((int64_t)n * (thread + 1) / threads);
+}
+
+// ------------------------------------------------------------------------------------------
+// The state of a run: the rows of one forward pass, their activations, the KV cache
+
+#define MAX_ROWS 64 // of a prompt that go through the model together
+
+typedef struct {
+    int token;
+    int pos;   // in its sequence
+    int seq;   // which sequence's cache
+    int wants; // whether its logits are wanted
+} Row;
+
+// The input of a matrix product: B rows, as floats, or quantized by groups of G.
+typedef struct {
+    float *f;      // (B, width)
+    int8_t *q;     // (B, width) round(f / s)
+    float *s;      // (B, width / G)
+    int32_t *bias; // (B, width / G) -128 * sum of the group: takes back the weights' + 128
+    int width;     // row stride, the widest matrix's padded columns
+} Input;
+
+typedef struct {
+    const Model *m;
+    Team *team;
+    int max_rows, max_pos, n_seq;
+    int B;          // rows of this pass
+    const Row *row; // (B,)
+    int n_logits;   // rows that want logits
+    int *wanted;    // (n_logits,) which
+    float *x;       // (B, D) the residual stream
+    float *qkv;     // (B, qkv_width) queries, keys, values
+    float *att;     // (B, D) what attention returns
+    float *h13;     // (B, h_width) tiles of w1 x and of w3 x in turn
+    float *h;       // (B, F) silu(w1 x) * w3 x
+    float *logits;  // (n_logits, v_width)
+    int qkv_width, h_width, f_width, d_width, v_width;
+    Input *in;      // (threads,) each thread prepares its own
+    float **scores; // (threads,) of (max_pos,)
+    float *rope;    // (max_pos, E / 2, 2) cos and sin
+    // KV cache. Keys in tiles of 16 positions: (seq, layer, K, T / 16, E, 16), so that 16 scores
+    // are computed side by side; values by position: (seq, layer, K, T, Ev). fp16 when the
+    // weights are int8, fp32 when they are fp32.
+    uint8_t *keys, *values;
+    int Ev;         // E rounded up to 16
+    int half;       // the cache is fp16
+    size_t key_head, value_head; // bytes of one head's keys and values
+} State;
+
+static void state_close(State *s) {
+    for (int i = 0; i < (s->team ? s->team->n : 0); i++) {
+        if (s->in) block_free(s->in[i].f), block_free(s->in[i].q), block_free(s->in[i].s),
+            block_free(s->in[i].bias);
+        if (s->scores) block_free(s->scores[i]);
+    }
+    void *blocks[] = {s->x, s->qkv, s->att, s->h13, s->h, s->logits, s->rope, s->keys, s->values};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) block_free(blocks[i]);
+    free(s->in), free(s->scores), free(s->wanted);
+    memset(s, 0, sizeof *s);
+}
+
+// Prepares for n_seq sequences of up to max_pos positions, in passes of up to max_rows rows.
+static const char *state_open(State *s, const Model *m, Team *team, int n_seq, int max_pos,
+                              int max_rows) {
+    const Config *c = &m->c;
+    memset(s, 0, sizeof *s);
+    s->m = m, s->team = team, s->n_seq = n_seq, s->max_pos = max_pos, s->max_rows = max_rows;
+    uint64_t E = (uint64_t)c->head_dim, B = (uint64_t)max_rows, T = round_up((uint64_t)max_pos, 16);
+    uint64_t heads = (uint64_t)n_seq * (uint64_t)(c->n_layers * c->n_kv_heads);
+    int tiles_f = (int)round_up((uint64_t)c->hidden_dim, TILE);
+    s->half = c->format == Q8_0;
+    s->Ev = (int)round_up(E, 16);
+    s->key_head = T * E * (s->half ? 2 : 4);
+    s->value_head = T * (uint64_t)s->Ev * (s->half ? 2 : 4);
+    s->d_width = (int)round_up((uint64_t)c->dim, TILE);
+    s->qkv_width = (int)round_up((uint64_t)(c->dim + 2 * c->kv_dim), TILE);
+    s->f_width = tiles_f;
+    s->h_width = 2 * tiles_f;
+    s->v_width = (int)round_up((uint64_t)c->vocab_size, TILE);
+    s->x = block_new(4 * B * (uint64_t)s->d_width);
+    s->qkv = block_new(4 * B * (uint64_t)s->qkv_width);
+    s->att = block_new(4 * B * (uint64_t)s->d_width);
+    s->h13 = block_new(4 * B * (uint64_t)s->h_width);
+    s->h = block_new(4 * B * (uint64_t)s->f_width);
+    s->logits = block_new(4 * B * (uint64_t)s->v_width);
+    s->rope = block_new(4 * T * E);
+    s->keys = block_new(heads * s->key_head);
+    s->values = block_new(heads * s->value_head);
+    s->wanted = calloc((size_t)max_rows, sizeof *s->wanted);
+    s->in = calloc((size_t)team->n, sizeof *s->in);
+    s->scores = calloc((size_t)team->n, sizeof *s->scores);
+    bool ok = s->x && s->qkv && s->att && s->h13 && s->h && s->logits && s->rope && s->keys
+              && s->values && s->wanted && s->in && s->scores;
+    uint64_t widest = round_up((uint64_t)(c->dim > tiles_f ? c->dim : tiles_f), 64);
+    widest = round_up(widest, (uint64_t)c->group) + 64;
+    for (int i = 0; ok && i < team->n; i++) {
+        Input *in = &s->in[i];
+        in->width = (int)widest;
+        in->f = block_new(4 * B * widest);
+        in->q = block_new(B * widest);
+        in->s = block_new(B * widest); // G is at least 4
+        in->bias = block_new(B * widest);
+        s->scores[i] = block_new(4 * T + 64);
+        ok = in->f && in->q && in->s && in->bias && s->scores[i];
+    }
+    if (!ok) {
+        state_close(s);
+        return fail("not enough memory for %d sequences of %d positions", n_seq, max_pos);
+    }
+    for (int pos = 0; pos < max_pos; pos++)
+        for (int i = 0; i < c->head_dim / 2; i++) {
+            double angle = pos * pow(c->rope_theta, -2.0 * i / c->head_dim);
+            s->rope[pos * c->head_dim + 2 * i] = (float)cos(angle);
+            s->rope[pos * c->head_dim + 2 * i + 1] = (float)sin(angle);
+        }
+    return NULL;
+}
+
+typedef struct {
+    const char *name;
+    Work *forward; // arg is the State
+    void (*exps)(float *x, int n, float scale, float shift); // x = exp((x - shift) * scale)
+    void (*above)(const float *x, int n, float least, double *sum, int *count);
+    float (*maximum)(const float *x, int n);
+} Kernels;
+#endif // ISA
+
+// ------------------------------------------------------------------------------------------
+// Kernels and forward pass, compiled once for each instruction set
+
+#ifdef ISA
+#define PASTE2(a, b) a##b
+#define PASTE(a, b) PASTE2(a, b)
+#define MY(name) PASTE(name##_, ISA) // a name of this instruction set's own
+#define vf MY(vf)
+#define vi MY(vi)
+#define load MY(load)
+#define store MY(store)
+#define fill MY(fill)
+#define sum MY(sum)
+#define dot_start MY(dot_start)
+#define dot4 MY(dot4)
+#define halves MY(halves)
+#define cached MY(cached)
+#define fast_exp MY(fast_exp)
+#define normalize MY(normalize)
+#define quantize_group MY(quantize_group)
+#define quantize MY(quantize)
+#define tile_q8 MY(tile_q8)
+#define tile_f32 MY(tile_f32)
+#define matmul MY(matmul)
+#define embed_row MY(embed_row)
+#define rotate MY(rotate)
+#define mix MY(mix)
+#define attend MY(attend)
+#define store_heads MY(store_heads)
+#define swiglu MY(swiglu)
+#define prepare MY(prepare)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+#define PARTS (TILE / LANES) // registers for 16 lanes
+#define BLOCK (LANES == 16 ? 8 : 2) // rows of input that share one pass over a tile
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf fill(float x) { return x - (vf){0}; }
+
+INLINE float sum(vf v) { // of the lanes, pairwise
+    float s[LANES];
+    memcpy(s, &v, sizeof v);
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+}
+
+// The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
+// with w stored as w + 128. dot_start gives the accumulator to begin a group with: vpdpbusd wants
+// one operand unsigned, so there the + 128 stays in, and bias = -128 * (sum of x) takes it out.
+INLINE vi dot_start(int32_t bias) {
+#if ISA_LEVEL == 2
+    return bias - (vi){0};
+#else
+    (void)bias;
+    return (vi){0};
+#endif
+}
+
+INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
+#if ISA_LEVEL == 2 // AVX-512 VNNI
+    int32_t x4;
+    memcpy(&x4, x, 4);
+    __m512i xs = _mm512_set1_epi32(x4);
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), xs);
+#elif ISA_LEVEL == 1 // AVX2: |x| * (w with the sign of x) stays within 16 bits, twice 127 * 127
+    int32_t x4;
+    memcpy(&x4, x, 4);
+    __m256i xs = _mm256_set1_epi32(x4);
+    __m256i ws = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)w),
+                                  _mm256_set1_epi8((char)-128));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(xs), _mm256_sign_epi8(ws, xs));
+    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif ISA_LEVEL == 3 // NEON with dotprod
+    int32_t x4;
+    memcpy(&x4, x, 4);
+    int8x16_t ws = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
+    return (vi)vdotq_s32((int32x4_t)acc, ws, vreinterpretq_s8_s32(vdupq_n_s32(x4)));
+#else // the specification
+    for (int r = 0; r < LANES; r++)
+        for (int k = 0; k < 4; k++) acc[r] += (w[4 * r + k] - 128) * x[k];
+    return acc;
+#endif
+}
+
+// LANES fp16 numbers as floats.
+INLINE vf halves(const uint16_t *p) {
+#if ISA_LEVEL == 2
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+#elif ISA_LEVEL == 1
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+#elif ISA_LEVEL == 3
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = from_half(p[i]);
+    return v;
+#endif
+}
+
+INLINE vf cached(const void *p, size_t i, int half) { // LANES numbers of a KV cache
+    return half ? halves((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+// exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). NaN stays NaN.
+INLINE float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
+    int32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    bits = (int32_t)((uint32_t)(bits + 127) << 23);
+    memcpy(&n, &bits, 4);
+    return p * n;
+}
+
+static void MY(exps)(float *x, int n, float scale, float shift) {
+    for (int i = 0; i < n; i++) x[i] = fast_exp((x[i] - shift) * scale);
+}
+
+static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
+    float best = -INFINITY;
+    vf m = fill(-INFINITY);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf v = load(x + i);
+        vi larger = v > m;
+        m = (vf)(((vi)v & larger) | ((vi)m & ~larger));
+    }
+    for (int j = 0; j < LANES; j++) best = m[j] > best ? m[j] : best;
+    for (; i < n; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// The sum and the count of those x that are at least `least`.
+static void MY(above)(const float *x, int n, float least, double *total, int *count) {
+    vf s[4] = {{0}};
+    vi k[4] = {{0}};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) {
+            vf v = load(x + i + j * LANES);
+            vi in = v >= least;
+            s[j] += (vf)((vi)v & in);
+            k[j] -= in;
+        }
+    *total = sum((s[0] + s[1]) + (s[2] + s[3]));
+    *count = 0;
+    for (int j = 0; j < LANES; j++) *count += k[0][j] + k[1][j] + k[2][j] + k[3][j];
+    for (; i < n; i++)
+        if (x[i] >= least) *total += x[i], ++*count;
+}
+
+// in.f[b] = x[b] * weight / rms(x[b]), or x[b] where weight is NULL. Reads row which[b] of x
+// where `which` is given. x (B, ld), weight (n,).
+static void normalize(const Input *in, const float *x, int ld, const int *which, int B,
+                          const float *weight, int n, float eps) {
+    for (int b = 0; b < B; b++) {
+        const float *from = x + (size_t)(which ? which[b] : b) * (size_t)ld;
+        float *to = in->f + (size_t)b * (size_t)in->width;
+        if (!weight) {
+            memcpy(to, from, sizeof(float) * (size_t)n);
+            continue;
+        }
+        vf squares[2] = {{0}};
+        int i = 0;
+        for (; i + 2 * LANES <= n; i += 2 * LANES)
+            for (int j = 0; j < 2; j++) {
+                vf v = load(from + i + j * LANES);
+                squares[j] += v * v;
+            }
+        float ss = sum(squares[0] + squares[1]);
+        for (; i < n; i++) ss += from[i] * from[i];
+        float scale = 1.0f / sqrtf(ss / (float)n + eps);
+        for (i = 0; i < n; i++) to[i] = weight[i] * (scale * from[i]);
+    }
+}
+
+// Quantizes one group of G floats: q = round(x / s) with s = max|x| / 127; the bias see Input.
+// The maximum is taken over the bits as integers: non-negative floats order alike, the loop
+// vectorizes without fast-math, and a NaN wins and makes the scale NaN instead of vanishing.
+INLINE void quantize_group(const float *x, int G, int8_t *q, float *s, int32_t *bias) {
+    int32_t top = 0, total = 0;
+    for (int i = 0; i < G; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float max;
+    memcpy(&max, &top, 4);
+    *s = max / 127.0f;
+    float inverse = max > 1e-30f ? 127.0f / max : 0.0f;
+    for (int i = 0; i < G; i++) {
+        float rounded = x[i] * inverse + 12582912.0f; // + 1.5 * 2^23
+        int32_t bits;
+        memcpy(&bits, &rounded, 4);
+        bits -= 0x4b400000;
+        q[i] = (int8_t)bits;
+        total += (int8_t)bits;
+    }
+    *bias = -128 * total;
+}
+
+// Quantizes rows in.f (B, n); columns from n to cols, the padding, are zero.
+static void quantize(const Input *in, int B, int n, int cols, int G) {
+    for (int b = 0; b < B; b++) {
+        size_t row = (size_t)b * (size_t)in->width;
+        for (int i = n; i < cols; i++) in->f[row + (size_t)i] = 0;
+        for (int g = 0; g < cols / G; g++) {
+            const float *x = in->f + row + (size_t)(g * G);
+            int8_t *q = in->q + row + (size_t)(g * G);
+            size_t k = row / 4 + (size_t)g;
+            if (G == 64) quantize_group(x, 64, q, in->s + k, in->bias + k);
+            else if (G == 32) quantize_group(x, 32, q, in->s + k, in->bias + k);
+            else quantize_group(x, G, q, in->s + k, in->bias + k);
+        }
+    }
+}
+
+// One tile of a q8_0 matrix times nb rows of the input, starting at row b:
+// out (nb, ld), 16 columns of it, = (or += if add) in (nb, cols) @ tile (16, cols)^T.
+INLINE void tile_q8(float *out, int ld, bool add, const Matrix *w, int tile, int G,
+                        const Input *in, int b0, const int nb) {
+    const int groups = w->cols / G;
+    const uint8_t *q = w->q + (size_t)tile * TILE * (size_t)w->cols;
+    const uint16_t *scale = w->s + (size_t)tile * TILE * (size_t)groups;
+    const size_t width = (size_t)in->width;
+    const int8_t *x = in->q + (size_t)b0 * width;
+    const float *xs = in->s + (size_t)b0 * (width / 4);
+    const int32_t *bias = in->bias + (size_t)b0 * (width / 4);
+    vf total[BLOCK][PARTS];
+    for (int b = 0; b < nb; b++)
+        for (int j = 0; j < PARTS; j++) total[b][j] = (vf){0};
+    for (int g = 0; g < groups; g++) {
+        vi acc[BLOCK][PARTS];
+        for (int b = 0; b < nb; b++)
+            for (int j = 0; j < PARTS; j++)
+                acc[b][j] = dot_start(bias[(size_t)b * (width / 4) + (size_t)g]);
+        for (int i = 0; i < G; i += 4, q += 4 * TILE)
+            for (int j = 0; j < PARTS; j++)
+                for (int b = 0; b < nb; b++)
+                    acc[b][j] = dot4(acc[b][j], q + 4 * LANES * j,
+                                     x + (size_t)b * width + (size_t)(g * G + i));
+        for (int j = 0; j < PARTS; j++, scale += LANES) {
+            vf ws = halves(scale);
+            for (int b = 0; b < nb; b++)
+                total[b][j] += __builtin_convertvector(acc[b][j], vf)
+                               * (ws * xs[(size_t)b * (width / 4) + (size_t)g]);
+        }
+    }
+    for (int b = 0; b < nb; b++)
+        for (int j = 0; j < PARTS; j++) {
+            float *to = out + (size_t)(b0 + b) * (size_t)ld + tile * TILE + j * LANES;
+            store(to, add ? load(to) + total[b][j] : total[b][j]);
+        }
+}
+
+// The same for an fp32 matrix. Four partial sums, so that additions need not wait for each other.
+INLINE void tile_f32(float *out, int ld, bool add, const Matrix *w, int tile,
+                         const Input *in, int b0, const int nb) {
+    const float *f = w->f + (size_t)tile * TILE * (size_t)w->cols;
+    const float *x = in->f + (size_t)b0 * (size_t)in->width;
+    for (int j = 0; j < PARTS; j++) {
+        vf part[BLOCK][4];
+        for (int b = 0; b < nb; b++)
+            for (int k = 0; k < 4; k++) part[b][k] = (vf){0};
+        int i = 0;
+        for (; i + 4 <= w->cols; i += 4)
+            for (int k = 0; k < 4; k++) {
+                vf ws = load(f + (size_t)(i + k) * TILE + j * LANES);
+                for (int b = 0; b < nb; b++)
+                    part[b][k] += ws * x[(size_t)b * (size_t)in->width + (size_t)(i + k)];
+            }
+        for (; i < w->cols; i++)
+            for (int b = 0; b < nb; b++)
+                part[b][0] += load(f + (size_t)i * TILE + j * LANES)
+                              * x[(size_t)b * (size_t)in->width + (size_t)i];
+        for (int b = 0; b < nb; b++) {
+            float *to = out + (size_t)(b0 + b) * (size_t)ld + tile * TILE + j * LANES;
+            vf total = (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]);
+            store(to, add ? load(to) + total : total);
+        }
+    }
+}
+
+// out (B, ld)[:, rows of tiles lo to hi] = (or += if add) in (B, cols) @ w (rows, cols)^T
+static void matmul(float *out, int ld, bool add, const Matrix *w, int lo, int hi, int G,
+                       const Input *in, int B) {
+    for (int tile = lo; tile < hi; tile++)
+        for (int b = 0; b < B;) {
+            bool block = B - b >= BLOCK;
+            if (w->f && block) tile_f32(out, ld, add, w, tile, in, b, BLOCK / 2),
+                               tile_f32(out, ld, add, w, tile, in, b + BLOCK / 2, BLOCK / 2);
+            else if (w->f) tile_f32(out, ld, add, w, tile, in, b, 1);
+            else if (G == 64 && block) tile_q8(out, ld, add, w, tile, 64, in, b, BLOCK);
+            else if (G == 64) tile_q8(out, ld, add, w, tile, 64, in, b, 1);
+            else if (G == 32 && block) tile_q8(out, ld, add, w, tile, 32, in, b, BLOCK);
+            else if (G == 32) tile_q8(out, ld, add, w, tile, 32, in, b, 1);
+            else block = false, tile_q8(out, ld, add, w, tile, G, in, b, 1);
+            b += block ? BLOCK : 1;
+        }
+}
+
+// x (D,) = row `token` of the embedding
+static void embed_row(float *x, const Matrix *w, int token, int D, int G) {
+    size_t tile = (size_t)(token / TILE), lane = (size_t)(token % TILE), cols = (size_t)w->cols;
+    for (size_t i = 0; i < (size_t)D; i++)
+        x[i] = w->f ? w->f[(tile * cols + i) * TILE + lane]
+                    : (float)(w->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] - 128)
+                          * from_half(w->s[(tile * (cols / (size_t)G) + i / (size_t)G) * TILE + lane]);
+}
+
+// v (E,) rotated, pair by pair, by the angles of its position, and scaled. RoFormer, eq. 34.
+INLINE void rotate(float *v, const float *rope, int E, float scale) {
+    for (int i = 0; i < E; i += 2) {
+        float a = v[i] * scale, b = v[i + 1] * scale, cosine = rope[i], sine = rope[i + 1];
+        v[i] = a * cosine - b * sine;
+        v[i + 1] = a * sine + b * cosine;
+    }
+}
+
+// out (nv * LANES,) = sum over t < n of weight[t] * values[t], n a multiple of 16; even and odd
+// positions apart, so that additions need not wait for each other.
+INLINE void mix(float *out, const float *weight, const void *values, size_t from, int n,
+                    int Ev, int half, const int nv) {
+    vf acc[4][4];
+    for (int k = 0; k < 4; k++)
+        for (int j = 0; j < nv; j++) acc[k][j] = (vf){0};
+    for (int t = 0; t < n; t += 4)
+        for (int k = 0; k < 4; k++)
+            for (int j = 0; j < nv; j++)
+                acc[k][j] += weight[t + k]
+                             * cached(values, from + (size_t)(t + k) * (size_t)Ev
+                                                  + (size_t)(j * LANES), half);
+    for (int j = 0; j < nv; j++)
+        store(out + j * LANES, (acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j]));
+}
+
+// One query head q (E,) over positions 0 to n - 1 of one head's cache: out (E,) is
+// softmax(q . keys) @ values; q is already scaled. scores is scratch, n rounded up to 16.
+INLINE void attend(float *out, const float *q, const void *keys, const void *values, int n,
+                       int E, int Ev, const int half, float *scores) {
+    int n16 = (n + 15) / 16 * 16;
+    for (int t = 0; t < n16; t += 16)
+        for (int j = 0; j < PARTS; j++) {
+            vf s[2] = {{0}}; // E is even
+            size_t k = (size_t)t * (size_t)E + (size_t)(j * LANES);
+            for (int e = 0; e < E; e += 2, k += 32) {
+                s[0] += q[e] * cached(keys, k, half);
+                s[1] += q[e + 1] * cached(keys, k + 16, half);
+            }
+            store(scores + t + j * LANES, s[0] + s[1]);
+        }
+    MY(exps)(scores, n, 1.0f, MY(maximum)(scores, n));
+    for (int t = n; t < n16; t++) scores[t] = 0;
+    vf total = {0};
+    for (int t = 0; t < n16; t += LANES) total += load(scores + t);
+    float scale = 1.0f / sum(total), mixed[4 * LANES];
+    for (int e = 0; e < Ev;) {
+        int nv = Ev - e >= 4 * LANES ? 4 : Ev - e >= 2 * LANES ? 2 : 1;
+        if (nv == 4) mix(mixed, scores, values, (size_t)e, n16, Ev, half, 4);
+        else if (nv == 2) mix(mixed, scores, values, (size_t)e, n16, Ev, half, 2);
+        else mix(mixed, scores, values, (size_t)e, n16, Ev, half, 1);
+        for (int i = 0; i < nv * LANES && e + i < E; i++) out[e + i] = mixed[i] * scale;
+        e += nv * LANES;
+    }
+}
+
+// Rotates the query heads, rotates and stores the key heads, stores the value heads, those from
+// head lo to hi of the H + K + K that a row of qkv consists of.
+static void store_heads(State *s, int layer, int lo, int hi) {
+    const Config *c = &s->m->c;
+    const int H = c->n_heads, K = c->n_kv_heads, E = c->head_dim;
+    const float query_scale = 1.0f / sqrtf((float)E);
+    for (int b = 0; b < s->B; b++) {
+        const Row *row = &s->row[b];
+        const float *rope = s->rope + (size_t)row->pos * (size_t)E;
+        for (int h = lo; h < hi; h++) {
+            float *v = s->qkv + (size_t)b * (size_t)s->qkv_width + (size_t)(h * E);
+            if (h < H) {
+                rotate(v, rope, E, query_scale);
+                continue;
+            }
+            bool key = h < H + K;
+            size_t head = (size_t)(row->seq * c->n_layers + layer) * (size_t)K
+                          + (size_t)(key ? h - H : h - H - K);
+            uint8_t *to = key ? s->keys + head * s->key_head : s->values + head * s->value_head;
+            size_t pos = (size_t)row->pos, step = key ? TILE : 1;
+            size_t at = key ? pos / 16 * 16 * (size_t)E + pos % 16 : pos * (size_t)s->Ev;
+            if (key) rotate(v, rope, E, 1.0f);
+            for (size_t e = 0; e < (size_t)E; e++)
+                if (s->half) ((uint16_t *)(void *)to)[at + e * step] = to_half(v[e]);
+                else ((float *)(void *)to)[at + e * step] = v[e];
+        }
+    }
+}
+
+// h (B, F) = silu(w1 x) * w3 x, for the tiles of w1 from lo to hi.
+static void swiglu(State *s, int lo, int hi) {
+    for (int b = 0; b < s->B; b++)
+        for (int tile = lo; tile < hi; tile++) {
+            const float *gate = s->h13 + (size_t)b * (size_t)s->h_width + 2 * tile * TILE;
+            float *h = s->h + (size_t)b * (size_t)s->f_width + tile * TILE;
+            for (int i = 0; i < TILE; i++)
+                h[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * gate[TILE + i];
+        }
+}
+
+// Makes this thread's input of the next product: RMSNorm if there is a weight, int8 if q8_0.
+static void prepare(State *s, Input *in, const float *x, int ld, const int *which, int B,
+                        const float *weight, int n, const Matrix *w) {
+    normalize(in, x, ld, which, B, weight, n, s->m->c.norm_eps);
+    if (!w->f) quantize(in, B, n, w->cols, s->m->c.group);
+}
+
+// The forward pass: B rows through the model, by all threads of the team together. After it the
+// keys and values of the rows are in the cache and s->logits has the logits of those that want
+// them. Rows of one sequence must be in order of position.
+static void MY(forward)(void *arg, Team *team, int thread) {
+    State *s = arg;
+    const Model *m = s->m;
+    const Config *c = &m->c;
+    const int B = s->B, D = c->dim, E = c->head_dim, G = c->group, threads = team->n;
+    const int heads = c->n_heads + 2 * c->n_kv_heads, share_kv = c->n_heads / c->n_kv_heads;
+    Input *in = &s->in[thread];
+    int lo, hi;
+    // Queries, keys and values are shared out in units of whole heads and whole tiles, so that
+    // who computes a head can also rotate and store it.
+    int unit = E;
+    while (unit % TILE) unit += E;
+    const int units = (heads * E + unit - 1) / unit;
+
+    share(B, thread, threads, &lo, &hi);
+    for (int b = lo; b < hi; b++)
+        embed_row(s->x + (size_t)b * (size_t)s->d_width, &m->embed, s->row[b].token, D, G);
+    barrier(team);
+    for (int i = 0; i < c->n_layers; i++) {
+        const Layer *l = &m->layers[i];
+        prepare(s, in, s->x, s->d_width, NULL, B, l->att_norm, D, &l->wqkv);
+        share(units, thread, threads, &lo, &hi);
+        int last_tile = hi * (unit / TILE) < l->wqkv.tiles ? hi * (unit / TILE) : l->wqkv.tiles;
+        int last_head = hi * (unit / E) < heads ? hi * (unit / E) : heads;
+        matmul(s->qkv, s->qkv_width, false, &l->wqkv, lo * (unit / TILE), last_tile, G, in, B);
+        store_heads(s, i, lo * (unit / E), last_head);
+        barrier(team);
+
+        share(c->n_heads * B, thread, threads, &lo, &hi);
+        for (int item = lo; item < hi; item++) {
+            int h = item / B, b = item % B;
+            const Row *row = &s->row[b];
+            size_t head = (size_t)(row->seq * c->n_layers + i) * (size_t)c->n_kv_heads
+                          + (size_t)(h / share_kv);
+            float *out = s->att + (size_t)b * (size_t)s->d_width + (size_t)(h * E);
+            const float *q = s->qkv + (size_t)b * (size_t)s->qkv_width + (size_t)(h * E);
+            const uint8_t *k = s->keys + head * s->key_head, *v = s->values + head * s->value_head;
+            if (s->half) attend(out, q, k, v, row->pos + 1, E, s->Ev, 1, s->scores[thread]);
+            else attend(out, q, k, v, row->pos + 1, E, s->Ev, 0, s->scores[thread]);
+        }
+        barrier(team);
+
+        prepare(s, in, s->att, s->d_width, NULL, B, NULL, D, &l->wo);
+        share(l->wo.tiles, thread, threads, &lo, &hi);
+        matmul(s->x, s->d_width, true, &l->wo, lo, hi, G, in, B);
+        barrier(team);
+
+        prepare(s, in, s->x, s->d_width, NULL, B, l->ffn_norm, D, &l->w13);
+        share(l->w13.tiles / 2, thread, threads, &lo, &hi);
+        matmul(s->h13, s->h_width, false, &l->w13, 2 * lo, 2 * hi, G, in, B);
+        swiglu(s, lo, hi);
+        barrier(team);
+
+        prepare(s, in, s->h, s->f_width, NULL, B, NULL, c->hidden_dim, &l->w2);
+        share(l->w2.tiles, thread, threads, &lo, &hi);
+        matmul(s->x, s->d_width, true, &l->w2, lo, hi, G, in, B);
+        barrier(team);
+    }
+    if (!s->n_logits) return;
+    prepare(s, in, s->x, s->d_width, s->wanted, s->n_logits, m->norm, D, &m->output);
+    share(m->output.tiles, thread, threads, &lo, &hi);
+    matmul(s->logits, s->v_width, false, &m->output, lo, hi, G, in, s->n_logits);
+}
+
+static const Kernels MY(kernels) = {ISA_NAME, MY(forward), MY(exps), MY(above), MY(maximum)};
+#endif // ISA
+
+#ifndef ISA // ------ the rest is compiled once
+// The kernels, for each instruction set that this compiler can target.
+#define LANES 4
+#define ISA portable
+#define ISA_LEVEL 0
+#define ISA_NAME "portable C"
+#include "run.c"
+#undef ISA
+#undef ISA_LEVEL
+#undef ISA_NAME
+
+#if defined __x86_64__ && defined __GNUC__
+#include <immintrin.h>
+#undef LANES
+#define LANES 8
+#define ISA avx2
+#define ISA_LEVEL 1
+#define ISA_NAME "AVX2"
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#include "run.c"
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "run.c"
+#pragma GCC pop_options
+#endif
+#undef ISA
+#undef ISA_LEVEL
+#undef ISA_NAME
+
+#undef LANES
+#define LANES 16
+#define ISA avx512
+#define ISA_LEVEL 2
+#define ISA_NAME "AVX-512 VNNI"
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq," \
+                                                  "avx512vnni,fma,f16c"))), apply_to = function)
+#include "run.c"
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+#include "run.c"
+#pragma GCC pop_options
+#endif
+#undef ISA
+#undef ISA_LEVEL
+#undef ISA_NAME
+#endif
+
+// The fastest kernels that this machine can run.
+static const Kernels *pick_kernels(void) {
+#if defined __x86_64__ && defined __GNUC__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return &kernels_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+#endif
+    return &kernels_portable;
+}
+
+// ------------------------------------------------------------------------------------------
+// The tokenizer: byte pair encoding as SentencePiece does it
+//
+// The file is llama2.c's: u32 longest piece, then for each id f32 score, u32 length, bytes. Of
+// all adjacent pairs whose concatenation is a piece, the one with the best score is merged, the
+// leftmost of equals, until there is none; a character that is no piece becomes its bytes.
+
+typedef struct {
+    const uint8_t *text;
+    uint32_t len;
+    float score;
+} Piece;
+
+typedef struct {
+    Piece *piece;     // (n,)
+    int n, bos, eos;
+    int squeeze;      // strip outer spaces and collapse runs, as this vocabulary was trained
+    int32_t *table;   // (mask + 1,) hash table of ids, -1 empty
+    uint32_t mask;
+    int byte_id[256]; // ids of <0x00> to <0xFF>, or -1
+} Tokenizer;
+
+static const uint8_t *all_bytes(void) {
+    static uint8_t bytes[256];
+    for (int i = 0; i < 256; i++) bytes[i] = (uint8_t)i;
+    return bytes;
+}
+
+// The slot of a text in the hash table: where it is, or the empty one where it would be.
+static uint32_t slot_of(const Tokenizer *t, const uint8_t *text, uint32_t len) {
+    uint32_t h = 2166136261u;
+    for (uint32_t i = 0; i < len; i++) h = (h ^ text[i]) * 16777619u;
+    for (h &= t->mask;; h = (h + 1) & t->mask) {
+        if (t->table[h] < 0) return h;
+        const Piece *p = &t->piece[t->table[h]];
+        if (p->len == len && !memcmp(p->text, text, len)) return h;
+    }
+}
+
+static int hex(uint8_t c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+static void tokenizer_close(Tokenizer *t) {
+    free(t->piece);
+    free(t->table);
+    memset(t, 0, sizeof *t);
+}
+
+// Reads a tokenizer of n pieces from memory, which must stay. squeeze < 0: not known, so guess:
+// a vocabulary that has a piece of two spaces has seen some.
+static const char *tokenizer_open(Tokenizer *t, const uint8_t *data, uint64_t size, int n,
+                                  int bos, int eos, int squeeze) {
+    *t = (Tokenizer){.n = n, .bos = bos, .eos = eos, .squeeze = squeeze < 0 ? 1 : squeeze};
+    for (t->mask = 1; t->mask < 2 * (uint32_t)n; t->mask *= 2) {}
+    t->piece = calloc((size_t)n, sizeof *t->piece);
+    t->table = malloc(sizeof *t->table * t->mask);
+    if (!t->piece || !t->table) return tokenizer_close(t), fail("not enough memory");
+    memset(t->table, 255, sizeof *t->table * t->mask--); // all -1; from now on a mask
+    memset(t->byte_id, 255, sizeof t->byte_id);
+    uint64_t at = 4;
+    for (int i = 0; i < n; i++) {
+        Piece *p = &t->piece[i];
+        uint64_t left = at <= size ? size - at : 0;
+        p->len = left >= 8 ? (uint32_t)read_i32(data + at + 4) : 0;
+        if (left < 8 || p->len > left - 8) {
+            tokenizer_close(t);
+            return fail("the tokenizer ends within piece %d of %d", i, n);
+        }
+        p->score = read_f32(data + at);
+        p->text = data + at + 8;
+        at += 8 + (uint64_t)p->len;
+        if (p->len == 6 && !memcmp(p->text, "<0x", 3) && p->text[5] == '>'
+            && hex(p->text[3]) >= 0 && hex(p->text[4]) >= 0) {
+            int byte = hex(p->text[3]) * 16 + hex(p->text[4]);
+            t->byte_id[byte] = i;
+            *p = (Piece){all_bytes() + byte, 1, p->score};
+        } else if (i != 0 && i != bos && i != eos && p->len) { // those are never text
+            uint32_t slot = slot_of(t, p->text, p->len);
+            if (t->table[slot] < 0) t->table[slot] = i;
+            if (squeeze < 0 && p->len == 2 && !memcmp(p->text, "  ", 2)) t->squeeze = 0;
+        }
+    }
+    if (at == size) return NULL;
+    tokenizer_close(t);
+    return fail("the tokenizer goes on after its %d pieces; it belongs to another model", n);
+}
+
+typedef struct {
+    int at, len;    // bytes of the text; len 0: merged into its left neighbour
+    int prev, next; // symbols, or -1
+} Symbol;
+
+typedef struct {
+    float score;
+    int left, right, len; // a merge is stale when the lengths no longer add up to len
+} Merge;
+
+static bool before(const Merge *a, const Merge *b) {
+    return a->score > b->score || (a->score == b->score && a->left < b->left);
+}
+
+typedef struct {
+    const Tokenizer *t;
+    const uint8_t *text;
+    Symbol *symbol;
+    Merge *heap; // best first
+    int n;
+} Merger;
+
+// Puts the pair (left, right) on the heap if together they are a piece.
+static void consider(Merger *m, int left, int right) {
+    if (left < 0 || right < 0) return;
+    int len = m->symbol[left].len + m->symbol[right].len;
+    int id = m->t->table[slot_of(m->t, m->text + m->symbol[left].at, (uint32_t)len)];
+    if (id < 0) return;
+    Merge new = {m->t->piece[id].score, left, right, len};
+    int i = m->n++;
+    for (; i > 0 && before(&new, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        m->heap[i] = m->heap[(i - 1) / 2];
+    m->heap[i] = new;
+}
+
+static Merge take_best(Merger *m) {
+    Merge best = m->heap[0], last = m->heap[--m->n];
+    int i = 0;
+    for (int child; (child = 2 * i + 1) < m->n; i = child) {
+        if (child + 1 < m->n && before(&m->heap[child + 1], &m->heap[child])) child++;
+        if (!before(&m->heap[child], &last)) break;
+        m->heap[i] = m->heap[child];
+    }
+    m->heap[i] = last;
+    return best;
+}
+
+static int utf8_length(const uint8_t *s, size_t left) { // of the character at s; 1 if it is none
+    int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3
+          : *s >= 0xf0 && *s < 0xf5 ? 4 : 1;
+    if ((size_t)n > left) return 1;
+    for (int i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80) return 1;
+    return n;
+}
+
+// Copies text as SentencePiece normalizes it: a space in front, its word mark U+2581 as a space,
+// and where the vocabulary wants it no outer spaces and no runs. `to` has room for len + 1.
+static int normalize_text(const Tokenizer *t, const char *text, size_t len, uint8_t *to) {
+    int n = 0;
+    bool after_space = true;
+    for (size_t i = 0; i < len; i++) {
+        bool mark = len - i >= 3 && !memcmp(text + i, "\xe2\x96\x81", 3);
+        if (t->squeeze && text[i] == ' ' && after_space) continue;
+        if (n == 0) to[n++] = ' ';
+        after_space = text[i] == ' ';
+        to[n++] = mark ? ' ' : (uint8_t)text[i];
+        if (mark) i += 2;
+    }
+    while (t->squeeze && n > 0 && to[n - 1] == ' ') n--;
+    return n;
+}
+
+// Encodes len bytes of text, after BOS if `bos`. Returns the ids, to be freed, or NULL without
+// memory, and their number in *count.
+static int *encode(const Tokenizer *t, const char *text, size_t len, bool bos, int *count) {
+    if (len > 1u << 30) return NULL;
+    uint8_t *buffer = malloc(len + 1);
+    int *ids = malloc(sizeof *ids * (len + 2));
+    Symbol *symbol = malloc(sizeof *symbol * (len + 1));
+    Merge *heap = malloc(sizeof *heap * 3 * (len + 1)); // each merge adds at most two
+    *count = 0;
+    if (buffer && ids && symbol && heap) {
+        int bytes = normalize_text(t, text, len, buffer), n = 0;
+        for (int at = 0; at < bytes; n++) {
+            int length = utf8_length(buffer + at, (size_t)(bytes - at));
+            symbol[n] = (Symbol){at, length, n - 1, n + 1};
+            at += length;
+        }
+        if (n) symbol[n - 1].next = -1;
+        Merger m = {t, buffer, symbol, heap, 0};
+        for (int i = 0; i + 1 < n; i++) consider(&m, i, i + 1);
+        while (m.n) {
+            Merge best = take_best(&m);
+            Symbol *left = &symbol[best.left], *right = &symbol[best.right];
+            if (!left->len || !right->len || left->len + right->len != best.len
+                || left->next != best.right) continue;
+            left->len = best.len, left->next = right->next, right->len = 0;
+            if (left->next >= 0) symbol[left->next].prev = best.left;
+            consider(&m, left->prev, best.left);
+            consider(&m, best.left, left->next);
+        }
+        if (bos) ids[(*count)++] = t->bos;
+        for (int i = 0; i >= 0 && i < n; i = symbol[i].next) {
+            int id = t->table[slot_of(t, buffer + symbol[i].at, (uint32_t)symbol[i].len)];
+            if (id >= 0) ids[(*count)++] = id;
+            else for (int k = 0; k < symbol[i].len; k++) {
+                int byte = t->byte_id[buffer[symbol[i].at + k]];
+                ids[(*count)++] = byte < 0 ? 0 : byte;
+            }
+        }
+    } else free(ids), ids = NULL;
+    free(buffer), free(symbol), free(heap);
+    return ids;
+}
+
+// Writes the text of a token. After BOS SentencePiece drops the leading space. Control characters
+// other than white space are left out: a story should not move a terminal's cursor.
+static void print_piece(const Tokenizer *t, int previous, int id, FILE *out) {
+    const Piece *p = &t->piece[id];
+    for (uint32_t i = previous == t->bos && p->len && *p->text == ' '; i < p->len; i++)
+        if (p->text[i] >= 32 ? p->text[i] != 127 : p->text[i] >= 9 && p->text[i] <= 13)
+            putc(p->text[i], out);
+}
+
+// ------------------------------------------------------------------------------------------
+// The sampler
+
+typedef struct {
+    float temperature; // 0: the most likely token, always
+    float topp;        // the smallest set of tokens with more than this probability; off at 0, 1
+    uint64_t rng;
+} Sampler;
+
+static uint64_t seed_rng(uint64_t seed) { // splitmix64: neighbouring seeds, unrelated streams
+    seed += 0x9e3779b97f4a7c15u;
+    seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9u;
+    seed = (seed ^ seed >> 27) * 0x94d049bb133111ebu;
+    return (seed ^ seed >> 31) | 1;
+}
+
+static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
+    *rng ^= *rng >> 12;
+    *rng ^= *rng << 25;
+    *rng ^= *rng >> 27;
+    return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
+}
+
+// The threshold of the nucleus: the largest x such that the elements >= x sum to more than `mass`.
+// Found by bisection over the bits of the floats, which order like the floats, so that nothing
+// is sorted. Elements with equal probability stay together.
+static float nucleus(const Kernels *k, const float *p, int n, double mass, float least) {
+    uint32_t lo, hi = 0x3f800001, mid; // just above 1, the largest there is
+    double total;
+    int count, count_lo = n, count_hi = 0;
+    memcpy(&lo, &least, 4);
+    while (hi - lo > 1 && count_lo - count_hi > 1) {
+        float x;
+        mid = lo + (hi - lo) / 2;
+        memcpy(&x, &mid, 4);
+        k->above(p, n, x, &total, &count);
+        if (total > mass) lo = mid, count_lo = count;
+        else hi = mid, count_hi = count;
+    }
+    memcpy(&least, &lo, 4);
+    return least;
+}
+
+// The next token, from logits (n,), which it overwrites; -1 if none of them is a finite number.
+static int sample(Sampler *s, const Kernels *k, float *x, int n) {
+    float max = k->maximum(x, n), least = 0;
+    double total, kept;
+    int count, last = -1;
+    if (!(max > -INFINITY && max < INFINITY)) return -1;
+    if (s->temperature < 1e-30f) {
+        for (int i = 0; i < n; i++)
+            if (x[i] == max) return i;
+    }
+    k->exps(x, n, 1.0f / s->temperature, max);
+    k->above(x, n, 0, &total, &count);
+    if (s->topp > 0 && s->topp < 1)
+        least = nucleus(k, x, n, s->topp * total, (float)((1 - s->topp) * total / n * 0.999));
+    k->above(x, n, least, &kept, &count);
+    double r = random_float(&s->rng) * kept;
+    for (int i = 0; i < n; i += 256) { // by blocks to the one that r falls into
+        int size = n - i < 256 ? n - i : 256;
+        k->above(x + i, size, least, &total, &count);
+        if (!count) continue;
+        if (r >= total && i + size < n) { // remember where rounding errors may have to end
+            r -= total;
+            for (int j = 0; j < size; j++) last = x[i + j] >= least ? i + j : last;
+            continue;
+        }
+        for (int j = 0; j < size; j++)
+            if (x[i + j] >= least) {
+                last = i + j;
+                if ((r -= x[i + j]) < 0) return last;
+            }
+    }
+    return last;
+}
+
+// ------------------------------------------------------------------------------------------
+// Generate, chat, perplexity, bench
+
+typedef struct {
+    Model model;
+    Tokenizer tokenizer;
+    File tokenizer_file;
+    Team team;
+    State state;
+    const Kernels *kernels;
+    float temperature, topp;
+    uint64_t seed;
+    int steps, stories;
+    const char *prompt, *system;
+} Run;
+
+static void forward(Run *run, const Row *rows, int B) {
+    State *s = &run->state;
+    s->row = rows, s->B = B, s->n_logits = 0;
+    for (int b = 0; b < B; b++)
+        if (rows[b].wants) s->wanted[s->n_logits++] = b;
+    team_run(&run->team, run->kernels->forward, s);
+}
+
+// Puts ids through sequence 0 from position pos on, in blocks; the last one's logits are left.
+static void prefill(Run *run, const int *ids, int n, int pos) {
+    Row rows[MAX_ROWS];
+    for (int i = 0; i < n; i += MAX_ROWS) {
+        int B = n - i < MAX_ROWS ? n - i : MAX_ROWS;
+        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], pos + i + b, 0, i + b == n - 1};
+        forward(run, rows, B);
+    }
+}
+
+static void state_or_die(Run *run, int n_seq, int max_pos, int max_rows) {
+    const char *error = state_open(&run->state, &run->model, &run->team, n_seq, max_pos, max_rows);
+    if (error) die(error);
+}
+
+static int sample_or_die(Run *run, Sampler *s, float *logits) {
+    int id = sample(s, run->kernels, logits, run->model.c.vocab_size);
+    if (id < 0) die("the model's output is not a number: its file is damaged");
+    return id;
+}
+
+// Bytes read from the KV cache for one token at position pos.
+static double cache_bytes(const Run *run, int pos) {
+    const State *s = &run->state;
+    return (double)run->model.c.n_layers * run->model.c.n_kv_heads * (pos + 1)
+           * (run->model.c.head_dim + s->Ev) * (s->half ? 2 : 4);
+}
+
+typedef struct {
+    int token, pos;
+    bool done;
+    Sampler sampler;
+    char *text; // of a story that waits for its turn to be printed
+    size_t size;
+    FILE *out;
+} Story;
+
+// Tells `stories` stories at once: the same prompt, seeds seed, seed + 1, ... The first streams.
+static void generate(Run *run) {
+    const Config *c = &run->model.c;
+    const Tokenizer *t = &run->tokenizer;
+    const char *prompt = run->prompt ? run->prompt : "";
+    int n, N = run->stories, active = N, printed = 0, told = 0;
+    int *ids = encode(t, prompt, strlen(prompt), true, &n);
+    if (!ids) die("not enough memory for the prompt");
+    if (n > run->steps)
+        die(fail("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
+                 ? "the model's context is" : "the limit (-n) is", run->steps));
+    state_or_die(run, N, run->steps, N > MAX_ROWS ? N : MAX_ROWS);
+    State *s = &run->state;
+    double start = seconds(), flushed = start, bytes = 0;
+    prefill(run, ids, n, 0);
+    double prompt_time = seconds() - start;
+    size_t keys = s->key_head * (size_t)(c->n_layers * c->n_kv_heads);
+    size_t values = s->value_head * (size_t)(c->n_layers * c->n_kv_heads);
+    Story *story = calloc((size_t)N, sizeof *story);
+    Row *rows = calloc((size_t)N, sizeof *rows);
+    if (!story || !rows) die("not enough memory for so many stories");
+    for (int i = 0; i < N; i++) {
+        Story *y = &story[i];
+        y->sampler = (Sampler){run->temperature, run->topp, seed_rng(run->seed + (uint64_t)i)};
+        y->out = i ? tmpfile() : stdout;
+        if (!y->out) die("cannot make a temporary file");
+        for (int k = 1; k < n; k++) print_piece(t, ids[k - 1], ids[k], y->out);
+        y->token = ids[n - 1], y->pos = n - 1;
+        if (i) { // every story starts from the same prompt
+            memcpy(s->logits + (size_t)i * (size_t)s->v_width, s->logits,
+                   sizeof(float) * (size_t)c->vocab_size);
+            memcpy(s->keys + (size_t)i * keys, s->keys, keys);
+            memcpy(s->values + (size_t)i * values, s->values, values);
+        }
+    }
+    start = seconds();
+    for (int B = N; active;) {
+        for (int i = 0, b = 0; i < N; i++) { // the logits of the last pass, in the same order
+            Story *y = &story[i];
+            if (y->done) continue;
+            int id = sample_or_die(run, &y->sampler, s->logits + (size_t)b++ * (size_t)s->v_width);
+            y->pos++;
+            told++;
+            bool end = id == t->bos || id == t->eos;
+            if (!end) print_piece(t, y->token, id, y->out);
+            y->token = id;
+            y->done = end || y->pos == run->steps;
+            active -= y->done;
+        }
+        while (printed < N && story[printed].done) {
+            if (printed) {
+                char block[4096];
+                size_t got;
+                rewind(story[printed].out);
+                printf("\n");
+                while ((got = fread(block, 1, sizeof block, story[printed].out)))
+                    fwrite(block, 1, got, stdout);
+                fclose(story[printed].out);
+            }
+            printf("\n");
+            printed++;
+        }
+        // A write for each token would cost more than the token: a hundredth of a second is soon.
+        double now = seconds();
+        if (now - flushed > 0.01) fflush(stdout), flushed = now;
+        B = 0;
+        for (int i = 0; i < N; i++)
+            if (!story[i].done) {
+                rows[B++] = (Row){story[i].token, story[i].pos, i, 1};
+                bytes += cache_bytes(run, story[i].pos);
+            }
+        if (B) forward(run, rows, B), bytes += (double)run->model.bytes;
+    }
+    double time = seconds() - start;
+    fflush(stdout);
+    fprintf(stderr, "prompt: %d tokens at %.0f tokens/s; %s: %d tokens at %.0f tokens/s, "
+            "%.1f GB/s (%s, %d thread%s)\n", n, n / prompt_time, N == 1 ? "story" : "stories",
+            told, told / time, bytes / time * 1e-9, run->kernels->name, run->team.n,
+            run->team.n == 1 ? "" : "s");
+    free(story), free(rows), free(ids);
+}
+
+int main(int argc, char **argv) {
+    Run run = {.temperature = 1, .topp = 0.9f, .seed = 1, .steps = 256, .stories = 1};
+    const char *e = model_open(&run.model, argv[1]);
+    if (e) die(e);
+    const char *tok = NULL;
+    int threads = 1;
+    run.kernels = pick_kernels();
+    for (int i = 2; i + 1 < argc; i += 2) {
+        char f = argv[i][1];
+        char *v = argv[i+1];
+        if (f == 't') run.temperature = (float)atof(v);
+        if (f == 'p') run.topp = (float)atof(v);
+        if (f == 's') run.seed = (uint64_t)atoi(v);
+        if (f == 'n') run.steps = atoi(v);
+        if (f == 'i') run.prompt = v;
+        if (f == 'z') tok = v;
+        if (f == 'b') run.stories = atoi(v);
+        if (f == 'j') threads = atoi(v);
+        if (f == 'k') run.kernels = *v == '0' ? &kernels_portable : *v == '1' ? &kernels_avx2 : &kernels_avx512;
+    }
+    if (tok) {
+        e = file_open(&run.tokenizer_file, tok);
+        if (e) die(e);
+        e = tokenizer_open(&run.tokenizer, run.tokenizer_file.data, run.tokenizer_file.size, run.model.c.vocab_size, 1, 2, -1);
+    } else e = tokenizer_open(&run.tokenizer, run.model.tokenizer, run.model.tokenizer_size, run.model.c.vocab_size, run.model.c.bos, run.model.c.eos, run.model.squeeze);
+    if (e) die(e);
+    team_open(&run.team, threads);
+    generate(&run);
+    return 0;
+}
+#endif // ISA
