@@ -307,7 +307,7 @@ static const char *check_config(Config *c, const char *path) {
                   {"n_kv_heads", c->n_kv_heads, 1, 1 << 14},
                   {"vocab_size", c->vocab_size, 1, 1 << 22},
                   {"max_seq_len", c->seq_len, 1, 1 << 22},
-                  {"format", c->format, FP32, Q8_0},     {"group size", c->group, 4, 1 << 12},
+                  {"format", c->format, FP32, Q8_0},     {"group size", c->group, 4, 256},
                   {"tied", c->tied, 0, 1},               {"BOS id", c->bos, 0, c->vocab_size - 1},
                   {"EOS id", c->eos, 0, c->vocab_size - 1}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
@@ -349,10 +349,10 @@ static float from_half(uint16_t h) {
     return h & 0x8000 ? -x : x;
 }
 
-// Writes one row of n values into a matrix of this model's format, quantizing if it is q8_0.
-// A group that was quantized before comes out with the very same integers, because its largest
-// is 127.
-static void pack_row(const Config *c, Matrix *m, int row, const float *values, int n) {
+// Writes one row of n values into a matrix of this model's format, quantizing if it is q8_0. Where
+// they were quantized before, by the same groups, `scales` gives back the very same integers.
+static void pack_row(const Config *c, Matrix *m, int row, const float *values, int n,
+                     const float *scales) {
     uint64_t tile = (uint64_t)(row / TILE), lane = (uint64_t)(row % TILE);
     uint64_t cols = (uint64_t)m->cols, group = (uint64_t)c->group, count = (uint64_t)n;
     if (c->format == FP32) {
@@ -363,13 +363,13 @@ static void pack_row(const Config *c, Matrix *m, int row, const float *values, i
         float max = 0;
         for (uint64_t i = g * group; i < (g + 1) * group && i < count; i++)
             if (fabsf(values[i]) > max) max = fabsf(values[i]);
-        uint16_t half = to_half(max / 127);
-        float scale = from_half(half);
+        uint16_t half = to_half(scales ? fabsf(scales[g]) : max / 127);
+        float scale = scales ? scales[g] : from_half(half);
         m->s[(tile * (cols / group) + g) * TILE + lane] = half;
         for (uint64_t i = g * group; i < (g + 1) * group; i++) {
-            float v = i < count && scale > 0 ? rintf(values[i] / scale) : 0;
-            v = v > 127 ? 127 : v < -127 ? -127 : v; // also where the scale was rounded down
-            m->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] = (uint8_t)(v == v ? v + 128 : 128);
+            float v = i < count && scale != 0 ? rintf(values[i] / scale) : 0;
+            v = v < 127 ? v > -127 ? v : -127 : 127; // also where the scale was rounded down; NaN
+            m->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] = (uint8_t)(v + 128);
         }
     }
 }
@@ -379,7 +379,8 @@ static void pack_row(const Config *c, Matrix *m, int row, const float *values, i
 typedef struct {
     const uint8_t *p;
     int version, group;
-    float *row; // one dequantized row
+    float *row;    // one dequantized row
+    float *scales; // and its scales, if its groups are this model's
 } Source;
 
 // Packs the next tensor of the source, of (rows, cols), into m; row r of it goes to
@@ -387,14 +388,20 @@ typedef struct {
 static void pack_tensor(const Config *c, Matrix *m, Source *src, int rows, int cols, int at,
                         int stride) {
     uint64_t total = (uint64_t)rows * (uint64_t)cols;
+    bool same = src->version == 2 && src->group == c->group;
     for (int r = 0; r < rows; r++) {
         for (int i = 0; i < cols; i++) {
             uint64_t k = (uint64_t)r * (uint64_t)cols + (uint64_t)i;
-            src->row[i] = src->version == 0 ? read_f32(src->p + 4 * k)
-                        : (float)(int8_t)src->p[k]
-                              * read_f32(src->p + total + 4 * (k / (uint64_t)src->group));
+            if (src->version == 0) {
+                src->row[i] = read_f32(src->p + 4 * k);
+                continue;
+            }
+            float scale = read_f32(src->p + total + 4 * (k / (uint64_t)src->group));
+            src->row[i] = (float)(int8_t)src->p[k] * scale;
+            src->scales[i / c->group] = scale;
         }
-        pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, src->row, cols);
+        pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, src->row, cols,
+                 same ? src->scales : NULL);
     }
     src->p += src->version == 0 ? 4 * total : total + 4 * (total / (uint64_t)src->group);
 }
@@ -462,7 +469,7 @@ static const char *open_old(Model *m, const char *path) {
     c->format = m->version == 0 ? FP32 : Q8_0;
     // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
     // was meant, and quantized again by 32.
-    bool fits = group % 4 == 0 && group <= 4096 && c->dim % group == 0 && c->hidden_dim % group == 0;
+    bool fits = m->version == 2 && group % 4 == 0 && group <= 256 && c->dim % group == 0 && c->hidden_dim % group == 0;
     c->group = fits ? group : 32;
     c->bos = 1, c->eos = 2;
     c->rope_theta = 10000, c->norm_eps = 1e-5f;
@@ -475,15 +482,16 @@ static const char *open_old(Model *m, const char *path) {
         return fail("%s: %llu bytes long, its header says %llu", path,
                     (unsigned long long)m->file.size, (unsigned long long)want);
     int widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
-    Source src = {p + (m->version == 0 ? 28 : HEADER), m->version, group, NULL};
+    Source src = {p + (m->version == 0 ? 28 : HEADER), m->version, group, NULL, NULL};
     m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
     m->packed = block_new(place_tensors(m, NULL, 0));
     src.row = malloc(sizeof(float) * (size_t)widest);
-    if (m->layers && m->packed && src.row) {
+    src.scales = malloc(sizeof(float) * (size_t)widest);
+    if (m->layers && m->packed && src.row && src.scales) {
         place_tensors(m, m->packed, 0);
         repack(m, &src);
     } else error = fail("%s: not enough memory", path);
-    free(src.row);
+    free(src.row), free(src.scales);
     return error;
 }
 
@@ -675,13 +683,15 @@ typedef struct {
     int wants; // whether its logits are wanted
 } Row;
 
-// The input of a matrix product: B rows, as floats, or quantized by groups of G.
+// The input of a matrix product: B rows, as floats, or quantized by groups of G to 15 bits, in two
+// int8 digits: f is close to s * (128 * high + low). The second digit costs no memory traffic,
+// which is what decoding waits for, and leaves the weights as the only source of int8's error.
 typedef struct {
-    float *f;      // (B, width)
-    int8_t *q;     // (B, width) round(f / s)
-    float *s;      // (B, width / G)
-    int32_t *bias; // (B, width / G) -128 * sum of the group: takes back the weights' + 128
-    int width;     // row stride, the widest matrix's padded columns
+    float *f;          // (B, width)
+    int8_t *high, *low; // (B, width)
+    float *s;          // (B, width / 4), the first width / G used
+    int32_t *bias;     // likewise: -128 * sum of the group, takes back the weights' + 128
+    int width;         // row stride, the widest matrix's padded columns
 } Input;
 
 typedef struct {
@@ -713,7 +723,7 @@ typedef struct {
 
 static void state_close(State *s) {
     for (int i = 0; i < (s->team ? s->team->n : 0); i++) {
-        if (s->in) block_free(s->in[i].f), block_free(s->in[i].q), block_free(s->in[i].s),
+        if (s->in) block_free(s->in[i].f), block_free(s->in[i].high), block_free(s->in[i].low), block_free(s->in[i].s),
             block_free(s->in[i].bias);
         if (s->scores) block_free(s->scores[i]);
     }
@@ -761,11 +771,12 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
         Input *in = &s->in[i];
         in->width = (int)widest;
         in->f = block_new(4 * B * widest);
-        in->q = block_new(B * widest);
+        in->high = block_new(B * widest);
+        in->low = block_new(B * widest);
         in->s = block_new(B * widest); // G is at least 4
         in->bias = block_new(B * widest);
         s->scores[i] = block_new(4 * T + 64);
-        ok = in->f && in->q && in->s && in->bias && s->scores[i];
+        ok = in->f && in->high && in->low && in->s && in->bias && s->scores[i];
     }
     if (!ok) {
         state_close(s);
@@ -985,10 +996,11 @@ static void normalize(const Input *in, const float *x, int ld, const int *which,
     }
 }
 
-// Quantizes one group of G floats: q = round(x / s) with s = max|x| / 127; the bias see Input.
+// Quantizes one group of G floats: 128 * high + low = round(x / s), s = max|x| / (127 * 128).
 // The maximum is taken over the bits as integers: non-negative floats order alike, the loop
 // vectorizes without fast-math, and a NaN wins and makes the scale NaN instead of vanishing.
-INLINE void quantize_group(const float *x, int G, int8_t *q, float *s, int32_t *bias) {
+INLINE void quantize_group(const float *x, int G, int8_t *high, int8_t *low, float *s,
+                           int32_t *bias) {
     int32_t top = 0, total = 0;
     for (int i = 0; i < G; i++) {
         int32_t bits;
@@ -998,15 +1010,17 @@ INLINE void quantize_group(const float *x, int G, int8_t *q, float *s, int32_t *
     }
     float max;
     memcpy(&max, &top, 4);
-    *s = max / 127.0f;
-    float inverse = max > 1e-30f ? 127.0f / max : 0.0f;
+    *s = max / 16256.0f;
+    float inverse = max > 1e-30f ? 16256.0f / max : 0.0f;
     for (int i = 0; i < G; i++) {
         float rounded = x[i] * inverse + 12582912.0f; // + 1.5 * 2^23
         int32_t bits;
         memcpy(&bits, &rounded, 4);
         bits -= 0x4b400000;
-        q[i] = (int8_t)bits;
-        total += (int8_t)bits;
+        int32_t digit = (bits + 64) >> 7;
+        high[i] = (int8_t)digit;
+        low[i] = (int8_t)(bits - 128 * digit);
+        total += bits;
     }
     *bias = -128 * total;
 }
@@ -1018,11 +1032,12 @@ static void quantize(const Input *in, int B, int n, int cols, int G) {
         for (int i = n; i < cols; i++) in->f[row + (size_t)i] = 0;
         for (int g = 0; g < cols / G; g++) {
             const float *x = in->f + row + (size_t)(g * G);
-            int8_t *q = in->q + row + (size_t)(g * G);
+            int8_t *high = in->high + row + g * G, *low = in->low + row + g * G;
             size_t k = row / 4 + (size_t)g;
-            if (G == 64) quantize_group(x, 64, q, in->s + k, in->bias + k);
-            else if (G == 32) quantize_group(x, 32, q, in->s + k, in->bias + k);
-            else quantize_group(x, G, q, in->s + k, in->bias + k);
+            if (G == 64) quantize_group(x, 64, high, low, in->s + k, in->bias + k);
+            else if (G == 32) quantize_group(x, 32, high, low, in->s + k, in->bias + k);
+            else if (G == 16) quantize_group(x, 16, high, low, in->s + k, in->bias + k);
+            else quantize_group(x, G, high, low, in->s + k, in->bias + k);
         }
     }
 }
@@ -1035,26 +1050,30 @@ INLINE void tile_q8(float *out, int ld, bool add, const Matrix *w, int tile, int
     const uint8_t *q = w->q + (size_t)tile * TILE * (size_t)w->cols;
     const uint16_t *scale = w->s + (size_t)tile * TILE * (size_t)groups;
     const size_t width = (size_t)in->width;
-    const int8_t *x = in->q + (size_t)b0 * width;
+    const int8_t *high = in->high + (size_t)b0 * width, *low = in->low + (size_t)b0 * width;
     const float *xs = in->s + (size_t)b0 * (width / 4);
     const int32_t *bias = in->bias + (size_t)b0 * (width / 4);
     vf total[BLOCK][PARTS];
     for (int b = 0; b < nb; b++)
         for (int j = 0; j < PARTS; j++) total[b][j] = (vf){0};
     for (int g = 0; g < groups; g++) {
-        vi acc[BLOCK][PARTS];
+        vi hi[BLOCK][PARTS], lo[BLOCK][PARTS];
         for (int b = 0; b < nb; b++)
-            for (int j = 0; j < PARTS; j++)
-                acc[b][j] = dot_start(bias[(size_t)b * (width / 4) + (size_t)g]);
+            for (int j = 0; j < PARTS; j++) {
+                lo[b][j] = dot_start(bias[(size_t)b * (width / 4) + (size_t)g]);
+                hi[b][j] = (vi){0};
+            }
         for (int i = 0; i < G; i += 4, q += 4 * TILE)
             for (int j = 0; j < PARTS; j++)
-                for (int b = 0; b < nb; b++)
-                    acc[b][j] = dot4(acc[b][j], q + 4 * LANES * j,
-                                     x + (size_t)b * width + (size_t)(g * G + i));
+                for (int b = 0; b < nb; b++) {
+                    size_t k = (size_t)b * width + (size_t)(g * G + i);
+                    hi[b][j] = dot4(hi[b][j], q + 4 * LANES * j, high + k);
+                    lo[b][j] = dot4(lo[b][j], q + 4 * LANES * j, low + k);
+                }
         for (int j = 0; j < PARTS; j++, scale += LANES) {
             vf ws = halves(scale);
             for (int b = 0; b < nb; b++)
-                total[b][j] += __builtin_convertvector(acc[b][j], vf)
+                total[b][j] += __builtin_convertvector(hi[b][j] * 128 + lo[b][j], vf)
                                * (ws * xs[(size_t)b * (width / 4) + (size_t)g]);
         }
     }
@@ -1106,6 +1125,7 @@ static void matmul(float *out, int ld, bool add, const Matrix *w, int lo, int hi
             else if (G == 64) tile_q8(out, ld, add, w, tile, 64, in, b, 1);
             else if (G == 32 && block) tile_q8(out, ld, add, w, tile, 32, in, b, BLOCK);
             else if (G == 32) tile_q8(out, ld, add, w, tile, 32, in, b, 1);
+            else if (G == 16) block = false, tile_q8(out, ld, add, w, tile, 16, in, b, 1);
             else block = false, tile_q8(out, ld, add, w, tile, G, in, b, 1);
             b += block ? BLOCK : 1;
         }
