@@ -263,7 +263,7 @@ int attention_decode(float *out, float *k_cache, float *v_cache, const float *q,
                      const float *v, const int64_t *positions, const float *cosine, const float *sine,
                      int B, int H, int K, int E, int T) {
     int failed = 0;
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) if (B * K >= 64)  /* a thread costs a few rows */
     for (int job = 0; job < B * K; job++) {
         int64_t position = positions[job / K], cache = (int64_t)job * E * T;
         const float *c = cosine + position * (E / 2), *s = sine + position * (E / 2);

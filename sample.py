@@ -1,0 +1,127 @@
+"""Tells stories from a checkpoint.
+
+    python sample.py --checkpoint=out/ckpt.pt --start="Once upon a time"
+    python sample.py --checkpoint=out/ckpt.pt --start=FILE:prompts.txt --num_samples=3
+    python sample.py --checkpoint=out/ckpt.pt --interactive
+"""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+
+from model import BOS_ID, EOS_ID, generate, load_checkpoint, model_from_checkpoint
+from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
+
+
+def flags(argv=None):
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", default="out/ckpt.pt", help="the model")
+    add("--tokenizer", default="", help="SentencePiece model; default: beside the checkpoint or in data/")
+    add("--start", default="", help="the prompt, or FILE:NAME, a file with a prompt on each line")
+    add("--interactive", type=boolean, nargs="?", const=True, default=False,
+        help="read prompts from the terminal, one a line, until end of input")  # fmt: skip
+    add("--num_samples", type=int, default=1, help="samples of each prompt")
+    add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability")
+    add("--seed", type=int, default=1337, help="of the random numbers")
+    add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the arithmetic")
+    add("--compile", type=boolean, nargs="?", const=True, default=False, help="use torch.compile")
+    args = parse_args(parser, argv)
+    if args.temperature < 0 or not 0 <= args.top_p <= 1 or args.top_k < 0:
+        raise ValueError("temperature and top_k must not be negative, top_p must be in [0, 1]")
+    if args.num_samples < 1 or args.max_new_tokens < 1:
+        raise ValueError("num_samples and max_new_tokens must be at least 1")
+    return args
+
+
+def read_prompts(start):
+    """The prompts that --start stands for."""
+    if not start.startswith("FILE:"):
+        return [start]
+    with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
+        prompts = [line for line in f.read().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{start.removeprefix('FILE:')} has no prompt in it")
+    return prompts
+
+
+class Stream:
+    """Prints the text of one growing sequence of tokens as soon as it is certain."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.tokens, self.shown = tokenizer, list(prompt), ""
+
+    def __call__(self, row, token):
+        self.tokens.append(token)
+        text = self.tokenizer.decode([t for t in self.tokens if t not in (BOS_ID, EOS_ID)])
+        if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
+
+
+def tell(model, tokenizer, prompts, args):
+    """Generates and prints num_samples continuations of each prompt; returns how many tokens."""
+    tokens = [tokenizer.encode(p, bos=True, eos=False) for p in prompts for _ in range(args.num_samples)]
+    stream = None
+    if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
+        stream = Stream(tokenizer, tokens[0])
+        stream.shown = tokenizer.decode(tokens[0])
+        print(stream.shown, end="", flush=True)
+    out = generate(
+        model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, on_token=stream
+    )
+    if stream is None:
+        for prompt, response in zip(tokens, out.responses()):
+            print(tokenizer.decode([t for t in prompt + response if t not in (BOS_ID, EOS_ID)]))
+            print("-" * 15)
+    else:
+        print()
+    return int(out.lengths.sum())
+
+
+def main(argv=None):
+    args = flags(argv)
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    device = args.device or ("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    if (device.startswith("cuda") and not has_cuda) or (device == "mps" and not has_mps):
+        raise ValueError(f"--device={device}: there is no such device here; use --device=cpu")
+    torch.manual_seed(args.seed)
+    model = model_from_checkpoint(load_checkpoint(args.checkpoint), dropout=0.0).to(device).eval()
+    folder = os.path.dirname(os.path.abspath(args.checkpoint))
+    tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))
+    if tokenizer.n_words != model.args.vocab_size:
+        raise ValueError(
+            f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model "
+            f"{model.args.vocab_size}: it is not this model's tokenizer"
+        )
+    if args.compile:
+        model.compile()
+    half = args.dtype != "float32"
+    context = torch.autocast(device.partition(":")[0], getattr(torch, args.dtype)) if half else nullcontext()
+    with context:
+        if args.interactive:
+            while True:
+                try:
+                    prompt = input("> " if sys.stdin.isatty() else "")
+                except EOFError:
+                    return
+                try:
+                    tell(model, tokenizer, [prompt], args)
+                except ValueError as e:  # a prompt too long must not end the session
+                    print(f"error: {e}", file=sys.stderr)
+        t0 = time.perf_counter()
+        n = tell(model, tokenizer, read_prompts(args.start), args)
+        seconds = time.perf_counter() - t0
+        print(f"{n} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
