@@ -1811,34 +1811,322 @@ static void generate(Run *run) {
     free(story), free(rows), free(ids);
 }
 
-int main(int argc, char **argv) {
-    Run run = {.temperature = 1, .topp = 0.9f, .seed = 1, .steps = 256, .stories = 1};
-    const char *e = model_open(&run.model, argv[1]);
-    if (e) die(e);
-    const char *tok = NULL;
-    int threads = 1;
-    run.kernels = pick_kernels();
-    for (int i = 2; i + 1 < argc; i += 2) {
-        char f = argv[i][1];
-        char *v = argv[i+1];
-        if (f == 't') run.temperature = (float)atof(v);
-        if (f == 'p') run.topp = (float)atof(v);
-        if (f == 's') run.seed = (uint64_t)atoi(v);
-        if (f == 'n') run.steps = atoi(v);
-        if (f == 'i') run.prompt = v;
-        if (f == 'z') tok = v;
-        if (f == 'b') run.stories = atoi(v);
-        if (f == 'j') threads = atoi(v);
-        if (f == 'k') run.kernels = *v == '0' ? &kernels_portable : *v == '1' ? &kernels_avx2 : &kernels_avx512;
+// Reads a line of any length without its end; NULL at the end of the input. To be freed.
+static char *read_line(FILE *in) {
+    size_t size = 256, n = 0;
+    char *line = malloc(size);
+    for (int c; line && (c = getc(in)) != EOF && c != '\n'; line[n++] = (char)c)
+        if (n + 2 > size) line = realloc(line, size *= 2);
+    if (!line || (n == 0 && feof(in))) return free(line), NULL;
+    line[n] = 0;
+    return line;
+}
+
+typedef struct {
+    char *user;
+    int *reply, n_reply; // tokens
+} Turn;
+
+// The ids of the turns from `first` to `last` in Llama 2's chat format, to be freed.
+static int *render(Run *run, const Turn *turn, int first, int last, int *n) {
+    int *ids = NULL;
+    *n = 0;
+    for (int i = first; i <= last; i++) {
+        bool sys = i == first && run->system && *run->system;
+        const char *format = sys ? "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%s [/INST]" : "[INST] %s%s [/INST]";
+        int count, len = snprintf(NULL, 0, format, sys ? run->system : "", turn[i].user);
+        char *text = malloc((size_t)len + 1);
+        if (!text) die("not enough memory");
+        snprintf(text, (size_t)len + 1, format, sys ? run->system : "", turn[i].user);
+        int *more = encode(&run->tokenizer, text, (size_t)len, true, &count);
+        ids = realloc(ids, sizeof *ids * (size_t)(*n + count + turn[i].n_reply + 1));
+        if (!more || !ids) die("not enough memory");
+        memcpy(ids + *n, more, sizeof *ids * (size_t)count);
+        *n += count;
+        if (turn[i].n_reply) memcpy(ids + *n, turn[i].reply, sizeof *ids * (size_t)turn[i].n_reply);
+        *n += turn[i].n_reply;
+        free(text), free(more);
     }
-    if (tok) {
-        e = file_open(&run.tokenizer_file, tok);
-        if (e) die(e);
-        e = tokenizer_open(&run.tokenizer, run.tokenizer_file.data, run.tokenizer_file.size, run.model.c.vocab_size, 1, 2, -1);
-    } else e = tokenizer_open(&run.tokenizer, run.model.tokenizer, run.model.tokenizer_size, run.model.c.vocab_size, run.model.c.bos, run.model.c.eos, run.model.squeeze);
-    if (e) die(e);
+    return ids;
+}
+
+// A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
+// and computes only what differs from it, also after the oldest turns had to go.
+static void chat(Run *run) {
+    const int context = run->model.c.seq_len;
+    const Tokenizer *t = &run->tokenizer;
+    state_or_die(run, 1, context, MAX_ROWS);
+    Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
+    Turn *turn = NULL;
+    int *seen = malloc(sizeof *seen * (size_t)context), n_seen = 0, first = 0, n;
+    if (!seen) die("not enough memory");
+    for (int last = 0;; last++) {
+        turn = realloc(turn, sizeof *turn * (size_t)(last + 1));
+        if (!turn) die("not enough memory");
+        turn[last] = (Turn){NULL, malloc(sizeof(int) * (size_t)context), 0};
+        bool given = last == 0 && run->prompt;
+        printf(given ? "" : "User: ");
+        fflush(stdout);
+        turn[last].user = given ? strdup(run->prompt) : read_line(stdin);
+        if (!turn[last].user || !turn[last].reply) break;
+        int *ids = render(run, turn, first, last, &n), dropped = first;
+        while (n >= context && first < last) {
+            free(ids);
+            ids = render(run, turn, ++first, last, &n);
+        }
+        if (first > dropped)
+            fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
+                    context, first);
+        if (n >= context) {
+            fprintf(stderr, "(that has %d tokens, the context is %d: too long)\n", n, context);
+            free(ids), free(turn[last].user), free(turn[last].reply);
+            if (given) run->prompt = NULL;
+            last--;
+            continue;
+        }
+        int same = 0;
+        while (same < n_seen && same < n - 1 && seen[same] == ids[same]) same++;
+        prefill(run, ids + same, n - same, same);
+        memcpy(seen, ids, sizeof *seen * (size_t)n);
+        n_seen = n;
+        printf("Assistant:");
+        for (int id, said = 0, previous = -1; said < run->steps; said++, previous = id) {
+            id = sample_or_die(run, &sampler, run->state.logits);
+            turn[last].reply[turn[last].n_reply++] = id;
+            if (id == t->bos || id == t->eos) break;
+            print_piece(t, previous, id, stdout);
+            fflush(stdout);
+            if (n_seen == context) {
+                fprintf(stderr, "\n(the context of %d tokens is full)", context);
+                break;
+            }
+            seen[n_seen] = id;
+            forward(run, &(Row){id, n_seen++, 0, 1}, 1);
+        }
+        printf("\n");
+        free(ids);
+    }
+    printf("\n");
+}
+
+// -log softmax(logits)[target]; overwrites the logits.
+static double cross_entropy(const Kernels *k, float *logits, int n, int target) {
+    float max = k->maximum(logits, n), at_target = logits[target];
+    double total;
+    int count;
+    k->exps(logits, n, 1, max);
+    k->above(logits, n, 0, &total, &count);
+    return log(total) + max - at_target;
+}
+
+// The mean loss over a text file, in windows of the context's length, as in training: each
+// document (they are separated by <|endoftext|>) after BOS, all of them one stream of tokens.
+static void perplexity(Run *run) {
+    const char *separator = "<|endoftext|>";
+    const Config *c = &run->model.c;
+    File file;
+    const char *error = run->prompt ? file_open(&file, run->prompt) : "give the file with -i";
+    if (error) die(error);
+    const char *text = (const char *)file.data, *end = text + file.size;
+    int *ids = NULL, count;
+    size_t n = 0;
+    while (text < end) {
+        const char *stop = text;
+        while (stop < end && ((size_t)(end - stop) < strlen(separator)
+                              || memcmp(stop, separator, strlen(separator)))) stop++;
+        const char *next = stop + strlen(separator);
+        while (text < stop && (*text == '\n' || *text == ' ')) text++;
+        while (stop > text && (stop[-1] == '\n' || stop[-1] == ' ')) stop--;
+        int *more = encode(&run->tokenizer, text, (size_t)(stop - text), true, &count);
+        ids = more && stop > text ? realloc(ids, sizeof *ids * (n + (size_t)count)) : ids;
+        if (!more || (stop > text && !ids)) die("not enough memory for the text");
+        if (stop > text) memcpy(ids + n, more, sizeof *ids * (size_t)count), n += (size_t)count;
+        free(more);
+        text = next;
+    }
+    file_close(&file);
+    if (n < 2) die(fail("%s: there is nothing to predict", run->prompt));
+    state_or_die(run, 1, c->seq_len, MAX_ROWS);
+    double loss = 0, start = seconds();
+    Row rows[MAX_ROWS];
+    for (size_t i = 0; i + 1 < n;) {
+        int pos = (int)(i % (size_t)c->seq_len), B = 0;
+        for (; B < MAX_ROWS && pos + B < c->seq_len && i + (size_t)B + 1 < n; B++)
+            rows[B] = (Row){ids[i + (size_t)B], pos + B, 0, 1};
+        forward(run, rows, B);
+        for (int b = 0; b < B; b++)
+            loss += cross_entropy(run->kernels, run->state.logits + (size_t)b * (size_t)run->state.v_width,
+                                  c->vocab_size, ids[i + (size_t)b + 1]);
+        i += (size_t)B;
+    }
+    loss /= (double)(n - 1);
+    printf("loss %.5f, perplexity %.4f, %zu tokens in windows of %d, %.0f tokens/s\n", loss,
+           exp(loss), n - 1, c->seq_len, (double)(n - 1) / (seconds() - start));
+    free(ids);
+}
+
+typedef struct {
+    const uint64_t *data;
+    size_t n;
+    uint64_t *total; // one a thread, 64 bytes apart
+} Reading;
+
+static void read_share(void *arg, Team *team, int thread) {
+    Reading *r = arg;
+    size_t lo = r->n / (size_t)team->n * (size_t)thread, hi = lo + r->n / (size_t)team->n;
+    uint64_t t[16] = {0};
+    for (size_t i = lo; i + 16 <= hi; i += 16)
+        for (int j = 0; j < 16; j++) t[j] += r->data[i + (size_t)j];
+    for (int j = 0; j < 16; j++) r->total[8 * thread] += t[j];
+}
+
+// Read bandwidth of the team in bytes/s, the best of some passes over a block of memory.
+static double bandwidth(Team *team, size_t bytes) {
+    Reading r = {block_new(bytes), bytes / 8, block_new(64 * (size_t)team->n)};
+    if (!r.data || !r.total) die("not enough memory to measure its speed");
+    memset((void *)(uintptr_t)r.data, 1, bytes);
+    double best = 1e9;
+    for (int i = 0; i < 8; i++) {
+        double start = seconds();
+        team_run(team, read_share, &r);
+        if (seconds() - start < best) best = seconds() - start;
+    }
+    block_free((void *)(uintptr_t)r.data), block_free(r.total);
+    return (double)bytes / best;
+}
+
+// Speed of decoding, of prompts and of sampling beside the bandwidth that bounds them.
+static void bench(Run *run) {
+    const Config *c = &run->model.c;
+    int n = run->steps < c->seq_len ? run->steps : c->seq_len;
+    int *ids = malloc(sizeof *ids * (size_t)n);
+    if (!ids) die("not enough memory");
+    state_or_die(run, 1, n, MAX_ROWS);
+    double roof = bandwidth(&run->team, (size_t)256 << 20), best = 1e9, sampling = 0, bytes = 0;
+    for (int i = 0; i < n; i++) ids[i] = (int)((unsigned)i * 2654435761u % (unsigned)c->vocab_size);
+    for (double begin = seconds(), tries = 0; tries < 3 || (tries < 100 && seconds() - begin < 2); tries++) {
+        double start = seconds();
+        prefill(run, ids, n, 0);
+        if (seconds() - start < best) best = seconds() - start;
+    }
+    printf("%s, %d thread%s, weights %.1f MB, read bandwidth %.1f GB/s\n", run->kernels->name,
+           run->team.n, run->team.n == 1 ? "" : "s", (double)run->model.bytes * 1e-6, roof * 1e-9);
+    printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best);
+    best = 1e9;
+    for (int i = 0; i < n; i++) bytes += cache_bytes(run, i) + (double)run->model.bytes;
+    for (double begin = seconds(), tries = 0; tries < 2 || (tries < 100 && seconds() - begin < 3); tries++) {
+        double start = seconds();
+        for (int i = 0; i < n; i++) forward(run, &(Row){ids[i], i, 0, 1}, 1);
+        if (seconds() - start < best) best = seconds() - start;
+    }
+    printf("decode   %d tokens: %.1f tokens/s, %.1f GB/s, %.0f %% of the bandwidth\n", n, n / best,
+           bytes / best * 1e-9, 100 * bytes / best / roof);
+    Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
+    for (int i = 0; i < 20; i++) {
+        forward(run, &(Row){ids[0], 0, 0, 1}, 1);
+        double start = seconds();
+        sample_or_die(run, &sampler, run->state.logits);
+        sampling += (seconds() - start) / 20;
+    }
+    printf("sampling at t = %g, p = %g: %.1f us a token, %.1f %% of decoding\n", run->temperature,
+           run->topp, sampling * 1e6, 100 * sampling * n / best);
+    free(ids);
+}
+
+// ------------------------------------------------------------------------------------------
+// The command line
+
+#ifndef RUN_NO_MAIN // the tests include this file and have a main of their own
+static void usage(FILE *out, int status) {
+    fputs("usage: run MODEL.bin [options]\n"
+          "  -i TEXT    the prompt; with -m perplexity: the text file\n"
+          "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256\n"
+          "  -t T       temperature; 0: always the most likely token; default 1.0\n"
+          "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
+          "  -s SEED    of the random numbers; default: the time\n"
+          "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
+          "  -z FILE    the tokenizer, for models that do not bring their own\n"
+          "  -m MODE    generate, chat, perplexity or bench; default generate\n"
+          "  -y TEXT    system prompt of a chat\n"
+          "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
+          "example: run model.bin -t 0.8 -i \"Once upon a time\"\n", out);
+    exit(status);
+}
+
+static double number(char flag, const char *text, double min, double max, bool whole) {
+    char *end;
+    errno = 0;
+    double v = strtod(text, &end);
+    if (end == text || *end || errno || !(v >= min && v <= max) || (whole && v != floor(v))) {
+        fprintf(stderr, "error: -%c %s: expected %s from %g to %g\n", flag, text,
+                whole ? "a whole number" : "a number", min, max);
+        exit(2);
+    }
+    return v;
+}
+
+int main(int argc, char **argv) {
+    Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1,
+               .seed = (uint64_t)time(NULL), .kernels = pick_kernels()};
+    const char *tokenizer = NULL, *mode = "generate", *path = argc > 1 ? argv[1] : "-h", *error;
+    int threads = 0, n_cores = cores();
+    if (!strcmp(path, "-h") || !strcmp(path, "--help")) usage(stdout, argc > 1 ? 0 : 2);
+    for (int i = 2; i < argc; i += 2) {
+        char flag = argv[i][0] == '-' && argv[i][1] && !argv[i][2] ? argv[i][1] : 0;
+        const char *value = argv[i + 1];
+        if (!flag || !strchr("tpsnizmybj", flag) || !value) {
+            fprintf(stderr, "error: %s: %s\n", argv[i],
+                    value ? "there is no such option" : "a value is missing, or no such option");
+            usage(stderr, 2);
+        }
+        if (flag == 't') run.temperature = (float)number(flag, value, 0, 1e6, false);
+        if (flag == 'p') run.topp = (float)number(flag, value, 0, 1, false);
+        if (flag == 's') run.seed = (uint64_t)number(flag, value, 0, 1e15, true);
+        if (flag == 'n') run.steps = (int)number(flag, value, 0, 1e9, true);
+        if (flag == 'b') run.stories = (int)number(flag, value, 1, 1024, true);
+        if (flag == 'j') threads = (int)number(flag, value, 1, 1024, true);
+        if (flag == 'i') run.prompt = value;
+        if (flag == 'z') tokenizer = value;
+        if (flag == 'm') mode = value;
+        if (flag == 'y') run.system = value;
+    }
+    if ((error = model_open(&run.model, path))) die(error);
+    const Model *m = &run.model;
+    if (tokenizer) {
+        if ((error = file_open(&run.tokenizer_file, tokenizer))) die(error);
+        error = tokenizer_open(&run.tokenizer, run.tokenizer_file.data, run.tokenizer_file.size,
+                               m->c.vocab_size, m->c.bos, m->c.eos, -1);
+        if (error) die(fail("%s: %s", tokenizer, error));
+    } else if (m->tokenizer) {
+        error = tokenizer_open(&run.tokenizer, m->tokenizer, m->tokenizer_size, m->c.vocab_size,
+                               m->c.bos, m->c.eos, m->squeeze);
+        if (error) die(fail("%s: %s", path, error));
+    } else if (strcmp(mode, "bench")) die("the model brings no tokenizer: give one with -z");
+    if (run.steps == 0) run.steps = m->c.seq_len;
+    if (run.steps > m->c.seq_len && strcmp(mode, "chat")) {
+        if (run.steps != 256)
+            fprintf(stderr, "note: -n %d is past the model's context, stopping at %d\n",
+                    run.steps, m->c.seq_len);
+        run.steps = m->c.seq_len;
+    }
+    // Sharing a token costs five meetings a layer: not worth it below some megabytes of weights.
+    if (!threads) threads = m->bytes < 3 << 20 && run.stories < 4 ? 1 : n_cores;
+    if (threads > n_cores) {
+        fprintf(stderr, "note: %d threads, one for each core\n", n_cores);
+        threads = n_cores;
+    }
     team_open(&run.team, threads);
-    generate(&run);
+    if (!strcmp(mode, "generate")) generate(&run);
+    else if (!strcmp(mode, "chat")) chat(&run);
+    else if (!strcmp(mode, "perplexity")) perplexity(&run);
+    else if (!strcmp(mode, "bench")) bench(&run);
+    else die(fail("-m %s: it is generate, chat, perplexity or bench", mode));
+    state_close(&run.state);
+    team_close(&run.team);
+    tokenizer_close(&run.tokenizer);
+    file_close(&run.tokenizer_file);
+    model_close(&run.model);
     return 0;
 }
+#endif // RUN_NO_MAIN
 #endif // ISA
