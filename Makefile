@@ -1,0 +1,62 @@
+# The front door. `make demo`: from nothing to a trained, aligned, quantized model that tells a story
+# in C. `make test`: everything is checked. Each step prints the command that it runs.
+
+PY = .venv/bin/python
+CC = cc
+DEMO = out/demo
+# The model of llama2.c's stories260K. A context of 512 holds the longest story that PPO asks for.
+MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 \
+        --multiple_of=4 --max_seq_len=512
+RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
+
+.PHONY: demo test bench run clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO)/model.bin run
+	$(PY) train.py --out_dir=$(DEMO) --ppo --eval_only
+	ls -l $(DEMO)/model.bin $(DEMO)/ppo_model.bin
+	./run $(DEMO)/model.bin -t 0.8 -s 1
+
+# The environment: nothing is installed outside this folder.
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Stories: real ones if they are here or can be had, else made by tinystories.py.
+data/TinyStories_all_data/data00.json: | .venv/installed
+	$(PY) tinystories.py download --small || $(PY) tinystories.py synthesize
+
+data/tok512.model: | data/TinyStories_all_data/data00.json
+	$(PY) tinystories.py train_vocab --vocab_size=512
+
+data/tok512/complete: | data/tok512.model
+	$(PY) tinystories.py pretokenize --vocab_size=512
+	touch $@
+
+$(DEMO)/pretrained: | data/tok512/complete
+	$(PY) train.py --out_dir=$(DEMO) $(MODEL) --batch_size=8 --max_iters=1500 --optimizer=muon \
+		--learning_rate=1e-2 --warmup_iters=50 --eval_interval=500 --eval_iters=25 \
+		--log_interval=100 --device=cpu $(RESUME)
+	$(PY) sample.py --checkpoint=$(DEMO)/ckpt.pt --temperature=0.8 --device=cpu
+	touch $@
+
+$(DEMO)/aligned: | $(DEMO)/pretrained
+	$(PY) train.py --out_dir=$(DEMO) --ppo --init_from=resume --device=cpu $(PPO)
+	touch $@
+
+$(DEMO)/model.bin: $(DEMO)/aligned
+	$(PY) export.py $@ --checkpoint=$(DEMO)/ppo_ckpt.pt
+
+# C inference, for this machine. Portable: cc -O3 run.c -o run -lm -pthread
+run: run.c
+	$(CC) -O3 -march=native -o $@ run.c -lm -pthread
+
+test: .venv/installed run
+	$(PY) -m pytest -q tests
+
+bench: .venv/installed run
+	for b in tests/bench_*.py; do $(PY) $$b || exit 1; done
+
+clean:
+	rm -rf build run out/demo
