@@ -687,11 +687,13 @@ typedef struct {
 // int8 digits: f is close to s * (128 * high + low). The second digit costs no memory traffic,
 // which is what decoding waits for, and leaves the weights as the only source of int8's error.
 typedef struct {
-    float *f;          // (B, width)
+    const float *f;     // (B, ld) normalized, or what was given
+    int ld;
+    float *own;         // (B, width) where it is normalized to
     int8_t *high, *low; // (B, width)
-    float *s;          // (B, width / 4), the first width / G used
-    int32_t *bias;     // likewise: -128 * sum of the group, takes back the weights' + 128
-    int width;         // row stride, the widest matrix's padded columns
+    float *s;           // (B, width / 4), the first width / G used
+    int32_t *bias;      // likewise: -128 * sum of the group, takes back the weights' + 128
+    int width;          // row stride, the widest matrix's padded columns
 } Input;
 
 typedef struct {
@@ -712,18 +714,16 @@ typedef struct {
     Input *in;      // (threads,) each thread prepares its own
     float **scores; // (threads,) of (max_pos,)
     float *rope;    // (max_pos, E / 2, 2) cos and sin
-    // KV cache. Keys in tiles of 16 positions: (seq, layer, K, T / 16, E, 16), so that 16 scores
-    // are computed side by side; values by position: (seq, layer, K, T, Ev). fp16 when the
-    // weights are int8, fp32 when they are fp32.
-    uint8_t *keys, *values;
-    int Ev;         // E rounded up to 16
-    int half;       // the cache is fp16
-    size_t key_head, value_head; // bytes of one head's keys and values
+    // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side. fp16 when
+    // the weights are int8, fp32 when they are fp32.
+    uint8_t *keys, *values; // (seq, layer, K, T / 16, E, 16)
+    int half;               // the cache is fp16
+    size_t head_bytes;      // of one head's keys, or values
 } State;
 
 static void state_close(State *s) {
     for (int i = 0; i < (s->team ? s->team->n : 0); i++) {
-        if (s->in) block_free(s->in[i].f), block_free(s->in[i].high), block_free(s->in[i].low), block_free(s->in[i].s),
+        if (s->in) block_free(s->in[i].own), block_free(s->in[i].high), block_free(s->in[i].low), block_free(s->in[i].s),
             block_free(s->in[i].bias);
         if (s->scores) block_free(s->scores[i]);
     }
@@ -743,12 +743,10 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
     uint64_t heads = (uint64_t)n_seq * (uint64_t)(c->n_layers * c->n_kv_heads);
     int tiles_f = (int)round_up((uint64_t)c->hidden_dim, TILE);
     s->half = c->format == Q8_0;
-    s->Ev = (int)round_up(E, 16);
-    s->key_head = T * E * (s->half ? 2 : 4);
-    s->value_head = T * (uint64_t)s->Ev * (s->half ? 2 : 4);
-    s->d_width = (int)round_up((uint64_t)c->dim, TILE);
+    s->head_bytes = T * E * (s->half ? 2 : 4);
+    s->d_width = (int)round_up((uint64_t)(c->dim + c->group), TILE); // padded by zeros
     s->qkv_width = (int)round_up((uint64_t)(c->dim + 2 * c->kv_dim), TILE);
-    s->f_width = tiles_f;
+    s->f_width = (int)round_up((uint64_t)(c->hidden_dim + c->group), TILE);
     s->h_width = 2 * tiles_f;
     s->v_width = (int)round_up((uint64_t)c->vocab_size, TILE);
     s->x = block_new(4 * B * (uint64_t)s->d_width);
@@ -758,8 +756,8 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
     s->h = block_new(4 * B * (uint64_t)s->f_width);
     s->logits = block_new(4 * B * (uint64_t)s->v_width);
     s->rope = block_new(4 * T * E);
-    s->keys = block_new(heads * s->key_head);
-    s->values = block_new(heads * s->value_head);
+    s->keys = block_new(heads * s->head_bytes);
+    s->values = block_new(heads * s->head_bytes);
     s->wanted = calloc((size_t)max_rows, sizeof *s->wanted);
     s->in = calloc((size_t)team->n, sizeof *s->in);
     s->scores = calloc((size_t)team->n, sizeof *s->scores);
@@ -770,13 +768,13 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
     for (int i = 0; ok && i < team->n; i++) {
         Input *in = &s->in[i];
         in->width = (int)widest;
-        in->f = block_new(4 * B * widest);
+        in->own = block_new(4 * B * widest);
         in->high = block_new(B * widest);
         in->low = block_new(B * widest);
         in->s = block_new(B * widest); // G is at least 4
         in->bias = block_new(B * widest);
         s->scores[i] = block_new(4 * T + 64);
-        ok = in->f && in->high && in->low && in->s && in->bias && s->scores[i];
+        ok = in->own && in->high && in->low && in->s && in->bias && s->scores[i];
     }
     if (!ok) {
         state_close(s);
@@ -809,10 +807,14 @@ typedef struct {
 #define MY(name) PASTE(name##_, ISA) // a name of this instruction set's own
 #define vf MY(vf)
 #define vi MY(vi)
+#define vb MY(vb)
+#define v4 MY(v4)
 #define load MY(load)
 #define store MY(store)
 #define fill MY(fill)
 #define sum MY(sum)
+#define larger MY(larger)
+#define largest MY(largest)
 #define dot_start MY(dot_start)
 #define dot4 MY(dot4)
 #define halves MY(halves)
@@ -835,6 +837,8 @@ typedef struct {
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
+typedef float v4 __attribute__((vector_size(16)));
 #define PARTS (TILE / LANES) // registers for 16 lanes
 #define BLOCK (LANES == 16 ? 8 : 2) // rows of input that share one pass over a tile
 
@@ -848,12 +852,26 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 INLINE vf fill(float x) { return x - (vf){0}; }
 
-INLINE float sum(vf v) { // of the lanes, pairwise
-    float s[LANES];
-    memcpy(s, &v, sizeof v);
+// The lanes of v, folded to four.
+INLINE float sum(vf v) {
+    v4 q[LANES / 4];
+    memcpy(q, &v, sizeof v);
+    for (int n = LANES / 8; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) q[i] += q[i + n];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+INLINE vf larger(vf a, vf b) { // a where it is larger; b where either is NaN
+    vi mask = a > b;
+    return (vf)(((vi)a & mask) | ((vi)b & ~mask));
+}
+
+INLINE float largest(vf v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
     for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) s[i] += s[i + n];
-    return s[0];
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    return x[0];
 }
 
 // The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
@@ -914,40 +932,37 @@ INLINE vf cached(const void *p, size_t i, int half) { // LANES numbers of a KV c
 }
 
 // exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). NaN stays NaN.
-INLINE float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
-    int32_t bits;
-    memcpy(&bits, &n, 4);
+INLINE vf fast_exp(vf x) {
+    x = larger(fill(-87.0f), x);
+    x = -larger(fill(-88.0f), -x);
+    vf n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
+    vi power = ((vi)n + 127) << 23;
     n -= 12582912.0f;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    bits = (int32_t)((uint32_t)(bits + 127) << 23);
-    memcpy(&n, &bits, 4);
-    return p * n;
+    return p * (vf)power;
 }
 
 static void MY(exps)(float *x, int n, float scale, float shift) {
-    for (int i = 0; i < n; i++) x[i] = fast_exp((x[i] - shift) * scale);
+    for (int i = 0; i < n; i += LANES) {
+        size_t bytes = sizeof(float) * (size_t)(n - i < LANES ? n - i : LANES);
+        vf v = {0};
+        memcpy(&v, x + i, bytes);
+        v = fast_exp((v - shift) * scale);
+        memcpy(x + i, &v, bytes);
+    }
 }
 
 static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
-    float best = -INFINITY;
     vf m = fill(-INFINITY);
     int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vf v = load(x + i);
-        vi larger = v > m;
-        m = (vf)(((vi)v & larger) | ((vi)m & ~larger));
-    }
-    for (int j = 0; j < LANES; j++) best = m[j] > best ? m[j] : best;
+    for (; i + LANES <= n; i += LANES) m = larger(load(x + i), m);
+    float best = largest(m);
     for (; i < n; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
@@ -971,17 +986,13 @@ static void MY(above)(const float *x, int n, float least, double *total, int *co
         if (x[i] >= least) *total += x[i], ++*count;
 }
 
-// in.f[b] = x[b] * weight / rms(x[b]), or x[b] where weight is NULL. Reads row which[b] of x
-// where `which` is given. x (B, ld), weight (n,).
+// in.own[b] = x[b] * weight / rms(x[b]), of row which[b] of x where `which` is given. x (B, ld),
+// weight (n,).
 static void normalize(const Input *in, const float *x, int ld, const int *which, int B,
-                          const float *weight, int n, float eps) {
+                      const float *weight, int n, float eps) {
     for (int b = 0; b < B; b++) {
         const float *from = x + (size_t)(which ? which[b] : b) * (size_t)ld;
-        float *to = in->f + (size_t)b * (size_t)in->width;
-        if (!weight) {
-            memcpy(to, from, sizeof(float) * (size_t)n);
-            continue;
-        }
+        float *to = in->own + (size_t)b * (size_t)in->width;
         vf squares[2] = {{0}};
         int i = 0;
         for (; i + 2 * LANES <= n; i += 2 * LANES)
@@ -997,48 +1008,55 @@ static void normalize(const Input *in, const float *x, int ld, const int *which,
 }
 
 // Quantizes one group of G floats: 128 * high + low = round(x / s), s = max|x| / (127 * 128).
-// The maximum is taken over the bits as integers: non-negative floats order alike, the loop
-// vectorizes without fast-math, and a NaN wins and makes the scale NaN instead of vanishing.
+// The maximum is taken over the bits as integers: non-negative floats order alike, and a NaN wins
+// and makes the scale NaN instead of vanishing.
 INLINE void quantize_group(const float *x, int G, int8_t *high, int8_t *low, float *s,
                            int32_t *bias) {
-    int32_t top = 0, total = 0;
-    for (int i = 0; i < G; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
+    vi top = {0}, total = {0};
+    for (int i = 0; i < G; i += LANES) {
+        vi bits = {0};
+        memcpy(&bits, x + i, 4 * (size_t)(G - i < LANES ? G - i : LANES));
         bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
+        vi mask = bits > top;
+        top = (bits & mask) | (top & ~mask);
     }
+    int32_t lane[LANES];
+    memcpy(lane, &top, sizeof top);
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
     float max;
-    memcpy(&max, &top, 4);
+    memcpy(&max, lane, 4);
     *s = max / 16256.0f;
     float inverse = max > 1e-30f ? 16256.0f / max : 0.0f;
-    for (int i = 0; i < G; i++) {
-        float rounded = x[i] * inverse + 12582912.0f; // + 1.5 * 2^23
-        int32_t bits;
-        memcpy(&bits, &rounded, 4);
-        bits -= 0x4b400000;
-        int32_t digit = (bits + 64) >> 7;
-        high[i] = (int8_t)digit;
-        low[i] = (int8_t)(bits - 128 * digit);
-        total += bits;
+    for (int i = 0; i < G; i += LANES) {
+        size_t count = (size_t)(G - i < LANES ? G - i : LANES);
+        vf v = {0};
+        memcpy(&v, x + i, 4 * count);
+        vi q = (vi)(v * inverse + 12582912.0f) - 0x4b400000; // + 1.5 * 2^23: to nearest
+        vi digit = (q + 64) >> 7;
+        vb high_bytes = __builtin_convertvector(digit, vb);
+        vb low_bytes = __builtin_convertvector(q - 128 * digit, vb);
+        memcpy(high + i, &high_bytes, count);
+        memcpy(low + i, &low_bytes, count);
+        total += q;
     }
-    *bias = -128 * total;
+    memcpy(lane, &total, sizeof total);
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
+    *bias = -128 * lane[0];
 }
 
-// Quantizes rows in.f (B, n); columns from n to cols, the padding, are zero.
-static void quantize(const Input *in, int B, int n, int cols, int G) {
+// Quantizes in.f (B, cols); what is beyond a row's end is zero there.
+static void quantize(const Input *in, int B, int cols, int G) {
     for (int b = 0; b < B; b++) {
-        size_t row = (size_t)b * (size_t)in->width;
-        for (int i = n; i < cols; i++) in->f[row + (size_t)i] = 0;
-        for (int g = 0; g < cols / G; g++) {
-            const float *x = in->f + row + (size_t)(g * G);
-            int8_t *high = in->high + row + g * G, *low = in->low + row + g * G;
-            size_t k = row / 4 + (size_t)g;
-            if (G == 64) quantize_group(x, 64, high, low, in->s + k, in->bias + k);
-            else if (G == 32) quantize_group(x, 32, high, low, in->s + k, in->bias + k);
-            else if (G == 16) quantize_group(x, 16, high, low, in->s + k, in->bias + k);
-            else quantize_group(x, G, high, low, in->s + k, in->bias + k);
-        }
+        const float *x = in->f + (size_t)b * (size_t)in->ld;
+        size_t row = (size_t)b * (size_t)in->width, k = row / 4;
+        int8_t *high = in->high + row, *low = in->low + row;
+        for (int i = 0; i < cols; i += G, k++)
+            if (G == 64) quantize_group(x + i, 64, high + i, low + i, in->s + k, in->bias + k);
+            else if (G == 32) quantize_group(x + i, 32, high + i, low + i, in->s + k, in->bias + k);
+            else if (G == 16) quantize_group(x + i, 16, high + i, low + i, in->s + k, in->bias + k);
+            else quantize_group(x + i, G, high + i, low + i, in->s + k, in->bias + k);
     }
 }
 
@@ -1088,7 +1106,7 @@ INLINE void tile_q8(float *out, int ld, bool add, const Matrix *w, int tile, int
 INLINE void tile_f32(float *out, int ld, bool add, const Matrix *w, int tile,
                          const Input *in, int b0, const int nb) {
     const float *f = w->f + (size_t)tile * TILE * (size_t)w->cols;
-    const float *x = in->f + (size_t)b0 * (size_t)in->width;
+    const float *x = in->f + (size_t)b0 * (size_t)in->ld;
     for (int j = 0; j < PARTS; j++) {
         vf part[BLOCK][4];
         for (int b = 0; b < nb; b++)
@@ -1098,12 +1116,12 @@ INLINE void tile_f32(float *out, int ld, bool add, const Matrix *w, int tile,
             for (int k = 0; k < 4; k++) {
                 vf ws = load(f + (size_t)(i + k) * TILE + j * LANES);
                 for (int b = 0; b < nb; b++)
-                    part[b][k] += ws * x[(size_t)b * (size_t)in->width + (size_t)(i + k)];
+                    part[b][k] += ws * x[(size_t)b * (size_t)in->ld + (size_t)(i + k)];
             }
         for (; i < w->cols; i++)
             for (int b = 0; b < nb; b++)
                 part[b][0] += load(f + (size_t)i * TILE + j * LANES)
-                              * x[(size_t)b * (size_t)in->width + (size_t)i];
+                              * x[(size_t)b * (size_t)in->ld + (size_t)i];
         for (int b = 0; b < nb; b++) {
             float *to = out + (size_t)(b0 + b) * (size_t)ld + tile * TILE + j * LANES;
             vf total = (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]);
@@ -1149,51 +1167,53 @@ INLINE void rotate(float *v, const float *rope, int E, float scale) {
     }
 }
 
-// out (nv * LANES,) = sum over t < n of weight[t] * values[t], n a multiple of 16; even and odd
-// positions apart, so that additions need not wait for each other.
-INLINE void mix(float *out, const float *weight, const void *values, size_t from, int n,
-                    int Ev, int half, const int nv) {
-    vf acc[4][4];
-    for (int k = 0; k < 4; k++)
-        for (int j = 0; j < nv; j++) acc[k][j] = (vf){0};
-    for (int t = 0; t < n; t += 4)
-        for (int k = 0; k < 4; k++)
-            for (int j = 0; j < nv; j++)
-                acc[k][j] += weight[t + k]
-                             * cached(values, from + (size_t)(t + k) * (size_t)Ev
-                                                  + (size_t)(j * LANES), half);
-    for (int j = 0; j < nv; j++)
-        store(out + j * LANES, (acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j]));
+// out[e] = sum over t < n of weight[t] * values[e][t] for nb of the dimensions of a head, times
+// scale; n is a multiple of 16. values (T / 16, E, 16).
+INLINE void mix(float *out, const float *weight, const void *values, size_t from, int n, int E,
+                int half, float scale, const int nb) {
+    vf acc[8];
+    for (int e = 0; e < nb; e++) acc[e] = (vf){0};
+    for (int t = 0; t < n; t += 16, from += 16 * (size_t)E)
+        for (int j = 0; j < 16; j += LANES) {
+            vf w = load(weight + t + j);
+            for (int e = 0; e < nb; e++)
+                acc[e] += w * cached(values, from + (size_t)(16 * e + j), half);
+        }
+    for (int e = 0; e < nb; e++) out[e] = sum(acc[e]) * scale;
 }
 
 // One query head q (E,) over positions 0 to n - 1 of one head's cache: out (E,) is
 // softmax(q . keys) @ values; q is already scaled. scores is scratch, n rounded up to 16.
 INLINE void attend(float *out, const float *q, const void *keys, const void *values, int n,
-                       int E, int Ev, const int half, float *scores) {
+                   int E, const int half, float *scores) {
     int n16 = (n + 15) / 16 * 16;
     for (int t = 0; t < n16; t += 16)
-        for (int j = 0; j < PARTS; j++) {
+        for (int j = 0; j < 16; j += LANES) {
             vf s[2] = {{0}}; // E is even
-            size_t k = (size_t)t * (size_t)E + (size_t)(j * LANES);
+            size_t k = (size_t)t * (size_t)E + (size_t)j;
             for (int e = 0; e < E; e += 2, k += 32) {
                 s[0] += q[e] * cached(keys, k, half);
                 s[1] += q[e + 1] * cached(keys, k + 16, half);
             }
-            store(scores + t + j * LANES, s[0] + s[1]);
+            store(scores + t + j, s[0] + s[1]);
         }
-    MY(exps)(scores, n, 1.0f, MY(maximum)(scores, n));
-    for (int t = n; t < n16; t++) scores[t] = 0;
-    vf total = {0};
-    for (int t = 0; t < n16; t += LANES) total += load(scores + t);
-    float scale = 1.0f / sum(total), mixed[4 * LANES];
-    for (int e = 0; e < Ev;) {
-        int nv = Ev - e >= 4 * LANES ? 4 : Ev - e >= 2 * LANES ? 2 : 1;
-        if (nv == 4) mix(mixed, scores, values, (size_t)e, n16, Ev, half, 4);
-        else if (nv == 2) mix(mixed, scores, values, (size_t)e, n16, Ev, half, 2);
-        else mix(mixed, scores, values, (size_t)e, n16, Ev, half, 1);
-        for (int i = 0; i < nv * LANES && e + i < E; i++) out[e + i] = mixed[i] * scale;
-        e += nv * LANES;
+    for (int t = n; t < n16; t++) scores[t] = -INFINITY;
+    vf top = fill(-INFINITY), total = {0};
+    for (int t = 0; t < n16; t += LANES) top = larger(load(scores + t), top);
+    top = fill(largest(top));
+    for (int t = 0; t < n16; t += LANES) {
+        vf v = load(scores + t);
+        vi real = v > -INFINITY;
+        v = (vf)((vi)fast_exp(v - top) & real);
+        store(scores + t, v);
+        total += v;
     }
+    float scale = 1.0f / sum(total);
+    int e = 0;
+    for (; e + 8 <= E; e += 8)
+        mix(out + e, scores, values, 16 * (size_t)e, n16, E, half, scale, 8);
+    for (; e < E; e += 2)
+        mix(out + e, scores, values, 16 * (size_t)e, n16, E, half, scale, 2);
 }
 
 // Rotates the query heads, rotates and stores the key heads, stores the value heads, those from
@@ -1211,16 +1231,14 @@ static void store_heads(State *s, int layer, int lo, int hi) {
                 rotate(v, rope, E, query_scale);
                 continue;
             }
-            bool key = h < H + K;
             size_t head = (size_t)(row->seq * c->n_layers + layer) * (size_t)K
-                          + (size_t)(key ? h - H : h - H - K);
-            uint8_t *to = key ? s->keys + head * s->key_head : s->values + head * s->value_head;
-            size_t pos = (size_t)row->pos, step = key ? TILE : 1;
-            size_t at = key ? pos / 16 * 16 * (size_t)E + pos % 16 : pos * (size_t)s->Ev;
-            if (key) rotate(v, rope, E, 1.0f);
-            for (size_t e = 0; e < (size_t)E; e++)
-                if (s->half) ((uint16_t *)(void *)to)[at + e * step] = to_half(v[e]);
-                else ((float *)(void *)to)[at + e * step] = v[e];
+                          + (size_t)(h < H + K ? h - H : h - H - K);
+            uint8_t *to = (h < H + K ? s->keys : s->values) + head * s->head_bytes;
+            size_t at = (size_t)(row->pos / 16 * 16 * E + row->pos % 16);
+            if (h < H + K) rotate(v, rope, E, 1.0f);
+            for (int e = 0; e < E; e++, at += 16)
+                if (s->half) ((uint16_t *)(void *)to)[at] = to_half(v[e]);
+                else ((float *)(void *)to)[at] = v[e];
         }
     }
 }
@@ -1231,16 +1249,20 @@ static void swiglu(State *s, int lo, int hi) {
         for (int tile = lo; tile < hi; tile++) {
             const float *gate = s->h13 + (size_t)b * (size_t)s->h_width + 2 * tile * TILE;
             float *h = s->h + (size_t)b * (size_t)s->f_width + tile * TILE;
-            for (int i = 0; i < TILE; i++)
-                h[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * gate[TILE + i];
+            for (int i = 0; i < TILE; i += LANES) {
+                vf v = load(gate + i);
+                store(h + i, v / (1.0f + fast_exp(-v)) * load(gate + TILE + i));
+            }
         }
 }
 
 // Makes this thread's input of the next product: RMSNorm if there is a weight, int8 if q8_0.
 static void prepare(State *s, Input *in, const float *x, int ld, const int *which, int B,
-                        const float *weight, int n, const Matrix *w) {
-    normalize(in, x, ld, which, B, weight, n, s->m->c.norm_eps);
-    if (!w->f) quantize(in, B, n, w->cols, s->m->c.group);
+                    const float *weight, int n, const Matrix *w) {
+    if (weight) normalize(in, x, ld, which, B, weight, n, s->m->c.norm_eps);
+    in->f = weight ? in->own : x;
+    in->ld = weight ? in->width : ld;
+    if (!w->f) quantize(in, B, w->cols, s->m->c.group);
 }
 
 // The forward pass: B rows through the model, by all threads of the team together. After it the
@@ -1282,9 +1304,9 @@ static void MY(forward)(void *arg, Team *team, int thread) {
                           + (size_t)(h / share_kv);
             float *out = s->att + (size_t)b * (size_t)s->d_width + (size_t)(h * E);
             const float *q = s->qkv + (size_t)b * (size_t)s->qkv_width + (size_t)(h * E);
-            const uint8_t *k = s->keys + head * s->key_head, *v = s->values + head * s->value_head;
-            if (s->half) attend(out, q, k, v, row->pos + 1, E, s->Ev, 1, s->scores[thread]);
-            else attend(out, q, k, v, row->pos + 1, E, s->Ev, 0, s->scores[thread]);
+            const uint8_t *k = s->keys + head * s->head_bytes, *v = s->values + head * s->head_bytes;
+            if (s->half) attend(out, q, k, v, row->pos + 1, E, 1, s->scores[thread]);
+            else attend(out, q, k, v, row->pos + 1, E, 0, s->scores[thread]);
         }
         barrier(team);
 
@@ -1717,7 +1739,7 @@ static int sample_or_die(Run *run, Sampler *s, float *logits) {
 static double cache_bytes(const Run *run, int pos) {
     const State *s = &run->state;
     return (double)run->model.c.n_layers * run->model.c.n_kv_heads * (pos + 1)
-           * (run->model.c.head_dim + s->Ev) * (s->half ? 2 : 4);
+           * 2 * run->model.c.head_dim * (s->half ? 2 : 4);
 }
 
 typedef struct {
@@ -1745,8 +1767,7 @@ static void generate(Run *run) {
     double start = seconds(), flushed = start, bytes = 0;
     prefill(run, ids, n, 0);
     double prompt_time = seconds() - start;
-    size_t keys = s->key_head * (size_t)(c->n_layers * c->n_kv_heads);
-    size_t values = s->value_head * (size_t)(c->n_layers * c->n_kv_heads);
+    size_t sequence = s->head_bytes * (size_t)(c->n_layers * c->n_kv_heads);
     Story *story = calloc((size_t)N, sizeof *story);
     Row *rows = calloc((size_t)N, sizeof *rows);
     if (!story || !rows) die("not enough memory for so many stories");
@@ -1760,8 +1781,8 @@ static void generate(Run *run) {
         if (i) { // every story starts from the same prompt
             memcpy(s->logits + (size_t)i * (size_t)s->v_width, s->logits,
                    sizeof(float) * (size_t)c->vocab_size);
-            memcpy(s->keys + (size_t)i * keys, s->keys, keys);
-            memcpy(s->values + (size_t)i * values, s->values, values);
+            memcpy(s->keys + (size_t)i * sequence, s->keys, sequence);
+            memcpy(s->values + (size_t)i * sequence, s->values, sequence);
         }
     }
     start = seconds();
