@@ -1,0 +1,463 @@
+"""Stories: a server that misbehaves, the grammar, shards against one-by-one encoding, dealing."""
+
+import collections
+import http.server
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import tinystories
+from tinystories import BOS, Dealer, Prompts, Windows, open_shards, permute
+from tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+# Download, from a server that does what servers do
+
+SMALL = "TinyStoriesV2-GPT4-valid.txt"
+BIG = "TinyStories_all_data.tar.gz"
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`; breaks off after each of `breaks` bytes, or as `mode` says."""
+    def __init__(self, files, breaks=(), mode=""):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.breaks, self.mode, self.log = files, list(breaks), mode, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.log.append((self.path, asked))
+        if server.mode == "silent":
+            return time.sleep(3)
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path[6:])
+            return self.end_headers()
+        body = server.files.get(self.path[1:])
+        if body is None:
+            return self.send_error(404)
+        start = int(asked[6:-1]) if asked and server.mode != "no range" else 0
+        if start >= len(body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if server.mode != "no length":
+            self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        n = server.breaks.pop(0) if server.breaks else len(body)
+        self.wfile.write(body[start:start + n])
+        self.close_connection = True
+
+@pytest.fixture
+def serve():
+    servers = []
+    def start(*args, **kwargs):
+        servers.append(Server(*args, **kwargs))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.shutdown()
+
+TEXT = "".join(f"Story number {i} is about a cat.\n<|endoftext|>\n" for i in range(3000))
+
+def stories_in(data_dir):
+    return [[item["story"] for item in json.load(open(path))]
+            for path in tinystories.story_files(str(data_dir))]
+
+def tar(names, link=None):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as f:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            body = json.dumps([{"story": name}]).encode()
+            info.size = len(body)
+            f.addfile(info, io.BytesIO(body))
+        if link:
+            info = tarfile.TarInfo("data09.json")
+            info.type, info.linkname = tarfile.SYMTYPE, link
+            f.addfile(info)
+    return out.getvalue()
+
+@pytest.mark.parametrize("mode, breaks, ranges", [
+    ("", [], 0), ("", [50_000, 20_000], 2), ("no range", [50_000], 1), ("no length", [], 0)])
+def test_download_small(serve, tmp_path, mode, breaks, ranges):
+    server = serve({SMALL: TEXT.encode()}, breaks, mode)
+    tinystories.download(str(tmp_path), server.url + "/moved", small=True)
+    shards = stories_in(tmp_path)
+    assert sum(shards, []) == [f"Story number {i} is about a cat." for i in range(3000)]
+    assert len(shards) == 3 and len(shards[0]) == 150  # a small one first, for validation
+    asked = [r for path, r in server.log if r and not path.startswith("/moved")]
+    assert len(asked) == ranges
+    if len(breaks) == 2:  # to the last whole chunk of 16 KiB
+        assert asked == ["bytes=49152-", "bytes=65536-"]
+    assert not list(tmp_path.rglob("*.part")) + list(tmp_path.rglob("*.tmp"))
+
+def test_download_goes_on_in_a_later_run(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(tinystories.time, "sleep", lambda s: None)
+    server = serve({SMALL: TEXT.encode()}, [20_000] * 5)
+    with pytest.raises(OSError, match="run the same command again"):
+        tinystories.download(str(tmp_path), server.url, small=True)
+    part = tmp_path / "download" / (SMALL + ".part")
+    assert part.read_bytes() == TEXT.encode()[:5 * 16384]
+    assert not (tmp_path / "TinyStories_all_data").exists()
+    tinystories.download(str(tmp_path), server.url, small=True)
+    assert server.log[-1][1] == "bytes=81920-" and len(sum(stories_in(tmp_path), [])) == 3000
+
+@pytest.mark.parametrize("left, fresh", [(len(TEXT), False), (len(TEXT) + 7, True)])
+def test_download_with_a_whole_or_foreign_part(serve, tmp_path, left, fresh):
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / (SMALL + ".part")).write_text((TEXT + "x" * 9)[:left])
+    server = serve({SMALL: TEXT.encode()})
+    tinystories.download(str(tmp_path), server.url, small=True)
+    assert len(sum(stories_in(tmp_path), [])) == 3000 and len(server.log) == 1 + fresh
+
+def test_download_archive(serve, tmp_path, capsys):
+    names = [f"./data{i:02d}.json" for i in range(3)] + ["./._data00.json", "README"]
+    server = serve({BIG: tar(names)})
+    tinystories.download(str(tmp_path), server.url)
+    assert sorted(os.listdir(tmp_path / "TinyStories_all_data")) == [
+        "data00.json", "data01.json", "data02.json"]
+    tinystories.download(str(tmp_path), server.url)  # not again
+    assert "is there already" in capsys.readouterr().out and len(server.log) == 1
+
+@pytest.mark.parametrize("body, message", [
+    (tar(["data00.json", "../evil.json"]), "not to be trusted"),
+    (tar(["/tmp/evil.json"]), "not to be trusted"),
+    (tar(["a\\..\\..\\evil.json"]), "not to be trusted"),
+    (tar(["data00.json"], link="/etc/passwd"), "not to be trusted"),
+    (tar(["data00.json"] * 50)[:-40], "damaged"), (b"no archive at all", "damaged")])
+def test_hostile_or_damaged_archive(serve, tmp_path, body, message):
+    server = serve({BIG: body})
+    with pytest.raises(ValueError, match=message):
+        tinystories.download(str(tmp_path / "in"), server.url)
+    assert os.listdir(tmp_path) == ["in"] and os.listdir(tmp_path / "in") == ["download"]
+
+def test_no_server(serve, tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="404 Not Found"):
+        tinystories.download(str(tmp_path), serve({}).url)
+    monkeypatch.setattr(tinystories, "PATIENCE", 0.5)
+    for url in (serve({}, mode="silent").url, "http://127.0.0.1:9", "http://no.such.host.invalid"):
+        start = time.time()
+        with pytest.raises(ConnectionError, match="tinystories.py synthesize"):
+            tinystories.download(str(tmp_path), url)
+        assert time.time() - start < 2
+    assert not list(tmp_path.rglob("*.json"))
+
+# -----------------------------------------------------------------------------
+# The grammar
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A data folder of 3,000 synthesized stories with a vocabulary of 512 and its shards."""
+    folder = tmp_path_factory.mktemp("told")
+    tinystories.synthesize(str(folder), 3000, seed=1)
+    tinystories.train_vocab(str(folder), 512)
+    tinystories.pretokenize(str(folder), 512)
+    return folder
+
+def test_synthesize(told, tmp_path, capsys):
+    shards = stories_in(told)
+    stories = sum(shards, [])
+    assert len(set(stories)) == len(stories) == 3000 and len(shards[0]) == 150
+    for name, seed in (("same", 1), ("other", 2)):
+        tinystories.synthesize(str(tmp_path / name), 3000, seed)
+    assert stories_in(tmp_path / "same") == shards
+    assert not set(sum(stories_in(tmp_path / "other"), [])) & set(stories)
+    # it never overwrites stories
+    tinystories.synthesize(str(told), 10, seed=3)
+    assert "is there already" in capsys.readouterr().out and stories_in(told) == shards
+
+def test_grammar():
+    assert len(tinystories.PLANS) >= 30
+    words = collections.Counter()
+    rng = np.random.default_rng(0)
+    used = set()
+    def names(parts):
+        for part in parts:
+            if isinstance(part, tuple):
+                used.update([part[1]] if part[0] == "$" else [])
+                for option in part[1] if part[0] != "$" else []:
+                    names(option)
+    for text in [*tinystories.PLANS, *tinystories.RULES.values()]:
+        names(text)
+    assert used >= set(tinystories.RULES) | set(tinystories.SLOTS) - {"at"}  # no dead entry
+    for _ in range(5000):
+        story = tinystories.tell_story(rng.random)
+        # nothing of the notation is left; sentences begin and end as they should
+        assert not re.search(r"[\[\]<>|$/{}]|  |\n\n| [.,!?\n]|\n |\.\.|,\.|\bi\b|\ba [aeiou]",
+                             story), story
+        assert re.match(r"[A-Z]", story) and re.search(r'[.!?]"?$', story), story
+        assert not re.search(r'(?:^|\n|[.!?] )"?[a-z]', story), story
+        assert story.count('"') % 2 == 0, story
+        words.update(w.removesuffix("'s") for w in re.findall(r"[a-z']+", story.lower()))
+    assert 600 < len(words) < 900
+
+def test_lengths_are_spread(told):
+    ids = np.concatenate(open_shards(str(told), "train", 512))
+    lengths = np.diff(np.flatnonzero(ids == BOS))
+    low, q1, q3, high = np.percentile(lengths, [1, 25, 75, 99])
+    assert low < 120 and q1 < 200 < q3 and 420 < high and lengths.max() < 640
+
+# -----------------------------------------------------------------------------
+# Vocabulary and shards
+
+def oracle(stories, model):
+    """What llama2.c does: one call a story, BOS before each."""
+    t = Tokenizer(model)
+    return np.array([i for s in stories for i in t.encode(s.strip(), True, False)], np.uint16)
+
+def shard(path):
+    return np.fromfile(path, "<u2")
+
+def test_pretokenize_is_encoding_one_by_one(told):
+    for path, stories in zip(sorted((told / "tok512").iterdir()), stories_in(told)):
+        np.testing.assert_array_equal(shard(path), oracle(stories, told / "tok512.model"))
+
+def test_pretokenize_real_stories(real_stories, tok512_model, tmp_path):
+    os.symlink(real_stories, tmp_path / "TinyStories_all_data")
+    (tmp_path / "tok512.model").write_bytes(tok512_model.read_bytes())
+    tinystories.pretokenize(str(tmp_path), 512)
+    ids = shard(tmp_path / "tok512/data00.bin")
+    assert len(ids) == 268_074  # as measured with llama2.c
+    np.testing.assert_array_equal(ids, oracle(stories_in(tmp_path)[0], tok512_model))
+
+ODD = ["  spaces  within   and around ", "한국어 😀", "tab\tand\nnewlines\n", "▁ ▁▁", "<s> </s>",
+       "a", "x" * 300_000, "é " * 2000, "a b  c\u00a0d"]
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
+def test_text_of_your_own(tmp_path, kind):
+    stories = ODD + [f"The {i}th story is short." for i in range(50)]
+    if kind == "jsonl":
+        text = "\n".join(json.dumps(s if i % 2 else {"text": s}) for i, s in enumerate(stories))
+    elif kind == "json":
+        text = json.dumps([{"story": s, "source": "me"} for s in stories])
+    else:
+        text = "\n<|endoftext|>\n".join(stories)
+    path = tmp_path / f"mine.{kind}"
+    path.write_text(text, encoding="utf-8")
+    assert list(tinystories.read_stories(str(path))) == [s.strip() for s in stories]
+    tinystories.train_vocab(str(tmp_path), 400)
+    tinystories.pretokenize(str(tmp_path), 400)
+    ids = shard(tmp_path / "tok400/mine.bin")
+    np.testing.assert_array_equal(ids, oracle(stories, tmp_path / "tok400.model"))
+    # a file that is alone serves for both: training text first, then validation
+    parts = [open_shards(str(tmp_path), split, 400) for split in ("train", "val")]
+    np.testing.assert_array_equal(np.concatenate(sum(parts, [])), ids)
+    assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
+
+def test_txt_without_separators(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One.\nStill one.\n\nTwo.\n \n\nThree.\n")
+    assert list(tinystories.read_stories(str(path))) == ["One.\nStill one.", "Two.", "Three."]
+
+def test_vocabulary_of_many_characters(tmp_path):
+    """More different characters than tokens: the rare ones fall back to their bytes."""
+    text = "가나다라 마바사 " * 500 + "".join(chr(0xAC00 + i) for i in range(1000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    tinystories.train_vocab(str(tmp_path), 300)
+    t = Tokenizer(tmp_path / "tok300.model")
+    assert t.n_words == 300 and t.decode(t.encode(text, True, False)) == text
+
+def test_up_to_date_shards_are_kept(told, tmp_path):
+    os.symlink(told / "TinyStories_all_data", tmp_path / "TinyStories_all_data")
+    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+    (tmp_path / "tok512").mkdir()
+    (tmp_path / "tok512/data00.bin").write_bytes(b"kept")
+    old = tmp_path / "tok512/data01.bin"
+    old.write_bytes(b"old")
+    os.utime(old, (1, 1))
+    tinystories.pretokenize(str(tmp_path), 512)
+    assert (tmp_path / "tok512/data00.bin").read_bytes() == b"kept" and len(shard(old)) > 1000
+
+def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatch):
+    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("A cat sat.\n\n" * 100_000)
+    real = tinystories.encode_files
+    def interrupted(*args, **kwargs):
+        for n, result in enumerate(real(*args, **kwargs)):
+            if n == 7:  # within the second file
+                raise KeyboardInterrupt
+            yield result
+    monkeypatch.setattr(tinystories, "encode_files", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tinystories.pretokenize(str(tmp_path), 512)
+    assert os.listdir(tmp_path / "tok512") == ["a.bin"]
+    assert (shard(tmp_path / "tok512/a.bin") == BOS).sum() == 100_000
+
+@pytest.mark.parametrize("files, message", [
+    ({}, "no stories"), ({"a.json": "[{]"}, "a.json"), ({"a.json": "5"}, "a.json"),
+    ({"a.json": '[{"texts": "x"}]'}, 'objects with "story"'), ({"a.txt": " \n"}, "no story"),
+    ({"a.txt": b"\xff\xfe"}, "a.txt"), ({"a.jsonl": '{"text": 5}'}, "a.jsonl"),
+    ({"a.txt": "x", "a.json": '["x"]'}, "differ only")])
+def test_bad_stories(told, tmp_path, files, message):
+    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+    for name, body in files.items():
+        (tmp_path / name).write_bytes(body if isinstance(body, bytes) else body.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        tinystories.pretokenize(str(tmp_path), 512)
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.tmp"))
+
+def test_commands(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, str(ROOT / "tinystories.py"), *args],
+                              capture_output=True, text=True, cwd=tmp_path)
+    assert run("synthesize", "--stories=200").returncode == 0
+    assert run("train_vocab", "--vocab_size=512").returncode == 0
+    assert run("pretokenize", "--vocab_size=512").returncode == 0
+    assert len(Windows(str(tmp_path / "data"), "train", 64, 512)) > 100
+    for args, status, message in (
+            (["train_vocab"], 1, "needs --vocab_size"),
+            (["train_vocab", "--vocab_size=20"], 1, "can not make a vocabulary of 20"),
+            (["train_vocab", "--vocab_size=60000"], 1, "can not make a vocabulary of 60000"),
+            (["pretokenize"], 1, "tokenizer.model"),
+            (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
+            (["synthesize", "--story=5"], 2, "did you mean --stories?"),
+            (["download", "--data_dir=new", "--url=http://127.0.0.1:9"], 1, "synthesize")):
+        r = run(*args)
+        assert r.returncode == status and message in r.stderr, r.stderr
+        assert r.stderr.count("\n") == 1, r.stderr
+    assert "--vocab_size" in run("--help").stdout
+
+# -----------------------------------------------------------------------------
+# Dealing
+
+def write(folder, *shards):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, ids in enumerate(shards):
+        np.asarray(ids, "<u2").tofile(folder / f"data{i:02d}.bin")
+    return str(folder)
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 1000, 4097])
+def test_permute_is_a_permutation(n):
+    for key in (0, 1, 2**64 - 1):
+        i = permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64))
+        assert sorted(i.tolist()) == list(range(n))
+
+def test_permute_is_random():
+    """Over many keys each item lands everywhere equally often (chi-square, 99 degrees)."""
+    i = np.tile(np.arange(10, dtype=np.uint64), 20_000)
+    to = permute(i, 10, np.repeat(np.arange(20_000, dtype=np.uint64) * 7919, 10))
+    counts = np.zeros((10, 10))
+    np.add.at(counts, (i.astype(int), to.astype(int)), 1)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 125  # 81 free; mean 81, sd 13
+
+def numbered(tmp_path):
+    """Shards in which every token tells where it stands."""
+    return write(tmp_path / "n", range(100, 300), range(1000, 2003), range(3000, 3007),
+                 range(4000, 4517))
+
+def test_every_window_once_in_an_epoch(tmp_path):
+    w = Windows(numbered(tmp_path), "train", seq_len=10, vocab_size=5000, seed=3)
+    expected = [s + 10 * i for s, n in ((1000, 1003), (3000, 7), (4000, 517))
+                for i in range((n - 1) // 10)]
+    assert len(w) == len(expected) == 100 + 0 + 51
+    orders = []
+    for epoch in range(3):
+        x, y = (t.numpy() for t in w.batch(epoch * len(w), len(w)))
+        np.testing.assert_array_equal(y, x + 1)
+        np.testing.assert_array_equal(x, x[:, :1] + np.arange(10))
+        orders.append(x[:, 0].tolist())
+        assert sorted(orders[-1]) == expected != orders[-1]
+    assert orders[0] != orders[1] != orders[2]
+    other = Windows(numbered(tmp_path), "train", 10, 5000, seed=4)
+    assert other.batch(0, len(w))[0][:, 0].tolist() != orders[0]
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_and_resume(tmp_path, world):
+    """However the batches are cut and whenever the run was resumed, the same windows come."""
+    folder = numbered(tmp_path)
+    straight = Windows(folder, "train", 10, 5000).batch(0, 520)[0]
+    for stop in (0, 24, 240):
+        got = []
+        for position in range(stop, 480, 8 * world):
+            for rank in range(world):  # a new object each time: a process that was restarted
+                w = Windows(folder, "train", 10, 5000)
+                got += w.batch(position + rank * 8, 8)[0].tolist()
+        assert got == straight[stop:stop + len(got)].tolist() and len(got) >= 480 - stop - 31
+
+def test_fixed_windows(tmp_path):
+    w = Windows(numbered(tmp_path), "val", 10, 5000)
+    assert len(w) == 19
+    every = [x for x, _ in w.fixed(1000, 4)]
+    assert [len(x) for x in every] == [4, 4, 4, 4, 3]
+    assert sorted(x for b in every for x in b[:, 0].tolist()) == list(range(100, 290, 10))
+    for world in (2, 3, 8):  # the same batches, whoever has them
+        parts = [x for rank in range(world) for x, _ in w.fixed(1000, 4, rank, world)]
+        assert sorted(b.tolist() for b in parts) == sorted(b.tolist() for b in every)
+    assert [x.tolist() for x, _ in w.fixed(8, 4)] == [x.tolist() for x in every[:2]]
+
+def test_weighted_folders(tmp_path):
+    a, b = (write(tmp_path / n, [1], range(s, s + 1001)) for n, s in (("a", 1000), ("b", 3000)))
+    w = Windows(f"{a}:0.7,{b}:0.3", "train", 10, 5000)
+    first = w.batch(0, 1000)[0][:, 0]
+    assert (first < 3000).sum() == 700
+    for part in first.split(100):  # and evenly so
+        assert abs((part < 3000).sum() - 70) <= 1
+    assert len(w) == 142 and len(set(first[:142].tolist())) == 142  # then folder a starts over
+    epoch = first[first < 3000][:100].tolist()
+    assert sorted(epoch) == list(range(1000, 2000, 10))
+    even = Windows(f"{a},{b}", "train", 10, 5000).batch(0, 100)[0][:, 0]
+    assert (even < 3000).sum() == 50
+    for bad in (f"{a}:0,{b}:1", f"{a}:-1,{b}:1", f"{a}:nan,{b}:1", f"{a}:0.0001,{b}:1"):
+        with pytest.raises(ValueError, match="weight"):
+            Windows(bad, "train", 10, 5000)
+
+def test_dealer_shares():
+    for weights in ([1.0], [1 / 3] * 3, [0.9985, 0.0015], [0.125, 0.25, 0.625]):
+        d = Dealer([[100]] * len(weights), weights, 0)
+        assert d.share.sum() == d.BLOCK and abs(d.share / d.BLOCK - weights).max() <= 1e-3
+
+def test_prompts(tmp_path):
+    stories = [[BOS] + [1000 + 50 * i + j for j in range(i % 40)] for i in range(200)]
+    folder = write(tmp_path / "p", [BOS, 5], sum(stories, []))
+    p = Prompts(folder, "train", start_len=30, vocab_size=12000, seed=0)
+    assert len(p) == 200
+    prompts = p.batch(0, 200)
+    for prompt in prompts:
+        assert any(prompt == story[:len(prompt)] for story in stories) and len(prompt) <= 30
+    begun = [prompt[1] for prompt in prompts if len(prompt) > 1]
+    assert len(begun) == len(set(begun))  # no story twice
+    assert p.batch(37, 50) == prompts[37:87]
+    assert Prompts(folder, "train", 30, 12000, seed=1).batch(0, 200) != prompts
+    assert all(q == [BOS] for q in Prompts(folder, "train", 1, 12000).batch(0, 50))
+    # lengths are uniform over 1 .. start_len where the story is long enough (chi-square)
+    folder = write(tmp_path / "q", [BOS, 5], ([BOS] + [7] * 50) * 3000)
+    lengths = [len(q) for q in Prompts(folder, "train", 30, 512).batch(0, 3000)]
+    counts = np.bincount(lengths, minlength=31)[1:]
+    assert len(counts) == 30 and ((counts - 100) ** 2 / 100).sum() < 60
+    with pytest.raises(ValueError, match="start_len"):
+        Prompts(folder, "train", 0, 512)
+    with pytest.raises(ValueError, match="no story starts"):
+        Prompts(write(tmp_path / "r", [5], [6, 7]), "train", 30, 512)
+
+def test_bad_shards(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pretokenize --vocab_size=512"):
+        Windows(str(tmp_path), "train", 10, 512)
+    folder = write(tmp_path / "bad", range(100), range(1000))
+    with pytest.raises(ValueError, match="data01.bin holds token 999.*another tokenizer"):
+        Windows(folder, "train", 10, 512)
+    Windows(folder, "val", 10, 512)
+    with pytest.raises(ValueError, match="train part has 1000 tokens, too few for a window of 1000"):
+        Windows(folder, "train", 1000, 1000)
+    for size in (0, 201):
+        (tmp_path / "bad/data01.bin").write_bytes(b"\0" * size)
+        with pytest.raises(ValueError, match=f"data01.bin has {size} bytes"):
+            Windows(folder, "train", 10, 512)

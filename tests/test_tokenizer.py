@@ -1,0 +1,201 @@
+"""The tokenizer against SentencePiece itself and a second reader of tok.bin; the shared helpers."""
+
+import argparse
+import os
+import re
+import struct
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA, ROOT
+from sentencepiece import SentencePieceProcessor
+
+import tinystories
+import tokenizer
+from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
+
+ODD = ["", "a", " ", "  two  spaces ", "Once upon a time", "line\nbreak\ttab\r\n", "😀 emoji 👩‍👩‍👧",
+       "한국어 이야기", "ünïcödé ½", "<s> </s> <0x0A> <unk>", "1234567890", "\x00\x01\x7f",
+       "x" * 5000, "".join(map(chr, range(1, 0x300)))]
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A vocabulary of 512 as the project's own commands make it."""
+    folder = tmp_path_factory.mktemp("made")
+    tinystories.synthesize(str(folder), 500, seed=1)
+    tinystories.train_vocab(str(folder), 512)
+    return str(folder / "tok512.model")
+
+@pytest.fixture(params=["made", "tok512", "llama2"])
+def model(request):
+    if request.param == "llama2":
+        if DATA is None or not (DATA / "llama2/tokenizer.model").exists():
+            pytest.skip("needs llama2/tokenizer.model: set STORIES_DATA to a folder that has it")
+        return str(DATA / "llama2/tokenizer.model")
+    return str(request.getfixturevalue("made" if request.param == "made" else "tok512_model"))
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+@pytest.mark.parametrize("text", ODD)
+def test_encode_is_sentencepiece_and_round_trips(model, text):
+    t, sp = Tokenizer(model), SentencePieceProcessor(model_file=model)
+    plain = sp.encode(text)
+    assert t.encode(text, False, False) == plain
+    assert t.encode(text, True, True) == [t.bos_id] + plain + [t.eos_id]
+    assert t.encode([text, "b"], True, False)[0] == [t.bos_id] + plain
+    # the published tok512.model drops doubled spaces; ours and Llama 2's lose nothing
+    keeps = sp.encode("a  b") != sp.encode("a b")
+    expected = text if keeps else re.sub(" +", " ", text).strip(" ")
+    assert t.decode(t.encode(text, True, True)) == expected
+
+def test_every_byte_and_every_token(model):
+    t = Tokenizer(model)
+    first = t.sp.piece_to_id("<0x00>")
+    for byte in range(128):
+        assert t.decode([first + byte]) == chr(byte)
+    for text in ("é", "한", "😀"):  # spelt in bytes
+        assert t.decode([first + b for b in text.encode()]) == text
+    for i in range(t.n_words):
+        assert isinstance(t.decode([i]), str)
+    assert (t.bos_id, t.eos_id) == (1, 2) and t.decode([1, 2]) == ""
+
+def read_tok_bin(path):
+    """An independent reader, after the description of the format in llama2.c."""
+    data = open(path, "rb").read()
+    longest, = struct.unpack_from("<I", data)
+    at, tokens = 4, []
+    while at < len(data):
+        score, n = struct.unpack_from("<fI", data, at)
+        tokens.append((score, data[at + 8:at + 8 + n]))
+        assert len(tokens[-1][1]) == n
+        at += 8 + n
+    return longest, tokens
+
+def test_export_is_read_back(model, tmp_path):
+    t = Tokenizer(model)
+    t.export(tmp_path / "tok.bin")
+    longest, tokens = read_tok_bin(tmp_path / "tok.bin")
+    assert len(tokens) == t.n_words and longest == max(len(b) for _, b in tokens)
+    assert tokens[1][1] == b"\n<s>\n" and tokens[2][1] == b"\n</s>\n"
+    for i, (score, piece) in enumerate(tokens):
+        assert score == pytest.approx(t.sp.get_score(i))
+        if i > 2:
+            assert piece.decode() == t.sp.id_to_piece(i).replace("▁", " ")
+    # greedy merging by score, as run.c does it, must give SentencePiece's ids
+    ids = {piece: i for i, (_, piece) in enumerate(tokens)}
+    text = "Once upon a time, there was a cat named Zoe. 한 😀"
+    got = []
+    for c in " " + text:
+        b = c.encode()
+        got += [ids[b]] if b in ids else [ids[f"<0x{x:02X}>".encode()] for x in b]
+    while True:
+        merges = [(tokens[ids[m]][0], -k) for k, (a, b) in enumerate(zip(got, got[1:]))
+                  if (m := tokens[a][1] + tokens[b][1]) in ids]
+        if not merges:
+            break
+        k = -max(merges)[1]
+        got[k:k + 2] = [ids[tokens[got[k]][1] + tokens[got[k + 1]][1]]]
+    assert got == t.encode(text, False, False)
+
+def test_command_writes_bin_beside_model(made):
+    run = lambda *args: subprocess.run([sys.executable, str(ROOT / "tokenizer.py"), *args],
+                                       capture_output=True, text=True)
+    assert run(f"--tokenizer-model={made}").returncode == 0
+    assert os.path.getsize(made.replace(".model", ".bin")) > 4000
+    r = run("--tokenizer-model=missing.model")
+    assert (r.returncode, r.stderr) == (1, "error: missing.model: No such file or directory\n")
+    r = run("--tokeniser-model=x")
+    assert r.returncode == 2 and "did you mean --tokenizer" in r.stderr
+    assert r.stderr.count("\n") == 1
+
+@pytest.mark.parametrize("damage", [b"", b"junk" * 500, "truncated"])
+def test_corrupt_model(made, tmp_path, damage):
+    path = tmp_path / "bad.model"
+    path.write_bytes(open(made, "rb").read()[:-100] if damage == "truncated" else damage)
+    with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
+        Tokenizer(path)
+
+def test_bad_ids_and_bad_text(made):
+    t = Tokenizer(made)
+    for i in (-1, 512):
+        with pytest.raises(ValueError, match=f"token {i} is outside"):
+            t.decode([i])
+    with pytest.raises(ValueError):
+        t.encode("\ud800", False, False)
+
+def test_find_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data.tok64.model.*train_vocab --vocab_size=64"):
+        find_tokenizer(64, None, "out")
+    os.makedirs("data")
+    for path in ("data/tok64.model", "tokenizer.model"):
+        open(path, "w").close()
+    assert find_tokenizer(64, "out") == "data/tok64.model"
+    assert find_tokenizer(32000) == "tokenizer.model"
+
+# -----------------------------------------------------------------------------
+# What the commands share
+
+def parser():
+    p = argparse.ArgumentParser(prog="x.py")
+    p.add_argument("--max_iters", type=int, default=5, help="steps")
+    p.add_argument("--ppo", type=boolean, nargs="?", const=True, default=False, help="align")
+    return p
+
+def test_parse_args(capsys):
+    assert parse_args(parser(), ["--max_iters=7"]).max_iters == 7
+    for flag, value in (("--ppo", True), ("--ppo=True", True), ("--ppo=False", False),
+                        ("--ppo=0", False)):
+        assert parse_args(parser(), [flag]).ppo is value
+    for argv, hint in ((["--max_itres=7"], "did you mean --max_iters?"),
+                       (["--max-iters=7"], "did you mean --max_iters?"),
+                       (["--max=7"], "unknown argument --max"),  # no abbreviations
+                       (["--qqqqqq"], "unknown argument --qqqqqq (see"),
+                       (["--max_iters=many"], "invalid int value: 'many'"),
+                       (["--ppo=maybe"], "expected True or False, not 'maybe'")):
+        with pytest.raises(SystemExit) as e:
+            parse_args(parser(), argv)
+        message = capsys.readouterr().err
+        assert e.value.code == 2 and hint in message and message.count("\n") == 1
+    with pytest.raises(SystemExit):
+        parse_args(parser(), ["--help"])
+    assert "(default: 5)" in capsys.readouterr().out
+
+@pytest.mark.parametrize("error, status, message", [
+    (ValueError("no\nsuch luck"), 1, "error: no such luck\n"),
+    (FileNotFoundError(2, "No such file", "x.bin"), 1, "error: x.bin: No such file\n"),
+    (OSError("in our words"), 1, "error: in our words\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")])
+def test_run_main(error, status, message, capsys):
+    def main():
+        if error:
+            raise error
+    with pytest.raises(SystemExit) as e:
+        run_main(main)
+    assert (e.value.code or 0) == status and capsys.readouterr().err == message
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        run_main(lambda: 1 / 0)
+
+def test_write_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file"
+    with write_atomic(path) as f:
+        f.write(b"old")
+        assert not path.exists()
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as e:
+            with write_atomic(path) as f:
+                f.write(b"half of the new")
+                raise error
+        assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+        if isinstance(error, OSError):
+            assert e.value.filename == str(path)
+    with write_atomic(path, "w") as f:
+        f.write("새")
+    assert path.read_text(encoding="utf-8") == "새"
+    monkeypatch.setattr(tokenizer.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "I/O")))
+    with pytest.raises(OSError):
+        with write_atomic(path) as f:
+            f.write(b"lost")
+    assert path.read_text(encoding="utf-8") == "새"
