@@ -21,6 +21,7 @@
 
 #define LANES 16                                  /* keys handled at once */
 #define MAX_E 16                                  /* wider heads suit PyTorch's own kernels */
+#define MAX_R 2                                   /* queries handled at once */
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -33,16 +34,23 @@ static inline vec choose(ivec mask, vec a, vec b) {           /* mask lane is 0 
     return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
 }
 
+/* Sum and maximum of the lanes by halving: a chain of 16 dependent additions would take as long as
+ * the rest of a query. */
 static inline float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
+    float a[LANES];
+    STORE(a, v);
+    for (int i = 0; i < 8; i++) a[i] += a[i + 8];
+    for (int i = 0; i < 4; i++) a[i] += a[i + 4];
+    return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 static inline float maximum(vec v) {
-    float m = v[0];
-    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-    return m;
+    float a[LANES];
+    STORE(a, v);
+    for (int i = 0; i < 8; i++) a[i] = a[i] > a[i + 8] ? a[i] : a[i + 8];
+    for (int i = 0; i < 4; i++) a[i] = a[i] > a[i + 4] ? a[i] : a[i + 4];
+    float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
+    return x > y ? x : y;
 }
 
 /* e^x for x <= 0, relative error below 2e-7; exactly 0 below -87 (where masked lanes lie).
@@ -64,15 +72,17 @@ static inline vec exp_nonpositive(vec x) {
     return choose(alive, p * (vec)((whole + 127) << 23), (vec){0});
 }
 
-/* Rotates the pairs (x[0], x[1]), (x[2], x[3]), ... by the angles of one position: RoPE.
- * direction is +1, or -1 for the inverse, which is also the backward pass. out may be x. */
+/* Rotates the pairs (x[0], x[1]), (x[2], x[3]), ... of each row of x (R, E) by the angles of one
+ * position: RoPE. direction is +1, or -1 for the inverse, which is also the backward pass. */
 static inline void rotate(float *out, const float *x, const float *cosine, const float *sine,
-                          float direction, const int E) {
-    for (int i = 0; i < E / 2; i++) {
-        float c = cosine[i], s = direction * sine[i], a = x[2 * i], b = x[2 * i + 1];
-        out[2 * i] = a * c - b * s;
-        out[2 * i + 1] = a * s + b * c;
-    }
+                          float direction, const int R, const int E) {
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < E / 2; i++) {
+            float c = cosine[i], s = direction * sine[i];
+            float a = x[r * E + 2 * i], b = x[r * E + 2 * i + 1];
+            out[r * E + 2 * i] = a * c - b * s;
+            out[r * E + 2 * i + 1] = a * s + b * c;
+        }
 }
 
 /* Turns one head of keys and values, n rows of x (stride floats apart), into E-major rows of
@@ -82,7 +92,7 @@ static inline void transpose_head(float *kt, float *vt, const float *k, const fl
                                   const int E) {
     for (int j = 0; j < n; j++) {
         float rotated[MAX_E];
-        rotate(rotated, k + (int64_t)j * stride, cosine + j * (E / 2), sine + j * (E / 2), 1, E);
+        rotate(rotated, k + (int64_t)j * stride, cosine + j * (E / 2), sine + j * (E / 2), 1, 1, E);
         for (int e = 0; e < E; e++) {
             kt[e * padded + j] = rotated[e];
             vt[e * padded + j] = v[(int64_t)j * stride + e];
@@ -94,96 +104,135 @@ static inline void transpose_head(float *kt, float *vt, const float *k, const fl
     }
 }
 
-/* One query against n keys: out (E) = softmax(q k^T / sqrt(E)) v; returns log-sum-exp of the scores.
- * kt, vt are E-major with rows `stride` floats apart, readable up to ROUND_UP(n). */
-static inline float attend(float *out, const float *q, const float *kt, const float *vt, int n,
-                           int64_t stride, float *scores, const int E) {
+/* R queries of one kv head, rotated, q (R, E), against n keys: out (R, E) = softmax(q k^T / sqrt(E)) v
+ * and lse (R), the log-sum-exp of the scores. kt, vt are E-major with rows `stride` floats apart,
+ * readable up to ROUND_UP(n). R queries at once share the loads of keys and values. */
+static inline void attend(float *out, float *lse, const float *q, const float *kt, const float *vt,
+                          int n, int64_t stride, float *scores, const int R, const int E) {
     const float scale = 1.0f / sqrtf((float)E);
+    const int padded = ROUND_UP(n);
     ivec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    vec top = (vec){0} - INFINITY;
+    vec top[MAX_R], total[MAX_R], acc[MAX_R][MAX_E];
+    float max[MAX_R];
+    for (int r = 0; r < R; r++) top[r] = (vec){0} - INFINITY;
     for (int j = 0; j < n; j += LANES) {
-        vec s = {0};
-        for (int e = 0; e < E; e++) s += q[e] * LOAD(kt + e * stride + j);
-        s = choose(lane < n - j, s * scale, (vec){0} - INFINITY);
-        STORE(scores + j, s);
-        top = choose(s > top, s, top);
+        vec s[MAX_R];
+        for (int r = 0; r < R; r++) s[r] = (vec){0};
+        for (int e = 0; e < E; e++) {
+            vec k = LOAD(kt + e * stride + j);
+            for (int r = 0; r < R; r++) s[r] += q[r * E + e] * k;
+        }
+        for (int r = 0; r < R; r++) {
+            s[r] = choose(lane < n - j, s[r] * scale, (vec){0} - INFINITY);
+            STORE(scores + r * padded + j, s[r]);
+            top[r] = choose(s[r] > top[r], s[r], top[r]);
+        }
     }
-    float max = maximum(top);
-    vec total = {0}, acc[MAX_E];
-    for (int e = 0; e < E; e++) acc[e] = (vec){0};
+    for (int r = 0; r < R; r++) {
+        max[r] = maximum(top[r]);
+        total[r] = (vec){0};
+        for (int e = 0; e < E; e++) acc[r][e] = (vec){0};
+    }
     for (int j = 0; j < n; j += LANES) {
-        vec p = exp_nonpositive(LOAD(scores + j) - max);
-        total += p;
-        for (int e = 0; e < E; e++) acc[e] += p * LOAD(vt + e * stride + j);
+        vec p[MAX_R];
+        for (int r = 0; r < R; r++) {
+            p[r] = exp_nonpositive(LOAD(scores + r * padded + j) - max[r]);
+            total[r] += p[r];
+        }
+        for (int e = 0; e < E; e++) {
+            vec v = LOAD(vt + e * stride + j);
+            for (int r = 0; r < R; r++) acc[r][e] += p[r] * v;
+        }
     }
-    float denominator = sum(total);
-    for (int e = 0; e < E; e++) out[e] = sum(acc[e]) / denominator;
-    return max + logf(denominator);
+    for (int r = 0; r < R; r++) {
+        float denominator = sum(total[r]), inverse = 1.0f / denominator;
+        for (int e = 0; e < E; e++) out[r * E + e] = sum(acc[r][e]) * inverse;
+        lse[r] = max[r] + logf(denominator);
+    }
 }
 
-/* Backward of one query: adds to dkt, dvt (E-major, like kt), writes dq (of the rotated query). */
+/* Backward of R queries: adds to dkt, dvt (E-major, like kt), writes dq (R, E) of rotated queries. */
 static inline void attend_backward(float *dq, float *dkt, float *dvt, const float *dout,
-                                   const float *out, const float *q, float lse, const float *kt,
-                                   const float *vt, int n, int stride, const int E) {
+                                   const float *out, const float *q, const float *lse,
+                                   const float *kt, const float *vt, int n, int stride,
+                                   const int R, const int E) {
     const float scale = 1.0f / sqrtf((float)E);
-    float delta = 0;                              /* sum_j p_j dp_j = dout . out */
-    for (int e = 0; e < E; e++) delta += dout[e] * out[e];
+    float delta[MAX_R];                           /* sum_j p_j dp_j = dout . out */
+    vec acc[MAX_R][MAX_E];
     ivec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    vec acc[MAX_E];
-    for (int e = 0; e < E; e++) acc[e] = (vec){0};
-    for (int j = 0; j < n; j += LANES) {
-        vec s = {0}, dp = {0};
+    for (int r = 0; r < R; r++) {
+        delta[r] = 0;
         for (int e = 0; e < E; e++) {
-            s += q[e] * LOAD(kt + e * stride + j);
-            dp += dout[e] * LOAD(vt + e * stride + j);
-        }
-        vec p = exp_nonpositive(s * scale - lse);
-        p = choose(lane < n - j, p, (vec){0});
-        vec ds = p * (dp - delta) * scale;
-        for (int e = 0; e < E; e++) {
-            acc[e] += ds * LOAD(kt + e * stride + j);
-            STORE(dkt + e * stride + j, LOAD(dkt + e * stride + j) + ds * q[e]);
-            STORE(dvt + e * stride + j, LOAD(dvt + e * stride + j) + p * dout[e]);
+            delta[r] += dout[r * E + e] * out[r * E + e];
+            acc[r][e] = (vec){0};
         }
     }
-    for (int e = 0; e < E; e++) dq[e] = sum(acc[e]);
+    for (int j = 0; j < n; j += LANES) {
+        vec p[MAX_R], ds[MAX_R];
+        for (int r = 0; r < R; r++) p[r] = ds[r] = (vec){0};
+        for (int e = 0; e < E; e++) {
+            vec k = LOAD(kt + e * stride + j), v = LOAD(vt + e * stride + j);
+            for (int r = 0; r < R; r++) {
+                p[r] += q[r * E + e] * k;
+                ds[r] += dout[r * E + e] * v;
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            p[r] = choose(lane < n - j, exp_nonpositive(p[r] * scale - lse[r]), (vec){0});
+            ds[r] = p[r] * (ds[r] - delta[r]) * scale;
+        }
+        for (int e = 0; e < E; e++) {
+            vec k = LOAD(kt + e * stride + j);
+            vec dk = LOAD(dkt + e * stride + j), dv = LOAD(dvt + e * stride + j);
+            for (int r = 0; r < R; r++) {
+                acc[r][e] += ds[r] * k;
+                dk += ds[r] * q[r * E + e];
+                dv += p[r] * dout[r * E + e];
+            }
+            STORE(dkt + e * stride + j, dk);
+            STORE(dvt + e * stride + j, dv);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int e = 0; e < E; e++) dq[r * E + e] = sum(acc[r][e]);
 }
 
-/* The three entry points' bodies, made once for each head dimension so that loops over E unroll. */
+/* The three entry points' bodies for one sequence and one kv head, made once for each pair of
+ * constants R and E so that their loops unroll. */
 static inline void forward_head(float *out, float *lse, const float *q, const float *k, const float *v,
                                 const float *cosine, const float *sine, int n, int H, int K, int kh,
-                                float *work, const int E) {
+                                float *work, const int R, const int E) {
     int padded = ROUND_UP(n), G = H / K;
     float *kt = work, *vt = kt + E * padded, *scores = vt + E * padded;
     transpose_head(kt, vt, k + kh * E, v + kh * E, K * E, n, padded, cosine, sine, E);
     for (int i = 0; i < n; i++)
-        for (int h = kh * G; h < (kh + 1) * G; h++) {
-            float rotated[MAX_E];
+        for (int h = kh * G; h < (kh + 1) * G; h += R) {
+            float rotated[MAX_R * MAX_E];
             int64_t at = (int64_t)i * H + h;
-            rotate(rotated, q + at * E, cosine + i * (E / 2), sine + i * (E / 2), 1, E);
-            lse[at] = attend(out + at * E, rotated, kt, vt, i + 1, padded, scores, E);
+            rotate(rotated, q + at * E, cosine + i * (E / 2), sine + i * (E / 2), 1, R, E);
+            attend(out + at * E, lse + at, rotated, kt, vt, i + 1, padded, scores, R, E);
         }
 }
 
 static inline void backward_head(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                  const float *lse, const float *q, const float *k, const float *v,
                                  const float *cosine, const float *sine, int n, int H, int K, int kh,
-                                 float *work, const int E) {
+                                 float *work, const int R, const int E) {
     int padded = ROUND_UP(n), G = H / K;
     float *kt = work, *vt = kt + E * padded, *dkt = vt + E * padded, *dvt = dkt + E * padded;
     transpose_head(kt, vt, k + kh * E, v + kh * E, K * E, n, padded, cosine, sine, E);
     memset(dkt, 0, sizeof(float) * 2 * E * padded);
     for (int i = 0; i < n; i++)
-        for (int h = kh * G; h < (kh + 1) * G; h++) {
-            float rotated[MAX_E], grad[MAX_E];
+        for (int h = kh * G; h < (kh + 1) * G; h += R) {
+            float rotated[MAX_R * MAX_E], grad[MAX_R * MAX_E];
             int64_t at = (int64_t)i * H + h;
             const float *c = cosine + i * (E / 2), *s = sine + i * (E / 2);
-            rotate(rotated, q + at * E, c, s, 1, E);
-            attend_backward(grad, dkt, dvt, dout + at * E, out + at * E, rotated, lse[at], kt, vt,
-                            i + 1, padded, E);
-            rotate(dq + at * E, grad, c, s, -1, E);
+            rotate(rotated, q + at * E, c, s, 1, R, E);
+            attend_backward(grad, dkt, dvt, dout + at * E, out + at * E, rotated, lse + at, kt, vt,
+                            i + 1, padded, R, E);
+            rotate(dq + at * E, grad, c, s, -1, R, E);
         }
     for (int j = 0; j < n; j++) {
         float grad[MAX_E];
@@ -192,29 +241,32 @@ static inline void backward_head(float *dq, float *dk, float *dv, const float *d
             grad[e] = dkt[e * padded + j];
             dv[at + e] = dvt[e * padded + j];
         }
-        rotate(dk + at, grad, cosine + j * (E / 2), sine + j * (E / 2), -1, E);
+        rotate(dk + at, grad, cosine + j * (E / 2), sine + j * (E / 2), -1, 1, E);
     }
 }
 
 static inline void decode_head(float *out, float *kt, float *vt, const float *q, const float *k,
                                const float *v, const float *cosine, const float *sine, int position,
-                               int G, int T, float *scores, const int E) {
-    float rotated[MAX_E];
-    rotate(rotated, k, cosine, sine, 1, E);
+                               int G, int T, float *scores, const int R, const int E) {
+    float rotated[MAX_R * MAX_E], lse[MAX_R];
+    rotate(rotated, k, cosine, sine, 1, 1, E);
     for (int e = 0; e < E; e++) {
         kt[(int64_t)e * T + position] = rotated[e];
         vt[(int64_t)e * T + position] = v[e];
     }
-    for (int g = 0; g < G; g++) {
-        rotate(rotated, q + g * E, cosine, sine, 1, E);
-        attend(out + g * E, rotated, kt, vt, position + 1, T, scores, E);
+    for (int g = 0; g < G; g += R) {
+        rotate(rotated, q + g * E, cosine, sine, 1, R, E);
+        attend(out + g * E, lse, rotated, kt, vt, position + 1, T, scores, R, E);
     }
 }
 
-/* A constant head dimension for each case; any other even one up to MAX_E takes the general loop. */
-#define FOR_EACH_E(CALL) \
-    switch (E) { case 4: CALL(4); break; case 8: CALL(8); break; case 16: CALL(16); break; \
-                 default: CALL(E); }
+/* Calls BODY(R, E) with constants where there is a case for them: pairs of queries where an even
+ * number of heads shares a kv head; other even head dimensions up to MAX_E take the general loop. */
+#define SPECIALIZE(BODY) \
+    if (H / K % 2 == 0) \
+        switch (E) { case 4: BODY(2, 4); break; case 8: BODY(2, 8); break; default: BODY(2, E); } \
+    else \
+        switch (E) { case 4: BODY(1, 4); break; case 8: BODY(1, 8); break; default: BODY(1, E); }
 
 /* q (N, H, E), k and v (N, K, E), unrotated; starts (S + 1) token offsets of the sequences;
  * cosine and sine (max position, E / 2) -> out (N, H, E), lse (N, H). Returns 0, or -1 without memory. */
@@ -226,11 +278,11 @@ int attention_forward(float *out, float *lse, const float *q, const float *k, co
     for (int job = 0; job < S * K; job++) {
         int64_t from = starts[job / K];
         int n = (int)(starts[job / K + 1] - from);
-        float *work = malloc(sizeof(float) * (2 * E + 1) * ROUND_UP(n) + 1);
+        float *work = malloc(sizeof(float) * (2 * E + MAX_R) * ROUND_UP(n) + 1);
         if (!work) { failed = -1; continue; }
-        #define FORWARD(E) forward_head(out + from * H * E, lse + from * H, q + from * H * E, \
-            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
-        FOR_EACH_E(FORWARD)
+        #define FORWARD(R, E) forward_head(out + from * H * E, lse + from * H, q + from * H * E, \
+            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, R, E)
+        SPECIALIZE(FORWARD)
         free(work);
     }
     return failed;
@@ -248,10 +300,10 @@ int attention_backward(float *dq, float *dk, float *dv, const float *dout, const
         int n = (int)(starts[job / K + 1] - from);
         float *work = malloc(sizeof(float) * 4 * E * ROUND_UP(n) + 1);
         if (!work) { failed = -1; continue; }
-        #define BACKWARD(E) backward_head(dq + from * H * E, dk + from * K * E, dv + from * K * E, \
+        #define BACKWARD(R, E) backward_head(dq + from * H * E, dk + from * K * E, dv + from * K * E, \
             dout + from * H * E, out + from * H * E, lse + from * H, q + from * H * E, \
-            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
-        FOR_EACH_E(BACKWARD)
+            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, R, E)
+        SPECIALIZE(BACKWARD)
         free(work);
     }
     return failed;
@@ -267,13 +319,13 @@ int attention_decode(float *out, float *k_cache, float *v_cache, const float *q,
     for (int job = 0; job < B * K; job++) {
         int64_t position = positions[job / K], cache = (int64_t)job * E * T;
         const float *c = cosine + position * (E / 2), *s = sine + position * (E / 2);
-        float *scores = malloc(sizeof(float) * ROUND_UP(position + 1));
+        float *scores = malloc(sizeof(float) * MAX_R * ROUND_UP(position + 1));
         if (!scores) { failed = -1; continue; }
         int G = H / K;
-        #define DECODE(E) decode_head(out + (int64_t)job * G * E, k_cache + cache, \
+        #define DECODE(R, E) decode_head(out + (int64_t)job * G * E, k_cache + cache, \
             v_cache + cache, q + (int64_t)job * G * E, k + (int64_t)job * E, \
-            v + (int64_t)job * E, c, s, (int)position, G, T, scores, E)
-        FOR_EACH_E(DECODE)
+            v + (int64_t)job * E, c, s, (int)position, G, T, scores, R, E)
+        SPECIALIZE(DECODE)
         free(scores);
     }
     return failed;

@@ -1,0 +1,470 @@
+"""The model against independent oracles: PyTorch autograd in float64, one sequence at a time,
+exact distributions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from model import (
+    KVCache,
+    ModelArgs,
+    NativeAttention,
+    Transformer,
+    TransformerWithValueHead,
+    generate,
+    load_checkpoint,
+    model_from_checkpoint,
+    sampling_logits,
+    save_checkpoint,
+)
+
+
+def small(seed=0, **kw):
+    """A little random model whose logits are far from uniform."""
+    torch.manual_seed(seed)
+    args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=48, multiple_of=4, max_seq_len=64)
+    model = Transformer(ModelArgs(**(args | kw)))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.25)
+    return model.eval()
+
+
+def naive_logits(model, tokens):
+    """One sequence (T,) through the Llama equations, in float64, with nothing of model.py's forward
+    but its weights. Oracle for everything else."""
+    w = {k: v.double() for k, v in model.state_dict().items()}
+    a, T = model.args, len(tokens)
+    H, K, E = a.n_heads, a.n_kv_heads, a.head_dim
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + a.norm_eps).sqrt() * weight
+
+    def rope(x):  # (T, heads, E)
+        out = x.clone()
+        for t in range(T):
+            for i in range(0, E, 2):
+                angle = t / a.rope_theta ** (i / E)
+                c, s = math.cos(angle), math.sin(angle)
+                out[t, :, i] = x[t, :, i] * c - x[t, :, i + 1] * s
+                out[t, :, i + 1] = x[t, :, i] * s + x[t, :, i + 1] * c
+        return out
+
+    x = w["tok_embeddings.weight"][tokens]
+    for i in range(a.n_layers):
+        p = f"layers.{i}."
+        h = norm(x, w[p + "attention_norm.weight"])
+        q, k, v = (h @ w[p + f"attention.w{n}.weight"].T for n in "qkv")
+        q, k, v = rope(q.view(T, H, E)), rope(k.view(T, K, E)), v.view(T, K, E)
+        heads = []
+        for head in range(H):
+            kv = head // (H // K)
+            scores = q[:, head] @ k[:, kv].T / math.sqrt(E)
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[:, kv])
+        x = x + torch.cat(heads, -1) @ w[p + "attention.wo.weight"].T
+        h = norm(x, w[p + "ffn_norm.weight"])
+        gate = h @ w[p + "feed_forward.w1.weight"].T
+        up = h @ w[p + "feed_forward.w3.weight"].T
+        x = x + (gate / (1 + (-gate).exp()) * up) @ w[p + "feed_forward.w2.weight"].T
+    return norm(x, w["norm.weight"]) @ w["output.weight"].T
+
+
+BACKENDS = ["native", "torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Runs a test with attention.c and with PyTorch's attention."""
+    if request.param == "torch":
+        monkeypatch.setattr(M, "attention_library", lambda: None)
+    elif M.attention_library() is None:
+        pytest.skip("attention.c cannot be compiled here")
+    return request.param
+
+
+SHAPES = [  # heads, kv heads, head dim: all the cases of attention.c, and one beyond it
+    (4, 4, 8), (4, 2, 8), (6, 2, 4), (8, 1, 16), (3, 1, 6), (2, 2, 2), (4, 2, 12), (2, 1, 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("H,K,E", SHAPES)
+def test_forward_is_the_llama_equations(backend, H, K, E):
+    model = small(dim=H * E, n_heads=H, n_kv_heads=K)
+    tokens = torch.randint(0, 48, (37,))
+    expected = naive_logits(model, tokens)
+    torch.testing.assert_close(model(tokens[None])[0].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_untied_classifier_and_theta(backend):
+    model = small(tied=False, rope_theta=500.0)
+    tokens = torch.randint(0, 48, (20,))
+    expected = naive_logits(model, tokens)
+    torch.testing.assert_close(model(tokens[None])[0].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(M.attention_library() is None, reason="attention.c cannot be compiled here")
+@pytest.mark.parametrize("H,K,E", [s for s in SHAPES if s[2] <= 16])
+def test_native_attention_gradients(H, K, E):
+    """Outputs and all gradients against autograd through PyTorch's attention in float64, for
+    lengths around the vector width."""
+    lengths = [1, 15, 16, 17, 33, 2]
+    N = sum(lengths)
+    q, k, v = (torch.randn(N, h, E, requires_grad=True) for h in (H, K, K))
+    angles = torch.outer(torch.arange(40.0), 1e4 ** -(torch.arange(0, E, 2) / E))
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    out = NativeAttention.apply(q, k, v, starts, angles.cos(), angles.sin())
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    q2, k2, v2 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = []
+    for i, n in enumerate(lengths):
+        s = slice(starts[i], starts[i + 1])
+        c, si = angles[:n].double().cos(), angles[:n].double().sin()
+        # apply_rope works in fp32; this is its formula in complex numbers, in float64
+        def turn(x):
+            z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(z * torch.complex(c, si)[:, None]).flatten(-2)
+
+        a, b = turn(q2[s]).transpose(0, 1), turn(k2[s]).repeat_interleave(H // K, 1).transpose(0, 1)
+        vv = v2[s].repeat_interleave(H // K, 1).transpose(0, 1)
+        expected.append(F.scaled_dot_product_attention(a, b, vv, is_causal=True).transpose(0, 1))
+    expected = torch.cat(expected)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    oracle = torch.autograd.grad((expected * weight.double()).sum(), (q2, k2, v2))
+    for got, want in zip(grads, oracle):
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(M.attention_library() is None, reason="attention.c cannot be compiled here")
+def test_native_attention_extreme_scores():
+    """Scores of ±1e4 neither overflow nor lose the softmax."""
+    q = torch.tensor([[[1e4, 0.0]], [[1e4, 0.0]]])
+    k, v = torch.tensor([[[1.0, 0]], [[-1.0, 0]]]), torch.tensor([[[3.0, 4]], [[5.0, 6]]])
+    one, zero = torch.ones(2, 1), torch.zeros(2, 1)
+    out = NativeAttention.apply(q, k, v, torch.tensor([0, 2]), one, zero)
+    torch.testing.assert_close(out, torch.tensor([[[3.0, 4]], [[3.0, 4]]]))
+
+
+def test_packed_equals_one_at_a_time(backend):
+    model = small()
+    lengths = [5, 1, 30, 17]
+    tokens = torch.randint(0, 48, (sum(lengths),))
+    packed = model(tokens, lengths=lengths).split(lengths)
+    for part, logits in zip(tokens.split(lengths), packed):
+        torch.testing.assert_close(logits, model(part[None])[0], atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_agree_between_backends(monkeypatch):
+    """The whole model's gradient with attention.c is that with PyTorch's attention."""
+    if M.attention_library() is None:
+        pytest.skip("attention.c cannot be compiled here")
+    model = small()
+    lengths, tokens = [9, 20], torch.randint(0, 48, (29,))
+
+    def gradient():
+        model.zero_grad()
+        model(tokens, tokens.roll(-1), lengths).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    native = gradient()
+    monkeypatch.setattr(M, "attention_library", lambda: None)
+    for name, grad in gradient().items():
+        torch.testing.assert_close(native[name], grad, atol=1e-5, rtol=1e-3)
+
+
+def test_cached_steps_equal_full_forward(backend):
+    """Ragged prompts, some of them empty but for the current token, then ten steps."""
+    model = small()
+    rows = [torch.randint(0, 48, (n + 10,)) for n in (0, 3, 16, 31)]
+    starts = [len(r) - 10 for r in rows]
+    cache = KVCache(model, 4, 41)
+    with torch.no_grad():
+        model.hidden(torch.cat([r[:n] for r, n in zip(rows, starts)]), starts, cache)
+        for step in range(10):
+            now = torch.stack([r[n + step] for r, n in zip(rows, starts)])
+            logits = model(now, cache=cache)
+            for i, (r, n) in enumerate(zip(rows, starts)):
+                full = model(r[None, : n + step + 1])[0, -1]
+                torch.testing.assert_close(logits[i], full, atol=3e-5, rtol=1e-4)
+
+
+def test_cache_rows_can_leave(backend):
+    """drop keeps the others' contents, in the order it returns."""
+    model = small()
+    rows = [torch.randint(0, 48, (6,)) for _ in range(6)]
+    cache = KVCache(model, 6, 8)
+    alive = torch.tensor([False, True, False, False, True, True])
+    with torch.no_grad():
+        model.hidden(torch.cat([r[:4] for r in rows]), [4] * 6, cache)
+        order = cache.drop(alive)
+        assert sorted(order.tolist()) == [1, 4, 5] and cache.rows == 3
+        logits = model(torch.stack([rows[i][4] for i in order]), cache=cache)
+        for got, i in zip(logits, order):
+            torch.testing.assert_close(got, model(rows[i][None, :5])[0, -1], atol=3e-5, rtol=1e-4)
+
+
+def test_too_long_is_refused():
+    with pytest.raises(ValueError, match="65 tokens .* 64"):
+        small()(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="64 tokens"):
+        generate(small(), [[1] * 64], 5)
+    with pytest.raises(ValueError, match="0 tokens"):
+        generate(small(), [[1], []], 5)
+
+
+def test_padding_on_the_right_changes_nothing(backend):
+    model = small()
+    tokens = torch.randint(0, 48, (1, 20))
+    padded = torch.cat([tokens, torch.randint(0, 48, (1, 9))], 1)
+    torch.testing.assert_close(model(padded)[:, :20], model(tokens), atol=1e-5, rtol=1e-4)
+
+
+def test_loss_ignores_minus_one():
+    model = small()
+    x, y = torch.randint(0, 48, (2, 8)), torch.randint(0, 48, (2, 8))
+    y[0, 3:] = -1
+    logp = model(x).log_softmax(-1)
+    expected = -torch.stack([logp[b, t, y[b, t]] for b in range(2) for t in range(8) if y[b, t] >= 0])
+    torch.testing.assert_close(model(x, y), expected.mean())
+
+
+# ---- sampling
+
+
+def chi_square(counts, p):
+    """The p-value-free test: the statistic is below its mean plus 5 standard deviations."""
+    expected = p * counts.sum()
+    seen = p > 0
+    assert counts[~seen].sum() == 0
+    x = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    degrees = int(seen.sum()) - 1
+    assert x < degrees + 5 * math.sqrt(2 * degrees) + 1e-9, (x, degrees)
+
+
+def exact_distribution(logits, temperature, top_k, top_p):
+    """Sampling probabilities, by sorting in plain Python."""
+    p = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    if top_k:
+        order = order[:top_k]
+    total = sum(p[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        kept.append(i)
+        mass += p[i] / total
+        if mass >= top_p:
+            break
+    total = sum(p[i] for i in kept)
+    return torch.tensor([p[i] / total if i in kept else 0.0 for i in range(len(p))])
+
+
+@pytest.mark.parametrize(
+    "temperature,top_k,top_p",
+    [(1, 0, 1), (0.5, 0, 1), (1.7, 0, 1), (1, 5, 1), (1, 0, 0.6), (0.8, 10, 0.9), (1, 999, 1), (1, 0, 0.0)],
+)
+def test_sampling_frequencies(temperature, top_k, top_p):
+    """20,000 first tokens of `generate` against the exact distribution."""
+    model, n = small(), 20_000
+    expected = exact_distribution(model(torch.tensor([[1, 7]]))[0, -1].detach(), temperature, top_k, top_p)
+    out = generate(model, [[1, 7]] * n, 1, temperature, top_k, top_p, stop_ids=(), max_batch=n)
+    chi_square(torch.bincount(out.tokens[:, 0], minlength=48).double(), expected.double())
+    seen = out.tokens[:, 0]
+    torch.testing.assert_close(out.logprobs[:, 0].exp(), expected[seen].float(), atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_edges():
+    logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf]])
+    for kw in (dict(top_p=0.0), dict(top_k=1), dict(top_p=1e-9)):
+        assert sampling_logits(logits, **kw).exp().tolist() == [[0, 1, 0, 0]]
+    torch.testing.assert_close(sampling_logits(logits, top_k=4, top_p=1.0).exp(), logits.softmax(-1))
+    assert generate(small(), [[1]], 0).lengths.tolist() == [0]
+    assert generate(small(), [], 5).tokens.shape == (0, 5)
+
+
+def test_greedy_is_argmax():
+    model = small()
+    out = generate(model, [[1, 5, 9]], 12, temperature=0, stop_ids=())
+    tokens = [1, 5, 9]
+    for t in out.responses()[0]:
+        logits = naive_logits(model, torch.tensor(tokens))[-1]
+        assert t == int(logits.argmax())
+        tokens.append(t)
+
+
+def test_uniform_numbers_at_the_ends():
+    """0 and the largest number below 1 draw tokens of positive probability."""
+    model = small()
+    for u in (0.0, 1 - 2**-24):
+        out = generate(model, [[1]], 4, top_k=3, uniform=torch.full((1, 4), u), stop_ids=())
+        assert torch.isfinite(out.logprobs).all() and out.logprobs.exp().min() > 0
+
+
+def test_rows_are_independent(backend):
+    """Each row's tokens are those that it gets alone with its own random numbers, whatever the
+    others do and however many fit at once; log-probabilities are those of the full forward."""
+    model = small()
+    prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in (0, 4, 11, 2, 30, 7, 1)]
+    uniform = torch.rand(7, 25)
+    alone = [generate(model, [p], 25, uniform=uniform[i : i + 1]) for i, p in enumerate(prompts)]
+    for max_batch in (7, 3, 1):
+        out = generate(model, prompts, 25, uniform=uniform, max_batch=max_batch)
+        for i, single in enumerate(alone):
+            assert out.responses()[i] == single.responses()[0]
+            assert bool(out.ended[i]) == bool(single.ended[0])
+    assert {len(r) for r in out.responses()} > {25}, "some rows stop by themselves"
+    for p, r, lp in zip(prompts, out.responses(), out.logprobs):
+        logp = model(torch.tensor([p + r])).log_softmax(-1)[0]
+        expected = torch.stack([logp[len(p) - 1 + j, t] for j, t in enumerate(r)])
+        torch.testing.assert_close(lp[: len(r)], expected, atol=1e-4, rtol=1e-4)
+        assert not any(t in (1, 2) for t in r[:-1])
+
+
+def test_generation_stops_at_the_context():
+    model = small()
+    out = generate(model, [[1] * 60], 50, temperature=0, stop_ids=())
+    # 64 positions hold the prompt and what is fed back; the last token needs none
+    assert out.lengths.tolist() == [5] and not out.ended.item()
+
+
+def test_streaming_sees_every_token_in_order():
+    seen = {0: [], 1: []}
+    out = generate(small(), [[1], [1, 4]], 10, on_token=lambda row, t: seen[row].append(t))
+    assert [seen[0], seen[1]] == out.responses()
+
+
+# ---- the real model
+
+
+def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories, tmp_path):
+    """The published model tells the known story, and has its known loss on the validation shard."""
+    import json
+
+    from sentencepiece import SentencePieceProcessor
+
+    import export
+
+    export.main([str(tmp_path / "ckpt.pt"), f"--llama2c={stories260k_bin}", f"--tokenizer={tok512_model}"])
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).eval()
+    sp = SentencePieceProcessor(model_file=str(tok512_model))
+    text = sp.decode(generate(model, [[1]], 500, temperature=0).responses()[0])
+    assert text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball."
+    )
+    assert text.endswith('You are a good friend."')
+    stories = json.load(open(real_stories / "data00.json"))
+    ids = [t for s in stories for t in [1, *sp.encode(s["story"].strip())]]
+    n = (len(ids) - 1) // 512
+    windows = torch.tensor(ids[: n * 512 + 1])
+    x, y = windows[:-1].view(n, 512), windows[1:].view(n, 512)
+    with torch.no_grad():
+        losses = [model(a, b).item() * len(a) for a, b in zip(x.split(32), y.split(32))]
+    assert abs(sum(losses) / n - 1.3824) < 2e-3
+
+
+# ---- checkpoints
+
+
+def checkpoint_of(model):
+    return {"model": model.state_dict(), "model_args": M.checkpoint_args(model.args)}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    for kw in ({}, {"tied": False}, {"rope_theta": 1234.0}):
+        model = small(**kw)
+        save_checkpoint(tmp_path / "c.pt", checkpoint_of(model))
+        again = model_from_checkpoint(load_checkpoint(tmp_path / "c.pt"))
+        x = torch.randint(0, 48, (1, 9))
+        assert torch.equal(model(x), again.eval()(x))
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"], "nothing temporary is left"
+
+
+def test_checkpoint_names_and_args_are_llama2c(tmp_path):
+    """What llama2.c's ModelArgs(**model_args) and load_state_dict expect."""
+    stored = checkpoint_of(small())
+    known = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of norm_eps max_seq_len dropout"
+    assert set(stored["model_args"]) == set(known.split())
+    blocks = {k.split(".", 2)[2] for k in stored["model"] if k.startswith("layers.0.")}
+    assert blocks == {
+        "attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
+        "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
+        "attention_norm.weight", "ffn_norm.weight",
+    }  # fmt: skip
+    rest = {k for k in stored["model"] if not k.startswith("layers.")}
+    assert rest == {"tok_embeddings.weight", "norm.weight", "output.weight"}
+
+
+def test_compiled_prefix_is_stripped(tmp_path):
+    stored = checkpoint_of(small())
+    stored["model"] = {f"_orig_mod.{k}": v for k, v in stored["model"].items()}
+    save_checkpoint(tmp_path / "c.pt", stored)
+    model_from_checkpoint(load_checkpoint(tmp_path / "c.pt"))
+
+
+def test_value_head_starts_at_zero_and_survives(tmp_path):
+    model = model_from_checkpoint(checkpoint_of(small()), TransformerWithValueHead)
+    h = model.hidden(torch.randint(0, 48, (1, 5)))
+    assert torch.equal(model.values(h), torch.zeros(1, 5))
+    torch.nn.init.normal_(model.value_head.weight)
+    save_checkpoint(tmp_path / "v.pt", checkpoint_of(model))
+    again = model_from_checkpoint(load_checkpoint(tmp_path / "v.pt"), TransformerWithValueHead)
+    assert torch.equal(model.values(h), again.values(h))
+
+
+def test_bad_checkpoints(tmp_path):
+    path = tmp_path / "c.pt"
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_checkpoint(path)
+    save_checkpoint(path, checkpoint_of(small()))
+    whole = path.read_bytes()
+    for n in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no 'model'"):
+        load_checkpoint(path)
+    stored = checkpoint_of(small())
+    stored["model_args"]["dim"] = 64
+    with pytest.raises(ValueError, match="does not fit"):
+        model_from_checkpoint(stored)
+    stored = checkpoint_of(small())
+    del stored["model"]["layers.1.attention.wq.weight"]
+    with pytest.raises(ValueError, match="layers.1.attention.wq.weight"):
+        model_from_checkpoint(stored)
+
+
+class Bomb:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch BOMB",)
+
+
+def test_hostile_pickle_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Bomb(), "model_args": {}}, "c.pt")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint("c.pt")
+    assert not (tmp_path / "BOMB").exists()
+
+
+def test_failed_save_keeps_the_old(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint_of(small()))
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        save_checkpoint(path, {"model": lambda: None})  # cannot be pickled
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize(
+    "kw", [dict(dim=30), dict(n_kv_heads=3), dict(dim=12, n_heads=4), dict(n_layers=0), dict(dropout=1.0)]
+)
+def test_impossible_args(kw):
+    with pytest.raises(ValueError):
+        ModelArgs(**(dict(dim=32, n_heads=4, n_kv_heads=2, n_layers=1) | kw))
