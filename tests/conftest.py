@@ -8,8 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# One thread: the models here are too small to share, and tests may run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
