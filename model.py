@@ -224,6 +224,61 @@ class TransformerWithValueHead(Transformer):
 
 
 # ----------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Linear):
+    """A frozen Linear plus a trained product of two thin matrices: x Wᵀ + (alpha / R) x Aᵀ Bᵀ (Hu et
+    al., 2021). B starts at zero, so that the model starts as it was. weight (out, in), lora_a (R, in),
+    lora_b (out, R)."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.scale = alpha / rank
+        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = F.linear(self.lora_dropout(x), self.lora_a)
+        return super().forward(x) + F.linear(low, self.lora_b) * self.scale
+
+    def merged(self):
+        return self.weight + self.scale * self.lora_b @ self.lora_a
+
+
+LORA_LAYERS = {
+    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
+    "gate": "feed_forward.w1", "down": "feed_forward.w2", "up": "feed_forward.w3",
+}  # fmt: skip
+
+
+def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v"):
+    """Freezes the model and gives the named matrices of every layer an adapter, in place. The other
+    parameters, and their names, stay. Raises ValueError for a layer that is none of LORA_LAYERS."""
+    model.requires_grad_(False)
+    for name in layers.split(","):
+        if name not in LORA_LAYERS:
+            raise ValueError(f"unknown layer {name!r} for LoRA: choose from {','.join(LORA_LAYERS)}")
+        module, attribute = LORA_LAYERS[name].split(".")
+        for block in model.layers:
+            parent = getattr(block, module)
+            setattr(parent, attribute, LoRALinear(getattr(parent, attribute), rank, alpha, dropout))
+    return model
+
+
+def merged_state(model):
+    """The state_dict of a model with its adapters, if it has any, multiplied into its weights."""
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            state[f"{name}.weight"] = module.merged().detach()
+    return state
+
+
+# ----------------------------------------------------------------------------
 # attention, for each way that sequences lie in memory
 
 

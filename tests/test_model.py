@@ -336,6 +336,50 @@ def test_streaming_sees_every_token_in_order():
     assert [seen[0], seen[1]] == out.responses()
 
 
+# ---- LoRA
+
+
+def test_lora_starts_as_the_model_and_merges():
+    model, x = small(), torch.randint(0, 48, (2, 11))
+    before, frozen = model(x), {n: p.clone() for n, p in model.named_parameters()}
+    M.add_lora(model, rank=4, alpha=8, layers="q,v,down")
+    assert torch.equal(model(x), before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 3 and all(".lora_" in n for n in trained)
+    assert frozen.keys() | trained == {n for n, _ in model.named_parameters()}
+    for n, p in model.named_parameters():
+        if n.endswith("lora_b"):
+            torch.nn.init.normal_(p)
+    plain = Transformer(model.args).eval()
+    plain.load_state_dict(M.merged_state(model))
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
+    # by hand, for one matrix: W + alpha / R * B A
+    wq = model.layers[0].attention.wq
+    by_hand = frozen["layers.0.attention.wq.weight"] + 8 / 4 * wq.lora_b @ wq.lora_a
+    torch.testing.assert_close(plain.layers[0].attention.wq.weight, by_hand)
+
+
+def test_lora_gradient_is_that_of_the_product():
+    """dL/dB and dL/dA by the chain rule from the gradient of the merged matrix."""
+    model, x, y = small(), torch.randint(0, 48, (1, 9)), torch.randint(0, 48, (1, 9))
+    M.add_lora(model, rank=2, alpha=6, layers="o")
+    layer = model.layers[1].attention.wo
+    torch.nn.init.normal_(layer.lora_b)
+    model(x, y).backward()
+    plain = Transformer(model.args)
+    plain.load_state_dict(M.merged_state(model))
+    plain(x, y).backward()
+    whole = plain.layers[1].attention.wo.weight.grad
+    torch.testing.assert_close(layer.lora_b.grad, 3 * whole @ layer.lora_a.T, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(layer.lora_a.grad, 3 * layer.lora_b.T @ whole, atol=1e-5, rtol=1e-3)
+
+
+def test_lora_unknown_layer():
+    with pytest.raises(ValueError, match="unknown layer 'x'"):
+        M.add_lora(small(), rank=2, layers="q,x")
+
+
 # ---- the real model
 
 
