@@ -79,9 +79,10 @@ def read_stories(path):
                     item = item.get("story", item.get("text"))
                 if not isinstance(item, str):
                     raise ValueError('needs strings, or objects with "story" or "text"')
-                if item.strip():
+                item = item.strip().encode(errors="replace").decode()  # JSON can spell non-text
+                if item:
                     empty = False
-                    yield item.strip()
+                    yield item
     except (ValueError, TypeError) as e:  # not JSON, not UTF-8, not a list
         raise ValueError(f"{path}: {e}")
     if empty:
@@ -577,7 +578,9 @@ class Encoder(dict):
 
     def __missing__(self, text):
         ids = self.tokenizer.encode(text, bos=False, eos=False)
-        self[text] = packed = struct.pack(f"<{len(ids)}H", *ids)
+        packed = struct.pack(f"<{len(ids)}H", *ids)
+        if len(text) < 50 and len(self) < 1_000_000:  # longer ones do not come again
+            self[text] = packed
         return packed
 
     def __call__(self, stories):
@@ -587,8 +590,6 @@ class Encoder(dict):
             plain = self.by_word and "  " not in story and "\u2581" not in story
             shard.append(bos)
             shard.extend(map(self.__getitem__, story.split(" ") if plain else [story]))
-        if len(self) > 1_000_000:
-            self.clear()
         return b"".join(shard)
 
 def start_worker(model_path):
@@ -648,16 +649,20 @@ def pretokenize(data_dir, vocab_size=0):
             if not os.path.exists(shard) or age(shard) < max(age(path), age(model_path))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     start, n_stories, n_tokens = time.time(), 0, 0
-    with concurrent.futures.ProcessPoolExecutor(
-            cores, initializer=start_worker, initargs=(model_path,)) as pool, \
-            progress("pretokenizing", sum(map(os.path.getsize, todo))) as bar:
-        results = encode_files(pool, todo, ahead=4 * cores)
-        for path, group in itertools.groupby(results, key=lambda result: result[0]):
-            with write_atomic(shards[path]) as f:
-                for _, chunk, ids in group:
-                    f.write(ids)
-                    bar.update(sum(map(len, chunk)))
-                    n_stories, n_tokens = n_stories + len(chunk), n_tokens + len(ids) // 2
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+                cores, initializer=start_worker, initargs=(model_path,)) as pool, \
+                progress("pretokenizing", sum(map(os.path.getsize, todo))) as bar:
+            results = encode_files(pool, todo, ahead=4 * cores)
+            for path, group in itertools.groupby(results, key=lambda result: result[0]):
+                with write_atomic(shards[path]) as f:
+                    for _, chunk, ids in group:
+                        f.write(ids)
+                        bar.update(sum(map(len, chunk)))
+                        n_stories, n_tokens = n_stories + len(chunk), n_tokens + len(ids) // 2
+    except concurrent.futures.BrokenExecutor:
+        raise OSError("a process of the pool died (out of memory?); run the same command again "
+                      "and it goes on with the shards that are missing")
     print(f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
           f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s")
 
@@ -807,7 +812,8 @@ class Windows:
             if sum(n) == 0:
                 raise ValueError(f"{folder}: its {split} part has {sum(map(len, shards))} tokens, "
                                  f"too few for a window of {seq_len} and the token after it")
-        self.dealer = Dealer(windows, weights, seed)
+        # validation is the same whatever the seed of the run
+        self.dealer = Dealer(windows, weights, seed if split == "train" else 0)
 
     def __len__(self):
         return self.dealer.epoch

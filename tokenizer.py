@@ -155,7 +155,7 @@ def write_atomic(path, mode="wb"):
     """
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = path + ".tmp"  # always the same, so that a run that was killed leaves only one
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f

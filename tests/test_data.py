@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, data_file
 
 import tinystories
 from tinystories import BOS, Dealer, Prompts, Windows, open_shards, permute
@@ -241,6 +241,17 @@ def test_pretokenize_real_stories(real_stories, tok512_model, tmp_path):
 ODD = ["  spaces  within   and around ", "한국어 😀", "tab\tand\nnewlines\n", "▁ ▁▁", "<s> </s>",
        "a", "x" * 300_000, "é " * 2000, "a b  c\u00a0d"]
 
+@pytest.mark.parametrize("by_word", [True, False])
+@pytest.mark.parametrize("model", ["told", "stories260K/tok512.model", "llama2/tokenizer.model"])
+def test_encoder(told, model, by_word):
+    path = told / "tok512.model" if model == "told" else data_file(model)
+    encoder = tinystories.Encoder(path)
+    assert encoder.by_word
+    encoder.by_word = by_word
+    stories = [s.strip() for s in ODD] + ["", "b  c", "\u2581b \u2581"]
+    for _ in range(2):  # the second time from memory
+        np.testing.assert_array_equal(np.frombuffer(encoder(stories), "<u2"), oracle(stories, path))
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
 def test_text_of_your_own(tmp_path, kind):
     stories = ODD + [f"The {i}th story is short." for i in range(50)]
@@ -301,6 +312,18 @@ def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatc
         tinystories.pretokenize(str(tmp_path), 512)
     assert os.listdir(tmp_path / "tok512") == ["a.bin"]
     assert (shard(tmp_path / "tok512/a.bin") == BOS).sum() == 100_000
+
+def test_json_that_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_text('["a \\ud800 b", {"story": "c"}]')
+    assert list(tinystories.read_stories(str(tmp_path / "a.json"))) == ["a ? b", "c"]
+
+def test_a_worker_that_dies(tmp_path, told, monkeypatch):
+    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+    (tmp_path / "a.txt").write_text("A cat sat.")
+    monkeypatch.setattr(tinystories.Encoder, "__call__", lambda self, stories: os._exit(9))
+    with pytest.raises(OSError, match="run the same command again"):
+        tinystories.pretokenize(str(tmp_path), 512)
+    assert not list(tmp_path.rglob("*.bin"))
 
 @pytest.mark.parametrize("files, message", [
     ({}, "no stories"), ({"a.json": "[{]"}, "a.json"), ({"a.json": "5"}, "a.json"),
@@ -402,7 +425,8 @@ def test_fixed_windows(tmp_path):
     for world in (2, 3, 8):  # the same batches, whoever has them
         parts = [x for rank in range(world) for x, _ in w.fixed(1000, 4, rank, world)]
         assert sorted(b.tolist() for b in parts) == sorted(b.tolist() for b in every)
-    assert [x.tolist() for x, _ in w.fixed(8, 4)] == [x.tolist() for x in every[:2]]
+    other = Windows(numbered(tmp_path), "val", 10, 5000, seed=7)  # nor does the seed matter
+    assert [x.tolist() for x, _ in other.fixed(8, 4)] == [x.tolist() for x in every[:2]]
 
 def test_weighted_folders(tmp_path):
     a, b = (write(tmp_path / n, [1], range(s, s + 1001)) for n, s in (("a", 1000), ("b", 3000)))
