@@ -712,7 +712,7 @@ typedef struct {
     float *logits;  // (n_logits, v_width)
     int qkv_width, h_width, f_width, d_width, v_width;
     Input *in;      // (threads,) each thread prepares its own
-    float **scores; // (threads,) of (max_pos,)
+    float **scores; // (threads,) of (4, max_pos)
     float *rope;    // (max_pos, E / 2, 2) cos and sin
     // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side. fp16 when
     // the weights are int8, fp32 when they are fp32.
@@ -773,7 +773,7 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
         in->low = block_new(B * widest);
         in->s = block_new(B * widest); // G is at least 4
         in->bias = block_new(B * widest);
-        s->scores[i] = block_new(4 * T + 64);
+        s->scores[i] = block_new(16 * T);
         ok = in->own && in->high && in->low && in->s && in->bias && s->scores[i];
     }
     if (!ok) {
@@ -814,6 +814,7 @@ typedef struct {
 #define fill MY(fill)
 #define sum MY(sum)
 #define larger MY(larger)
+#define max2 MY(max2)
 #define largest MY(largest)
 #define dot_start MY(dot_start)
 #define dot4 MY(dot4)
@@ -829,7 +830,9 @@ typedef struct {
 #define embed_row MY(embed_row)
 #define rotate MY(rotate)
 #define mix MY(mix)
-#define attend MY(attend)
+#define score MY(score)
+#define softmax MY(softmax)
+#define attention MY(attention)
 #define store_heads MY(store_heads)
 #define swiglu MY(swiglu)
 #define prepare MY(prepare)
@@ -866,12 +869,14 @@ INLINE vf larger(vf a, vf b) { // a where it is larger; b where either is NaN
     return (vf)(((vi)a & mask) | ((vi)b & ~mask));
 }
 
+INLINE float max2(float a, float b) { return a > b ? a : b; }
+
 INLINE float largest(vf v) {
     float x[LANES];
     memcpy(x, &v, sizeof v);
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-    return x[0];
+    float q[4] = {x[0], x[1], x[2], x[3]};
+    for (int i = 4; i < LANES; i++) q[i % 4] = max2(q[i % 4], x[i]);
+    return max2(max2(q[0], q[2]), max2(q[1], q[3]));
 }
 
 // The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
@@ -969,9 +974,10 @@ static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are ski
 
 // The sum and the count of those x that are at least `least`.
 static void MY(above)(const float *x, int n, float least, double *total, int *count) {
-    vf s[4] = {{0}};
-    vi k[4] = {{0}};
+    vf s[4];
+    vi k[4];
     int i = 0;
+    for (int j = 0; j < 4; j++) s[j] = (vf){0}, k[j] = (vi){0};
     for (; i + 4 * LANES <= n; i += 4 * LANES)
         for (int j = 0; j < 4; j++) {
             vf v = load(x + i + j * LANES);
@@ -1167,53 +1173,92 @@ INLINE void rotate(float *v, const float *rope, int E, float scale) {
     }
 }
 
-// out[e] = sum over t < n of weight[t] * values[e][t] for nb of the dimensions of a head, times
-// scale; n is a multiple of 16. values (T / 16, E, 16).
-INLINE void mix(float *out, const float *weight, const void *values, size_t from, int n, int E,
-                int half, float scale, const int nb) {
-    vf acc[8];
-    for (int e = 0; e < nb; e++) acc[e] = (vf){0};
-    for (int t = 0; t < n; t += 16, from += 16 * (size_t)E)
+// Attention of one query head q (E,), already scaled, over positions 0 to n - 1 of a key head:
+// scores[t] = q . keys[t], for n rounded up to 16; keys (T / 16, E, 16). E is even.
+INLINE void score(float *scores, const float *q, const void *keys, int n, int E, int half) {
+    for (int t = 0; t < n; t += 16)
         for (int j = 0; j < 16; j += LANES) {
-            vf w = load(weight + t + j);
-            for (int e = 0; e < nb; e++)
-                acc[e] += w * cached(values, from + (size_t)(16 * e + j), half);
-        }
-    for (int e = 0; e < nb; e++) out[e] = sum(acc[e]) * scale;
-}
-
-// One query head q (E,) over positions 0 to n - 1 of one head's cache: out (E,) is
-// softmax(q . keys) @ values; q is already scaled. scores is scratch, n rounded up to 16.
-INLINE void attend(float *out, const float *q, const void *keys, const void *values, int n,
-                   int E, const int half, float *scores) {
-    int n16 = (n + 15) / 16 * 16;
-    for (int t = 0; t < n16; t += 16)
-        for (int j = 0; j < 16; j += LANES) {
-            vf s[2] = {{0}}; // E is even
+            vf s0 = {0}, s1 = {0};
             size_t k = (size_t)t * (size_t)E + (size_t)j;
             for (int e = 0; e < E; e += 2, k += 32) {
-                s[0] += q[e] * cached(keys, k, half);
-                s[1] += q[e + 1] * cached(keys, k + 16, half);
+                s0 += q[e] * cached(keys, k, half);
+                s1 += q[e + 1] * cached(keys, k + 16, half);
             }
-            store(scores + t + j, s[0] + s[1]);
+            store(scores + t + j, s0 + s1);
         }
-    for (int t = n; t < n16; t++) scores[t] = -INFINITY;
+}
+
+// scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum.
+static float softmax(float *scores, int n) {
     vf top = fill(-INFINITY), total = {0};
-    for (int t = 0; t < n16; t += LANES) top = larger(load(scores + t), top);
+    vi index;
+    for (int i = 0; i < LANES; i++) index[i] = i;
+    for (int t = 0; t < n; t += LANES) { // what is beyond n in the last tile must not count
+        vi real = index < n - t;
+        vf v = (vf)(((vi)load(scores + t) & real) | ((vi)fill(-INFINITY) & ~real));
+        store(scores + t, v);
+        top = larger(v, top);
+    }
     top = fill(largest(top));
-    for (int t = 0; t < n16; t += LANES) {
-        vf v = load(scores + t);
-        vi real = v > -INFINITY;
-        v = (vf)((vi)fast_exp(v - top) & real);
+    for (int t = 0; t < (n + 15) / 16 * 16; t += LANES) {
+        vf v = (vf)((vi)fast_exp(load(scores + t) - top) & (index < n - t));
         store(scores + t, v);
         total += v;
     }
-    float scale = 1.0f / sum(total);
-    int e = 0;
-    for (; e + 8 <= E; e += 8)
-        mix(out + e, scores, values, 16 * (size_t)e, n16, E, half, scale, 8);
-    for (; e < E; e += 2)
-        mix(out + e, scores, values, 16 * (size_t)e, n16, E, half, scale, 2);
+    return sum(total);
+}
+
+// out[e] = sum over t < n of weight[t] * values[e][t] / total; values (T / 16, E, 16).
+INLINE void mix(float *out, const float *weight, float total, const void *values, int n, int E,
+                int half) {
+    for (int e = 0; e < E; e += 8) {
+        vf acc[8]; // set by a loop, since gcc clears an initialized array by a slow string move
+        for (int i = 0; i < 8; i++) acc[i] = (vf){0};
+        size_t from = 16 * (size_t)(e + 8 <= E ? e : E - 8);
+        for (int t = 0; t < n; t += 16, from += 16 * (size_t)E)
+            for (int j = 0; j < 16; j += LANES) {
+                vf w = load(weight + t + j);
+                for (int i = 0; i < 8; i++)
+                    acc[i] += w * cached(values, from + (size_t)(16 * i + j), half);
+            }
+        float *to = out + (e + 8 <= E ? e : E - 8), scale = 1.0f / total;
+        for (int i = 0; i < 8; i++) to[i] = sum(acc[i]) * scale;
+    }
+}
+
+// Attention of the items lo to hi of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
+// A few at a time, step by step, so that the processor has independent work while it waits.
+static void attention(State *s, int layer, int lo, int hi, float *scores) {
+    enum { AT_ONCE = 4 };
+    const Config *c = &s->m->c;
+    const int E = c->head_dim, B = s->B;
+    struct {
+        float *out, *scores, total;
+        const float *q;
+        const uint8_t *k, *v;
+        int n;
+    } item[AT_ONCE];
+    for (; lo < hi; lo += AT_ONCE) {
+        int count = hi - lo < AT_ONCE ? hi - lo : AT_ONCE;
+        for (int i = 0; i < count; i++) {
+            int h = (lo + i) / B, b = (lo + i) % B;
+            size_t head = (size_t)(s->row[b].seq * c->n_layers + layer) * (size_t)c->n_kv_heads
+                          + (size_t)(h / (c->n_heads / c->n_kv_heads));
+            item[i].out = s->att + (size_t)b * (size_t)s->d_width + h * E;
+            item[i].q = s->qkv + (size_t)b * (size_t)s->qkv_width + h * E;
+            item[i].k = s->keys + head * s->head_bytes;
+            item[i].v = s->values + head * s->head_bytes;
+            item[i].n = s->row[b].pos + 1;
+            item[i].scores = scores + (size_t)i * round_up((uint64_t)s->max_pos, 16);
+            if (!s->half) score(item[i].scores, item[i].q, item[i].k, item[i].n, E, 0);
+            else if (E == 8) score(item[i].scores, item[i].q, item[i].k, item[i].n, 8, 1);
+            else score(item[i].scores, item[i].q, item[i].k, item[i].n, E, 1);
+        }
+        for (int i = 0; i < count; i++) item[i].total = softmax(item[i].scores, item[i].n);
+        for (int i = 0; i < count; i++)
+            if (s->half) mix(item[i].out, item[i].scores, item[i].total, item[i].v, item[i].n, E, 1);
+            else mix(item[i].out, item[i].scores, item[i].total, item[i].v, item[i].n, E, 0);
+    }
 }
 
 // Rotates the query heads, rotates and stores the key heads, stores the value heads, those from
@@ -1273,7 +1318,7 @@ static void MY(forward)(void *arg, Team *team, int thread) {
     const Model *m = s->m;
     const Config *c = &m->c;
     const int B = s->B, D = c->dim, E = c->head_dim, G = c->group, threads = team->n;
-    const int heads = c->n_heads + 2 * c->n_kv_heads, share_kv = c->n_heads / c->n_kv_heads;
+    const int heads = c->n_heads + 2 * c->n_kv_heads;
     Input *in = &s->in[thread];
     int lo, hi;
     // Queries, keys and values are shared out in units of whole heads and whole tiles, so that
@@ -1297,17 +1342,7 @@ static void MY(forward)(void *arg, Team *team, int thread) {
         barrier(team);
 
         share(c->n_heads * B, thread, threads, &lo, &hi);
-        for (int item = lo; item < hi; item++) {
-            int h = item / B, b = item % B;
-            const Row *row = &s->row[b];
-            size_t head = (size_t)(row->seq * c->n_layers + i) * (size_t)c->n_kv_heads
-                          + (size_t)(h / share_kv);
-            float *out = s->att + (size_t)b * (size_t)s->d_width + (size_t)(h * E);
-            const float *q = s->qkv + (size_t)b * (size_t)s->qkv_width + (size_t)(h * E);
-            const uint8_t *k = s->keys + head * s->head_bytes, *v = s->values + head * s->head_bytes;
-            if (s->half) attend(out, q, k, v, row->pos + 1, E, 1, s->scores[thread]);
-            else attend(out, q, k, v, row->pos + 1, E, 0, s->scores[thread]);
-        }
+        attention(s, i, lo, hi, s->scores[thread]);
         barrier(team);
 
         prepare(s, in, s->att, s->d_width, NULL, B, NULL, D, &l->wo);
@@ -1636,30 +1671,33 @@ static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
     return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
 }
 
-// The threshold of the nucleus: the largest x such that the elements >= x sum to more than `mass`.
-// Found by bisection over the bits of the floats, which order like the floats, so that nothing
-// is sorted. Elements with equal probability stay together.
-static float nucleus(const Kernels *k, const float *p, int n, double mass, float least) {
-    uint32_t lo, hi = 0x3f800001, mid; // just above 1, the largest there is
-    double total;
-    int count, count_lo = n, count_hi = 0;
-    memcpy(&lo, &least, 4);
-    while (hi - lo > 1 && count_lo - count_hi > 1) {
-        float x;
-        mid = lo + (hi - lo) / 2;
+// The threshold of the nucleus: the largest x such that the elements >= x sum to more than `mass`,
+// a part of *total; *total becomes their sum. Nothing is sorted: the bits of non-negative floats
+// order like the floats, and among them it is searched for by interpolation, every third step by
+// bisection, some ten passes in all. Elements of equal probability stay together.
+static float nucleus(const Kernels *k, const float *p, int n, double mass, double *total) {
+    float x = (float)((*total - mass) / n * 0.999); // all that are smaller do not sum to the rest
+    double sum_lo = *total, sum_hi = 0, sum_mid;
+    uint32_t lo, hi = 0x3f800001; // just above 1, the largest there is
+    int count_lo = n, count_hi = 0, count;
+    memcpy(&lo, &x, 4);
+    for (int step = 1; hi - lo > 1 && count_lo - count_hi > 1; step++) {
+        double part = step % 3 ? (sum_lo - mass) / (sum_lo - sum_hi) : 0.5;
+        uint32_t mid = lo + 1 + (uint32_t)(part * (hi - lo - 2));
         memcpy(&x, &mid, 4);
-        k->above(p, n, x, &total, &count);
-        if (total > mass) lo = mid, count_lo = count;
-        else hi = mid, count_hi = count;
+        k->above(p, n, x, &sum_mid, &count);
+        if (sum_mid > mass) lo = mid, sum_lo = sum_mid, count_lo = count;
+        else hi = mid, sum_hi = sum_mid, count_hi = count;
     }
-    memcpy(&least, &lo, 4);
-    return least;
+    memcpy(&x, &lo, 4);
+    k->above(p, n, x, total, &count);
+    return x;
 }
 
 // The next token, from logits (n,), which it overwrites; -1 if none of them is a finite number.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
     float max = k->maximum(x, n), least = 0;
-    double total, kept;
+    double total;
     int count, last = -1;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
     if (s->temperature < 1e-30f) {
@@ -1669,9 +1707,8 @@ static int sample(Sampler *s, const Kernels *k, float *x, int n) {
     k->exps(x, n, 1.0f / s->temperature, max);
     k->above(x, n, 0, &total, &count);
     if (s->topp > 0 && s->topp < 1)
-        least = nucleus(k, x, n, s->topp * total, (float)((1 - s->topp) * total / n * 0.999));
-    k->above(x, n, least, &kept, &count);
-    double r = random_float(&s->rng) * kept;
+        least = nucleus(k, x, n, s->topp * total, &total);
+    double r = random_float(&s->rng) * total;
     for (int i = 0; i < n; i += 256) { // by blocks to the one that r falls into
         int size = n - i < 256 ? n - i : 256;
         k->above(x + i, size, least, &total, &count);
