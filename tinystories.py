@@ -302,8 +302,8 @@ close: <$N and $his $mom had [soup|$food|warm bread] for dinner. <"[may i have m
   is best to tell the truth.>
 * $one, $N and $his $mom went to the market. it was [big|full of people] and [loud|busy]. $N
   stopped to look at a [$color $thing|cake|fish]. when $he looked up, $mom was gone! $sad / <"where
-  are you?" $he called.> a [kind|nice] [baker|farmer|teacher] saw $him. "we will wait for your $mom
-  here." soon $mom came running. "there you are!" $mhe said and held $him tight. <"i was so
+  are you?" $he called.> a [baker|farmer|teacher] saw $him and said, "we will wait here for your
+  $mom." soon $mom came running. "there you are!" $mhe said and held $him tight. <"i was so
   scared," said $N.> <$learn $he must stay close to $his $mom.>
 * $one, $N found a tiny seed. "what will you be?" $he asked. $he put it in the ground and gave it
   water. <"grow, little seed," $he said.> the next day, there was nothing. $sad "be patient," said
@@ -378,7 +378,7 @@ close: <$N and $his $mom had [soup|$food|warm bread] for dinner. <"[may i have m
   $thing under the covers.> the next day, $his friends went $to. but $N was so sleepy that $he
   could not run or play. $he sat down and closed $his eyes. / "now i know why we sleep," $he told
   $his $mom. <"sleep makes us strong," said $mom.> that night, $N went to bed early. in the
-  morning, $he [ran|hopped| jumped] [faster than all of them|out the door]. $glad
+  morning, $he [ran|hopped|jumped] [faster than all of them|out the door]. $glad
 * $one, $N came to a [wide|deep] river. $his [home|friend|$mom] was on the other side, and $he
   could not swim. $sad "i can help you," said [a turtle|a duck|a beaver|a swan]. "sit on my back."
   / they went slowly over the water. <a fish jumped, and $N laughed.> soon they were on the other
@@ -440,8 +440,8 @@ close: <$N and $his $mom had [soup|$food|warm bread] for dinner. <"[may i have m
   ran|walked for a long time], but it was always far away. <then it was gone.> "it does not
   matter," said $N. "i had fun with you." $both <$fun>
 """
-GIRLS = "Lily Mia Anna Sara Lucy Amy Emma Sue Ella Zoe Rose Nora Kitty Daisy Molly Jane".split()
-BOYS = "Tom Tim Ben Max Sam Jack Leo Dan Finn Bob Joe Adam Oliver Charlie Billy Peter".split()
+GIRLS = "Lily Mia Anna Sara Lucy Amy Emma Sue Ella Zoe Rose Nora".split()
+BOYS = "Tom Tim Ben Max Sam Jack Leo Dan Finn Bob Joe Adam".split()
 ANIMALS = "rabbit bear mouse fox cat puppy squirrel monkey".split()
 ADULTS = ("Mom", "she"), ("Mom", "she"), ("Dad", "he"), ("Grandma", "she"), ("Grandpa", "he")
 FIXES = [(re.compile(pattern), fix) for pattern, fix in (  # what is easier to mend afterwards
