@@ -315,7 +315,7 @@ close: <$N and $his $mom had [soup|$food|warm bread] for dinner. <"[may i have m
   said $N. $sad / "do not worry," said $mom. "we can try again." this time, they watched the cake.
   <a sweet smell filled the kitchen.> it came out [soft|warm|golden] and yummy. $glad <$learn we
   can always try again.>
-* a new [boy|girl|kid] came to school. it was $F, and $fhe was very shy. <$F sat alone by the
+* a new $fkind came to school. $fhis name was $F, and $fhe was very shy. <$F sat alone by the
   window.> $N saw $fhim and went over. "hello, i am $N," $he said. "do you want to [play|draw] with
   me?" / $F looked up and smiled. "yes, please," $fhe said. they [played with blocks|drew a big
   house|made a paper boat|read a funny book]. <$F told $N about $fhis $color $thing.> $both <$fun>
@@ -355,10 +355,10 @@ close: <$N and $his $mom had [soup|$food|warm bread] for dinner. <"[may i have m
   [soup|tea] with $his $mom. $way $he took it to $F and [read $fhim a story|sang $fhim a song|told
   $fhim a joke]. soon $F felt better. $thanks $both <$learn love can help us heal.> <$fun>
 * $one, $N's favorite $toy broke. $sad "i can not play with it now," $he said. <$he put the parts
-  in a box.> $his $mom saw the box. "[let me see|show me]," said $mom. "we can fix it." / they sat
-  down with [glue|tape] and [paint|string]. <"hold this part," said $mom. $N held it very still.>
-  $last the $toy was like new. $glad "thank you!" $he said and gave $mom a hug. <$learn broken
-  things can be fixed with love.>
+  in a box.> $his $mom [came in|saw it]. "[let me see|show me]," said $mom. "we can fix it." / they
+  sat down with [glue|tape] and [paint|string]. <"hold this part," said $mom. $N held it very
+  still.> $last the $toy was like new. $glad "thank you!" $he said and gave $mom a hug. <$learn
+  broken things can be fixed with love.>
 * there was a big dog next door. it was very loud. "woof! woof!" $N was afraid of it. <every day,
   $he ran past the gate.> $one, $his ball went over the fence. "oh no," said $N. / the dog picked
   up the ball and brought it to $N. it wagged its tail. <"do you want to play?" asked $N. "woof!"
