@@ -593,7 +593,7 @@ class Encoder(dict):
         return b"".join(shard)
 
 def start_worker(model_path):
-    """Set up a process of the pool: its encoder; it dies with its parent and leaves Ctrl-C to it."""
+    """Set up a process of the pool, which is to die with its parent and leave Ctrl-C to it."""
     global encoder
     encoder = Encoder(model_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
