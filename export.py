@@ -52,7 +52,7 @@ MATRICES = ["attention.wq", "attention.wk", "attention.wv", "attention.wo",
 # Version 3: what run.c maps
 
 SEARCH = np.linspace(0.94, 1.02, 41, dtype=np.float32)  # scales to try, around max / 127
-SEARCH_LIMIT = 1 << 25  # weights of one matrix: above it the search takes too long for its worth
+SEARCH_LIMIT = 1 << 20  # weights of one matrix: above it the search would take minutes
 
 def quantize(w, group, dtype):
     """
