@@ -771,8 +771,8 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
 typedef struct {
     const char *name;
     Work *forward; // arg is the State
-    void (*exps)(float *x, int n, float scale, float shift); // x = exp((x - shift) * scale)
-    void (*above)(const float *x, int n, float least, double *total, int *count);
+    float (*exps)(float *x, int n, float scale, float shift);
+    float (*above)(const float *x, int n, float least);
     float (*maximum)(const float *x, int n);
 } Kernels;
 #endif // ISA_LEVEL
@@ -935,14 +935,24 @@ INLINE vf fast_exp(vf x) {
     return p * (vf)power;
 }
 
-static void MY(exps)(float *x, int n, float scale, float shift) {
-    for (int i = 0; i < n; i += LANES) {
-        size_t bytes = sizeof(float) * (size_t)(n - i < LANES ? n - i : LANES);
-        vf v = {0};
-        memcpy(&v, x + i, bytes);
-        v = fast_exp((v - shift) * scale);
-        memcpy(x + i, &v, bytes);
+// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum. Four at a time, since one
+// exp is a long chain of steps that wait for each other.
+static float MY(exps)(float *x, int n, float scale, float shift) {
+    vf total[4], v[4];
+    for (int j = 0; j < 4; j++) total[j] = v[j] = (vf){0};
+    for (int i = 0; i < n; i += 4 * LANES) {
+        size_t bytes = sizeof(float) * (size_t)(n - i < 4 * LANES ? n - i : 4 * LANES);
+        if (bytes == sizeof v) memcpy(v, x + i, sizeof v);
+        else memset(v, 255, sizeof v), memcpy(v, x + i, bytes); // the rest is NaN
+        for (int j = 0; j < 4; j++) {
+            vf e = fast_exp((v[j] - shift) * scale);
+            v[j] = pick(v[j] == v[j], e, (vf){0});
+            total[j] += v[j];
+        }
+        if (bytes == sizeof v) memcpy(x + i, v, sizeof v);
+        else memcpy(x + i, v, bytes);
     }
+    return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
@@ -954,24 +964,18 @@ static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are ski
     return best;
 }
 
-// The sum and the count of those x that are at least `least`.
-static void MY(above)(const float *x, int n, float least, double *total, int *count) {
+static float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
     vf s[4];
-    vi k[4];
     int i = 0;
-    for (int j = 0; j < 4; j++) s[j] = (vf){0}, k[j] = (vi){0};
+    for (int j = 0; j < 4; j++) s[j] = (vf){0};
     for (; i + 4 * LANES <= n; i += 4 * LANES)
         for (int j = 0; j < 4; j++) {
             vf v = load(x + i + j * LANES);
-            vi in = v >= least;
-            s[j] += (vf)((vi)v & in);
-            k[j] -= in;
+            s[j] += pick(v > least, v, (vf){0});
         }
-    *total = sum((s[0] + s[1]) + (s[2] + s[3]));
-    *count = 0;
-    for (int j = 0; j < LANES; j++) *count += k[0][j] + k[1][j] + k[2][j] + k[3][j];
-    for (; i < n; i++)
-        if (x[i] >= least) *total += x[i], ++*count;
+    float total = sum((s[0] + s[1]) + (s[2] + s[3]));
+    for (; i < n; i++) total += x[i] > least ? x[i] : 0;
+    return total;
 }
 
 // in.own[b] = x[b] * weight / rms(x[b]), of row which[b] of x where `which` is given. x (B, ld),
@@ -1648,60 +1652,47 @@ static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
     return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
 }
 
-// The threshold of the nucleus: the largest x such that the elements >= x sum to more than `mass`,
-// a part of *total; *total becomes their sum. Nothing is sorted: the bits of non-negative floats
-// order like the floats, and among them it is searched for by interpolation, every third step by
-// bisection, some ten passes in all. Elements of equal probability stay together.
-static float nucleus(const Kernels *k, const float *p, int n, double mass, double *total) {
-    float x = (float)((*total - mass) / n * 0.999); // all that are smaller do not sum to the rest
-    double sum_lo = *total, sum_hi = 0, sum_mid;
-    uint32_t lo, hi = 0x3f800001; // just above 1, the largest there is
-    int count_lo = n, count_hi = 0, count;
-    memcpy(&lo, &x, 4);
-    for (int step = 1; hi - lo > 1 && count_lo - count_hi > 1; step++) {
-        double part = step % 3 ? (sum_lo - mass) / (sum_lo - sum_hi) : 0.5;
-        uint32_t mid = lo + 1 + (uint32_t)(part * (hi - lo - 2));
-        memcpy(&x, &mid, 4);
-        k->above(p, n, x, &sum_mid, &count);
-        if (sum_mid > mass) lo = mid, sum_lo = sum_mid, count_lo = count;
-        else hi = mid, sum_hi = sum_mid, count_hi = count;
+// Draws one of the x (n,) that are larger than least, each with probability x / total.
+static int draw(const Kernels *k, const float *x, int n, float least, float total, uint64_t *rng) {
+    enum { SKIP = 256 };
+    float r = random_float(rng) * total;
+    int last = -1; // the last that could be drawn, where rounding errors lead beyond the end
+    for (int i = 0; i < n; i += SKIP) {
+        int size = n - i < SKIP ? n - i : SKIP;
+        float block = k->above(x + i, size, least);
+        if (block <= r && i + SKIP < n) {
+            r -= block;
+            if (block > 0) last = i;
+            continue;
+        }
+        for (int j = i; j < i + size; j++)
+            if (x[j] > least) {
+                last = j;
+                if ((r -= x[j]) < 0) return j;
+            }
     }
-    memcpy(&x, &lo, 4);
-    k->above(p, n, x, total, &count);
-    return x;
+    while (last >= 0 && last + 1 < n && !(x[last] > least)) last++;
+    return last;
 }
 
 // The next token, from logits (n,), which it overwrites; -1 if none of them is a finite number.
+// Top-p (nucleus) sampling draws from the smallest set of most probable tokens whose probabilities
+// exceed p. A token is in it if those that are more probable sum to p at most. So nothing has to
+// be sorted: draw from all; if the token is not in the set, draw again from the more probable
+// ones. It is in the set with probability p or more, so one or two passes do.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
     float max = k->maximum(x, n), least = 0;
-    double total;
-    int count, last = -1;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
-    if (s->temperature < 1e-30f) {
-        for (int i = 0; i < n; i++)
-            if (x[i] == max) return i;
+    for (int i = 0; i < n && s->temperature < 1e-30f; i++)
+        if (x[i] == max) return i;
+    float total = k->exps(x, n, 1.0f / s->temperature, max), left = total;
+    for (;;) {
+        int i = draw(k, x, n, least, left, &s->rng);
+        if (i < 0 || s->topp <= 0 || s->topp >= 1) return i;
+        float more = k->above(x, n, x[i]);
+        if (more <= s->topp * total) return i;
+        least = x[i], left = more;
     }
-    k->exps(x, n, 1.0f / s->temperature, max);
-    k->above(x, n, 0, &total, &count);
-    if (s->topp > 0 && s->topp < 1)
-        least = nucleus(k, x, n, s->topp * total, &total);
-    double r = random_float(&s->rng) * total;
-    for (int i = 0; i < n; i += 256) { // by blocks to the one that r falls into
-        int size = n - i < 256 ? n - i : 256;
-        k->above(x + i, size, least, &total, &count);
-        if (!count) continue;
-        if (r >= total && i + size < n) { // remember where rounding errors may have to end
-            r -= total;
-            for (int j = 0; j < size; j++) last = x[i + j] >= least ? i + j : last;
-            continue;
-        }
-        for (int j = 0; j < size; j++)
-            if (x[i + j] >= least) {
-                last = i + j;
-                if ((r -= x[i + j]) < 0) return last;
-            }
-    }
-    return last;
 }
 
 // ------------------------------------------------------------------------------------------
@@ -1929,11 +1920,7 @@ static void chat(Run *run) {
 // -log softmax(logits)[target]; overwrites the logits.
 static double cross_entropy(const Kernels *k, float *logits, int n, int target) {
     float max = k->maximum(logits, n), at_target = logits[target];
-    double total;
-    int count;
-    k->exps(logits, n, 1, max);
-    k->above(logits, n, 0, &total, &count);
-    return log(total) + max - at_target;
+    return log(k->exps(logits, n, 1, max)) + max - at_target;
 }
 
 // The mean loss over a text file, in windows of the context's length, as in training: each
