@@ -179,13 +179,25 @@ def setup(args):
         if kind == "cuda":
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        join_processes("nccl" if kind == "cuda" else "gloo", rank, world)
     steps = args.gradient_accumulation_steps
     if not args.ppo and steps > 1 and steps % world:
         raise ValueError(f"{world} processes cannot share --gradient_accumulation_steps={steps}")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed)
     return rank, world
+
+
+def join_processes(backend, rank, world):
+    """init_process_group. After torchrun --max-restarts on one node the store still holds the dead
+    processes' addresses (PyTorch 2.13), so each restart has names of its own in it; several nodes
+    need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead."""
+    env, more = os.environ, {}
+    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart != "0" and env.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, False)
+        more = {"store": dist.PrefixStore(f"restart{restart}", store)}
+    dist.init_process_group(backend, rank=rank, world_size=world, **more)
 
 
 # ----------------------------------------------------------------------------
@@ -360,6 +372,7 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         "best_val_loss": best_val_loss,
         "config": plain_config(args),
         "code_version": code_version(),
+        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
         **state,
     })  # fmt: skip
     if improved:
@@ -428,8 +441,10 @@ def starting_point(args, rank):
     folder = Path(args.out_dir)
     if args.init_from not in ("scratch", "resume"):
         return {**load_checkpoint(args.init_from), "iter_num": 0}, False
+    if not args.ppo and args.init_from == "resume":
+        return newest(folder / "ckpt.pt"), True
     if not args.ppo:
-        return (None, False) if args.init_from == "scratch" else (newest(folder / "ckpt.pt"), True)
+        return fresh_or_restarted(folder / "ckpt.pt", rank)
     if args.init_from == "resume" and (folder / "ppo_ckpt.pt").exists():
         state = newest(folder / "ppo_ckpt.pt")
         unfinished = state["iter_num"] < last_iteration(args, state["ppo"]["first"])
@@ -440,6 +455,23 @@ def starting_point(args, rank):
             if rank == 0:
                 print(f"the PPO run in {folder} had other flags ({changed}): a new one starts")
     return newest(folder / "ckpt.pt"), False
+
+
+def fresh_or_restarted(path, rank):
+    """A run from scratch: where torchrun --max-restarts has started it again it takes up its last
+    checkpoint, and one of another run is moved out of the way."""
+    if not path.exists():
+        return None, False
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        state = newest(path)
+        if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
+            return state, True
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        os.replace(path, path.with_suffix(".replaced.pt"))
+        print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")
+    return None, False
 
 
 def last_iteration(args, first):
@@ -948,6 +980,8 @@ def train(args, rank, world):
         return stage.report() if rank == 0 else None
     if args.ppo and not resumed and rank == 0:
         report.unlink(missing_ok=True)  # of another run
+    for left in Path(args.out_dir).glob(".*ckpt.pt.*.tmp") if rank == 0 else ():
+        left.unlink()  # a checkpoint that was being written when the run was killed
     interrupt = Interrupt()
     log = Log(args, f"{stage.prefix}log.jsonl", iter_num, resumed, rank)
     saved = iter_num if resumed else None

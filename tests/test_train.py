@@ -1,0 +1,671 @@
+"""The training loop against oracles: a chain of known entropy, the run that was not interrupted,
+the run on one process."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import load_checkpoint, save_checkpoint
+from tokenizer import run_main
+
+VOCAB = 48
+ROOT = Path(train.__file__).parent
+
+# ----------------------------------------------------------------------------
+# a language of known entropy: after BOS any of 45 letters; after a letter one of two, or the end
+
+
+def successors(letter):
+    return 3 + (2 * letter + 1) % 45, 3 + (3 * letter + 7) % 45
+
+
+def chain(n, seed):
+    """n tokens of the language."""
+    rng, out = random.Random(seed), [1]
+    while len(out) < n:
+        a, b = successors(out[-1])
+        u = rng.random()
+        start = out[-1] == 1
+        out.append(rng.randrange(3, VOCAB) if start else a if u < 0.6 else b if u < 0.9 else 1)
+    return out
+
+
+def true_loss(x, y):
+    """The mean loss of the language's own probabilities on windows (B, T): no model does better,
+    but for chance."""
+    total = 0.0
+    for s, t in zip(x.flatten().tolist(), y.flatten().tolist()):
+        if s == 1:
+            p = 1 / 45
+        else:
+            a, b = successors(s)
+            p = 0.6 * (t == a) + 0.3 * (t == b) + 0.1 * (t == 1)
+        total -= math.log(p)
+    return total / x.numel()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / f"tok{VOCAB}").mkdir()
+    for shard, n in enumerate((4_000, 20_000, 20_000)):
+        ids = np.array(chain(n, shard), dtype="<u2")
+        ids.tofile(folder / f"tok{VOCAB}" / f"data{shard:02d}.bin")
+    return str(folder)
+
+
+def command(data, out, **flags):
+    """The flags of a tiny run."""
+    values = dict(
+        data=data, out_dir=out, vocab_source="custom", vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4,
+        n_kv_heads=2, multiple_of=4, max_seq_len=32, batch_size=4, max_iters=12, eval_interval=4,
+        eval_iters=3, learning_rate=1e-2, warmup_iters=3, device="cpu", log_interval=100,
+    ) | flags  # fmt: skip
+    return [f"--{k}={v}" for k, v in values.items()]
+
+
+# everything that makes a state hard to keep: dropout, two optimizers, accumulated gradients
+HARD = dict(dropout=0.1, optimizer="muon", gradient_accumulation_steps=2)
+PPO = dict(
+    ppo=True, ppo_iters=4, rollouts=16, batch_size=8, max_gen_len=16, start_len=6, target_len=10,
+    eval_interval=1, roof_prompts=2, roof_samples=4, report_rollouts=16, averaging=0.5, ptx_coef=0.1,
+    learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def equal(a, b, where=""):
+    """Names of what differs between two nested states, to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: {a.keys() ^ b.keys()}"]
+        return [d for k in a for d in equal(a[k], b[k], f"{where}.{k}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in equal(x, y, f"{where}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def assert_same_run(one, two, prefix=""):
+    """Two folders hold the same run: checkpoint to the bit, model file, log."""
+    states = [load_checkpoint(Path(d) / f"{prefix}ckpt.pt") for d in (one, two)]
+    for s in states:
+        for name in ("out_dir", "init_from", "wandb_run_name"):
+            del s["config"][name]
+        del s["run_id"]
+    assert equal(*states) == []
+    model = f"{prefix}model.bin"
+    assert (Path(one) / model).read_bytes() == (Path(two) / model).read_bytes()
+    logs = [read_log(d, prefix) for d in (one, two)]
+    assert logs[0] == logs[1]
+
+
+def read_log(folder, prefix=""):
+    records = [json.loads(line) for line in (Path(folder) / f"{prefix}log.jsonl").open()]
+    timing = ("ms", "mfu", "tokens_per_s", "time/")
+    return [{k: v for k, v in r.items() if not k.startswith(timing)} for r in records]
+
+
+# ----------------------------------------------------------------------------
+# other processes: children of a server that has imported PyTorch once
+
+
+def work(argv, log, env, hook):
+    """Runs train.py in a child, its output in a file; `hook` is called first."""
+    fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(fd, 1), os.dup2(fd, 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if hook:
+        hook[0](*hook[1:])
+    run_main(lambda: train.main(argv))
+
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["train"])
+
+
+def spawn(argv, log, env={}, hook=None):
+    child = server.Process(target=work, args=(argv, str(log), env, hook), daemon=True)
+    child.start()
+    return child
+
+
+def finish(child, seconds=60):
+    child.join(seconds)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+def processes(n, argv, folder, hooks={}):
+    """The n processes of a distributed run, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
+    return [
+        spawn(argv, f"{folder}/rank{r}.txt", common | {"RANK": str(r), "LOCAL_RANK": str(r)}, hooks.get(r))
+        for r in range(n)
+    ]  # fmt: skip
+
+
+def die_in_step(iteration, number=signal.SIGKILL):
+    """A hook: the process gets a signal when it begins an iteration."""
+    step = train.Pretraining.step
+
+    def mortal(self, i):
+        if i == iteration:
+            os.kill(os.getpid(), number)
+        return step(self, i)
+
+    train.Pretraining.step = mortal
+
+
+def die_at_file_operation(n, folder):
+    """A hook: SIGKILL just before the n-th time that something is opened, linked, renamed or removed
+    in the folder."""
+    count = 0
+
+    def watch(event, args):
+        nonlocal count
+        if event in ("open", "os.link", "os.rename", "os.remove") and folder in str(args[0]):
+            count += 1
+            if count == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def die_in_write(n, share):
+    """A hook: SIGKILL when `share` of the n-th checkpoint is in its file."""
+    import io
+
+    save, count = torch.save, 0
+
+    def partial_save(state, f):
+        nonlocal count
+        count += 1
+        if count < n:
+            return save(state, f)
+        whole = io.BytesIO()
+        save(state, whole)
+        f.write(whole.getvalue()[: int(len(whole.getvalue()) * share)])
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = partial_save
+
+
+def die_later(seconds):
+    """A hook: SIGKILL after some time, whatever is going on."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    import threading
+
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+# ----------------------------------------------------------------------------
+# training
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(optimizer="muon", schedule="linear")])
+def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
+    train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150, eval_iters=100,
+                       eval_interval=150, learning_rate=2e-2, weight_decay=0.0, warmup_iters=10,
+                       **flags))  # fmt: skip
+    val = train.Windows(data, "val", 32, VOCAB)
+    best = true_loss(*val.batch(0, len(val)))
+    reached = [r["loss/val"] for r in read_log(tmp_path) if "loss/val" in r]
+    assert reached[0] == pytest.approx(math.log(VOCAB), abs=0.05)  # knows nothing yet
+    assert best - 0.01 < reached[-1] < best + 0.06
+
+
+def test_ppo_raises_the_objective(data, tmp_path):
+    """Aligned to shorter texts: J rises by a third of the way to its roof, the KL is that of the
+    report, and the reward in the log is the reward of the definition."""
+    train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150,
+                       eval_interval=150, learning_rate=2e-2, warmup_iters=10))  # fmt: skip
+    train.main(command(data, tmp_path, **PPO | dict(
+        ppo_iters=25, rollouts=64, batch_size=32, max_gen_len=24, target_len=4, init_kl_coef=0.005,
+        report_rollouts=256, learning_rate=5e-3, averaging=0, ptx_coef=0, eval_interval=50,
+        target_kl=1.0, roof_prompts=16, roof_samples=64, dim=32, n_layers=1)))  # fmt: skip
+    report = json.loads((tmp_path / "ppo_report.json").read_text())
+    before, after, roof = report["before"], report["after"], report["roof"][0]
+    assert before["kl"] == pytest.approx(0, abs=1e-6)
+    for part in (before, after):
+        reward = -np.abs(4 - np.array(part["lengths"])).mean() / 100
+        assert part["reward"] == pytest.approx(reward, abs=1e-6)
+        assert part["objective"] == pytest.approx(reward - 0.005 * part["kl"], abs=1e-6)
+        assert part["length_mean"] == pytest.approx(np.mean(part["lengths"]), abs=1e-3)
+    closed = (after["objective"] - before["objective"]) / (roof - before["objective"])
+    assert 0.33 < closed < 1.2
+    assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 150 + 25
+
+
+def test_schedule():
+    args = train.flags(["--max_iters=110", "--warmup_iters=10"])
+    rates = [train.schedule(i, args) for i in range(111)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[110] == pytest.approx(0)
+    assert rates[60] == pytest.approx(0.5)  # a cosine is at half its height half way
+    assert rates[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    args.schedule = "linear"
+    assert train.schedule(35, args) == pytest.approx(0.75)
+    args.decay_lr = False
+    assert train.schedule(0, args) == train.schedule(109, args) == 1
+
+
+def test_weight_decay_is_of_matrices_only(data, tmp_path):
+    """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no vector."""
+    args = train.flags(command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02))
+    model = train.Transformer(train.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for o in train.make_optimizers(model, args):
+        o.step()
+    for name, p in model.named_parameters():
+        factor = 1 if p.dim() == 1 else 1 - (0.02 if name.startswith("layers.") else 1e-2) * 0.1
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_accumulated_steps_are_one_large_batch(data, tmp_path):
+    for name, flags in (("one", dict(batch_size=8)), ("two", dict(gradient_accumulation_steps=2))):
+        train.main(command(data, tmp_path / name, **flags))
+    one, two = (
+        [r["loss/train"] for r in read_log(tmp_path / n) if "loss/train" in r] for n in ("one", "two")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------
+# it never loses a run
+
+
+def interrupted(data, folder, at, number, **flags):
+    """Runs until a signal arrives in iteration `at`; returns the exit status."""
+    step = train.Pretraining.step if not flags.get("ppo") else train.Alignment.step
+    stage = train.Alignment if flags.get("ppo") else train.Pretraining
+
+    def signalled(self, i):
+        if i == at:
+            os.kill(os.getpid(), number)
+        return step(self, i)
+
+    stage.step = signalled
+    try:
+        return train.main(command(data, folder, **flags))
+    finally:
+        stage.step = step
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_signals_save_and_resume_to_the_bit(data, tmp_path, capsys, number, status):
+    train.main(command(data, tmp_path / "whole", **HARD))
+    for at in (5, 7):  # 7: stopped just before the evaluation of iteration 8
+        folder = tmp_path / f"stopped{at}"
+        assert interrupted(data, folder, at, number, **HARD) == status
+        assert f"saved iteration {at + 1}" in capsys.readouterr().out
+        train.main(command(data, folder, init_from="resume", **HARD))
+        assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("averaging", [0.5, 0])
+def test_ppo_resumes_to_the_bit(data, tmp_path, averaging):
+    flags = PPO | dict(averaging=averaging)
+    for name in ("whole", "stopped"):
+        train.main(command(data, tmp_path / name))
+    train.main(command(data, tmp_path / "whole", init_from="resume", **flags))
+    assert interrupted(data, tmp_path / "stopped", 13, signal.SIGINT, init_from="resume", **flags) == 0
+    train.main(command(data, tmp_path / "stopped", init_from="resume", **flags))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "ppo_")
+    reports = [(tmp_path / n / "ppo_report.json").read_text() for n in ("whole", "stopped")]
+    assert reports[0] == reports[1]
+
+
+def test_killed_twenty_times(data, tmp_path):
+    """SIGKILL before a random file operation, in the middle of writing a checkpoint, and at random
+    times: the run that is started again each time ends as the run that was never killed."""
+    flags = HARD | dict(max_iters=30, eval_interval=2)
+    train.main(command(data, tmp_path / "whole", **flags))
+    folder, rng, kills, where = tmp_path / "killed", random.Random(1), 0, []
+    while kills < 20:
+        kind = kills % 4
+        hook = (
+            (die_in_write, rng.randint(1, 2), rng.random()) if kind == 0
+            else (die_later, rng.uniform(0.05, 0.4)) if kind == 1
+            else (die_at_file_operation, rng.randint(8, 30), str(folder))
+        )  # fmt: skip
+        there = (folder / "ckpt.pt").exists() or (folder / "ckpt.prev.pt").exists()
+        argv = command(data, folder, init_from="resume" if there else "scratch", **flags)
+        status = finish(spawn(argv, tmp_path / "log.txt", hook=hook))
+        assert status in (-signal.SIGKILL, 0), (tmp_path / "log.txt").read_text()
+        if status == 0:  # finished before it could be killed: once more from nothing
+            assert_same_run(tmp_path / "whole", folder)
+            for f in folder.iterdir():
+                f.unlink()
+            continue
+        kills += 1
+        if (folder / "ckpt.pt").exists():
+            where.append(train.load_verified(folder / "ckpt.pt")["iter_num"])
+    argv = command(data, folder, init_from="resume" if where else "scratch", **flags)
+    assert finish(spawn(argv, tmp_path / "log.txt")) == 0
+    assert_same_run(tmp_path / "whole", folder)
+    assert len(set(where)) > 5  # it was killed in different places
+    assert not list(folder.glob(".*"))  # and no rest of a write is left
+
+
+def damage(path, how):
+    blob = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        blob[len(blob) // 2] ^= 4
+    elif how == "cut short":
+        del blob[len(blob) // 2 :]
+    elif how == "zeros":
+        blob[4096:] = bytes(len(blob) - 4096)
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if how == "empty" else blob)
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "cut short", "zeros", "empty", "gone"])
+def test_damaged_checkpoint_falls_back(data, tmp_path, capsys, how):
+    train.main(command(data, tmp_path / "whole", **HARD))
+    interrupted(data, tmp_path / "hit", 9, signal.SIGINT, **HARD)  # iterations 8 and 10 are there
+    damage(tmp_path / "hit/ckpt.pt", how)
+    capsys.readouterr()
+    train.main(command(data, tmp_path / "hit", init_from="resume", **HARD))
+    text = capsys.readouterr()
+    assert "going on from" in text.err and "iterations 8 to 12" in text.out
+    assert_same_run(tmp_path / "whole", tmp_path / "hit")
+
+
+def test_fallback_survives_a_kill_in_the_next_save(data, tmp_path):
+    """The damaged newest must not take the place of the good one before it."""
+    train.main(command(data, tmp_path / "whole", **HARD))
+    interrupted(data, tmp_path / "hit", 9, signal.SIGINT, **HARD)
+    damage(tmp_path / "hit/ckpt.pt", "flipped bit")
+    argv = command(data, tmp_path / "hit", init_from="resume", **HARD)
+    assert finish(spawn(argv, tmp_path / "log.txt", hook=(die_in_write, 1, 0.5))) == -signal.SIGKILL
+    assert finish(spawn(argv, tmp_path / "log.txt")) == 0, (tmp_path / "log.txt").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "hit")
+
+
+def test_both_generations_damaged(data, tmp_path):
+    train.main(command(data, tmp_path))
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        damage(tmp_path / name, "cut short")
+    with pytest.raises(ValueError, match="ckpt.prev.pt is"):
+        train.main(command(data, tmp_path, init_from="resume"))
+
+
+def limit_file_size(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def test_full_disk_leaves_the_last_checkpoint(data, tmp_path):
+    """A file that may not grow to the size of a checkpoint: one line, exit 1, the old state whole."""
+    train.main(command(data, tmp_path, max_iters=8))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    argv, log = command(data, tmp_path, init_from="resume"), tmp_path / "log.txt"
+    for limit in (len(before) // 2, 4096):
+        assert finish(spawn(argv, log, hook=(limit_file_size, limit))) == 1
+        error = [x for x in log.read_text().splitlines() if x.startswith("error")]
+        assert len(error) == 1 and "ckpt.pt" in error[0] and "Traceback" not in log.read_text()
+        assert (tmp_path / "ckpt.pt").read_bytes() == before
+        log.unlink()
+    assert not list(tmp_path.glob(".*tmp"))
+    train.main(command(data, tmp_path / "whole"))
+    train.main(argv)
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 12
+
+
+def test_full_file_system(data, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        log = tmp_path / "log.txt"
+        assert finish(spawn(command(data, disk), log)) == 1
+        assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
+        for path in disk.glob("ckpt*.pt"):
+            train.load_verified(path)
+        assert not list(disk.glob(".*tmp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_folder_without_permission(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    log = tmp_path / "log.txt"
+    assert finish(spawn(command(data, tmp_path / "file/out"), log)) == 1
+    if os.geteuid() == 0:
+        hook = (os.setuid, 65534)  # nobody
+        locked = "/root/out"
+    else:
+        hook, locked = None, tmp_path / "locked/out"
+        (tmp_path / "locked").mkdir(mode=0o500)
+    assert finish(spawn(command(data, locked), log, hook=hook)) == 1
+    lines = log.read_text().splitlines()
+    assert lines[-1] == f"error: {locked}: {os.strerror(errno.EACCES)}" and len(lines) == 2
+
+
+def poison(monkeypatch, iterations, what):
+    """In some iterations the loss, or the gradient alone, is not a number."""
+    step, forward, state = train.Pretraining.step, train.Transformer.forward, {"bad": False}
+
+    def watched(self, i):
+        state["bad"] = i in iterations
+        return step(self, i)
+
+    def poisoned(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
+        if state["bad"] and self.training:
+            return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] - 1).abs().sqrt()
+        return loss
+
+    monkeypatch.setattr(train.Pretraining, "step", watched)
+    monkeypatch.setattr(train.Transformer, "forward", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, what):
+    """weight[0] - 1 is 0 in the first iteration, where the root has no finite slope."""
+    poison(monkeypatch, {0}, what)
+    train.main(command(data, tmp_path, max_iters=1))
+    fresh = train.Transformer  # the weights are still those of the seed
+    torch.manual_seed(1337)
+    same = fresh(train.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
+    assert equal(same, load_checkpoint(tmp_path / "ckpt.pt")["model"]) == []
+    record = [r for r in read_log(tmp_path) if "bad_steps" in r][0]
+    assert record["bad_steps"] == 1 and record["grad_norm"] is None
+
+
+def test_ends_after_many_bad_steps(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    poison(monkeypatch, {1, 2, 5, 6, 7}, "loss")
+    with pytest.raises(ValueError, match=r"iteration 7: .* 3 steps; .*ckpt.pt has iteration 4"):
+        train.main(command(data, tmp_path))
+    counts = [r["bad_steps"] for r in read_log(tmp_path) if "bad_steps" in r]
+    assert counts == [0, 1, 2, 0, 0, 1, 2]
+    assert all(torch.isfinite(w).all() for w in load_checkpoint(tmp_path / "ckpt.pt")["model"].values())
+
+
+def test_checkpoint_that_does_not_fit_names_the_flags(data, tmp_path):
+    train.main(command(data, tmp_path, max_iters=1))
+    with pytest.raises(ValueError, match="dim is 16 there, --dim=32 here; n_layers is 2 there"):
+        train.main(command(data, tmp_path, dim=32, n_layers=3, init_from="resume"))
+
+
+def test_resumes_with_other_flags(data, tmp_path, capsys):
+    train.main(command(data, tmp_path))
+    train.main(command(data, tmp_path, init_from="resume", batch_size=2, max_iters=16, optimizer="muon"))
+    text = capsys.readouterr()
+    assert "batch_size was 4, is 2, optimizer was adamw, is muon" in text.out
+    assert "it starts anew" in text.err
+    state = load_checkpoint(tmp_path / "ckpt.pt")
+    assert state["iter_num"] == 16 and state["position"] == 12 * 4 + 4 * 2
+
+
+def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
+    train.main(command(data, tmp_path))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    train.main(command(data, tmp_path, seed=1))
+    assert (tmp_path / "ckpt.replaced.pt").read_bytes() == before
+    assert "of an earlier run" in capsys.readouterr().out
+
+
+def test_hostile_pickle_is_refused(data, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "broken in"),)
+
+    torch.save({"model": {}, "model_args": Hostile()}, tmp_path / "ckpt.pt")
+    for init in ("resume", tmp_path / "ckpt.pt"):
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            train.main(command(data, tmp_path, init_from=init))
+    assert not (tmp_path / "broken in").exists()
+
+
+def test_weights_of_a_checkpoint_start_another_run(data, tmp_path):
+    train.main(command(data, tmp_path / "a", max_iters=4))
+    train.main(command(data, tmp_path / "b", max_iters=4, init_from=tmp_path / "a/ckpt.pt"))
+    last = [r["loss/val"] for r in read_log(tmp_path / "a") if "loss/val" in r][-1]
+    first = [r["loss/val"] for r in read_log(tmp_path / "b") if "loss/val" in r][0]
+    assert first == pytest.approx(last, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------
+# several processes
+
+
+def losses(folder, key="loss/train"):
+    return [r[key] for r in read_log(folder) if key in r]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Twenty steps of four micro-batches in one process, in this folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    train.main(command(data, folder, max_iters=20, **MICRO))
+    return folder
+
+
+MICRO = dict(batch_size=2, gradient_accumulation_steps=4, eval_interval=10)
+
+
+@pytest.mark.parametrize("n,flags", [
+    (2, {}), (4, {}), (2, dict(fsdp=True)), (4, dict(fsdp=True)),
+])  # fmt: skip
+def test_any_number_of_processes_learns_the_same(data, tmp_path, alone, n, flags):
+    argv = command(data, tmp_path, max_iters=20, **MICRO, **flags)
+    assert [finish(p) for p in processes(n, argv, tmp_path)] == [0] * n
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path, "loss/val"), losses(alone, "loss/val"), atol=1e-5)
+
+
+def test_validation_does_not_depend_on_the_number_of_processes(data, tmp_path, alone):
+    shutil.copytree(alone, tmp_path / "copy")
+    flags = MICRO | dict(gradient_accumulation_steps=1, init_from="resume", eval_only=True)
+    for p in processes(3, command(data, tmp_path / "copy", max_iters=20, **flags), tmp_path):
+        assert finish(p) == 0
+    for key in ("loss/val", "loss/train_eval"):
+        found = losses(tmp_path / "copy", key)[-1]
+        assert found == pytest.approx(losses(alone, key)[-1], abs=1e-6)
+
+
+def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
+    """Ten steps sharded over two processes, ten more over one, without --fsdp: one ordinary file."""
+    for n, flags in ((2, dict(fsdp=True, max_iters=10)), (1, dict(init_from="resume", max_iters=20))):
+        argv = command(data, tmp_path, **MICRO | flags | dict(decay_lr=False))
+        for p in processes(n, argv, tmp_path) if n > 1 else [spawn(argv, tmp_path / "one.txt")]:
+            assert finish(p) == 0
+        assert equal(
+            {k: v.shape for k, v in load_checkpoint(tmp_path / "ckpt.pt")["model"].items()},
+            {k: v.shape for k, v in load_checkpoint(alone / "ckpt.pt")["model"].items()},
+        ) == []  # fmt: skip
+    train.main(command(data, tmp_path / "whole", **MICRO | dict(max_iters=20, decay_lr=False)))
+    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), atol=1e-5)
+    argv = command(data, tmp_path, init_from="resume", fsdp=True, decay_lr=False, **MICRO | dict(max_iters=24))
+    for p in processes(2, argv, tmp_path):  # and back to shards
+        assert finish(p) == 0
+    train.main(command(data, tmp_path / "whole", init_from="resume", decay_lr=False,
+                       **MICRO | dict(max_iters=24)))  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path)[20:], losses(tmp_path / "whole")[20:], atol=1e-4)
+
+
+def test_fsdp_in_bfloat16(data, tmp_path, alone):
+    argv = command(data, tmp_path, max_iters=20, fsdp=True, dtype="bfloat16", **MICRO)
+    assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=0.02)
+    weights = load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    assert all(w.dtype == torch.float32 for w in weights.values())
+
+
+def test_dead_worker_ends_the_run(data, tmp_path):
+    argv = command(data, tmp_path, max_iters=100_000, eval_interval=3)
+    both = processes(2, argv, tmp_path, hooks={1: (die_in_step, 5)})
+    assert finish(both[1]) == -signal.SIGKILL
+    t = time.time()
+    assert finish(both[0], 20) == 1 and time.time() - t < 10
+    assert "another process of this run has gone" in (tmp_path / "rank0.txt").read_text()
+    assert train.load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
+    """A worker that dies once: torchrun --max-restarts ends as if it had not."""
+    script = tmp_path / "mortal.py"
+    script.write_text(
+        f"import sys, os, pathlib; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import train, test_train\n"
+        f"dead = pathlib.Path({str(tmp_path)!r}) / 'dead'\n"
+        "if os.environ['RANK'] == '1' and not dead.exists():\n"
+        "    dead.touch(); test_train.die_in_step(6)\n"
+        "train.run_main(train.main)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = command(data, tmp_path / "out", **MICRO | dict(eval_interval=4))
+    done = subprocess.run([*torchrun, "--max-restarts=1", script, *argv], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "iterations 4 to 12" in done.stdout
+    for p in processes(2, command(data, tmp_path / "whole", **MICRO | dict(eval_interval=4)), tmp_path):
+        assert finish(p) == 0
+    np.testing.assert_allclose(losses(tmp_path / "out"), losses(tmp_path / "whole"), atol=1e-6)
+
+
+def test_ppo_with_two_processes(data, tmp_path):
+    flags = PPO | dict(init_from=tmp_path / "ckpt.pt", averaging=0, ptx_coef=0)
+    train.main(command(data, tmp_path))
+    train.main(command(data, tmp_path / "one", **flags))
+    for p in processes(2, command(data, tmp_path / "two", **flags), tmp_path):
+        assert finish(p) == 0, (tmp_path / "rank0.txt").read_text()
+    one, two = (read_log(tmp_path / d, "ppo_") for d in ("one", "two"))
+    for key in ("ppo/objective", "ppo/loss/policy", "ppo/loss/value", "ppo/kl_ref"):
+        np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], atol=1e-4)
