@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 
-from model import BOS_ID, EOS_ID, generate, load_checkpoint, model_from_checkpoint
+from model import generate, load_checkpoint, model_from_checkpoint
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
 
 
@@ -21,7 +21,7 @@ def flags(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/ckpt.pt", help="the model")
-    add("--tokenizer", default="", help="SentencePiece model; default: beside the checkpoint or in data/")
+    add("--tokenizer", default="", help="default: beside the checkpoint or in data/")
     add("--start", default="", help="the prompt, or FILE:NAME, a file with a prompt on each line")
     add("--interactive", type=boolean, nargs="?", const=True, default=False,
         help="read prompts from the terminal, one a line, until end of input")  # fmt: skip
@@ -29,10 +29,11 @@ def flags(argv=None):
     add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability")
     add("--seed", type=int, default=1337, help="of the random numbers")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the arithmetic")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the arithmetic")  # fmt: skip
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="use torch.compile")
     args = parse_args(parser, argv)
     if args.temperature < 0 or not 0 <= args.top_p <= 1 or args.top_k < 0:
@@ -42,14 +43,34 @@ def flags(argv=None):
     return args
 
 
+def choose_device(name=""):
+    """The device that --device names, or the best there is. Raises ValueError if it is not here."""
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    name = name or next(kind for kind, n in counts.items() if n)
+    kind, _, number = name.partition(":")
+    if kind not in counts or not (number or "0").isdigit():
+        raise ValueError(f"--device={name}: expected cpu, cuda, cuda:N or mps")
+    if int(number or 0) >= counts[kind]:
+        raise ValueError(f"--device={name}: there is no such device here; use --device=cpu")
+    return name
+
+
 def read_prompts(start):
     """The prompts that --start stands for."""
     if not start.startswith("FILE:"):
         return [start]
-    with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
-        prompts = [line for line in f.read().splitlines() if line.strip()]
+    path = start.removeprefix("FILE:")
+    with open(path, encoding="utf-8") as f:
+        try:
+            prompts = [line for line in f.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8 text: {e}") from None
     if not prompts:
-        raise ValueError(f"{start.removeprefix('FILE:')} has no prompt in it")
+        raise ValueError(f"{path} has no prompt in it")
     return prompts
 
 
@@ -58,41 +79,45 @@ class Stream:
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.tokens, self.shown = tokenizer, list(prompt), ""
+        self.show(tokenizer.decode(prompt))
 
     def __call__(self, row, token):
         self.tokens.append(token)
-        text = self.tokenizer.decode([t for t in self.tokens if t not in (BOS_ID, EOS_ID)])
+        text = self.tokenizer.decode(self.tokens)  # BOS and EOS are silent
         if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
-            print(text[len(self.shown):], end="", flush=True)
-            self.shown = text
+            self.show(text)
+
+    def show(self, text):
+        print(text[len(self.shown):], end="", flush=True)
+        self.shown = text
+
+    def close(self):
+        """Shows what is left, which may end in half a character, and ends the line."""
+        self.show(self.tokenizer.decode(self.tokens))
+        print()
 
 
 def tell(model, tokenizer, prompts, args):
     """Generates and prints num_samples continuations of each prompt; returns how many tokens."""
-    tokens = [tokenizer.encode(p, bos=True, eos=False) for p in prompts for _ in range(args.num_samples)]
+    tokens = [tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+    tokens = [t for t in tokens for _ in range(args.num_samples)]
     stream = None
     if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
         stream = Stream(tokenizer, tokens[0])
-        stream.shown = tokenizer.decode(tokens[0])
-        print(stream.shown, end="", flush=True)
-    out = generate(
-        model, tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p, on_token=stream
-    )
+    how = args.temperature, args.top_k, args.top_p
+    out = generate(model, tokens, args.max_new_tokens, *how, on_token=stream)
     if stream is None:
         for prompt, response in zip(tokens, out.responses()):
-            print(tokenizer.decode([t for t in prompt + response if t not in (BOS_ID, EOS_ID)]))
+            print(tokenizer.decode(prompt + response))
             print("-" * 15)
     else:
-        print()
+        stream.close()
     return int(out.lengths.sum())
 
 
 def main(argv=None):
     args = flags(argv)
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = args.device or ("cuda" if has_cuda else "mps" if has_mps else "cpu")
-    if (device.startswith("cuda") and not has_cuda) or (device == "mps" and not has_mps):
-        raise ValueError(f"--device={device}: there is no such device here; use --device=cpu")
+    device = choose_device(args.device)
     torch.manual_seed(args.seed)
     model = model_from_checkpoint(load_checkpoint(args.checkpoint), dropout=0.0).to(device).eval()
     folder = os.path.dirname(os.path.abspath(args.checkpoint))
@@ -104,8 +129,9 @@ def main(argv=None):
         )
     if args.compile:
         model.compile()
-    half = args.dtype != "float32"
-    context = torch.autocast(device.partition(":")[0], getattr(torch, args.dtype)) if half else nullcontext()
+    dtype = getattr(torch, args.dtype)
+    half = dtype is not torch.float32
+    context = torch.autocast(device.partition(":")[0], dtype) if half else nullcontext()
     with context:
         if args.interactive:
             while True:

@@ -45,6 +45,7 @@ import ppo
 from export import write_v3
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
 from model import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
+from sample import choose_device
 from tinystories import Prompts, Windows
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
 
@@ -163,13 +164,8 @@ def setup(args):
                  "gradient_accumulation_steps"):  # fmt: skip
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    args.device = args.device or next((d for d, here in there.items() if here), "cpu")
+    args.device = choose_device(args.device)
     kind = args.device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device={args.device}: expected cpu, cuda, cuda:N or mps")
-    if not there.get(kind, True):
-        raise ValueError(f"--device={args.device}: no {kind} device is here; use --device=cpu")
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
     args.compile = kind == "cuda" if args.compile is None else args.compile
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
