@@ -177,6 +177,7 @@ static void yield(void) { sched_yield(); }
 #define MAGIC 0x616b3432
 #define HEADER 256
 #define TILE 16 // rows of a matrix that are interleaved
+#define AHEAD 8192 // bytes: prefetch across pages, at whose ends the processor's own stops
 
 enum { FP32 = 0, Q8_0 = 1 };
 
@@ -1075,6 +1076,7 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
         for (int i = 0; i < G; i += 4, q += 4 * TILE)
             for (int j = 0; j < PARTS; j++)
                 for (int b = 0; b < nb; b++) {
+                    if (nb == 1) __builtin_prefetch(q + 4 * LANES * j + AHEAD);
                     hi[b][j] = dot4(hi[b][j], q + 4 * LANES * j, high + b * width + i);
                     lo[b][j] = dot4(lo[b][j], q + 4 * LANES * j, low + b * width + i);
                 }
