@@ -680,7 +680,11 @@ def open_shards(folder, split, vocab_size):
     """
     folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
-    paths = next(filter(None, (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)), [])
+    found = (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)
+    # tokN.bin beside the shards is a vocabulary that tokenizer.py has written for C
+    found = ([p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
+             for paths in found)
+    paths = next(filter(None, found), [])
     if not paths:
         flag = "" if vocab_size == 32000 else f" --vocab_size={vocab_size}"
         raise FileNotFoundError(f"no .bin shards in {' or '.join(folders)}; "
