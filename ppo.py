@@ -7,10 +7,13 @@ arrives with the last token. PPO (Schulman et al., 2017) improves π by gradient
 
     E[min(ratio · A, clip(ratio) · A)],   ratio = π(token | state) / π_old(token | state)
 
-where π_old drew the tokens and A says how much better each was than the critic expected.
+where π_old drew the tokens and A says how much better each was than a critic expected: a second
+network that learns V(state), the score still to come. The KL's gradient is not sampled but exact:
+that of the present token's distribution is in the loss, that of later ones in the rewards.
 
-J has a roof that can be computed: π*(y|x) ∝ π_ref(y|x) exp(r/β) reaches J*(x) = β log E_ref[exp(r/β)].
-`objective_roof` estimates it from samples of the reference. A run is as good as J is close to J*.
+J has a roof that can be computed: π*(y|x) ∝ π_ref(y|x) exp(r/β) reaches
+J*(x) = β log E_ref[exp(r/β)]. `objective_roof` estimates it from samples of the reference.
+A run is as good as J is close to J*.
 
 Everything per token is flat: the A actions (response tokens) of a batch of B rollouts, one
 rollout after the other. Letters as in model.py: B rollouts, N packed tokens, V vocabulary.
@@ -40,43 +43,43 @@ class PPOConfig:
     # the objective
     init_kl_coef: float = 0.2  # β
     kl_penalty: str = "full"  # kl (k1) | abs | mse (k2) | k3 | full (exact, over the vocabulary)
-    kl_in: str = "both"  # reward | loss | both: where the penalty acts
+    kl_in: str = "both"  # reward | loss | both; only `full` acts in both, the others in the reward
     adap_kl_ctrl: bool = False  # steer β so that the KL of a rollout stays near `target`
-    target: float = 6.0
+    target: float = 6.0  # nats a rollout, for adap_kl_ctrl
     horizon: float = 10000.0  # rollouts over which β would change by a factor e at full error
     # rollouts
     rollouts: int = 0  # an iteration; 0: 8 * mini_batch_size
-    max_gen_len: int = 300
-    temperature: float = 1.0
+    max_gen_len: int = 300  # tokens a response may have
+    temperature: float = 1.0  # of the sampled policy, which is also the one that is trained
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at max_gen_len
     # advantages
     advantage: str = "gae"  # gae | rloo | grpo | reinforce
     group_size: int = 1  # responses a prompt; rloo and grpo compare within the group
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    gamma: float = 1.0  # discount a token
+    lam: float = 0.95  # of the policy's advantages
+    lam_value: float = 1.0  # of the critic's targets; 1: plain returns
+    whiten_rewards: bool = False  # scale a token's rewards to variance 1
+    whiten_advantages: bool = True  # scale and shift advantages to variance 1 and mean 0
     reward_clip: float = 0.0  # scores are clipped to ±this; 0: not
     reward_scale: bool = False  # divide scores by their standard deviation in the batch
     # the update
-    ppo_epochs: int = 4
+    ppo_epochs: int = 4  # passes over the rollouts
     mini_batch_size: int = 50  # rollouts a forward pass
     gradient_accumulation_steps: int = 1  # forward passes an optimizer step
-    cliprange: float = 0.2
+    cliprange: float = 0.2  # how far the ratio may leave 1 and still be rewarded for it
     cliprange_high: float = 0.0  # upper bound where it differs (clip-higher); 0: cliprange
-    cliprange_value: float = 0.2  # 0: no clipping
+    cliprange_value: float = 0.0  # how far a value may move in an iteration; 0: anywhere
     loss_aggregation: str = "token"  # token | sequence: what has equal weight
-    entropy_coef: float = 0.0
-    max_grad_norm: float = 1.0
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 1.0  # of policy and critic, each by itself
     early_stopping: bool = True  # end the epochs when the policy has moved 1.5 * target_kl
-    target_kl: float = 0.1
+    target_kl: float = 0.1  # nats a token
     ratio_threshold: float = 10.0  # skip a step whose mean ratio is above it
     ptx_coef: float = 0.0  # weight of the pretraining loss mixed in (PPO-ptx, InstructGPT)
     # the critic
     value_model: str = "separate"  # separate | shared | the path of a checkpoint
-    vf_coef: float = 0.5
-    value_epochs: int = 0  # critic-only epochs before the policy's, each iteration
-    critic_warmup: int = 0  # first iterations that train the critic alone
+    vf_coef: float = 0.5  # weight of the value loss where it shares the policy's trunk
+    critic_warmup: int = 0  # epochs in the first iteration, which trains a separate critic alone
     averaging: float = 0.0  # the result is an average of the policy's weights with this decay
 
     def __post_init__(self):
@@ -92,7 +95,7 @@ class PPOConfig:
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
-            raise ValueError(f"advantage={self.advantage} compares responses: group_size must be >= 2")
+            raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
         if self.temperature <= 0:
             raise ValueError("rollouts need a temperature above 0")
         self.rollouts = self.rollouts or 8 * self.mini_batch_size
@@ -107,7 +110,7 @@ class PPOConfig:
 
 
 class LengthReward:
-    """−|target − tokens| / 100 over prompt plus response, end token included: the original's task."""
+    """−|target − tokens| / 100 over prompt plus response, end token included, as the original."""
 
     def __init__(self, target_len=200):
         self.target_len = target_len
@@ -117,9 +120,9 @@ class LengthReward:
 
 
 def load_reward(spec, target_len, decode):
-    """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings; a
-    function with an attribute `tokens = True` gets lists of ids. It returns one number a response,
-    or for each response a list of numbers, one a token of it. Raises ValueError, OSError."""
+    """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings;
+    a function with an attribute `tokens = True` gets lists of ids. It returns one number a
+    response, or a list of numbers, one for each token of it. Raises ValueError, OSError."""
     if spec == "length":
         return LengthReward(target_len)
     path, _, name = spec.rpartition(":")
@@ -186,38 +189,49 @@ def exact_kl(logp, ref_logp):
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
+def over_tokens(x, counts):
+    """One number a rollout (B,) -> one an action (A,), counts (B,): [5, 7], [2, 1] -> [5, 5, 7]."""
+    return x.repeat_interleave(counts.to(x.device))
+
+
 def sum_by_rollout(x, counts):
-    """Sums of a flat (A,) over each rollout: counts (B,) -> (B,)."""
-    rollout = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts.to(x.device))
+    """The reverse, by sums: (A,) and counts (B,) -> (B,)."""
+    rollout = over_tokens(torch.arange(len(counts), device=x.device), counts)
     return x.new_zeros(len(counts)).index_add(0, rollout, x)
+
+
+def place_scores(scores, counts):
+    """One score a rollout (B,) -> rewards (A,), each score on the last token of its response."""
+    rewards = scores.new_zeros(int(counts.sum()))
+    rewards[counts.cumsum(0) - 1] = scores
+    return rewards
 
 
 def gae(rewards, values, counts, gamma, lam):
     """Generalized advantage estimation (Schulman et al., 2016, equation 16) for episodes that end
     with their last action: A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
-    rewards, values flat (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values."""
+    rewards, values (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values."""
     B, T = len(counts), int(counts.max())
-    inside = torch.arange(T) < counts.cpu()[:, None]
-    r, v = torch.zeros(2, B, T + 1)
-    r[:, :T][inside], v[:, :T][inside] = rewards.cpu(), values.cpu()
-    adv = torch.zeros(B, T + 1)  # the loop runs on the CPU: T tiny steps, no matter where the model is
+    inside = torch.arange(T + 1) < counts.cpu()[:, None]
+    r, v, adv = torch.zeros(3, B, T + 1)  # on the CPU: T tiny steps, wherever the model is
+    r[inside], v[inside] = rewards.cpu(), values.cpu()
     for t in reversed(range(T)):
         delta = r[:, t] + gamma * v[:, t + 1] - v[:, t]
-        adv[:, t] = delta + gamma * lam * adv[:, t + 1]
-        adv[:, t] *= inside[:, t]
-    adv = adv[:, :T][inside].to(values.device)
+        adv[:, t] = (delta + gamma * lam * adv[:, t + 1]) * inside[:, t]
+    adv = adv[inside].to(values.device)
     return adv, adv + values
 
 
 def group_advantages(scores, group_size, kind):
-    """One advantage a rollout (B,), from scores (B,) of groups of adjacent rollouts of one prompt.
+    """One advantage a rollout (B,), from scores (B,) of groups of neighbours with one prompt.
     rloo: score minus the mean of the others (Ahmadian et al., 2024). grpo: standardised in the
     group (Shao et al., 2024)."""
     groups = scores.view(-1, group_size)
     if kind == "rloo":
         others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
         return (groups - others).flatten()
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
 
 def all_sum(*values):
@@ -230,11 +244,15 @@ def all_sum(*values):
     return packed.tolist()
 
 
+def mean_and_variance(x):
+    """Of a tensor's numbers on all processes."""
+    n, total = all_sum(torch.tensor(x.numel()), x)
+    return total / n, all_sum((x.double() - total / n).square())[0] / n
+
+
 def whiten(x, shift_mean=True):
     """x with variance 1, and mean 0 unless told otherwise, over the batch of all processes."""
-    n, s = all_sum(torch.tensor(x.numel()), x)
-    mean = s / n
-    var = all_sum((x.double() - mean).square())[0] / n
+    mean, var = mean_and_variance(x)
     out = (x - mean) / math.sqrt(var + 1e-8)
     return out if shift_mean else out + mean
 
@@ -267,8 +285,8 @@ def objective_roof(scores, beta):
         per_prompt = scores.max(1).values
     else:
         per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(scores.shape[1]))
-    error = per_prompt.std() / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else torch.tensor(0.0)
-    return per_prompt.mean().item(), error.item()
+    n = len(per_prompt)
+    return per_prompt.mean().item(), per_prompt.std().item() / math.sqrt(n) if n > 1 else 0.0
 
 
 # ----------------------------------------------------------------------------
@@ -276,8 +294,9 @@ def objective_roof(scores, beta):
 
 
 class Packed(NamedTuple):
-    """Some rollouts as one packed input. tokens (N,) without each rollout's last token, lengths list;
-    action (A,) positions in N whose *next* token is a response token, target (A,) those tokens."""
+    """Some rollouts as one packed input: the prompts, and the responses but for their last token.
+    tokens (N,), lengths list; action (A,) positions in N whose *next* token is a response token,
+    target (A,) those tokens."""
 
     tokens: torch.Tensor
     lengths: list
@@ -289,15 +308,28 @@ def pack(queries, responses, device):
     tokens, lengths, action, target = [], [], [], []
     for q, r in zip(queries, responses):
         first = len(tokens) + len(q) - 1  # this position predicts the first response token
-        action.extend(range(first, first + len(r)))
-        target.extend(r)
-        tokens.extend(q)
-        tokens.extend(r[:-1])
+        action += range(first, first + len(r))
+        target += r
+        tokens += q + r[:-1]
         lengths.append(len(q) + len(r) - 1)
-    tokens, action, target = (
-        torch.tensor(x, dtype=torch.long, device=device) for x in (tokens, action, target)
-    )
+    tokens, action, target = (torch.tensor(x, device=device) for x in (tokens, action, target))
     return Packed(tokens, lengths, action, target)
+
+
+def check_rollouts(queries, responses, ended, logprobs):
+    """What must hold of rollouts whatever the configuration; raises RuntimeError."""
+    if not len(queries) == len(responses) == len(ended):
+        sizes = len(queries), len(responses), len(ended)
+        raise RuntimeError("{} prompts, {} responses, {} end flags".format(*sizes))
+    if logprobs.numel() != sum(map(len, responses)):
+        raise RuntimeError("rollouts must have one log-probability for each response token")
+    for r, done in zip(responses, ended.tolist()):
+        if not r:
+            raise RuntimeError("a response is empty: its end token is part of it, to be trained")
+        if done != (r[-1] in (BOS_ID, EOS_ID)):
+            raise RuntimeError("a response that ended lacks its end token, or a cut one has it")
+    if not bool(torch.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-4:
+        raise RuntimeError("a rollout's log-probability is not that of a token")
 
 
 class PPOTrainer:
@@ -305,33 +337,37 @@ class PPOTrainer:
 
     policy     a Transformer; with value_model "shared", a TransformerWithValueHead
     reference  a frozen Transformer
-    critic     a TransformerWithValueHead of its own, or None (shared, or an estimator without critic)
+    critic     a TransformerWithValueHead of its own, or None (shared, or no critic wanted)
     optimizer, critic_optimizer  the latter None where critic is None
     context    what to run forward passes in (autocast), a zero-argument callable
     ptx        a zero-argument callable giving (tokens, targets) of pretraining data, or None
     """
 
-    def __init__(self, config, policy, reference, critic, optimizer, critic_optimizer, context, ptx=None):
-        self.config, self.policy, self.reference, self.critic = config, policy, reference, critic
+    def __init__(
+        self, config, policy, reference, critic, optimizer, critic_optimizer, context, ptx=None
+    ):
+        c = self.config = config
+        self.policy, self.reference, self.critic = policy, reference, critic
         self.optimizer, self.critic_optimizer = optimizer, critic_optimizer
         self.context, self.ptx = context, ptx
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.device = policy.output.weight.device
+        with context():
+            self.half = torch.is_autocast_enabled(self.device.type)
+        # How far two computations of a log-probability may be apart.
+        self.tolerance = 0.3 if self.half else 5e-3
         self.iteration = 0
-        c = config
-        self.kl_ctl = (
-            AdaptiveKLController(c.init_kl_coef, c.target, c.horizon)
-            if c.adap_kl_ctrl
-            else FixedKLController(c.init_kl_coef)
-        )
+        self.kl_ctl = FixedKLController(c.init_kl_coef)
+        if c.adap_kl_ctrl:
+            self.kl_ctl = AdaptiveKLController(c.init_kl_coef, c.target, c.horizon)
         self.uses_values = c.advantage == "gae"
+        # A sampled penalty in the rewards already has the present token's share of the gradient.
+        self.kl_in_reward = c.kl_in != "loss"
+        self.kl_in_loss = c.kl_in == "loss" or (c.kl_in == "both" and c.kl_penalty == "full")
         self.average = None
         if c.averaging:
             self.average = {k: v.detach().clone() for k, v in policy.state_dict().items()}
-
-    @property
-    def device(self):
-        return self.policy.output.weight.device
 
     # ---- rollouts
 
@@ -342,384 +378,354 @@ class PPOTrainer:
         c = self.config
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=generator)
-        mine = [i for i in range(len(prompts)) if i // c.group_size % self.world == self.rank]
+        mine = self.mine(len(prompts))
         queries = [prompts[i] for i in mine]
+        model, temperature = model or self.policy, c.temperature
         with self.context():
             out = generate(
-                model or self.policy,
-                queries,
-                c.max_gen_len,
-                temperature=c.temperature,
-                uniform=uniform[mine],
-                stop_ids=(BOS_ID, EOS_ID),
-                max_batch=512,
+                model, queries, c.max_gen_len, temperature, uniform=uniform[mine], max_batch=512
             )
         logprobs = [lp[:n] for lp, n in zip(out.logprobs, out.lengths.tolist())]
         return queries, out.responses(), logprobs, out.ended
 
-    @property
-    def half(self):
-        with self.context():
-            return torch.is_autocast_enabled(self.device.type)
-
-    @property
-    def tolerance(self):
-        """How far two ways to compute a log-probability may be apart."""
-        return 0.3 if self.half else 5e-3
-
-    # ---- forward passes over chunks of rollouts
-
-    def chunks(self, queries, responses):
-        size = self.config.mini_batch_size
-        for i in range(0, len(queries), size):
-            yield pack(queries[i : i + size], responses[i : i + size], self.device)
+    def mine(self, total):
+        """Which of `total` rollouts are this rank's: whole groups, dealt in turn."""
+        group = self.config.group_size
+        return [i for i in range(total) if i // group % self.world == self.rank]
 
     def log_softmax(self, logits):
         return (logits.float() / self.config.temperature).log_softmax(-1)
 
-    @torch.no_grad()
-    def score(self, queries, responses):
-        """What the frozen models say of the rollouts: the reference's final hidden states (A, D),
-        from which its logits are one product away, and its log-probabilities (A,); old values (A,)."""
-        hidden, ref_logprobs, values = [], [], []
-        for p in self.chunks(queries, responses):
-            with self.context():
-                h = self.reference.hidden(p.tokens, p.lengths)[p.action]
-                logp = self.log_softmax(self.reference.output(h))
-                hidden.append(h)
-                ref_logprobs.append(logp.gather(1, p.target[:, None]).squeeze(1))
-                if self.uses_values:
-                    values.append(self.value(p))
-        empty = torch.zeros(sum(map(len, responses)), device=self.device)
-        return torch.cat(hidden), torch.cat(ref_logprobs), torch.cat(values) if values else empty
-
-    def value(self, p):
+    def values(self, p):
         model = self.critic or self.policy
         return model.values(model.hidden(p.tokens, p.lengths)[p.action])
+
+    @torch.no_grad()
+    def examine(self, queries, responses, sampled):
+        """What all models say of the rollouts before the update, flat: `old` (A,) log-probabilities
+        of the policy; `ref` (A,) those of the reference and `ref_hidden` (A, D), one product away
+        from its logits; `kl` (A,) the penalty; `values` (A,). Raises RuntimeError where the policy
+        does not agree with the `sampled` (A,) log-probabilities of the rollouts."""
+        found = {k: [] for k in ("old", "ref", "ref_hidden", "kl", "values")}
+        size, kind = self.config.mini_batch_size, self.config.kl_penalty
+        for i in range(0, len(queries), size):
+            p = pack(queries[i : i + size], responses[i : i + size], self.device)
+            target = p.target[:, None]
+            with self.context():
+                hidden = self.reference.hidden(p.tokens, p.lengths)[p.action]
+                logp_ref = self.log_softmax(self.reference.output(hidden))  # (A, V)
+                logp = self.log_softmax(self.policy(p.tokens, lengths=p.lengths)[p.action])
+                values = self.values(p) if self.uses_values else torch.zeros(len(target))
+            old, ref = (x.gather(1, target).squeeze(1) for x in (logp, logp_ref))
+            kl = exact_kl(logp, logp_ref) if kind == "full" else kl_estimate(old, ref, kind)
+            for k, x in zip(found, (old, ref, hidden, kl, values.to(self.device))):
+                found[k].append(x)
+        found = {k: torch.cat(v) for k, v in found.items()}
+        self.check_same(found["old"], sampled, "the rollout's log-probability")
+        if not self.half:  # otherwise the rollout's order of summation is off by a policy step
+            found["old"] = sampled
+        if self.iteration == 0:
+            self.check_same(found["kl"], torch.zeros_like(sampled), "a KL of 0 to the reference")
+        return found
+
+    def check_same(self, x, y, what):
+        """Compares what the policy gives for each token, x (A,), with what it should, y (A,)."""
+        worst = float((x - y).abs().max()) if len(x) else 0.0
+        if not worst <= self.tolerance:
+            raise RuntimeError(
+                f"before the first update a token of the policy is {worst:.3g} from {what}: "
+                "sampling, training and reference do not agree on model, mask or temperature"
+            )
 
     # ---- one iteration
 
     def step(self, queries, responses, old_logprobs, scores, ended):
-        """Learns from a batch of rollouts of this rank; see `rollout`. scores: one a rollout, or one
-        list a rollout with a number for each of its tokens. Returns the statistics of the iteration;
-        raises FloatingPointError or RuntimeError where continuing would be silently wrong."""
+        """Learns from a batch of rollouts of this rank; see `rollout`. scores: one a rollout, or a
+        list a rollout with a number for each of its tokens. Returns the iteration's statistics;
+        raises FloatingPointError or RuntimeError where going on would be silently wrong."""
         c, t0 = self.config, time.time()
         for model in filter(None, (self.policy, self.critic, self.reference)):
             model.eval()  # no dropout: the ratio must be 1 before the first step
         counts = torch.tensor([len(r) for r in responses])
-        old = torch.cat(old_logprobs).float()
-        check_rollouts(queries, responses, ended, old)
-        if self.half:
-            old = self.training_logprobs(queries, responses)
-        ref_hidden, ref_logprobs, old_values = self.score(queries, responses)
+        sampled = torch.cat(old_logprobs).float()
+        check_rollouts(queries, responses, ended, sampled)
+        data = dict(queries=queries, responses=responses, counts=counts)
+        data["target"] = torch.tensor([t for r in responses for t in r], device=self.device)
+        data |= self.examine(queries, responses, sampled)
         t1 = time.time()
-        token_scores, raw = self.token_scores(scores, counts, ended)
-        kl = self.penalty(queries, responses, old, ref_logprobs, ref_hidden)
-        if self.iteration == 0 and float(kl.abs().max()) > self.tolerance:
-            raise RuntimeError(
-                f"before the first update the policy's KL to the reference is {float(kl.abs().max()):.3g} "
-                "at some token: it must be 0"
-            )
+        rewards, raw = self.token_rewards(scores, counts, ended)
+        if self.uses_values and self.iteration == 0:
+            data["values"] += self.start_values(raw)
         beta = self.kl_ctl.value
-        rewards = token_scores.clone()
-        if c.kl_in != "loss":
-            rewards = rewards - beta * kl
+        if self.kl_in_reward:
+            rewards = rewards - beta * data["kl"]
         if c.whiten_rewards:
             rewards = whiten(rewards, shift_mean=False)
-        advantages, returns = self.advantages(rewards, old_values, counts)
+        data["advantages"], data["returns"] = self.advantages(rewards, data["values"], counts)
         t2 = time.time()
-        data = dict(
-            queries=queries, responses=responses, counts=counts, old=old, values=old_values,
-            advantages=advantages, returns=returns, ref_hidden=ref_hidden, ref=ref_logprobs,
-        )  # fmt: skip
-        stats = self.update(data)
-        t3 = time.time()
-        n, score_sum, penalty_sum, sampled = all_sum(torch.tensor(len(raw)), raw, kl, old - ref_logprobs)
-        unbiased = c.kl_penalty in ("full", "kl", "k3")
-        reward, kl_mean = score_sum / n, (penalty_sum if unbiased else sampled) / n
-        self.kl_ctl.update(kl_mean, n)
-        lengths = torch.tensor([len(q) + len(r) for q, r in zip(queries, responses)]).double()
-        length_sum, square, done, cut = all_sum(lengths, lengths**2, ended, ~ended)
-        stats |= {
-            "ppo/reward": reward,
-            "ppo/kl_ref": kl_mean,
-            "ppo/kl_coef": beta,
-            "ppo/objective": reward - beta * kl_mean,
-            "ppo/reward_all": reward - beta * penalty_sum / n,
-            "ppo/length/mean": length_sum / n,
-            "ppo/length/std": math.sqrt(max(square / n - (length_sum / n) ** 2, 0)),
-            "ppo/ended": done / n,
-            "ppo/truncated": cut / n,
-            "ppo/ref_loss": -all_sum(ref_logprobs)[0] / all_sum(counts)[0],
-            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+        stats = self.update(data) | self.statistics(data, raw, ended, beta)
+        self.kl_ctl.update(stats["ppo/kl_ref"], all_sum(torch.tensor(len(raw)))[0])
+        self.iteration += 1
+        return stats | {
             "time/ppo/forward_pass": t1 - t0,
             "time/ppo/compute_advantages": t2 - t1,
-            "time/ppo/optimize_step": t3 - t2,
-            "time/ppo/total": t3 - t0,
+            "time/ppo/optimize_step": time.time() - t2,
+            "time/ppo/total": time.time() - t0,
         }
-        self.iteration += 1
-        return stats
 
-    def token_scores(self, scores, counts, ended):
+    def start_values(self, raw):
+        """Lets a value head that is all zero start at the mean score; returns the change."""
+        head = (self.critic or self.policy).value_head
+        if any(bool(p.any()) for p in head.parameters()):
+            return 0.0
+        total, n = all_sum(raw, torch.tensor(len(raw)))
+        torch.nn.init.constant_(head.bias, total / n)
+        return total / n
+
+    def token_rewards(self, scores, counts, ended):
         """Scores as a flat (A,) reward for each token, one score a rollout on its last token; and
         the plain score of each rollout (B,) before clipping, scaling and penalties."""
-        per_token = any(isinstance(s, (list, tuple, torch.Tensor)) for s in scores)
-        flat = torch.zeros(int(counts.sum()))
-        last = counts.cumsum(0) - 1
-        if per_token:
-            for s, n in zip(scores, counts.tolist()):
-                if len(s) != n:
-                    raise ValueError(f"the reward gave {len(s)} numbers for a response of {n} tokens")
+        c = self.config
+        if any(isinstance(s, (list, tuple, torch.Tensor)) for s in scores):
+            sizes = [len(s) for s in scores]
             flat = torch.cat([torch.as_tensor(s, dtype=torch.float32) for s in scores])
-            raw = sum_by_rollout(flat, counts)
         else:
-            raw = torch.as_tensor(scores, dtype=torch.float32)
-            if raw.shape != counts.shape:
-                raise ValueError(f"the reward gave {len(raw)} scores for {len(counts)} responses")
-            flat[last] = raw
+            sizes = [1] * len(scores)
+            flat = torch.as_tensor(scores, dtype=torch.float32)
+        if sizes not in ([1] * len(counts), counts.tolist()):
+            raise ValueError(
+                f"the reward gave {len(flat)} numbers for {len(counts)} responses of "
+                f"{int(counts.sum())} tokens: it must be one a response or one a token"
+            )
         if not torch.isfinite(flat).all():
             raise FloatingPointError("the reward gave a score that is not a finite number")
-        c = self.config
-        shaped = flat
+        if sizes != counts.tolist():
+            scores, flat = flat.tolist(), place_scores(flat, counts)
+            if [float(x[-1]) for x in flat.split(counts.tolist())] != scores:
+                raise RuntimeError("a score is not on the last token of its response")
+        raw = sum_by_rollout(flat, counts)
         if c.reward_scale:
-            n, s, sq = all_sum(torch.tensor(len(raw)), raw, raw.double() ** 2)
-            shaped = shaped / math.sqrt(max(sq / n - (s / n) ** 2, 1e-12))
+            flat = flat / math.sqrt(max(mean_and_variance(raw)[1], 1e-12))
         if c.reward_clip:
-            shaped = shaped.clamp(-c.reward_clip, c.reward_clip)
-        penalty = torch.zeros_like(shaped)
-        penalty[last] = c.missing_eos_penalty * (~ended.cpu()).float()
-        return (shaped - penalty).to(self.device), raw
-
-    @torch.no_grad()
-    def training_logprobs(self, queries, responses):
-        """Log-probabilities (A,) as the update computes them. In half precision a rollout's own, from
-        another order of summation, would be off by more than a policy step."""
-        out = []
-        for p in self.chunks(queries, responses):
-            with self.context():
-                logp = self.log_softmax(self.policy(p.tokens, lengths=p.lengths)[p.action])
-            out.append(logp.gather(1, p.target[:, None]).squeeze(1))
-        return torch.cat(out)
-
-    @torch.no_grad()
-    def penalty(self, queries, responses, old, ref_logprobs, ref_hidden):
-        """The KL penalty of each action (A,) under the policy that drew it."""
-        kind = self.config.kl_penalty
-        if kind != "full":
-            return kl_estimate(old, ref_logprobs, kind)
-        kl, at = [], 0
-        for p in self.chunks(queries, responses):
-            n = len(p.action)
-            with self.context():
-                logp = self.log_softmax(self.policy(p.tokens, lengths=p.lengths)[p.action])
-                ref = self.log_softmax(self.reference.output(ref_hidden[at : at + n]))
-            kl.append(exact_kl(logp, ref))
-            at += n
-        return torch.cat(kl)
+            flat = flat.clamp(-c.reward_clip, c.reward_clip)
+        cut = c.missing_eos_penalty * (~ended.cpu()).float()
+        return (flat - place_scores(cut, counts)).to(self.device), raw
 
     def advantages(self, rewards, values, counts):
+        """Advantages and the critic's targets, (A,) each, of rewards and values (A,)."""
         c = self.config
         if c.advantage == "gae":
             advantages, returns = gae(rewards, values, counts, c.gamma, c.lam)
+            if c.lam_value != c.lam:
+                returns = gae(rewards, values, counts, c.gamma, c.lam_value)[1]
         elif c.advantage == "reinforce":  # what is still to come, against the batch's mean
             advantages, returns = gae(rewards, torch.zeros_like(rewards), counts, c.gamma, 1.0)
         else:
             totals = sum_by_rollout(rewards, counts)
             each = group_advantages(totals, c.group_size, c.advantage)
-            advantages = torch.repeat_interleave(each, counts.to(each.device))
-            returns = torch.repeat_interleave(totals, counts.to(each.device))
+            advantages, returns = over_tokens(each, counts), over_tokens(totals, counts)
         self.kl_scale = 1.0
         if c.whiten_advantages:
             # The KL in the loss and the advantages are two halves of one gradient: same scale.
-            n, total, square = all_sum(torch.tensor(len(advantages)), advantages, advantages**2)
-            self.kl_scale = 1 / math.sqrt(square / n - (total / n) ** 2 + 1e-8)
+            self.kl_scale = 1 / math.sqrt(mean_and_variance(advantages)[1] + 1e-8)
             advantages = whiten(advantages)
         return advantages, returns
 
+    # ---- the update
+
     def update(self, data):
-        """The PPO epochs. Minibatches are drawn from the rollouts of all ranks, and every rank works
-        on those of its own, so that the steps do not depend on the number of processes."""
-        c = self.config
-        queries, counts = data["queries"], data["counts"]
-        total = int(all_sum(torch.tensor(len(queries)))[0])
+        """The PPO epochs. Minibatches are drawn from the rollouts of all ranks, and every rank
+        works on those of its own, so that the steps do not depend on the number of processes."""
+        c, counts = self.config, data["counts"]
+        total = int(all_sum(torch.tensor(len(counts)))[0])
         per_step = c.mini_batch_size * c.gradient_accumulation_steps
         order = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)
-        mine = [i for i in range(total) if i // c.group_size % self.world == self.rank]
-        local = {g: i for i, g in enumerate(mine)}
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).tolist()
-        sums, steps, skipped, stopped = {}, 0, 0, False
-        train_policy = self.iteration >= c.critic_warmup
-        epochs = c.value_epochs + c.ppo_epochs if train_policy else c.ppo_epochs
-        for epoch in range(epochs):
-            policy_epoch = train_policy and epoch >= (c.value_epochs if self.uses_values else 0)
+        local = {g: i for i, g in enumerate(self.mine(total))}
+        warming = self.iteration == 0 and self.critic is not None and c.critic_warmup > 0
+        sums, skipped, stopped = {}, 0, 0.0
+        for epoch in range(c.critic_warmup if warming else c.ppo_epochs):
             perm = torch.randperm(total, generator=order).tolist()
             for first in range(0, total, per_step):
                 rollouts = [local[g] for g in perm[first : first + per_step] if g in local]
-                n_tokens, n_rollouts = all_sum(counts[rollouts], torch.tensor(len(rollouts)))
-                step_stats = {}
-                for i in range(0, len(rollouts), c.mini_batch_size):
-                    part = rollouts[i : i + c.mini_batch_size]
-                    span = torch.cat([torch.arange(starts[j], starts[j + 1]) for j in part])
-                    loss = self.loss(data, part, span, n_tokens, n_rollouts, policy_epoch, step_stats)
-                    loss.backward()
-                names = ["ratio", "approx_kl", "max_log_ratio"]
-                ratio, approx_kl, worst = all_sum(*(step_stats.get(k, torch.zeros(())) for k in names))
-                if policy_epoch and not steps and worst > self.tolerance:
-                    raise RuntimeError(
-                        f"before the first step a token's log-probability differs by {worst:.3g} from that "
-                        "of the rollout: sampling and training do not agree on the policy"
-                    )
-                if policy_epoch and ratio > c.ratio_threshold:
+                step = self.gradients(data, rollouts, not warming)
+                if not warming and epoch == first == 0:
+                    self.check_ratio(step)
+                if step.get("ratio", 0) > c.ratio_threshold:
                     skipped += 1
                     self.zero_grad()
                     continue
-                grad_norm = self.optimize(policy_epoch)
-                steps += policy_epoch
-                step_stats["grad_norm"] = torch.tensor(grad_norm / self.world)
-                for k, v in step_stats.items():
-                    sums.setdefault(k, []).append(float(v))
-            if policy_epoch and c.early_stopping and approx_kl > 1.5 * c.target_kl:
-                stopped = True
+                step["grad_norm"] = self.optimize(not warming)
+                for k, v in step.items():
+                    sums.setdefault(k, []).append(v)
+            if c.early_stopping and step.get("approx_kl", 0) > 1.5 * c.target_kl:
+                stopped = 1.0
                 break
-        return self.summary(sums, data, epoch + 1, skipped, stopped)
+        stats = {NAMES[k]: sum(v) / len(v) for k, v in sums.items() if k in NAMES}
+        ran = {"ppo/epochs": epoch + 1, "ppo/skipped_steps": skipped, "ppo/early_stop": stopped}
+        return stats | ran
 
-    def loss(self, data, part, span, n_tokens, n_rollouts, policy_epoch, stats):
-        """The loss of some rollouts (`part`, whose actions are `span`), a share of the loss of the
-        whole optimizer step: dividing by that step's totals makes it independent of the split into
-        forward passes and processes. Adds its statistics, shares too, to `stats`."""
-        c, dev = self.config, self.device
-        p = pack([data["queries"][i] for i in part], [data["responses"][i] for i in part], dev)
-        span = span.to(dev)
-        counts = data["counts"][part].to(dev)
-        if c.loss_aggregation == "token":
-            weight = torch.full((len(span),), 1 / n_tokens, device=dev)
-        else:
-            weight = torch.repeat_interleave(1 / (n_rollouts * counts), counts)
+    def check_ratio(self, step):
+        """Before the first step the policy is the one that drew the rollouts."""
+        if not step["off"] <= self.tolerance or step["clipfrac"] > 0:
+            raise RuntimeError(
+                "at the first minibatch the ratio is not 1: a log-probability is "
+                f"{step['off']:.3g} off, and {step['clipfrac']:.1%} of the tokens are clipped"
+            )
+
+    def gradients(self, data, rollouts, policy):
+        """Adds up the gradients of one optimizer step on some rollouts of this rank, in as many
+        forward passes as memory wants; `policy`: not of the critic alone. Returns statistics."""
+        c, counts = self.config, data["counts"]
+        starts = counts.cumsum(0) - counts
+        n_tokens, n_rollouts = all_sum(counts[rollouts], torch.tensor(len(rollouts)))
+        names = ["total"]
+        names += ["policy", "entropy", "clipfrac", "ratio", "approx_kl", "off", "ptx"] * policy
+        names += ["value", "value_clipfrac", "vpred", "error"] * self.uses_values
+        stats = dict.fromkeys(names, 0.0)
+        for i in range(0, len(rollouts), c.mini_batch_size):
+            part = rollouts[i : i + c.mini_batch_size]
+            span = torch.cat([torch.arange(starts[j], starts[j] + counts[j]) for j in part])
+            if c.loss_aggregation == "token":
+                weight = torch.full((len(span),), 1 / n_tokens)
+            else:
+                weight = over_tokens(1 / (n_rollouts * counts[part]), counts[part])
+            share = len(part) / n_rollouts
+            loss, found = self.loss(data, part, span, weight.to(self.device), share, policy)
+            loss.backward()
+            for k, v in found.items():
+                stats[k] = stats[k] + v.detach()
+        return dict(zip(names, all_sum(*stats.values())))
+
+    def loss(self, data, part, span, weight, share, policy):
+        """The loss of some rollouts (`part`, whose actions are `span`). `weight` (A,) is that of
+        each action in the loss of the whole optimizer step, so that the sum over forward passes
+        and processes does not depend on the split. Returns it and statistics, weighted too."""
+        c, stats = self.config, {}
+        p = pack(*([data[k][i] for i in part] for k in ("queries", "responses")), self.device)
+        if not torch.equal(p.target, data["target"][span]):
+            raise RuntimeError("the mask is wrong: the trained tokens are not the response tokens")
 
         def mean(x):
             return (x.float() * weight).sum()
 
-        def record(**values):
-            for k, v in values.items():
-                stats[k] = stats.get(k, 0) + v.detach()
-
-        total = torch.zeros((), device=dev)
-        hidden = None
-        with self.context():
-            if policy_epoch or self.critic is None:
+        hidden, total = None, torch.zeros((), device=self.device)
+        if policy:
+            with self.context():
                 hidden = self.policy.hidden(p.tokens, p.lengths)[p.action]
-            if policy_epoch:
                 logp = self.log_softmax(self.policy.output(hidden))  # (A, V)
-        if policy_epoch:
-            logprobs = logp.gather(1, p.target[:, None]).squeeze(1)
-            old, adv = data["old"][span], data["advantages"][span]
+            logprobs, old = logp.gather(1, p.target[:, None]).squeeze(1), data["old"][span]
             high = c.cliprange_high or c.cliprange
-            losses, clipped = policy_loss(logprobs, old, adv, c.cliprange, high)
+            losses, clipped = policy_loss(
+                logprobs, old, data["advantages"][span], c.cliprange, high
+            )
             entropy = -(logp.exp() * logp).sum(-1)
-            total = total + mean(losses) - c.entropy_coef * mean(entropy)
-            if c.kl_in != "reward":
-                if c.kl_penalty == "full":
-                    with torch.no_grad(), self.context():
-                        ref = self.log_softmax(self.reference.output(data["ref_hidden"][span]))
-                    kl = exact_kl(logp, ref)
-                else:
-                    kl = kl_estimate(logprobs, data["ref"][span], c.kl_penalty)
-                total = total + self.kl_scale * self.kl_ctl.value * mean(kl)
-            log_ratio = (logprobs - old).detach()
-            record(
-                policy=mean(losses), entropy=mean(entropy), clipfrac=mean(clipped),
-                ratio=mean(log_ratio.exp()), approx_kl=mean(kl_estimate(-log_ratio, 0, "k3")),
-                max_log_ratio=log_ratio.abs().max(),
-            )  # fmt: skip
+            total = mean(losses) - c.entropy_coef * mean(entropy)
+            if self.kl_in_loss:
+                total = total + self.kl_scale * self.kl_ctl.value * mean(
+                    self.loss_kl(logp, logprobs, data, span)
+                )
+            moved = (logprobs - old).detach()
+            stats |= dict(policy=mean(losses), entropy=mean(entropy), clipfrac=mean(clipped))
+            stats |= dict(ratio=mean(moved.exp()), approx_kl=mean(kl_estimate(-moved, 0, "k3")))
+            stats["off"] = moved.abs().max()
+            if c.ptx_coef and self.ptx is not None:
+                with self.context():
+                    stats["ptx"] = share * self.policy(*self.ptx())
+                total = total + c.ptx_coef * stats["ptx"]
         if self.uses_values:
             with self.context():
-                values = self.policy.values(hidden) if self.critic is None else self.value(p)
+                values = self.policy.values(hidden) if self.critic is None else self.values(p)
             returns = data["returns"][span]
             losses, clipped = value_loss(values, data["values"][span], returns, c.cliprange_value)
             total = total + (c.vf_coef if self.critic is None else 1.0) * mean(losses)
-            record(
-                value=mean(losses), value_clipfrac=mean(clipped), vpred=mean(values),
-                error=mean((values - returns) ** 2),
-            )  # fmt: skip
-        if policy_epoch and c.ptx_coef and self.ptx is not None:
-            tokens, targets = self.ptx()
-            share = len(part) / n_rollouts
-            with self.context():
-                ptx = self.policy(tokens, targets)
-            total = total + c.ptx_coef * share * ptx
-            record(ptx=share * ptx)
-        record(total=total)
-        return total
+            stats |= dict(value=mean(losses), value_clipfrac=mean(clipped), vpred=mean(values))
+            stats["error"] = mean((values - returns).square())
+        return total, stats | {"total": total}
 
-    def optimize(self, policy_epoch):
-        """One optimizer step of each model from the gradients summed over all ranks, each clipped by
-        itself. Returns the policy's gradient norm."""
-        norm = 0.0
-        pairs = [(self.policy, self.optimizer)] if policy_epoch or self.critic is None else []
-        if self.critic is not None:
-            pairs.append((self.critic, self.critic_optimizer))
+    def loss_kl(self, logp, logprobs, data, span):
+        """The KL penalty of each action (A,), to be differentiated."""
+        if self.config.kl_penalty != "full":
+            return kl_estimate(logprobs, data["ref"][span], self.config.kl_penalty)
+        with torch.no_grad(), self.context():
+            ref = self.log_softmax(self.reference.output(data["ref_hidden"][span]))
+        return exact_kl(logp, ref)
+
+    def optimize(self, policy):
+        """One optimizer step of each model from the gradients summed over all ranks, each clipped
+        by itself. Returns the policy's gradient norm."""
+        pairs = [(self.policy, self.optimizer)] * policy
+        pairs += [(self.critic, self.critic_optimizer)] * (self.critic is not None)
+        norms = {}
         for model, optimizer in pairs:
             params = [p for p in model.parameters() if p.requires_grad]
             for p in params:  # a rank without rollouts in this step has none
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if dist.is_initialized():
-                flat = torch.cat([p.grad.flatten() for p in params])
-                dist.all_reduce(flat)
-                for p, g in zip(params, flat.split([p.numel() for p in params])):
-                    p.grad.copy_(g.view_as(p))
-            size = torch.nn.utils.clip_grad_norm_(params, self.config.max_grad_norm or math.inf)
-            if not torch.isfinite(size):
+                if dist.is_initialized():
+                    dist.all_reduce(p.grad)
+            limit = self.config.max_grad_norm or math.inf
+            norms[model] = torch.nn.utils.clip_grad_norm_(params, limit)
+            if not torch.isfinite(norms[model]):
                 raise FloatingPointError("a gradient is not finite")
-            norm = float(size) if model is self.policy else norm
             optimizer.step()
         self.zero_grad()
-        if self.average is not None and policy_epoch:
+        if self.average is not None and policy:
             with torch.no_grad():
                 for k, v in self.policy.state_dict().items():
                     self.average[k].lerp_(v, 1 - self.config.averaging)
-        return norm
+        return float(norms.get(self.policy, 0.0))
 
     def zero_grad(self):
         for optimizer in filter(None, (self.optimizer, self.critic_optimizer)):
             optimizer.zero_grad(set_to_none=True)
 
-    def summary(self, sums, data, epochs, skipped, stopped):
-        """Means over the optimizer steps, under the names that users of the original know."""
-        names = {
-            "policy": "ppo/loss/policy", "value": "ppo/loss/value", "total": "ppo/loss/total",
-            "ptx": "ppo/loss/ptx", "entropy": "ppo/policy/entropy", "approx_kl": "ppo/policy/policykl",
-            "clipfrac": "ppo/policy/clipfrac", "ratio": "ppo/policy/ratio", "grad_norm": "grad_norm",
-            "vpred": "ppo/val/vpred", "error": "ppo/val/error", "value_clipfrac": "ppo/val/clipfrac",
-        }  # fmt: skip
-        stats = {}
-        for k in sorted(sums.keys() & names.keys()):
-            stats[names[k]] = all_sum(torch.tensor(sums[k]))[0] / len(sums[k])
-        a, r, v = data["advantages"], data["returns"].double(), data["values"].double()
-        n, sa, sr, sv, sr2, sv2, se, se2 = all_sum(
-            torch.tensor(len(r)), a, r, v, r**2, v**2, r - v, (r - v) ** 2
-        )
-        variance = sr2 / n - (sr / n) ** 2
-        stats |= {
-            "ppo/policy/advantages_mean": sa / n,
-            "ppo/returns/mean": sr / n,
-            "ppo/returns/var": variance,
-            "ppo/val/mean": sv / n,
-            "ppo/val/var": sv2 / n - (sv / n) ** 2,
-            "ppo/val/explained_variance": 1 - (se2 / n - (se / n) ** 2) / max(variance, 1e-12),
-            "ppo/epochs": epochs,
-            "ppo/skipped_steps": skipped,
-            "ppo/early_stop": float(stopped),
+    # ---- what is logged
+
+    def statistics(self, data, raw, ended, beta):
+        """Means over the rollouts of all ranks, under the names that users of the original know."""
+        counts = data["counts"].double()
+        lengths = torch.tensor([float(len(q)) for q in data["queries"]]).double() + counts
+        rollout = mean_and_variance
+        reward, _ = rollout(raw)
+        length, length_variance = rollout(lengths)
+        done, _ = rollout(ended)
+        tokens, _ = rollout(counts)
+        kind = "full kl k3".split()  # the unbiased ones; instead of the others, the plain estimate
+        ref, ref_variance = rollout(data["ref"])
+        sampled = data["old"] - data["ref"]
+        kl = tokens * rollout(data["kl"] if self.config.kl_penalty in kind else sampled)[0]
+        penalty = tokens * rollout(data["kl"])[0]
+        returns, returns_variance = rollout(data["returns"])
+        value, value_variance = rollout(data["values"])
+        residual = rollout(data["returns"] - data["values"])[1]
+        return {
+            "ppo/reward": reward,
+            "ppo/kl_ref": kl,
+            "ppo/kl_coef": beta,
+            "ppo/objective": reward - beta * kl,
+            "ppo/reward_all": reward - beta * penalty,
+            "ppo/length/mean": length,
+            "ppo/length/std": math.sqrt(length_variance),
+            "ppo/ended": done,
+            "ppo/truncated": 1 - done,
+            "ppo/ref_loss": -ref,
+            "ppo/policy/advantages_mean": rollout(data["advantages"])[0],
+            "ppo/returns/mean": returns,
+            "ppo/returns/var": returns_variance,
+            "ppo/val/mean": value,
+            "ppo/val/var": value_variance,
+            "ppo/val/explained_variance": 1 - residual / max(returns_variance, 1e-12),
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
-        return stats
 
     # ---- resuming
 
     def state_dict(self):
         """All that an iteration changes, but the policy itself."""
+        critic = self.critic is not None
         return {
             "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict() if self.critic is not None else None,
-            "critic_optimizer": self.critic_optimizer.state_dict() if self.critic is not None else None,
+            "critic": self.critic.state_dict() if critic else None,
+            "critic_optimizer": self.critic_optimizer.state_dict() if critic else None,
             "average": self.average,
             "kl_coef": self.kl_ctl.value,
             "iteration": self.iteration,
@@ -735,16 +741,9 @@ class PPOTrainer:
         self.kl_ctl.value, self.iteration = state["kl_coef"], state["iteration"]
 
 
-def check_rollouts(queries, responses, ended, logprobs):
-    """What must hold of rollouts whatever the configuration; raises RuntimeError."""
-    if not len(queries) == len(responses) == len(ended):
-        raise RuntimeError(f"{len(queries)} prompts, {len(responses)} responses, {len(ended)} end flags")
-    if logprobs.numel() != sum(map(len, responses)):
-        raise RuntimeError("rollouts must have one log-probability for each response token")
-    for r, done in zip(responses, ended.tolist()):
-        if not r:
-            raise RuntimeError("a response is empty: the end token must be part of it, to be trained")
-        if done != (r[-1] in (BOS_ID, EOS_ID)):
-            raise RuntimeError("a response that ended lacks its end token, or one that was cut has it")
-    if not bool(torch.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-4:
-        raise RuntimeError("a rollout's log-probability is not that of a token")
+NAMES = {  # of the statistics of an optimizer step
+    "policy": "ppo/loss/policy", "value": "ppo/loss/value", "total": "ppo/loss/total",
+    "ptx": "ppo/loss/ptx", "entropy": "ppo/policy/entropy", "approx_kl": "ppo/policy/policykl",
+    "clipfrac": "ppo/policy/clipfrac", "ratio": "ppo/policy/ratio", "grad_norm": "grad_norm",
+    "vpred": "ppo/val/vpred", "error": "ppo/val/error", "value_clipfrac": "ppo/val/clipfrac",
+}  # fmt: skip
