@@ -44,7 +44,8 @@ from tqdm import tqdm
 import ppo
 from export import write_v3
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
-from model import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
+from model import checkpoint_args, load_checkpoint, model_from_checkpoint, native_attention
+from model import save_checkpoint
 from sample import choose_device
 from tinystories import Prompts, Windows
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
@@ -537,6 +538,13 @@ class Pretraining:
         kind = args.device.partition(":")[0]
         self.scaler = torch.amp.GradScaler(kind, enabled=args.dtype == "float16")
         self.bad_steps = 0
+        with context():
+            head = self.model.output.weight.new_empty(1, self.model.args.head_dim)
+            native = native_attention(head)
+        if args.compile and native:
+            args.compile = False
+            if rank == 0:
+                print("not compiled: here attention.c is faster than what torch.compile makes")
         self.forward = torch.compile(self.model) if args.compile else self.model
         if world > 1 and not args.fsdp:
             self.forward = DistributedDataParallel(self.forward)
@@ -625,7 +633,8 @@ class Pretraining:
         uniform = torch.rand(1, n, generator=torch.Generator().manual_seed(self.args.seed))
         with self.context():
             out = generate(self.model, [[BOS_ID]], n, temperature=0.7, uniform=uniform)
-        return self.tokenizer.decode(out.responses()[0])
+        text = self.tokenizer.decode(out.responses()[0])
+        return "".join(c if c.isprintable() else " " for c in text)  # bytes of a young model
 
     def state(self):
         optimizers = [o.state_dict() for o in self.optimizers]
