@@ -64,11 +64,12 @@
 // Formats a message and returns it. Functions that can fail return such a message, or NULL.
 static const char *fail(const char *format, ...) {
     static char message[512];
+    char text[sizeof message]; // since an argument may be the last message
     va_list args;
     va_start(args, format);
-    vsnprintf(message, sizeof message, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    return message;
+    return memcpy(message, text, sizeof text);
 }
 
 static void die(const char *message) {
@@ -543,6 +544,9 @@ typedef struct {
 struct Team {
     int n;                // threads, the caller among them
     bool pinned;          // each to a core of its own
+#ifdef __linux__
+    cpu_set_t cores;
+#endif
     Member *members;      // (n,), the first is the caller
     atomic_int arrived;   // at the barrier
     atomic_uint phase;    // how often the barrier has opened
@@ -577,25 +581,23 @@ static void barrier(Team *t) {
         pause_core(spin);
 }
 
-// On Linux, the calling thread to the index-th core that the process may use: two members on one
-// core, where the scheduler likes to leave them on a busy machine, would wait for each other.
-static void pin(int index) {
+// On Linux, binds the calling thread to the index-th core of the team's, with -1 to all of them:
+// two members on one core, where a busy machine likes to leave them, would wait for each other.
+static void pin(const Team *t, int index) {
 #ifdef __linux__
-    cpu_set_t all, one;
-    CPU_ZERO(&one);
-    if (sched_getaffinity(0, sizeof all, &all)) return;
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
-        if (CPU_ISSET(cpu, &all) && index-- == 0) CPU_SET(cpu, &one);
-    if (CPU_COUNT(&one)) sched_setaffinity(0, sizeof one, &one);
+    cpu_set_t set = t->cores;
+    for (int cpu = 0, i = 0; cpu < CPU_SETSIZE && index >= 0; cpu++)
+        if (CPU_ISSET(cpu, &t->cores) && i++ != index) CPU_CLR(cpu, &set);
+    if (t->pinned) sched_setaffinity(0, sizeof set, &set);
 #else
-    (void)index;
+    (void)t, (void)index;
 #endif
 }
 
 static void *member_main(void *arg) {
     Member *me = arg;
     Team *t = me->team;
-    if (t->pinned) pin(me->index);
+    pin(t, me->index);
     for (unsigned seen = 0;; seen++) {
         for (int spin = 0; atomic_load(&t->calls) == seen && spin < 4000; spin++) pause_core(0);
         pthread_mutex_lock(&t->lock);
@@ -627,6 +629,7 @@ static void team_close(Team *t) {
     atomic_store(&t->over, true);
     team_run(t, NULL, NULL);
     for (int i = 1; i < t->n; i++) pthread_join(t->members[i].thread, NULL);
+    pin(t, -1);
     pthread_mutex_destroy(&t->lock);
     pthread_cond_destroy(&t->wake);
     free(t->members);
@@ -638,14 +641,16 @@ static void team_open(Team *t, int n) {
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->wake, NULL);
     t->members = need(calloc((size_t)n, sizeof *t->members));
-    t->pinned = n > 1 && n == cores();
+#ifdef __linux__
+    t->pinned = n > 1 && n == cores() && !sched_getaffinity(0, sizeof t->cores, &t->cores);
+#endif
     int made = 1;
     for (; made < n; made++) {
         t->members[made] = (Member){.team = t, .index = made};
         if (pthread_create(&t->members[made].thread, NULL, member_main, &t->members[made])) break;
     }
     t->n = made;
-    if (t->pinned) pin(0);
+    pin(t, 0);
 }
 
 // The share of thread `thread` of `n` things: from lo to hi.
@@ -924,7 +929,7 @@ INLINE vf fast_exp(vf x) {
     x = larger(fill(-87.0f), x);
     x = -larger(fill(-88.0f), -x);
     vf n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
-    vi power = ((vi)n + 127) << 23;
+    vi power = (((vi)n & 0xffff) + 127) << 23;
     n -= 12582912.0f;
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -1,0 +1,656 @@
+"""run.c: kernels against plain arithmetic, logits against PyTorch, the program against its manual.
+
+The C code is tested from both sides: as a library (run.c without its main, and the wrappers below,
+through ctypes), and as the program that a user runs.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import export
+from model import ModelArgs, Transformer, checkpoint_args, save_checkpoint
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_START = ("Once upon a time, there was a little girl named Lily. She loved to play outside "
+                "in the park. One day, she saw a big, red ball.")
+GOLDEN_END = "You are a good friend."
+
+WRAPPERS = r"""
+#pragma GCC diagnostic ignored "-Wunused-function"
+#define RUN_NO_MAIN
+#include "run.c"
+static const Kernels *kernels[3];
+const char *isa_name(int i) {
+    int n = 0;
+    kernels[n++] = &kernels_portable;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) kernels[n++] = &kernels_avx2;
+    if (pick_kernels() == &kernels_avx512) kernels[n++] = &kernels_avx512;
+#endif
+    return i < n ? kernels[i]->name : NULL;
+}
+int half_of(float x) { return to_half(x); }
+float of_half(int h) { return from_half((uint16_t)h); }
+float exps(int isa, float *x, int n) { return kernels[isa]->exps(x, n, 1, 0); }
+float above(int isa, float *x, int n, float least) { return kernels[isa]->above(x, n, least); }
+float maximum(int isa, float *x, int n) { return kernels[isa]->maximum(x, n); }
+
+// out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; dequantized: w and x as the kernel sees them
+void product(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
+             float *seen_w, float *seen_x) {
+    Config c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f};
+    Model m = {.c = c};
+    State s = {.m = &m};
+    Matrix a;
+    void *raw, *raw_in, *raw_x;
+    uint8_t *base = new_block(&raw, place_matrix(&a, &c, NULL, 0, rows, cols));
+    place_matrix(&a, &c, base, 0, rows, cols);
+    for (int r = 0; r < rows; r++) pack_row(&c, &a, r, w + r * cols, cols, NULL);
+    int64_t width = round_up(a.cols, 64) + 64;
+    Input in = {.width = width};
+    uint8_t *p = new_block(&raw_in, 10 * B * width);
+    in.high = (int8_t *)p, in.low = in.high + B * width, in.s = (float *)(p + 2 * B * width);
+    in.bias = (int32_t *)(p + 6 * B * width);
+    float *padded = (float *)new_block(&raw_x, 4 * B * width);
+    for (int b = 0; b < B; b++) memcpy(padded + b * width, x + b * cols, 4 * cols);
+#define DO(name) prepare_##name(&s, &in, padded, width, NULL, B, NULL, &a), \
+        matmul_##name(out, a.tiles * 16, false, &a, 0, a.tiles, G, &in, B)
+    if (kernels[isa] == &kernels_portable) DO(portable);
+#ifdef __x86_64__
+    else if (kernels[isa] == &kernels_avx2) DO(avx2);
+    else if (kernels[isa] == &kernels_avx512) DO(avx512);
+#endif
+    for (int r = 0; r < rows && format == Q8_0; r++) embed_row_portable(seen_w + r * cols, &a, r, cols, G);
+    for (int b = 0; b < B && format == Q8_0; b++)
+        for (int i = 0; i < cols; i++)
+            seen_x[b * cols + i] = in.s[b * (width / 4) + i / G]
+                                   * (128 * in.high[b * width + i] + in.low[b * width + i]);
+    free(raw), free(raw_in), free(raw_x);
+}
+
+// logits (n, V) of one sequence, `block` rows at a time, on so many threads
+const char *logits_of(const char *path, int isa, int threads, int block, int *ids, int n, float *out) {
+    Model m;
+    Team team;
+    State s;
+    const char *error = model_open(&m, path);
+    if (error) return error;
+    team_open(&team, threads);
+    if ((error = state_open(&s, &m, &team, 1, n, block))) return error;
+    for (int i = 0; i < n; i += block) {
+        Row rows[64];
+        s.row = rows, s.B = s.n_logits = n - i < block ? n - i : block;
+        for (int b = 0; b < s.B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1}, s.wanted[b] = b;
+        team_run(&team, kernels[isa]->forward, &s);
+        for (int b = 0; b < s.B; b++)
+            memcpy(out + (i + b) * m.c.vocab_size, s.logits + b * s.v_width, 4 * m.c.vocab_size);
+    }
+    team_close(&team);
+    free(s.block);
+    model_close(&m);
+    return NULL;
+}
+
+static Tokenizer tokenizer;
+const char *open_tok(const uint8_t *data, int size, int n, int squeeze) {
+    return tokenizer_open(&tokenizer, data, size, n, 1, 2, squeeze);
+}
+int encode_into(const char *text, int len, int *out) {
+    int n, *ids = encode(&tokenizer, text, (size_t)len, true, &n);
+    memcpy(out, ids, sizeof *ids * (size_t)n);
+    free(ids);
+    return n;
+}
+int bytes_of(int id, uint8_t *out) {
+    memcpy(out, tokenizer.piece[id].text, tokenizer.piece[id].len);
+    return (int)tokenizer.piece[id].len;
+}
+void samples(float *logits, int n, float t, float p, int seed, int *out, int count) {
+    Sampler s = {t, p, seed_rng((uint64_t)seed)};
+    float *x = malloc(sizeof *x * (size_t)n);
+    for (int i = 0; i < count; i++) {
+        memcpy(x, logits, sizeof *x * (size_t)n);
+        out[i] = sample(&s, pick_kernels(), x, n);
+    }
+    free(x);
+}
+"""
+
+# -----------------------------------------------------------------------------
+# What the tests share: the library, the program, models, tokenizers
+
+def compile_c(source, output, *flags, cc=None):
+    done = subprocess.run([cc or os.environ.get("CC", "cc"), *flags, str(source), "-o", str(output),
+                           "-I", str(ROOT), "-lm", "-pthread"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+@pytest.fixture(scope="session")
+def lib(build):
+    (build / "lib.c").write_text(WRAPPERS)
+    library = ctypes.CDLL(str(compile_c(build / "lib.c", build / "lib.so", "-O2", "-shared", "-fPIC")))
+    for name in ("isa_name", "logits_of", "open_tok"):
+        getattr(library, name).restype = ctypes.c_char_p
+    for name in ("of_half", "exps", "above", "maximum"):
+        getattr(library, name).restype = ctypes.c_float
+    library.isas = []
+    while library.isa_name(len(library.isas)):
+        library.isas.append(library.isa_name(len(library.isas)).decode())
+    return library
+
+@pytest.fixture(scope="session")
+def program(build):
+    return compile_c(ROOT / "run.c", build / "run", "-O3", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+
+def call(program, *args, stdin="", env=None, ok=0, raw=False):
+    done = subprocess.run([str(a) for a in (program, *args)], input=stdin.encode(),
+                          capture_output=True, env={**os.environ, **(env or {})}, timeout=100)
+    assert ok is None or done.returncode == ok, (done.returncode, done.stderr[-2000:])
+    done.text = done.stdout if raw else done.stdout.decode(errors="replace")
+    done.err = done.stderr.decode(errors="replace")
+    return done
+
+def floats(a):
+    return np.ascontiguousarray(a, np.float32)
+
+def pointer(a):
+    return a.ctypes.data_as(ctypes.c_void_p)
+
+SHAPES = {  # every way in which a model can be odd
+    "plain": dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=172,
+                  max_seq_len=64),
+    "odd": dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,
+                max_seq_len=40, tied=False, rope_theta=5e4, norm_eps=1e-6),
+    "one": dict(dim=20, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=17, hidden_dim=4,
+                max_seq_len=33),
+    "wide": dict(dim=288, n_layers=1, n_heads=6, n_kv_heads=1, vocab_size=300, hidden_dim=768,
+                 max_seq_len=48),
+}
+
+def make(shape, **changes):
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(**{**SHAPES[shape], **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # norms that matter, weights that make sharp attention
+            p.copy_(1 + 0.2 * torch.randn_like(p) if p.ndim == 1 else 4 * p)
+    return model
+
+def save(model, path, version, fmt="q8_0", tokenizer=None):
+    with open(path, "wb") as f:
+        if version == 3:
+            export.write_v3(f, model.args, model.state_dict(), fmt, tokenizer)
+        else:
+            {0: export.write_v0, 2: export.write_v2}[version](f, model.args, model.state_dict())
+    return path
+
+def dequantized(model, group, dtype):
+    """The model with the weights that the int8 file really holds."""
+    twin = Transformer(model.args).eval()
+    with torch.no_grad():
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            if p.ndim == 1:
+                q.copy_(p)
+                continue
+            w = export.pad(p.detach().numpy(), 1, group)
+            ints, scale = export.quantize(w, group, dtype)
+            w = ints.reshape(len(w), -1, group) * scale.astype(np.float32)[..., None]
+            q.copy_(torch.from_numpy(w.reshape(len(w), -1)[:, :p.shape[1]]))
+    return twin
+
+def torch_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).reshape(-1, len(ids), model.args.vocab_size)[0].numpy()
+
+def c_logits(lib, path, ids, vocab, isa=-1, threads=1, block=64):
+    out = np.zeros((len(ids), vocab), np.float32)
+    isa = isa % len(lib.isas)
+    error = lib.logits_of(str(path).encode(), isa, threads, block, pointer(np.array(ids, np.int32)),
+                          len(ids), pointer(out))
+    assert error is None, error
+    return out
+
+@pytest.fixture(scope="session")
+def stories(build, stories260k_bin, tok512_model):
+    """stories260K in every version: {"v0": path, ...}, with the tokenizer where there is room."""
+    args, weights = export.read_v0(stories260k_bin)
+    tokenizer = Tokenizer(tok512_model)
+    tokenizer.export(build / "tok512.bin")
+    paths = {"v0": stories260k_bin}
+    for name, write in (("v2", lambda f: export.write_v2(f, args, weights)),
+                        ("v3", lambda f: export.write_v3(f, args, weights, "q8_0", tokenizer)),
+                        ("v3_fp32", lambda f: export.write_v3(f, args, weights, "fp32", tokenizer))):
+        paths[name] = build / f"stories_{name}.bin"
+        with open(paths[name], "wb") as f:
+            write(f)
+    return paths
+
+@pytest.fixture(scope="session")
+def own(build):
+    """A model and a tokenizer made here, for what needs no real one: (path, Tokenizer)."""
+    import sentencepiece
+    text = build / "text.txt"
+    rng = np.random.default_rng(0)
+    syllables = ["ba", "lo", "mi", "tu", "ra", "sen", "dor", "ki", "pa", "él", "한", "글"]
+    text.write_text("\n".join(" ".join("".join(rng.choice(syllables, rng.integers(1, 4)))
+                                       for _ in range(12)) for _ in range(300)), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(build / "own"), model_type="bpe", vocab_size=400,
+        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+    tokenizer = Tokenizer(build / "own.model")
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=400, hidden_dim=64,
+                                  max_seq_len=64))
+    return save(model, build / "own.bin", 3, tokenizer=tokenizer), tokenizer
+
+# -----------------------------------------------------------------------------
+# Kernels
+
+def test_half_is_ieee(lib):
+    every = np.arange(65536, dtype=np.uint16)
+    every = every[np.isfinite(every.view(np.float16))]
+    back = np.array([lib.of_half(int(h)) for h in every], np.float32)
+    assert np.array_equal(back, every.view(np.float16).astype(np.float32))
+    x = np.random.default_rng(0).normal(size=4000).astype(np.float32)
+    x *= 10.0 ** np.random.default_rng(1).integers(-9, 4, 4000).astype(np.float32)
+    got = np.array([lib.half_of(ctypes.c_float(v)) for v in x], np.uint16)
+    assert np.array_equal(got, x.astype(np.float16).view(np.uint16))
+    assert lib.half_of(ctypes.c_float(1e9)) == np.float16(65504).view(np.uint16)
+
+def test_exp_sum_and_maximum(lib):
+    for isa in range(len(lib.isas)):
+        for n in (1, 3, 16, 63, 64, 65, 1000):
+            x = floats(np.random.default_rng(n).uniform(-30, 5, n))
+            want = np.exp(x.astype(np.float64))
+            assert lib.maximum(isa, pointer(x), n) == x.max()
+            total = lib.exps(isa, pointer(x), n)
+            assert np.abs(x / want - 1).max() < 3e-7
+            assert abs(total / want.sum() - 1) < 1e-5
+            least = float(np.median(x))
+            above = lib.above(isa, pointer(x), n, ctypes.c_float(least))
+            assert abs(above - x[x > np.float32(least)].sum(dtype=np.float64)) < 1e-5 * want.sum()
+        x = floats([1, np.nan, -np.inf, 2] * 9)
+        assert lib.maximum(isa, pointer(x), len(x)) == 2
+        lib.exps(isa, pointer(x), len(x))
+        assert x[1] == 0 and x[2] < 1e-37 and abs(x[3] - np.exp(2)) < 1e-5
+
+@pytest.mark.parametrize("group", [4, 8, 12, 16, 32, 64, 128])
+def test_q8_product(lib, group):
+    """Every instruction set, odd sizes, one row, group edges: the exact product of what was
+    quantized, and each row the same whether alone or in a block."""
+    rng = np.random.default_rng(group)
+    for rows, cols, B in [(1, 4, 1), (15, group, 2), (16, 2 * group, 9), (17, 172, 8),
+                          (33, 3 * group + 1, 5), (40, 67, 17)]:
+        w, x = floats(rng.normal(size=(rows, cols))), floats(rng.normal(size=(B, cols)))
+        w[0, : cols // 2] *= 50
+        for isa in range(len(lib.isas)):
+            out = np.zeros((B, -(-rows // 16) * 16), np.float32)
+            seen_w, seen_x = np.zeros_like(w), np.zeros_like(x)
+            lib.product(isa, 1, group, pointer(w), rows, cols, pointer(x), B, pointer(out),
+                        pointer(seen_w), pointer(seen_x))
+            want = seen_x.astype(np.float64) @ seen_w.astype(np.float64).T
+            size = np.abs(seen_x) @ np.abs(seen_w).T + 1e-6
+            assert (np.abs(out[:, :rows] - want) / size).max() < 1e-6
+            assert (out[:, rows:] == 0).all()
+            error = np.abs(seen_x - x).max() / np.abs(x).max()
+            assert error < 1 / 16256 and np.abs(seen_w - w).max() < 0.502 * np.abs(w).max() / 127
+            for b in (0, B - 1):
+                one = np.zeros((1, out.shape[1]), np.float32)
+                lib.product(isa, 1, group, pointer(w), rows, cols, pointer(x[b:b + 1].copy()), 1,
+                            pointer(one), pointer(seen_w), pointer(seen_x[:1].copy()))
+                assert np.array_equal(one[0], out[b])
+
+def test_fp32_product(lib):
+    rng = np.random.default_rng(0)
+    for rows, cols, B in [(1, 1, 1), (15, 3, 2), (16, 64, 9), (17, 172, 8), (40, 67, 5)]:
+        w, x = floats(rng.normal(size=(rows, cols))), floats(rng.normal(size=(B, cols)))
+        want = x.astype(np.float64) @ w.astype(np.float64).T
+        for isa in range(len(lib.isas)):
+            out = np.zeros((B, -(-rows // 16) * 16), np.float32)
+            lib.product(isa, 0, 32, pointer(w), rows, cols, pointer(x), B, pointer(out), None, None)
+            assert np.abs(out[:, :rows] - want).max() < 1e-5 * cols ** 0.5
+
+# -----------------------------------------------------------------------------
+# The forward pass
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_pytorchs(lib, build, shape):
+    model = make(shape)
+    V, n = model.args.vocab_size, model.args.max_seq_len
+    ids = np.random.default_rng(3).integers(0, V, n).tolist()
+    want = torch_logits(model, ids)
+    # llama2.c's versions cannot say what is not Llama 2's, so only plain models go there
+    for version in (3,) if shape == "odd" else (0, 3):
+        path = save(model, build / f"{shape}_fp32_{version}.bin", version, "fp32")
+        for isa in range(len(lib.isas)):
+            assert np.abs(c_logits(lib, path, ids, V, isa) - want).max() < 1e-4
+    for version in (3,) if shape == "odd" else (2, 3):
+        path = save(model, build / f"{shape}_q8_{version}.bin", version)
+        if version == 2:  # repacked with fp16 scales
+            group = struct.unpack_from("<i", path.read_bytes(), 37)[0]
+            twin, tolerance = dequantized(model, group, "<f4"), 1e-2
+        else:
+            group = struct.unpack_from("<i", path.read_bytes(), 40)[0]
+            twin, tolerance = dequantized(model, group, "<f2"), 4e-3
+        want = torch_logits(twin, ids)
+        for isa in range(len(lib.isas)):
+            got = c_logits(lib, path, ids, V, isa)
+            assert np.abs(got - want).max() < tolerance * max(1, np.abs(want).max())
+
+def test_threads_and_blocks_change_nothing(lib, build):
+    for shape, fmt in (("plain", "q8_0"), ("odd", "q8_0"), ("plain", "fp32"), ("wide", "q8_0")):
+        model = make(shape)
+        path = save(model, build / f"same_{shape}_{fmt}.bin", 3, fmt)
+        V, n = model.args.vocab_size, model.args.max_seq_len
+        ids = np.random.default_rng(4).integers(0, V, n).tolist()
+        want = c_logits(lib, path, ids, V)
+        for threads, block in [(1, 1), (1, 7), (2, 64), (2, 9), (3, 5), (4, 64)]:
+            assert np.array_equal(c_logits(lib, path, ids, V, -1, threads, block), want)
+        assert np.array_equal(c_logits(lib, path, ids[:20], V), want[:20])
+
+def test_golden_story(program, stories, build):
+    """The known greedy story: fp32 and int8, all versions, all instruction sets, letter for letter."""
+    texts = set()
+    for name, path in stories.items():
+        for isa in ("portable", "AVX2", "AVX-512"):  # what is not there falls back
+            tokenizer = ["-z", build / "tok512.bin"] if name in ("v0", "v2") else []
+            texts.add(call(program, path, *tokenizer, "-t", 0, "-n", 500, env={"RUN_ISA": isa}).text)
+    (text,) = texts
+    assert text.startswith(GOLDEN_START) and text.endswith(GOLDEN_END + '"\n')
+
+def test_perplexity(program, stories, build, stories260k_bin, real_stories, tok512_model):
+    from model import model_from_checkpoint
+    told = json.loads((real_stories / "data00.json").read_text())[:40]
+    text = build / "stories.txt"
+    text.write_text("<|endoftext|>\n".join(s["story"].strip() + "\n" for s in told))
+    tokenizer = Tokenizer(tok512_model)
+    ids = sum((tokenizer.encode(s["story"].strip(), True, False) for s in told), [])
+    args, weights = export.read_v0(stories260k_bin)
+    model = model_from_checkpoint({"model": weights, "model_args": checkpoint_args(args)}).eval()
+    loss = 0
+    for i in range(0, len(ids) - 1, 512):
+        window = ids[i:i + 513]
+        logits = torch.from_numpy(torch_logits(model, window[:-1]))
+        loss += torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum")
+    loss = float(loss) / (len(ids) - 1)
+    found = {name: call(program, stories[name], "-m", "perplexity", "-i", text).text.split()
+             for name in ("v3", "v3_fp32")}
+    assert int(found["v3"][4]) == len(ids) - 1
+    fp32, int8 = (float(found[name][1].rstrip(",")) for name in ("v3_fp32", "v3"))
+    assert abs(fp32 - loss) < 1e-3
+    assert abs(int8 - fp32) < 0.005
+
+# -----------------------------------------------------------------------------
+# The tokenizer
+
+ODD = ["", " ", "  ", "a", " a", "a ", "  a  b  ", "\n", "\n\n\t", "é", "한국어 문장", "👍🏽 emoji 👨‍👩‍👧", "▁", "▁▁x▁",
+       "x▁", "<s>", "</s> <unk> <0x41>", "\x00", "a\x00b", "日本語テキスト", "ﬁ ligature", "A" * 300,
+       "1234567890", "'quoted' \"text\"", "\u00a0nbsp", "mixed 한 é 👍 <0xE2>", "e\u0301", "\r\n"]
+
+def piece_bytes(lib, token):
+    buffer = ctypes.create_string_buffer(4096)
+    n = lib.bytes_of(token, buffer)
+    return buffer.raw[:n]
+
+def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
+    """C's ids are SentencePiece's; and their bytes are the text again."""
+    blob = export.tokenizer_blob(tokenizer)
+    squeeze = tokenizer.encode(" a  b ", False, False) == tokenizer.encode("a b", False, False)
+    for flag in {int(squeeze), *flags}:  # told by the header, or guessed
+        assert lib.open_tok(blob, len(blob), tokenizer.n_words, flag) is None
+        for text in strings:
+            data = text.encode()
+            out = np.zeros(len(data) + 3, np.int32)
+            n = lib.encode_into(data, len(data), pointer(out))
+            assert out[:n].tolist() == tokenizer.encode(text, True, False), text
+    for data in [s.encode() for s in strings[:200]] + [b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x"]:
+        if squeeze and (data.strip() != data or b"  " in data or b"\xe2\x96\x81" in data):
+            continue
+        out = np.zeros(len(data) + 3, np.int32)
+        n = lib.encode_into(data, len(data), pointer(out))
+        back = b"".join(piece_bytes(lib, int(i)) for i in out[1:n])
+        assert back == (b" " + data.replace(b"\xe2\x96\x81", b" ") if data else b"")
+
+def random_strings(n, seed=0):
+    rng = np.random.default_rng(seed)
+    alphabet = list("abcdefghij klmnop qrstuvwxyz ABC ,.!?'\"\n  012") + list("éüñ한글日本👍▁ß…")
+    return ["".join(rng.choice(alphabet, rng.integers(1, 60))) for _ in range(n)]
+
+def test_encode_is_sentencepieces(lib, tok512_model, real_stories):
+    told = json.loads((real_stories / "data00.json").read_text())
+    strings = ODD + [s["story"][:400] for s in told[:600]] + random_strings(400)
+    assert len(strings) > 1000
+    check_tokenizer(lib, Tokenizer(tok512_model), strings)
+    llama = real_stories.parent / "llama2/tokenizer.model"
+    if llama.exists():
+        check_tokenizer(lib, Tokenizer(llama), strings)
+
+def test_encode_with_own_vocabulary(lib, own):
+    check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
+
+# -----------------------------------------------------------------------------
+# The sampler
+
+def nucleus(logits, t, p):
+    """The exact distribution: softmax of logits / t, cut to the smallest set that exceeds p."""
+    q = np.exp((logits - logits.max()) / t)
+    q /= q.sum()
+    if 0 < p < 1:
+        order = np.argsort(-q, kind="stable")
+        more = np.cumsum(q[order]) - q[order]  # what the more probable ones sum to
+        q[order[more > p]] = 0
+    return q / q.sum()
+
+@pytest.mark.parametrize("t,p", [(1, 1), (1, 0), (0.7, 0.9), (1.5, 0.5), (1, 0.01), (0.3, 0.99)])
+def test_sampling_is_exact(lib, t, p):
+    """Chi-square against the exact distribution, at a fixed seed."""
+    logits = floats(np.random.default_rng(8).normal(size=300) * 2)
+    want, count = nucleus(logits.astype(np.float64), t, p), 20000
+    out = np.zeros(count, np.int32)
+    lib.samples(pointer(logits), 300, ctypes.c_float(t), ctypes.c_float(p), 7, pointer(out), count)
+    seen = np.bincount(out, minlength=300)
+    assert seen[want == 0].sum() == 0
+    often = want * count >= 5
+    chi2 = ((seen - want * count) ** 2 / np.where(often, want * count, 1))[often].sum()
+    freedom = max(1, often.sum() - 1)
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+def test_sampling_edges(lib):
+    def draw(logits, t, p, count=200):
+        out, logits = np.zeros(count, np.int32), floats(logits)
+        lib.samples(pointer(logits), len(logits), ctypes.c_float(t), ctypes.c_float(p), 1,
+                    pointer(out), count)
+        return set(out.tolist())
+    nan, inf = float("nan"), float("inf")
+    assert draw([1, 3, 3, 2], 0, 0.9) == {1}  # the first of equals
+    assert draw([1, 9, 3], 1, 1e-9) == {1}  # p < 1 / n leaves one
+    assert draw([0] * 50, 1, 1e-9, 3000) == set(range(50))  # equals stay together
+    assert draw([nan, 1, nan], 1, 0.9) == {1} == draw([nan, 1, nan], 0, 0.9)
+    assert draw([-inf, 1, -inf], 1, 1) == {1}
+    assert draw([nan, nan], 1, 0.9) == {-1} == draw([inf, 1], 1, 0.9)
+    assert draw([5], 1, 0.5) == {0}
+
+# -----------------------------------------------------------------------------
+# The program
+
+def test_batch_tells_the_stories_that_its_seeds_tell(program, own):
+    common = [own[0], "-n", 30, "-i", "balo mi", "-t", 0.9]
+    alone = [call(program, *common, "-s", seed).text for seed in range(5, 10)]
+    assert len(set(alone)) > 1
+    assert call(program, *common, "-s", 5, "-b", 5).text == "\n".join(alone)
+    assert call(program, *common, "-s", 5, "-b", 5, "-j", 2).text == "\n".join(alone)
+
+def test_chat(program, own):
+    done = call(program, own[0], "-m", "chat", "-y", "be kind", "-n", 6, "-s", 1,
+                stdin="balo\nmi\n\nra tu")
+    assert done.text.count("User: ") == 5 and done.text.count("Assistant:") == 4
+    assert "forgetting" in done.err  # 64 tokens of context are soon full
+    done = call(program, own[0], "-m", "chat", "-n", 3, "-i", "tu", stdin="balo " * 200 + "\nmi\n")
+    assert "the context is 64: too long" in done.err and done.text.count("Assistant:") == 2
+
+def test_bench_prints_its_roof(program, own):
+    done = call(program, own[0], "-m", "bench", "-n", 16)
+    assert all(word in done.text for word in ("read bandwidth", "prompt", "decode", "% of decoding"))
+
+BAD_CALLS = [
+    (["-n", "12x"], 2, "-n 12x"), (["-n", "-3"], 2, "-n -3"), (["-t", "nan"], 2, "-t nan"),
+    (["-t", ""], 2, "-t"), (["-p", "1.5"], 2, "-p 1.5"), (["-s", "1.5"], 2, "-s 1.5"),
+    (["-b", "0"], 2, "-b 0"), (["-q", "1"], 2, "no such option"), (["-n"], 2, "value is missing"),
+    (["--steps", "5"], 2, "no such option"), (["-m", "sing"], 1, "generate, chat"),
+    (["-i", "balo " * 300], 1, "context is 64"), (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
+    (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"), (["-m", "perplexity"], 1, "give the file"),
+    (["-m", "perplexity", "-i", "/nowhere"], 1, "/nowhere"),
+]
+
+@pytest.mark.parametrize("args,status,says", BAD_CALLS)
+def test_bad_calls(program, own, args, status, says):
+    done = call(program, own[0], *args, ok=status)
+    assert says in done.err and done.err.startswith("error:")
+    assert status == 2 or done.err.count("\n") == 1
+
+def mutants(data):
+    """(name, bytes) of damaged version-3 files."""
+    for field, offset in {"dim": 8, "hidden": 12, "layers": 16, "heads": 20, "kv heads": 24,
+                          "vocab": 28, "seq": 32, "format": 36, "group": 40, "tied": 44,
+                          "bos": 48, "eos": 52}.items():
+        for value in (-1, 0, 2, 3, 7, 1 << 20, (1 << 31) - 1, -(1 << 31)):
+            if value != struct.unpack_from("<i", data, offset)[0]:
+                yield f"{field} {value}", data[:offset] + struct.pack("<i", value) + data[offset + 4:]
+    for field, offset in {"tokenizer offset": 64, "tokenizer size": 72, "file size": 80}.items():
+        for value in (0, 1, 255, 1 << 40, (1 << 64) - 1):
+            yield f"{field} {value}", data[:offset] + struct.pack("<Q", value) + data[offset + 8:]
+    for offset, value in ((56, float("nan")), (56, 0.0), (60, float("inf")), (60, -1.0)):
+        yield f"float {offset} {value}", data[:offset] + struct.pack("<f", value) + data[offset + 4:]
+    for n in (0, 3, 4, 27, 100, 255, 256, len(data) // 2, len(data) - 1):
+        yield f"first {n} bytes", data[:n]
+    yield "longer", data + b"x"
+    yield "version 1", data[:4] + struct.pack("<i", 1) + data[8:]
+    yield "magic", b"GGUF" + data[4:]
+
+def test_damaged_files(program, own, build, lib):
+    """Whatever is wrong: one line, exit status 1, and no crash."""
+    path, data = build / "damaged.bin", own[0].read_bytes()
+    harmless = {"eos 0", "eos 3", "eos 7", "bos 0", "bos 2", "bos 3", "bos 7", "seq 2", "seq 3",
+                "seq 7", "seq 1048576"}
+    for name, mutant in mutants(data):
+        path.write_bytes(mutant)
+        done = call(program, path, "-n", 2, "-j", 1, ok=None)
+        if name in harmless:
+            assert done.returncode == 0, (name, done.err)
+            continue
+        assert done.returncode == 1 and done.err.startswith("error: "), (name, done)
+        assert done.err.count("\n") == 1, name
+
+def test_damaged_old_files(program, build):
+    model = make("one")
+    for version, offset in ((0, 0), (2, 8)):
+        data = save(model, build / "old.bin", version).read_bytes()
+        bad = [data[:-1], data + b"\0" * 4, data[:40]]
+        for i in range(7):
+            for value in (0, -5, 1 << 30, -(1 << 31)):
+                bad.append(data[:offset + 4 * i] + struct.pack("<i", value) + data[offset + 4 * i + 4:])
+        if version == 2:
+            bad += [data[:37] + struct.pack("<i", g) + data[41:] for g in (0, -1, 7, 1 << 30)]
+        for mutant in bad:
+            (build / "old_bad.bin").write_bytes(mutant)
+            done = call(program, build / "old_bad.bin", "-n", 2, ok=1)
+            assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+def test_tokenizer_of_another_model(program, own, build):
+    blob = export.tokenizer_blob(own[1])
+    path = build / "other.bin"
+    for bad, says in ((blob[:-1], "ends within"), (blob + b"x", "another model"), (b"", "empty"),
+                      (blob[:100], "ends within"), (struct.pack("<IfI", 1, 0, 0xFFFFFFF0), "ends")):
+        path.write_bytes(bad)
+        done = call(program, own[0], "-z", path, ok=1)
+        assert says in done.err and done.err.count("\n") == 1
+
+def test_missing_file_and_help(program, build):
+    assert "cannot open" in call(program, build / "none.bin", ok=1).err
+    assert "not a regular file" in call(program, build, ok=1).err
+    assert "usage" in call(program, "--help").text and "usage" in call(program, ok=2).text
+
+def test_model_that_is_not_a_number(program, build, own):
+    data = bytearray(own[0].read_bytes())
+    start = len(data) - struct.unpack_from("<Q", data, 72)[0] - 64  # the last norm is in front
+    for i in range(64, 200, 4):
+        data[start - i:start - i + 4] = struct.pack("<f", float("nan"))
+    (build / "nan.bin").write_bytes(data)
+    assert "not a number" in call(program, build / "nan.bin", ok=1).err
+
+# -----------------------------------------------------------------------------
+# Compilers, sanitizers, the other architecture, the fuzz target
+
+def works(*command):
+    try:
+        return subprocess.run(command, input=b"int main(void) { return 0; }", timeout=60,
+                              capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+def test_clang_has_nothing_to_say(build):
+    compile_c(ROOT / "run.c", build / "syntax", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic",
+              "-Werror", "-Wno-unused-command-line-argument", cc="clang")
+
+@pytest.mark.parametrize("kind", ["address,undefined", "thread"])
+def test_sanitizers(build, own, kind):
+    flags = [f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    if not works("cc", *flags, "-x", "c", "-", "-o", str(build / "probe")):
+        pytest.skip(f"this compiler has no -fsanitize={kind}")
+    program = compile_c(ROOT / "run.c", build / f"run_{kind[:3]}", "-O0", "-g", *flags)
+    common = [own[0], "-n", 20, "-j", 2]
+    call(program, *common, "-i", "balo mi", "-b", 3, "-s", 1)
+    call(program, *common, "-m", "chat", "-s", 1, stdin="balo\nmi\ntu\n")
+    if kind == "thread":
+        return
+    call(program, *common, "-b", 2, env={"RUN_ISA": "portable"})
+    (build / "text").write_text("balo mi<|endoftext|>tu ra" * 20)
+    call(program, own[0], "-m", "perplexity", "-i", build / "text")
+    (build / "own_tok.bin").write_bytes(export.tokenizer_blob(own[1]))
+    for shape in SHAPES:
+        for version in (0, 2, 3):
+            path = save(make(shape, vocab_size=400), build / "sanitize.bin", version)
+            call(program, path, "-z", build / "own_tok.bin", "-n", 17, "-i", "balo")
+
+@pytest.mark.skipif(not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
+                    reason="needs gcc-aarch64-linux-gnu and qemu-user")
+def test_arm64(build, program, own):
+    """Cross-compiled and emulated: NEON and portable C tell the story that x86 tells."""
+    arm = compile_c(ROOT / "run.c", build / "run_arm", "-O2", "-static", "-Wall", "-Wextra",
+                    "-Wpedantic", "-Werror", cc="aarch64-linux-gnu-gcc")
+    args = [own[0], "-t", 0, "-n", 30, "-i", "balo mi"]
+    want = call(program, *args).text
+    for isa in ("NEON", "portable"):
+        done = call("qemu-aarch64", "-cpu", "max", arm, *args, env={"RUN_ISA": isa})
+        assert done.text == want and isa in done.err
+
+@pytest.mark.skipif(not works("clang", "-fsanitize=fuzzer,address", "-x", "c", "-c", "-", "-o",
+                              os.devnull), reason="needs clang with libFuzzer")
+def test_fuzz_a_little(build):
+    try:
+        target = compile_c(ROOT / "tests/fuzz_run.c", build / "fuzz", "-O0",
+                           "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined",
+                           cc="clang")
+    except AssertionError as e:
+        pytest.skip(f"libFuzzer does not link here: {str(e)[-200:]}")
+    (build / "corpus").mkdir()
+    call(target, "-runs=20000", "-seed=1", "-max_len=8192", "-max_total_time=6", build / "corpus",
+         ROOT / "tests/fuzz_corpus")
