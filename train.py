@@ -457,15 +457,14 @@ def starting_point(args, rank):
 def fresh_or_restarted(path, rank):
     """A run from scratch: where torchrun --max-restarts has started it again it takes up its last
     checkpoint, and one of another run is moved out of the way."""
-    if not path.exists():
-        return None, False
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    there, again = path.exists(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if there and again:
         state = newest(path)
         if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
             return state, True
     if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
+        dist.barrier()  # all have looked
+    if there and rank == 0:
         os.replace(path, path.with_suffix(".replaced.pt"))
         print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")
     return None, False
