@@ -57,7 +57,7 @@ class PPOConfig:
     group_size: int = 1  # responses a prompt; rloo and grpo compare within the group
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of the policy's advantages
-    lam_value: float = 1.0  # of the critic's targets; 1: plain returns
+    lam_value: float = 0.95  # of the critic's targets; 1: plain returns
     whiten_rewards: bool = False  # scale a token's rewards to variance 1
     whiten_advantages: bool = True  # scale and shift advantages to variance 1 and mean 0
     reward_clip: float = 0.0  # scores are clipped to ±this; 0: not

@@ -1,0 +1,704 @@
+"""PPO against independent oracles: loops written from the papers, brute force over every sequence
+of a tiny vocabulary, and a padded trainer that works one rollout at a time."""
+
+import itertools
+import math
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo
+from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
+from ppo import LengthReward, PPOConfig, PPOTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def args(**kw):
+    defaults = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=12, multiple_of=8)
+    return ModelArgs(**{**defaults, "max_seq_len": 32, "tied": False, **kw})
+
+
+def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, **config):
+    """A trainer of a random model whose logits are far from uniform."""
+    torch.manual_seed(seed)
+    a = a or args()
+    settings = dict(rollouts=16, mini_batch_size=4, max_gen_len=10, cliprange_value=0.0)
+    config = PPOConfig(**{**settings, "critic_warmup": 0, **config})
+    shared = config.value_model == "shared"
+    policy = (TransformerWithValueHead if shared else Transformer)(a)
+    with torch.no_grad():
+        policy.output.weight.mul_(25)
+    reference = Transformer(a).requires_grad_(False)
+    reference.load_state_dict(policy.state_dict(), strict=False)
+    critic = None
+    if config.advantage == "gae" and not shared:
+        critic = TransformerWithValueHead(a)
+        critic.load_state_dict(policy.state_dict(), strict=False)
+    return PPOTrainer(
+        config, policy, reference, critic, optimizer(policy.parameters(), lr=lr),
+        critic and optimizer(critic.parameters(), lr=lr), nullcontext,
+    )  # fmt: skip
+
+
+def iterate(trainer, iterations=1, reward=None, prompt=(BOS_ID,)):
+    reward = reward or LengthReward(6)
+    c, stats = trainer.config, None
+    for _ in range(iterations):
+        prompts = [list(prompt)] * c.rollouts
+        queries, responses, logprobs, ended = trainer.rollout(prompts, trainer.iteration)
+        scores = reward(queries, responses, ended)
+        stats = trainer.step(queries, responses, logprobs, scores, ended)
+    return stats
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def capture_gradient(trainer):
+    """The policy's gradient at the first optimizer step, before clipping."""
+    trainer.config.max_grad_norm = 0.0
+    kept = []
+
+    def keep(optimizer, args, kwargs):
+        kept.append(torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()]))
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    return kept
+
+
+# ----------------------------------------------------------------------------
+# the pieces
+
+
+@pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_equation_16(gamma, lam):
+    counts = torch.tensor([3, 1, 5])
+    rewards, values = torch.randn(9), torch.randn(9)
+    advantages, returns = ppo.gae(rewards, values, counts, gamma, lam)
+    expected, start = [], 0
+    for n in counts.tolist():
+        r, v = rewards[start : start + n].tolist(), values[start : start + n].tolist() + [0.0]
+        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(n):
+            expected.append(sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, n)))
+        start += n
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+    torch.testing.assert_close(returns, torch.tensor(expected) + values)
+
+
+def test_whitening():
+    x = [1.0, 2.0, 4.0, 9.0]
+    mean = sum(x) / 4
+    std = math.sqrt(sum((a - mean) ** 2 for a in x) / 4)
+    white = ppo.whiten(torch.tensor(x))
+    torch.testing.assert_close(white, torch.tensor([(a - mean) / std for a in x]))
+    kept = ppo.whiten(torch.tensor(x), shift_mean=False)
+    torch.testing.assert_close(kept, torch.tensor([(a - mean) / std + mean for a in x]))
+
+
+@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "k3", "full"])
+def test_kl_estimates_of_a_small_distribution(kind):
+    """Expectations over all five tokens, so there is no sampling error: which estimates have the
+    exact KL for their value, and which of their gradients, taken as losses, have its gradient."""
+    theta = torch.randn(5, requires_grad=True)
+    ref = torch.randn(5).log_softmax(0)
+    p = theta.log_softmax(0)
+    kl = sum(p[i].exp() * (p[i] - ref[i]) for i in range(5))
+    gradient = torch.autograd.grad(kl, theta, retain_graph=True)[0]
+    if kind == "full":
+        value = ppo.exact_kl(p[None], ref[None])[0]
+        torch.testing.assert_close(value, kl)
+        torch.testing.assert_close(torch.autograd.grad(value, theta)[0], gradient)
+        return
+    each = ppo.kl_estimate(p, ref, kind)
+    log_ratio = (p - ref).tolist()
+    by_hand = {
+        "kl": log_ratio,
+        "abs": [abs(x) for x in log_ratio],
+        "mse": [x * x / 2 for x in log_ratio],
+        "k3": [math.exp(-x) - 1 + x for x in log_ratio],
+    }[kind]
+    torch.testing.assert_close(each, torch.tensor(by_hand))
+    expected_value = (p.exp() * each).sum()
+    assert torch.isclose(expected_value, kl, atol=1e-6) == (kind in ("kl", "k3"))
+    expected_gradient = torch.autograd.grad((p.exp().detach() * each).sum(), theta)[0]
+    if kind == "mse":  # Tang and Munos, 2025: k2 is the one whose gradient is right
+        torch.testing.assert_close(expected_gradient, gradient)
+    elif kind == "kl":
+        torch.testing.assert_close(expected_gradient, torch.zeros(5))
+    else:
+        assert not torch.allclose(expected_gradient, gradient, atol=1e-3)
+
+
+def test_clipped_policy_loss():
+    ratios, advantages = [0.5, 0.9, 1.0, 1.1, 1.25, 1.5], [1.0, -2.0]
+    for ratio, a in itertools.product(ratios, advantages):
+        logp = torch.tensor([math.log(ratio)], requires_grad=True)
+        losses, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([a]), 0.2, 0.3)
+        bounded = min(max(ratio, 0.8), 1.3)
+        assert losses.item() == pytest.approx(-min(ratio * a, bounded * a), rel=1e-5)
+        gradient = torch.autograd.grad(losses.sum(), logp)[0].item()
+        stopped = (a > 0 and ratio > 1.3) or (a < 0 and ratio < 0.8)
+        assert clipped.item() == stopped
+        assert gradient == pytest.approx(0 if stopped else -ratio * a, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_clipped_value_loss(clip):
+    for v, old, target in itertools.product([-1.0, 0.1, 0.5], [0.0], [-0.4, 0.3, 1.0]):
+        x = torch.tensor([v])
+        losses, clipped = ppo.value_loss(x, torch.tensor([old]), torch.tensor([target]), clip)
+        plain = (v - target) ** 2
+        bounded = (min(max(v, old - clip), old + clip) - target) ** 2 if clip else plain
+        assert losses.item() == pytest.approx(0.5 * max(plain, bounded), rel=1e-5)
+        assert clipped.item() == (bounded > plain + 1e-7)
+
+
+def test_group_advantages():
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    rloo = [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3 - 0]
+    torch.testing.assert_close(ppo.group_advantages(scores, 3, "rloo"), torch.tensor(rloo))
+    grpo = []
+    for group in scores.view(2, 3).tolist():
+        mean = sum(group) / 3
+        std = math.sqrt(sum((x - mean) ** 2 for x in group) / 2)
+        grpo += [(x - mean) / std for x in group]
+    found = ppo.group_advantages(scores, 3, "grpo")
+    torch.testing.assert_close(found, torch.tensor(grpo), atol=1e-4, rtol=1e-4)
+
+
+def test_adaptive_kl_controller():
+    """Ziegler et al., 2019: the error is clipped to ±0.2, β moves by a share of n / horizon."""
+    for kl, error in [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (0.0, -0.2)]:
+        controller = ppo.AdaptiveKLController(0.2, target=6.0, horizon=10000.0)
+        controller.update(kl, 400)
+        assert controller.value == pytest.approx(0.2 * (1 + error * 400 / 10000))
+
+
+def test_rewards_of_length_and_of_a_file(tmp_path):
+    assert LengthReward(5)([[1], [1, 4]], [[7, 2], [7, 8, 9, 1]], None) == [-0.02, -0.01]
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def words(prompts, responses):\n    return [len(r.split()) for r in responses]\n"
+        "def ids(prompts, responses):\n    return [[0.5] * len(r) for r in responses]\n"
+        "ids.tokens = True\n"
+    )
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    assert ppo.load_reward(f"{file}:words", 0, decode)([[1]], [[3, 4]], None) == [2]
+    assert ppo.load_reward(f"{file}:ids", 0, decode)([[1]], [[3, 4]], None) == [[0.5, 0.5]]
+    for wrong in ("size", f"{file}:none", f"{tmp_path}/no.py:f"):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            ppo.load_reward(wrong, 0, decode)
+
+
+def test_scores_become_token_rewards():
+    trainer = make_trainer(missing_eos_penalty=0.5, reward_clip=2.0)
+    counts, ended = torch.tensor([2, 3]), torch.tensor([True, False])
+    rewards, raw = trainer.token_rewards([3.0, 1.0], counts, ended)
+    assert rewards.tolist() == [0, 2, 0, 0, 0.5] and raw.tolist() == [3, 1]
+    rewards, raw = trainer.token_rewards([[1.0, 2.0], [1.0, 0.0, -1.0]], counts, ended)
+    assert rewards.tolist() == [1, 2, 1, 0, -1.5] and raw.tolist() == [3, 0]
+    with pytest.raises(ValueError, match="one a response or one a token"):
+        trainer.token_rewards([[1.0], [1.0, 0.0]], counts, ended)
+    with pytest.raises(FloatingPointError):
+        trainer.token_rewards([1.0, math.nan], counts, ended)
+
+
+# ----------------------------------------------------------------------------
+# the objective, by brute force over every sequence
+
+
+END = (BOS_ID, EOS_ID)
+
+
+def tiny(**config):
+    """Vocabulary 4, of which two end a response; responses of at most 3 tokens: 30 sequences."""
+    a = args(vocab_size=4, dim=8, n_heads=2, n_kv_heads=2, max_seq_len=8)
+    trainer = make_trainer(a=a, max_gen_len=3, optimizer=torch.optim.SGD, lr=0.0, **config)
+    with torch.no_grad():  # away from the reference
+        for p in trainer.policy.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    trainer.iteration = 1  # it is no longer the first
+    return trainer
+
+
+def all_sequences(vocab=4, longest=3):
+    out = []
+    for n in range(1, longest + 1):
+        for s in itertools.product(range(vocab), repeat=n):
+            inner, last = s[:-1], s[-1]
+            if not any(t in END for t in inner) and (last in END or n == longest):
+                out.append(list(s))
+    return out
+
+
+def log_distributions(model, response):
+    """(n, V): the model's log-probabilities before each token of the response, prompt [BOS]."""
+    return model(torch.tensor([[BOS_ID, *response[:-1]]]))[0].log_softmax(-1)
+
+
+def score(response):
+    return math.sin(sum((i + 2) * (t + 1) for i, t in enumerate(response)))
+
+
+def objective(policy, reference, beta):
+    """J, summed over all sequences: differentiable."""
+    total = 0
+    for s in all_sequences():
+        logp, ref = (log_distributions(m, s) for m in (policy, reference))
+        at = torch.arange(len(s)), torch.tensor(s)
+        logprob, ref_logprob = logp[at].sum(), ref[at].sum()
+        total = total + logprob.exp() * (score(s) - beta * (logprob - ref_logprob))
+    return total
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(kl_penalty="full", kl_in="both"),
+        dict(kl_penalty="kl", kl_in="reward"),
+        dict(kl_penalty="full", kl_in="both", advantage="reinforce"),
+        dict(kl_penalty="full", kl_in="both", value_model="shared", vf_coef=0.0),
+    ],
+)
+def test_expected_gradient_is_that_of_the_objective(config):
+    """Every sequence once, weighted by its probability through the rollout it stands for: with
+    λ = 1 the trainer's expected gradient is exactly that of J, whatever the critic says."""
+    beta = 0.3
+    trainer = tiny(
+        lam=1.0, whiten_advantages=False, init_kl_coef=beta, ppo_epochs=1, **config
+    )
+    sequences = all_sequences()
+    params = list(trainer.policy.parameters())
+    J = objective(trainer.policy, trainer.reference, beta)
+    exact = torch.autograd.grad(J, params, allow_unused=True, materialize_grads=True)
+    exact = torch.cat([g.flatten() for g in exact])
+    kept = capture_gradient(trainer)
+    if trainer.uses_values:  # a critic that is wrong everywhere, and must not matter
+        torch.nn.init.normal_((trainer.critic or trainer.policy).value_head.weight)
+    mean = torch.zeros_like(exact)
+    total = 0.0
+    for s in sequences:
+        with torch.no_grad():
+            logp = log_distributions(trainer.policy, s)[torch.arange(len(s)), torch.tensor(s)]
+        trainer.config.mini_batch_size = 1
+        ended = torch.tensor([s[-1] in END])
+        trainer.step([[BOS_ID]], [s], [logp], [score(s)], ended)
+        trainer.iteration = 1
+        # the loss is a mean over the tokens of the batch, here of this rollout
+        mean += logp.sum().exp() * len(s) * kept.pop()
+        total += logp.sum().exp().item()
+    assert total == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(-mean, exact, atol=2e-5, rtol=1e-3)
+
+
+def test_roof_against_brute_force():
+    trainer, beta = tiny(), 0.3
+    with torch.no_grad():
+        logprobs = torch.stack([
+            log_distributions(trainer.reference, s)[torch.arange(len(s)), torch.tensor(s)].sum()
+            for s in all_sequences()
+        ])  # fmt: skip
+    scores = torch.tensor([score(s) for s in all_sequences()])
+    roof = beta * (logprobs + scores / beta).logsumexp(0)
+    best = (logprobs + scores / beta).softmax(0)
+    kl = (best * (best.log() - logprobs)).sum()
+    assert float((best * scores).sum() - beta * kl) == pytest.approx(float(roof), abs=1e-5)
+    # an exact sample: each sequence as often as it is likely
+    often = (logprobs.exp() * 200_000).round().long()
+    samples = scores.repeat_interleave(often)
+    found, error = ppo.objective_roof(samples[None], beta)
+    assert found == pytest.approx(float(roof), abs=1e-3) and error == 0
+    two, error = ppo.objective_roof(torch.stack([samples, samples - 0.1]), beta)
+    assert two == pytest.approx(found - 0.05, abs=1e-6)
+    assert error == pytest.approx(0.05, abs=1e-6)
+    assert ppo.objective_roof(samples[None], 0.0)[0] == pytest.approx(float(samples.max()))
+
+
+# ----------------------------------------------------------------------------
+# the trainer
+
+
+def test_first_gradient_is_the_plain_policy_gradient():
+    """At ratio 1 the clipped loss has the gradient of −A log π, here from a padded batch that is
+    computed one rollout at a time, with advantages from the definitions."""
+    trainer = make_trainer(
+        mini_batch_size=16, ppo_epochs=1, init_kl_coef=0.0, lam=0.9, optimizer=torch.optim.SGD
+    )
+    torch.nn.init.normal_(trainer.critic.value_head.weight, std=0.1)
+    kept = capture_gradient(trainer)
+    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 5]] * 16, seed=1)
+    scores = LengthReward(6)(queries, responses, ended)
+    advantages, losses = [], []
+    for q, r, s in zip(queries, responses, scores):
+        tokens = torch.tensor([q + r + [0] * 4])  # padding on the right
+        with torch.no_grad():
+            v = trainer.critic.values(trainer.critic.hidden(tokens))[0]
+        v = v[len(q) - 1 : len(q) + len(r) - 1].tolist() + [0.0]
+        delta = [v[t + 1] - v[t] + (s if t == len(r) - 1 else 0) for t in range(len(r))]
+        n = len(r)
+        advantages += [sum(0.9 ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
+        logp = trainer.policy(tokens)[0].log_softmax(-1)
+        losses += [logp[len(q) - 1 + t, r[t]] for t in range(n)]
+    a = torch.tensor(advantages)
+    a = (a - a.mean()) / a.std(unbiased=False)
+    loss = -(a * torch.stack(losses)).mean()
+    gradient = torch.autograd.grad(loss, list(trainer.policy.parameters()))
+    stats = trainer.step(queries, responses, logprobs, scores, ended)
+    torch.testing.assert_close(
+        kept[0], torch.cat([g.flatten() for g in gradient]), atol=1e-5, rtol=1e-3
+    )
+    assert stats["ppo/policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert stats["ppo/policy/clipfrac"] == 0
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_split_into_forward_passes_does_not_matter(aggregation):
+    found = []
+    for size, accumulate in [(16, 1), (4, 4), (2, 8)]:
+        trainer = make_trainer(
+            mini_batch_size=size, gradient_accumulation_steps=accumulate, ppo_epochs=2,
+            loss_aggregation=aggregation, optimizer=torch.optim.SGD, lr=0.1,
+        )  # fmt: skip
+        stats = iterate(trainer, 2)
+        found.append((weights(trainer.policy), weights(trainer.critic), stats))
+    for policy, critic, stats in found[1:]:
+        torch.testing.assert_close(policy, found[0][0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(critic, found[0][1], atol=1e-5, rtol=1e-4)
+        for k in ("ppo/loss/policy", "ppo/val/error", "ppo/objective", "ppo/policy/entropy"):
+            assert stats[k] == pytest.approx(found[0][2][k], abs=1e-5)
+
+
+def test_logged_numbers():
+    """Reward, length, KL and objective against sums over the rollouts."""
+    trainer = make_trainer(init_kl_coef=0.4, ppo_epochs=1, lr=0.05)
+    iterate(trainer, 2)
+    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 4]] * 16, seed=9)
+    scores = LengthReward(6)(queries, responses, ended)
+    kl = 0.0
+    for q, r in zip(queries, responses):
+        with torch.no_grad():
+            p, ref = (
+                m(torch.tensor([q + r[:-1]]))[0, len(q) - 1 :].log_softmax(-1)
+                for m in (trainer.policy, trainer.reference)
+            )
+        kl += float((p.exp() * (p - ref)).sum()) / 16
+    s = trainer.step(queries, responses, logprobs, scores, ended)
+    assert kl > 0.01
+    assert s["ppo/kl_ref"] == pytest.approx(kl, rel=1e-4)
+    assert s["ppo/reward"] == pytest.approx(sum(scores) / 16, abs=1e-6)
+    assert s["ppo/objective"] == pytest.approx(sum(scores) / 16 - 0.4 * kl, abs=1e-5)
+    lengths = torch.tensor([2.0 + len(r) for r in responses])
+    assert s["ppo/length/mean"] == pytest.approx(float(lengths.mean()), abs=1e-4)
+    assert s["ppo/length/std"] == pytest.approx(float(lengths.std(unbiased=False)), abs=1e-4)
+    assert s["ppo/ended"] == pytest.approx(float(ended.float().mean()))
+
+
+def test_explosive_steps_are_skipped_and_epochs_stop_early():
+    trainer = make_trainer(ratio_threshold=0.5, ppo_epochs=2)
+    before = weights(trainer.policy)
+    assert iterate(trainer)["ppo/skipped_steps"] == 8
+    assert torch.equal(weights(trainer.policy), before)
+    stats = iterate(make_trainer(lr=0.1, target_kl=1e-4, ppo_epochs=4))
+    assert stats["ppo/epochs"] == 1 and stats["ppo/early_stop"] == 1
+
+
+def test_critic_warm_up_leaves_the_policy_alone():
+    trainer = make_trainer(critic_warmup=3)
+    before = weights(trainer.policy)
+    assert iterate(trainer)["ppo/epochs"] == 3
+    assert torch.equal(weights(trainer.policy), before)
+    assert trainer.critic.value_head.bias.item() < -0.005  # it left 0 for the scores
+    iterate(trainer)
+    assert float((weights(trainer.policy) - before).norm()) > 0.1
+
+
+def test_average_of_weights():
+    trainer = make_trainer(averaging=0.5, rollouts=8, mini_batch_size=4, ppo_epochs=1)
+    kept = [weights(trainer.policy)]
+    trainer.optimizer.register_step_post_hook(lambda *a: kept.append(weights(trainer.policy)))
+    iterate(trainer)
+    expected = 0.25 * kept[0] + 0.25 * kept[1] + 0.5 * kept[2]
+    found = torch.cat([trainer.average[n].flatten() for n, _ in trainer.policy.named_parameters()])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_resume_to_the_bit(advantage, tmp_path):
+    config = dict(advantage=advantage, group_size=4, averaging=0.9, adap_kl_ctrl=True)
+    whole = make_trainer(**config)
+    iterate(whole, 4)
+    first = make_trainer(**config)
+    iterate(first, 2)
+    torch.save({"policy": first.policy.state_dict(), **first.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = make_trainer(seed=5, **config)
+    second.reference.load_state_dict(first.reference.state_dict())
+    second.policy.load_state_dict(state["policy"])
+    second.load_state_dict(state)
+    iterate(second, 2)
+    assert torch.equal(weights(second.policy), weights(whole.policy))
+    assert second.kl_ctl.value == whole.kl_ctl.value != first.kl_ctl.value
+    for k, v in whole.average.items():
+        assert torch.equal(second.average[k], v)
+    if advantage == "gae":
+        assert torch.equal(weights(second.critic), weights(whole.critic))
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = ["{root}", "{root}/tests"]
+torch.set_num_threads(1)
+from test_ppo import *
+if int(sys.argv[2]) > 1:
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[3], world_size=2,
+                            rank=int(sys.argv[1]))
+trainer = make_trainer(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batch_size=4,
+                       adap_kl_ctrl=True, reward_scale=True, **{config})
+stats = iterate(trainer, 3)
+stats = {{k: v for k, v in stats.items() if not k.startswith("time")}}
+if sys.argv[1] == "0":
+    torch.save((weights(trainer.policy), stats), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("config", ["{}", "dict(advantage='grpo', group_size=3)"])
+def test_two_processes_give_the_numbers_of_one(config, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=ROOT, config=config))
+
+    def start(rank, world):
+        meet, out = str(tmp_path / "meet"), str(tmp_path / f"{world}.pt")
+        return subprocess.Popen([sys.executable, script, str(rank), str(world), meet, out])
+
+    workers = [start(0, 1), start(0, 2), start(1, 2)]
+    assert [w.wait(timeout=120) for w in workers] == [0, 0, 0]
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    torch.testing.assert_close(two[0], one[0], atol=1e-5, rtol=1e-4)
+    assert two[1].keys() == one[1].keys()
+    for k, v in one[1].items():
+        assert two[1][k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
+
+
+# ----------------------------------------------------------------------------
+# it refuses to be silently wrong
+
+
+def rollouts(trainer, **replaced):
+    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 4, 5]] * 16, seed=3)
+    scores = LengthReward(6)(queries, responses, ended)
+    given = dict(
+        queries=queries, responses=responses, old_logprobs=logprobs, scores=scores, ended=ended
+    )
+    return {**given, **replaced}
+
+
+def test_refuses_a_policy_that_is_not_the_reference():
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.reference.norm.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="a KL of 0 to the reference"):
+        trainer.step(**rollouts(trainer))
+
+
+def test_refuses_log_probabilities_of_another_policy():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    with torch.no_grad():
+        for model in (trainer.policy, trainer.reference):
+            model.norm.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="the rollout's log-probability"):
+        trainer.step(**given)
+
+
+@pytest.mark.parametrize("changed", [dict(top_k=5), dict(temperature=0.8), dict(top_p=0.9)])
+def test_refuses_sampling_from_another_support(changed, monkeypatch):
+    trainer = make_trainer()
+
+    def truncated(*a, **kw):
+        a = a[:3]
+        return generate(*a, **{"temperature": 1.0, **kw, **changed})
+
+    generate = ppo.generate
+    monkeypatch.setattr(ppo, "generate", truncated)
+    with pytest.raises(RuntimeError, match="the rollout's log-probability"):
+        trainer.step(**rollouts(trainer))
+
+
+def test_refuses_a_ratio_that_does_not_start_at_one(monkeypatch):
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    gradients = PPOTrainer.gradients
+
+    def drifted(self, *a):
+        with torch.no_grad():
+            self.policy.norm.weight.mul_(1.1)
+        return gradients(self, *a)
+
+    monkeypatch.setattr(PPOTrainer, "gradients", drifted)
+    with pytest.raises(RuntimeError, match="the ratio is not 1"):
+        trainer.step(**given)
+
+
+def test_refuses_dropout_in_the_ratio(monkeypatch):
+    """The trainer turns dropout off; were it left on, the first minibatch would show it."""
+    trainer = make_trainer(a=args(dropout=0.3))
+    stats = iterate(trainer)
+    assert stats["ppo/policy/clipfrac"] < 1 and not trainer.policy.training
+    trainer = make_trainer(a=args(dropout=0.3))
+    monkeypatch.setattr(Transformer, "eval", lambda self: self.train())
+    with pytest.raises(RuntimeError, match="log-probability|KL of 0"):
+        iterate(trainer)
+
+
+def test_refuses_an_end_token_outside_the_response():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    i = int(given["ended"].nonzero()[0])
+    given["responses"][i] = given["responses"][i][:-1] + [7]
+    with pytest.raises(RuntimeError, match="lacks its end token"):
+        trainer.step(**given)
+
+
+def test_refuses_responses_and_log_probabilities_that_do_not_match():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    given["old_logprobs"][0] = given["old_logprobs"][0][:-1]
+    with pytest.raises(RuntimeError, match="one log-probability for each"):
+        trainer.step(**given)
+
+
+def test_refuses_a_score_that_is_not_on_the_last_token(monkeypatch):
+    trainer = make_trainer()
+    given = rollouts(trainer)
+
+    def first_token(scores, counts):
+        out = scores.new_zeros(int(counts.sum()))
+        out[counts.cumsum(0) - counts] = scores
+        return out
+
+    monkeypatch.setattr(ppo, "place_scores", first_token)
+    with pytest.raises(RuntimeError, match="not on the last token"):
+        trainer.step(**given)
+
+
+def test_refuses_a_mask_that_reaches_into_the_prompt(monkeypatch):
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    pack = ppo.pack
+
+    def one_early(queries, responses, device):
+        p = pack(queries, responses, device)
+        return p._replace(action=p.action - 1, target=p.tokens[p.action])
+
+    def in_the_update(self, *a):
+        monkeypatch.setattr(ppo, "pack", one_early)
+        return gradients(self, *a)
+
+    gradients = PPOTrainer.gradients
+    monkeypatch.setattr(PPOTrainer, "gradients", in_the_update)
+    with pytest.raises(RuntimeError, match="not the response tokens"):
+        trainer.step(**given)
+
+
+def test_no_gradient_from_the_prompt():
+    """The same responses after prompts whose tokens occur nowhere else: with untied embeddings,
+    the classifier's rows of these tokens get no more than the softmax's normaliser gives them."""
+    trainer = make_trainer(
+        ppo_epochs=1, mini_batch_size=16, init_kl_coef=0.0,
+        whiten_advantages=False, optimizer=torch.optim.SGD,
+    )  # fmt: skip
+    seen = []
+    log_softmax = trainer.log_softmax
+
+    def watch(logits):
+        if logits.requires_grad:
+            logits.register_hook(lambda g: seen.append(g.detach()))
+        return log_softmax(logits)
+
+    trainer.log_softmax = watch
+    given = rollouts(trainer)
+    trainer.step(**given)
+    assert sum(map(len, seen)) == sum(map(len, given["responses"]))
+
+
+def test_refuses_numbers_that_are_not_finite():
+    trainer = make_trainer()
+    given = rollouts(trainer, scores=[math.inf] * 16)
+    with pytest.raises(FloatingPointError, match="not a finite number"):
+        trainer.step(**given)
+    trainer = make_trainer()
+    given = rollouts(trainer, scores=[1e38] * 8 + [-1e38] * 8)
+    with pytest.raises((FloatingPointError, RuntimeError)):
+        trainer.step(**given)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(kl_penalty="k4"),
+        dict(advantage="rloo"),
+        dict(temperature=0.0),
+        dict(rollouts=10, group_size=4, advantage="grpo"),
+    ],
+)
+def test_refuses_settings(wrong):
+    with pytest.raises(ValueError):
+        PPOConfig(**wrong)
+
+
+# ----------------------------------------------------------------------------
+# it learns
+
+
+def pretrained(seed):
+    """A model of a process in which a response ends with probability 1/25 at every token; a target
+    length of 10 is well away from what it does by itself."""
+    torch.manual_seed(seed)
+    a = args(vocab_size=8, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48, tied=True)
+    model = Transformer(a)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        x = torch.randint(3, 8, (32, 40))
+        x[torch.rand(x.shape) < 1 / 25] = BOS_ID
+        x[:, 0] = BOS_ID
+        optimizer.zero_grad()
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_learns(seed):
+    model, beta, reward = pretrained(seed), 0.1, LengthReward(10)
+    state = model.state_dict()
+    config = PPOConfig(
+        init_kl_coef=beta, rollouts=128, mini_batch_size=32, max_gen_len=36, ppo_epochs=2
+    )
+    policy, reference = Transformer(model.args), Transformer(model.args).requires_grad_(False)
+    critic = TransformerWithValueHead(model.args)
+    for m in (policy, reference, critic):
+        m.load_state_dict(state, strict=False)
+    trainer = PPOTrainer(
+        config, policy, reference, critic, torch.optim.Adam(policy.parameters(), lr=1e-3),
+        torch.optim.Adam(critic.parameters(), lr=1e-2), nullcontext,
+    )  # fmt: skip
+    queries, responses, _, ended = trainer.rollout([[BOS_ID]] * 2000, seed=77)
+    scores = torch.tensor(reward(queries, responses, ended))
+    start, (roof, _) = float(scores.mean()), ppo.objective_roof(scores[None], beta)
+    history = [iterate(trainer, reward=reward) for _ in range(25)]
+    objectives = [s["ppo/objective"] for s in history]
+    reached = sum(objectives[-3:]) / 3
+    closed = (reached - start) / (roof - start)
+    variances = torch.tensor([s["ppo/val/explained_variance"] for s in history])
+    explained = float(variances.unfold(0, 5, 1).mean(1).max())  # the best five in a row
+    print(f"J {start:.3f} -> {reached:.3f} of {roof:.3f}: {closed:.0%}, EV {explained:.2f}")
+    assert closed >= 0.6
+    assert explained > 0.3
+    assert min(objectives) > start - 0.25 * (roof - start)
