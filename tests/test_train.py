@@ -291,6 +291,22 @@ def test_weight_decay_is_of_matrices_only(data, tmp_path):
         torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
+def test_muon_is_that_of_pytorch():
+    """To the bit, over several steps, and in the state that it keeps."""
+    shapes = [(16, 16), (16, 16), (8, 16), (16, 8), (44, 16), (16, 44), (8, 16)]
+    both = []
+    for kind in (torch.optim.Muon, train.Muon):
+        random = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
+        optimizer = kind(params, lr=0.02, weight_decay=0.1)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=random)
+            optimizer.step()
+        both.append({"params": params, **optimizer.state_dict()})
+    assert equal(*both) == []
+
+
 def test_accumulated_steps_are_one_large_batch(data, tmp_path):
     for name, flags in (("one", dict(batch_size=8)), ("two", dict(gradient_accumulation_steps=2))):
         train.main(command(data, tmp_path / name, **flags))
