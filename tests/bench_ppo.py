@@ -1,0 +1,65 @@
+"""Times one PPO iteration, part by part: python tests/bench_ppo.py --checkpoint=... --data=...
+
+The work is that of the published run: 400 rollouts of at most 300 tokens after prompts of 1 to 30
+tokens, 4 epochs in minibatches of 50. The first iteration, which compiles attention.c and warms
+the allocator, is not counted.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo  # noqa: E402
+from model import (  # noqa: E402
+    TransformerWithValueHead,
+    load_checkpoint,
+    model_from_checkpoint,
+)
+from tinystories import Prompts  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", default="stories260K/ckpt.pt")
+    parser.add_argument("--data", default="data/tok512")
+    parser.add_argument("--rollouts", type=int, default=400)
+    parser.add_argument("--ppo_epochs", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=2, help="timed ones")
+    a = parser.parse_args()
+    checkpoint = load_checkpoint(a.checkpoint)
+    policy = model_from_checkpoint(checkpoint)
+    reference = model_from_checkpoint(checkpoint).requires_grad_(False)
+    critic = model_from_checkpoint(checkpoint, TransformerWithValueHead)
+    config = ppo.PPOConfig(
+        rollouts=a.rollouts, ppo_epochs=a.ppo_epochs, early_stopping=False, critic_warmup=0
+    )
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4) for m in (policy, critic)]
+    trainer = ppo.PPOTrainer(config, policy, reference, critic, *optimizers, nullcontext)
+    prompts = Prompts(a.data, "train", 30, policy.args.vocab_size)
+    reward = ppo.LengthReward(200)
+    print(f"{torch.get_num_threads()} threads")
+    for i in range(a.iterations + 1):
+        t0 = time.perf_counter()
+        batch = prompts.batch(i * a.rollouts, a.rollouts)
+        queries, responses, logprobs, ended = trainer.rollout(batch, seed=i)
+        t1 = time.perf_counter()
+        scores = reward(queries, responses, ended)
+        s = trainer.step(queries, responses, logprobs, scores, ended)
+        if not i:
+            continue
+        tokens = sum(map(len, responses))
+        update = s["time/ppo/optimize_step"]
+        print(
+            f"iteration {time.perf_counter() - t0:.2f} s | rollout {t1 - t0:.2f} s, "
+            f"{tokens / (t1 - t0):,.0f} tokens/s | scoring {s['time/ppo/forward_pass']:.2f} s | "
+            f"update {update:.2f} s, {tokens * a.ppo_epochs / update:,.0f} tokens/s"
+        )
+
+
+if __name__ == "__main__":
+    main()
