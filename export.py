@@ -1,9 +1,9 @@
 """
 From and to other formats.
 
-    python export.py model.bin --checkpoint=out/ckpt.pt                 # int8 for run.c, the default
-    python export.py model.bin --checkpoint=out/ckpt.pt --format=fp32   # fp32 for run.c
-    python export.py model.bin --checkpoint=out/ckpt.pt --version=2     # llama2.c's runq (0: its run)
+    python export.py model.bin --checkpoint=out/ckpt.pt                # int8 for run.c, the default
+    python export.py model.bin --checkpoint=out/ckpt.pt --format=fp32  # fp32 for run.c
+    python export.py model.bin --checkpoint=out/ckpt.pt --version=2    # llama2.c's runq (0: run)
     python export.py ckpt.pt --llama2c=stories260K.bin --tokenizer=tok512.model    # and back
 
 Version 3 is laid out for run.c, whose comment on the model file has it byte by byte: every tensor
@@ -153,7 +153,8 @@ def write_v3(f, args, weights, fmt, tokenizer):
     if tokenizer:
         blob = tokenizer_blob(tokenizer)
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        squeeze = int(tokenizer.encode(" a  b ", False, False) == tokenizer.encode("a b", False, False))
+        spaced, plain = (tokenizer.encode(s, False, False) for s in (" a  b ", "a b"))
+        squeeze = int(spaced == plain)
     last = args.vocab_size - 1
     bos, eos = (min(i, last) if i >= 0 else min(d, last) for i, d in ((bos, 1), (eos, 2)))
     f.write(blob)

@@ -1780,7 +1780,8 @@ static void generate(Run *run) {
     double prompt_time = seconds() - start;
     size_t cache = (size_t)(s->head_bytes * c->n_layers * c->n_kv_heads);
     for (int i = 0; i < N; i++) { // every story starts from the same prompt
-        story[i].sampler = (Sampler){run->temperature, run->topp, seed_rng(run->seed + (uint64_t)i)};
+        uint64_t rng = seed_rng(run->seed + (uint64_t)i);
+        story[i].sampler = (Sampler){run->temperature, run->topp, rng};
         story[i].ids = need(malloc(sizeof(int) * (size_t)(run->steps + 1)));
         memcpy(story[i].ids, ids, sizeof *ids * (size_t)n);
         story[i].n = n;
@@ -1807,7 +1808,9 @@ static void generate(Run *run) {
         }
         for (; front < N && story[front].done; front++) {
             printf("\n");
-            if (front + 1 < N) printf("\n"), print_pieces(t, story[front + 1].ids, 1, story[front + 1].n);
+            if (front + 1 == N) continue;
+            printf("\n");
+            print_pieces(t, story[front + 1].ids, 1, story[front + 1].n);
         }
         // A write for each token would cost more than the token; a hundredth of a second is soon.
         double now = seconds();
@@ -1852,7 +1855,8 @@ static int *render(Run *run, const Turn *turn, int first, int last, int *n) {
     *n = 0;
     for (int i = first; i <= last; i++) {
         const char *sys = i == first && run->system ? run->system : "";
-        const char *format = *sys ? "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%s [/INST]" : "[INST] %s%s [/INST]";
+        const char *format = *sys ? "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%s [/INST]"
+                                  : "[INST] %s%s [/INST]";
         int count, len = snprintf(NULL, 0, format, sys, turn[i].user);
         char *text = need(malloc((size_t)len + 1));
         snprintf(text, (size_t)len + 1, format, sys, turn[i].user);

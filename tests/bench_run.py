@@ -108,8 +108,8 @@ def make_models(shape, folder, options):
     return prefix
 
 def run(command, env=None):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace",
-                          env={**os.environ, **(env or {})}, timeout=900)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                          errors="replace", env={**os.environ, **(env or {})}, timeout=900)
     if done.returncode:
         raise ValueError(f"{' '.join(map(str, command))}: {done.stderr.strip()[-300:]}")
     return done.stdout + done.stderr
@@ -151,7 +151,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")
     parser.add_argument("--shapes", default="260K,15M,42M,110M", help=",".join(SHAPES))
-    parser.add_argument("--dir", default="/tmp/bench_run", help="where the models are made and kept")
+    parser.add_argument("--dir", default="/tmp/bench_run", help="where the models are kept")
     parser.add_argument("--llama2c", help="checkout of llama2.c")
     parser.add_argument("--llama_bench", help="llama.cpp's llama-bench")
     parser.add_argument("--repeat", type=int, default=1, help="rounds, of which the best counts")
@@ -167,8 +167,8 @@ def main(argv=None):
                 best[name] = tuple(v and max(o, v) for o, v in zip(old, values))
         (roof, gbs), (sampling, _) = best.pop("roof"), best.pop("sampling")
         decode, prompt = best["run.c"]
-        print(f"{shape}, {SHAPES[shape][-1]} thread(s): {gbs:.1f} GB/s of weights and cache, memory "
-              f"delivers {roof:.1f}; sampling is {sampling:.1f} % of decoding")
+        print(f"{shape}, {SHAPES[shape][-1]} thread(s): {gbs:.1f} GB/s of weights and cache, "
+              f"memory delivers {roof:.1f}; sampling is {sampling:.1f} % of decoding")
         for name, (d, p) in best.items():
             ratio = f"  run.c is {decode / d:5.2f} x" if name != "run.c" else ""
             line = f"  {name:15} decode {d:10,.1f} tokens/s{ratio:18}"

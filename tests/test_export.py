@@ -13,11 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
-from model import (ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args, load_checkpoint,
-                   model_from_checkpoint, save_checkpoint)
+from model import (ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args,
+                   load_checkpoint, model_from_checkpoint, save_checkpoint)
 from tokenizer import Tokenizer, run_main
 
-ARGS = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52, max_seq_len=40)
+ARGS = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,
+            max_seq_len=40)
 
 def checkpoint(path, cls=Transformer, **changes):
     torch.manual_seed(0)
@@ -41,7 +42,7 @@ def run(*args, ok=0):
     return done
 
 def read_v3(path):
-    """An independent reader of version 3, from the comment in run.c: ({field: value}, state dict)."""
+    """A reader of version 3, written from run.c's comment: ({field: value}, {name: array})."""
     data = Path(path).read_bytes()
     names = "magic version dim hidden layers heads kv_heads vocab seq format group tied bos eos"
     h = dict(zip(names.split(), struct.unpack_from("<14i", data)))

@@ -48,7 +48,7 @@ float exps(int isa, float *x, int n) { return kernels[isa]->exps(x, n, 1, 0); }
 float above(int isa, float *x, int n, float least) { return kernels[isa]->above(x, n, least); }
 float maximum(int isa, float *x, int n) { return kernels[isa]->maximum(x, n); }
 
-// out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; dequantized: w and x as the kernel sees them
+// out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; seen: w and x as the kernel has them
 void product(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
              float *seen_w, float *seen_x) {
     Config c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f};
@@ -73,7 +73,8 @@ void product(int isa, int format, int G, float *w, int rows, int cols, float *x,
     else if (kernels[isa] == &kernels_avx2) DO(avx2);
     else if (kernels[isa] == &kernels_avx512) DO(avx512);
 #endif
-    for (int r = 0; r < rows && format == Q8_0; r++) embed_row_portable(seen_w + r * cols, &a, r, cols, G);
+    for (int r = 0; r < rows && format == Q8_0; r++)
+        embed_row_portable(seen_w + r * cols, &a, r, cols, G);
     for (int b = 0; b < B && format == Q8_0; b++)
         for (int i = 0; i < cols; i++)
             seen_x[b * cols + i] = in.s[b * (width / 4) + i / G]
@@ -82,7 +83,8 @@ void product(int isa, int format, int G, float *w, int rows, int cols, float *x,
 }
 
 // logits (n, V) of one sequence, `block` rows at a time, on so many threads
-const char *logits_of(const char *path, int isa, int threads, int block, int *ids, int n, float *out) {
+const char *logits_of(const char *path, int isa, int threads, int block, int *ids, int n,
+                      float *out) {
     Model m;
     Team team;
     State s;
@@ -145,7 +147,8 @@ def build(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lib(build):
     (build / "lib.c").write_text(WRAPPERS)
-    library = ctypes.CDLL(str(compile_c(build / "lib.c", build / "lib.so", "-O2", "-shared", "-fPIC")))
+    so = compile_c(build / "lib.c", build / "lib.so", "-O2", "-shared", "-fPIC")
+    library = ctypes.CDLL(str(so))
     for name in ("isa_name", "logits_of", "open_tok"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("of_half", "exps", "above", "maximum"):
@@ -157,7 +160,8 @@ def lib(build):
 
 @pytest.fixture(scope="session")
 def program(build):
-    return compile_c(ROOT / "run.c", build / "run", "-O3", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+    return compile_c(ROOT / "run.c", build / "run", "-O3", "-Wall", "-Wextra", "-Wpedantic",
+                     "-Werror")
 
 def call(program, *args, stdin="", env=None, ok=0, raw=False):
     done = subprocess.run([str(a) for a in (program, *args)], input=stdin.encode(),
@@ -233,9 +237,10 @@ def stories(build, stories260k_bin, tok512_model):
     tokenizer = Tokenizer(tok512_model)
     tokenizer.export(build / "tok512.bin")
     paths = {"v0": stories260k_bin}
-    for name, write in (("v2", lambda f: export.write_v2(f, args, weights)),
-                        ("v3", lambda f: export.write_v3(f, args, weights, "q8_0", tokenizer)),
-                        ("v3_fp32", lambda f: export.write_v3(f, args, weights, "fp32", tokenizer))):
+    writers = {"v2": lambda f: export.write_v2(f, args, weights),
+               "v3": lambda f: export.write_v3(f, args, weights, "q8_0", tokenizer),
+               "v3_fp32": lambda f: export.write_v3(f, args, weights, "fp32", tokenizer)}
+    for name, write in writers.items():
         paths[name] = build / f"stories_{name}.bin"
         with open(paths[name], "wb") as f:
             write(f)
@@ -366,12 +371,13 @@ def test_threads_and_blocks_change_nothing(lib, build):
         assert np.array_equal(c_logits(lib, path, ids[:20], V), want[:20])
 
 def test_golden_story(program, stories, build):
-    """The known greedy story: fp32 and int8, all versions, all instruction sets, letter for letter."""
+    """The known greedy story, letter for letter: fp32, int8, all versions, all instruction sets."""
     texts = set()
     for name, path in stories.items():
         for isa in ("portable", "AVX2", "AVX-512"):  # what is not there falls back
             tokenizer = ["-z", build / "tok512.bin"] if name in ("v0", "v2") else []
-            texts.add(call(program, path, *tokenizer, "-t", 0, "-n", 500, env={"RUN_ISA": isa}).text)
+            args = [path, *tokenizer, "-t", 0, "-n", 500]
+            texts.add(call(program, *args, env={"RUN_ISA": isa}).text)
     (text,) = texts
     assert text.startswith(GOLDEN_START) and text.endswith(GOLDEN_END + '"\n')
 
@@ -400,7 +406,8 @@ def test_perplexity(program, stories, build, stories260k_bin, real_stories, tok5
 # -----------------------------------------------------------------------------
 # The tokenizer
 
-ODD = ["", " ", "  ", "a", " a", "a ", "  a  b  ", "\n", "\n\n\t", "é", "한국어 문장", "👍🏽 emoji 👨‍👩‍👧", "▁", "▁▁x▁",
+ODD = ["", " ", "  ", "a", " a", "a ", "  a  b  ", "\n", "\n\n\t", "é", "한국어 문장", "👍🏽 emoji 👨‍👩‍👧",
+       "▁", "▁▁x▁",
        "x▁", "<s>", "</s> <unk> <0x41>", "\x00", "a\x00b", "日本語テキスト", "ﬁ ligature", "A" * 300,
        "1234567890", "'quoted' \"text\"", "\u00a0nbsp", "mixed 한 é 👍 <0xE2>", "e\u0301", "\r\n"]
 
@@ -420,7 +427,8 @@ def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
             out = np.zeros(len(data) + 3, np.int32)
             n = lib.encode_into(data, len(data), pointer(out))
             assert out[:n].tolist() == tokenizer.encode(text, True, False), text
-    for data in [s.encode() for s in strings[:200]] + [b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x"]:
+    not_utf8 = [b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x"]
+    for data in [s.encode() for s in strings[:200]] + not_utf8:
         if squeeze and (data.strip() != data or b"  " in data or b"\xe2\x96\x81" in data):
             continue
         out = np.zeros(len(data) + 3, np.int32)
@@ -507,14 +515,16 @@ def test_chat(program, own):
 
 def test_bench_prints_its_roof(program, own):
     done = call(program, own[0], "-m", "bench", "-n", 16)
-    assert all(word in done.text for word in ("read bandwidth", "prompt", "decode", "% of decoding"))
+    for words in ("read bandwidth", "prompt", "decode", "% of decoding"):
+        assert words in done.text
 
 BAD_CALLS = [
     (["-n", "12x"], 2, "-n 12x"), (["-n", "-3"], 2, "-n -3"), (["-t", "nan"], 2, "-t nan"),
     (["-t", ""], 2, "-t"), (["-p", "1.5"], 2, "-p 1.5"), (["-s", "1.5"], 2, "-s 1.5"),
     (["-b", "0"], 2, "-b 0"), (["-q", "1"], 2, "no such option"), (["-n"], 2, "value is missing"),
     (["--steps", "5"], 2, "no such option"), (["-m", "sing"], 1, "generate, chat"),
-    (["-i", "balo " * 300], 1, "context is 64"), (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
+    (["-i", "balo " * 300], 1, "context is 64"),
+    (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
     (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"), (["-m", "perplexity"], 1, "give the file"),
     (["-m", "perplexity", "-i", "/nowhere"], 1, "/nowhere"),
 ]
@@ -525,6 +535,9 @@ def test_bad_calls(program, own, args, status, says):
     assert says in done.err and done.err.startswith("error:")
     assert status == 2 or done.err.count("\n") == 1
 
+def patched(data, offset, fmt, value):
+    return data[:offset] + struct.pack(fmt, value) + data[offset + struct.calcsize(fmt):]
+
 def mutants(data):
     """(name, bytes) of damaged version-3 files."""
     for field, offset in {"dim": 8, "hidden": 12, "layers": 16, "heads": 20, "kv heads": 24,
@@ -532,12 +545,12 @@ def mutants(data):
                           "bos": 48, "eos": 52}.items():
         for value in (-1, 0, 2, 3, 7, 1 << 20, (1 << 31) - 1, -(1 << 31)):
             if value != struct.unpack_from("<i", data, offset)[0]:
-                yield f"{field} {value}", data[:offset] + struct.pack("<i", value) + data[offset + 4:]
+                yield f"{field} {value}", patched(data, offset, "<i", value)
     for field, offset in {"tokenizer offset": 64, "tokenizer size": 72, "file size": 80}.items():
         for value in (0, 1, 255, 1 << 40, (1 << 64) - 1):
-            yield f"{field} {value}", data[:offset] + struct.pack("<Q", value) + data[offset + 8:]
+            yield f"{field} {value}", patched(data, offset, "<Q", value)
     for offset, value in ((56, float("nan")), (56, 0.0), (60, float("inf")), (60, -1.0)):
-        yield f"float {offset} {value}", data[:offset] + struct.pack("<f", value) + data[offset + 4:]
+        yield f"float {offset} {value}", patched(data, offset, "<f", value)
     for n in (0, 3, 4, 27, 100, 255, 256, len(data) // 2, len(data) - 1):
         yield f"first {n} bytes", data[:n]
     yield "longer", data + b"x"
@@ -565,9 +578,9 @@ def test_damaged_old_files(program, build):
         bad = [data[:-1], data + b"\0" * 4, data[:40]]
         for i in range(7):
             for value in (0, -5, 1 << 30, -(1 << 31)):
-                bad.append(data[:offset + 4 * i] + struct.pack("<i", value) + data[offset + 4 * i + 4:])
+                bad.append(patched(data, offset + 4 * i, "<i", value))
         if version == 2:
-            bad += [data[:37] + struct.pack("<i", g) + data[41:] for g in (0, -1, 7, 1 << 30)]
+            bad += [patched(data, 37, "<i", g) for g in (0, -1, 7, 1 << 30)]
         for mutant in bad:
             (build / "old_bad.bin").write_bytes(mutant)
             done = call(program, build / "old_bad.bin", "-n", 2, ok=1)
