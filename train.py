@@ -470,39 +470,39 @@ def differences(args, checkpoint):
 
 def starting_point(args, rank):
     """The checkpoint that the run starts from, or None; and whether it is this run, interrupted."""
-    folder = Path(args.out_dir)
+    base, mine = (Path(args.out_dir) / n for n in ("ckpt.pt", "ppo_ckpt.pt"))
+    mine = mine if args.ppo else base
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mine.exists():
+        state = newest(mine)  # torchrun --max-restarts has started this very run again
+        if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
+            return state, True
     if args.init_from not in ("scratch", "resume"):
         return {**load_checkpoint(args.init_from), "iter_num": 0}, False
     if not args.ppo and args.init_from == "resume":
-        return newest(folder / "ckpt.pt"), True
+        return newest(base), True
     if not args.ppo:
-        return fresh_or_restarted(folder / "ckpt.pt", rank)
-    if args.init_from == "resume" and (folder / "ppo_ckpt.pt").exists():
-        state = newest(folder / "ppo_ckpt.pt")
+        move_aside(base, rank)
+        return None, False
+    if args.init_from == "resume" and mine.exists():
+        state = newest(mine)
         unfinished = state["iter_num"] < last_iteration(args, state["ppo"]["first"])
-        if unfinished or args.eval_only or not (folder / "ppo_report.json").exists():
+        if unfinished or args.eval_only or not (mine.parent / "ppo_report.json").exists():
             changed = differences(args, state)
             if not changed:
                 return state, True
             if rank == 0:
-                print(f"the PPO run in {folder} had other flags ({changed}): a new one starts")
-    return newest(folder / "ckpt.pt"), False
+                print(f"the PPO run there had other flags ({changed}): a new one starts")
+    return newest(base), False
 
 
-def fresh_or_restarted(path, rank):
-    """A run from scratch: where torchrun --max-restarts has started it again it takes up its last
-    checkpoint, and one of another run is moved out of the way."""
-    there, again = path.exists(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if there and again:
-        state = newest(path)
-        if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
-            return state, True
+def move_aside(path, rank):
+    """Keeps the checkpoint of an earlier run, where a run from scratch would write its own."""
+    there = path.exists()
     if dist.is_initialized():
         dist.barrier()  # all have looked
     if there and rank == 0:
         os.replace(path, path.with_suffix(".replaced.pt"))
         print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")
-    return None, False
 
 
 def last_iteration(args, first):
