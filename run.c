@@ -908,7 +908,7 @@ INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
 
 INLINE vf halves(const uint16_t *p) { // LANES fp16 numbers as floats
 #if ISA_LEVEL == 0
-    vf v;
+    vf v = {0};
     for (int i = 0; i < LANES; i++) v[i] = from_half(p[i]);
     return v;
 #elif ISA_LEVEL == 1
@@ -1200,7 +1200,7 @@ INLINE void score(float *scores, const float *q, const void *keys, int n, int E,
 // scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum.
 static float softmax(float *scores, int n) {
     vf top = fill(-INFINITY), total = {0};
-    vi index;
+    vi index = {0};
     for (int i = 0; i < LANES; i++) index[i] = i;
     for (int t = 0; t < n; t += LANES) { // what is beyond n in the last tile must not count
         vf v = pick(index < n - t, load(scores + t), fill(-INFINITY));
