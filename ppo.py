@@ -149,8 +149,9 @@ def load_reward(spec, target_len, decode):
 # the pieces, each a function of flat tensors
 
 
-class AdaptiveKLController:
-    """β that follows the KL of the rollouts (Ziegler et al., 2019, section 2.2)."""
+class KLController:
+    """β that follows the KL of rollouts (Ziegler et al., 2019, section 2.2); an infinite horizon
+    keeps it as it is."""
 
     def __init__(self, value, target, horizon):
         self.value, self.target, self.horizon = value, target, horizon
@@ -158,14 +159,6 @@ class AdaptiveKLController:
     def update(self, kl, rollouts):
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * rollouts / self.horizon
-
-
-class FixedKLController:
-    def __init__(self, value):
-        self.value = value
-
-    def update(self, kl, rollouts):
-        pass
 
 
 def kl_estimate(logprob, ref_logprob, kind):
@@ -358,9 +351,8 @@ class PPOTrainer:
         # How far two computations of a log-probability may be apart.
         self.tolerance = 0.3 if self.half else 5e-3
         self.iteration = 0
-        self.kl_ctl = FixedKLController(c.init_kl_coef)
-        if c.adap_kl_ctrl:
-            self.kl_ctl = AdaptiveKLController(c.init_kl_coef, c.target, c.horizon)
+        horizon = c.horizon if c.adap_kl_ctrl else math.inf
+        self.kl_ctl = KLController(c.init_kl_coef, c.target, horizon)
         self.uses_values = c.advantage == "gae"
         # A sampled penalty in the rewards already has the present token's share of the gradient.
         self.kl_in_reward = c.kl_in != "loss"
@@ -684,19 +676,16 @@ class PPOTrainer:
         """Means over the rollouts of all ranks, under the names that users of the original know."""
         counts = data["counts"].double()
         lengths = torch.tensor([float(len(q)) for q in data["queries"]]).double() + counts
-        rollout = mean_and_variance
-        reward, _ = rollout(raw)
-        length, length_variance = rollout(lengths)
-        done, _ = rollout(ended)
-        tokens, _ = rollout(counts)
-        kind = "full kl k3".split()  # the unbiased ones; instead of the others, the plain estimate
-        ref, ref_variance = rollout(data["ref"])
-        sampled = data["old"] - data["ref"]
-        kl = tokens * rollout(data["kl"] if self.config.kl_penalty in kind else sampled)[0]
-        penalty = tokens * rollout(data["kl"])[0]
-        returns, returns_variance = rollout(data["returns"])
-        value, value_variance = rollout(data["values"])
-        residual = rollout(data["returns"] - data["values"])[1]
+        (reward, _), (done, _), (tokens, _) = map(mean_and_variance, (raw, ended, counts))
+        length, length_variance = mean_and_variance(lengths)
+        ref, _ = mean_and_variance(data["ref"])
+        penalty = tokens * mean_and_variance(data["kl"])[0]
+        kl = penalty
+        if self.config.kl_penalty in ("abs", "mse"):  # biased: the plain estimate instead
+            kl = tokens * mean_and_variance(data["old"] - data["ref"])[0]
+        returns, returns_variance = mean_and_variance(data["returns"])
+        value, value_variance = mean_and_variance(data["values"])
+        residual = mean_and_variance(data["returns"] - data["values"])[1]
         return {
             "ppo/reward": reward,
             "ppo/kl_ref": kl,
@@ -708,7 +697,7 @@ class PPOTrainer:
             "ppo/ended": done,
             "ppo/truncated": 1 - done,
             "ppo/ref_loss": -ref,
-            "ppo/policy/advantages_mean": rollout(data["advantages"])[0],
+            "ppo/policy/advantages_mean": mean_and_variance(data["advantages"])[0],
             "ppo/returns/mean": returns,
             "ppo/returns/var": returns_variance,
             "ppo/val/mean": value,

@@ -176,9 +176,12 @@ def test_group_advantages():
 def test_adaptive_kl_controller():
     """Ziegler et al., 2019: the error is clipped to ±0.2, β moves by a share of n / horizon."""
     for kl, error in [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (0.0, -0.2)]:
-        controller = ppo.AdaptiveKLController(0.2, target=6.0, horizon=10000.0)
+        controller = ppo.KLController(0.2, target=6.0, horizon=10000.0)
         controller.update(kl, 400)
         assert controller.value == pytest.approx(0.2 * (1 + error * 400 / 10000))
+        fixed = ppo.KLController(0.2, target=6.0, horizon=math.inf)
+        fixed.update(kl, 400)
+        assert fixed.value == 0.2
 
 
 def test_rewards_of_length_and_of_a_file(tmp_path):
