@@ -165,15 +165,15 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--value_learning_rate", type=float, default=1e-3)
     parser.add_argument("--evaluate", type=int, default=1024, help="held-out rollouts")
+    parser.add_argument("--prompts", type=int, default=64, help="held out, for the frontier")
+    parser.add_argument("--samples", type=int, default=256, help="of the reference for each")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="3 betas, 10 iterations")
+    parser.add_argument("--quick", action="store_true", help="2 betas, 10 iterations")
     a = parser.parse_args()
-    prompts, samples = 64, 256
     if a.quick:
-        a.betas, a.iters, a.evaluate, prompts = "0.2,0.05", 10, 256, 16
-    a.data = str(Path(a.data))
+        a.betas, a.iters, a.evaluate, a.prompts = "0.2,0.05", 10, 256, 16
     lab, rows = Lab(a), []
-    scores = lab.reference_scores(prompts, samples)
+    scores = lab.reference_scores(a.prompts, a.samples)
     for beta in torch.logspace(1, -2, 60).tolist():
         reward, kl = tilted(scores, beta)
         rows.append(dict(kind="frontier", beta=round(beta, 4), reward=reward, kl=kl))
