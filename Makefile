@@ -4,9 +4,14 @@
 PY = .venv/bin/python
 CC = cc
 DEMO = out/demo
+ITERS = 1500
+PPO_ITERS = 30
 # The model of llama2.c's stories260K. A context of 512 holds the longest story that PPO asks for.
 MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 \
         --multiple_of=4 --max_seq_len=512
+# 200 rollouts an iteration, each used once; a short horizon (lam) for a critic that is still young.
+PPO = --batch_size=50 --rollouts=200 --ppo_epochs=1 --lam=0.7 --lam_value=0.95 --beta2=0.99 \
+      --learning_rate=3e-4 --value_learning_rate=1e-3 --weight_decay=0 --averaging=0.95
 RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 
 .PHONY: demo test bench run clean
@@ -35,14 +40,15 @@ data/tok512/complete: | data/tok512.model
 	touch $@
 
 $(DEMO)/pretrained: | data/tok512/complete
-	$(PY) train.py --out_dir=$(DEMO) $(MODEL) --batch_size=8 --max_iters=1500 --optimizer=muon \
-		--learning_rate=1e-2 --warmup_iters=50 --eval_interval=500 --eval_iters=25 \
+	$(PY) train.py --out_dir=$(DEMO) $(MODEL) --batch_size=8 --max_iters=$(ITERS) --optimizer=muon \
+		--learning_rate=1e-2 --schedule=linear --warmup_iters=50 --eval_interval=500 --eval_iters=25 \
 		--log_interval=100 --device=cpu $(RESUME)
 	$(PY) sample.py --checkpoint=$(DEMO)/ckpt.pt --temperature=0.8 --device=cpu
 	touch $@
 
 $(DEMO)/aligned: | $(DEMO)/pretrained
-	$(PY) train.py --out_dir=$(DEMO) --ppo --init_from=resume --device=cpu $(PPO)
+	$(PY) train.py --out_dir=$(DEMO) --ppo --init_from=resume --device=cpu \
+		--ppo_iters=$(PPO_ITERS) $(PPO)
 	touch $@
 
 $(DEMO)/model.bin: $(DEMO)/aligned
