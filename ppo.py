@@ -56,14 +56,14 @@ class PPOConfig:
     advantage: str = "gae"  # gae | rloo | grpo | reinforce
     group_size: int = 1  # responses a prompt; rloo and grpo compare within the group
     gamma: float = 1.0  # discount a token
-    lam: float = 0.95  # of the policy's advantages
+    lam: float = 0.7  # of the policy's advantages: short, against the noise of late rewards
     lam_value: float = 0.95  # of the critic's targets; 1: plain returns
     whiten_rewards: bool = False  # scale a token's rewards to variance 1
     whiten_advantages: bool = True  # scale and shift advantages to variance 1 and mean 0
     reward_clip: float = 0.0  # scores are clipped to ±this; 0: not
     reward_scale: bool = False  # divide scores by their standard deviation in the batch
     # the update
-    ppo_epochs: int = 4  # passes over the rollouts
+    ppo_epochs: int = 1  # passes over the rollouts
     mini_batch_size: int = 50  # rollouts a forward pass
     gradient_accumulation_steps: int = 1  # forward passes an optimizer step
     cliprange: float = 0.2  # how far the ratio may leave 1 and still be rewarded for it

@@ -25,8 +25,8 @@ from tinystories import Prompts  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", default="stories260K/ckpt.pt")
-    parser.add_argument("--data", default="data/tok512")
+    parser.add_argument("--checkpoint", default="out/demo/ckpt.pt")
+    parser.add_argument("--data", default="data")
     parser.add_argument("--rollouts", type=int, default=400)
     parser.add_argument("--ppo_epochs", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=2, help="timed ones")
