@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 import ppo
 from export import write_v3
-from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
-from model import checkpoint_args, load_checkpoint, model_from_checkpoint, native_attention
-from model import save_checkpoint
+from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, add_lora, generate
+from model import checkpoint_args, load_checkpoint, merged_state, model_from_checkpoint
+from model import native_attention, save_checkpoint
 from sample import choose_device
 from tinystories import Prompts, Windows
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
@@ -141,6 +141,9 @@ def flags(argv=None):
     add("start_len", 30, "prompts: BOS and the first 0 to start_len - 1 tokens of a story")
     add("value_learning_rate", 0.0, "the critic's learning rate; 0: as the policy's")
     add("ppo_warmup_steps", 10, "optimizer steps of linear warm-up")
+    add("lora_rank", 0, "train adapters of this rank (LoRA) instead of the weights; 0: all weights")
+    add("lora_alpha", 16.0, "their scale is lora_alpha / lora_rank")
+    add("lora_layers", "q,v", "matrices that get one, of q,k,v,o,gate,down,up")
     add("ppo_debug", False, "print every statistic of every iteration")
     add("roof_prompts", 16, "prompts from which the roof J* is estimated")
     add("roof_samples", 64, "reference samples for each of them")
@@ -721,6 +724,13 @@ class Alignment:
         shared = config.value_model == "shared"
         self.model = build(start, TransformerWithValueHead if shared else Transformer)
         reference = build(start, Transformer).requires_grad_(False)
+        if args.lora_rank:
+            add_lora(self.model, args.lora_rank, args.lora_alpha, 0.0, args.lora_layers)
+            if shared:
+                self.model.value_head.requires_grad_(True)
+            frozen = dict(self.model.named_parameters())
+            for name, p in reference.named_parameters():
+                p.data = frozen[name].data  # the reference is the model without its adapters
         self.optimizers = [self.adam(self.model, args.learning_rate)]
         critic = None
         if config.advantage == "gae" and not shared:
@@ -815,14 +825,25 @@ class Alignment:
             "length_std": float(lengths.std()),
             "ended": float(ended.float().mean()),
             "ref_loss": loss / sum(map(len, responses)),
+            "val_loss": self.text_loss(model),
             "lengths": lengths.int().tolist(),
             "story": self.decode(prompts[0] + responses[0]) if self.tokenizer else "",
         }
 
+    def text_loss(self, model):
+        """The loss on 64 fixed windows of validation text, nats a token: does PPO forget?"""
+        a = model.args
+        windows = Windows(self.args.data, "val", a.max_seq_len, a.vocab_size)
+        losses = [
+            (float(model(x.to(self.args.device), y.to(self.args.device))), len(x))
+            for x, y in windows.fixed(64, 16)
+        ]
+        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
     def report(self):
         """Measures reference and result on the same prompts and random numbers, and prints."""
-        result = deepcopy(self.model)
-        result.load_state_dict(self.result())
+        result = deepcopy(self.trainer.reference)
+        result.load_state_dict(self.result(), strict=False)  # a shared value head stays behind
         found = {
             "beta": self.trainer.config.init_kl_coef,
             "roof": self.roof,
@@ -896,8 +917,12 @@ class Alignment:
         return f"{self.decode(query)} >>> {self.decode(query + response)} (score {score})"
 
     def result(self):
-        """The weights to keep: the average of the policy's where one is made."""
-        return self.trainer.average or self.model.state_dict()
+        """The weights to keep: the average of the policy's where one is made, adapters merged."""
+        if not self.args.lora_rank:
+            return self.trainer.average or self.model.state_dict()
+        kept = deepcopy(self.model)
+        kept.load_state_dict(self.trainer.average or self.model.state_dict())
+        return merged_state(kept)
 
     def state(self):
         return {
@@ -931,6 +956,7 @@ def print_report(found):
         ("KL to the reference, nats", "kl", "8.2f"), ("mean length, tokens", "length_mean", "8.1f"),
         ("its standard deviation", "length_std", "8.1f"), ("ended by themselves", "ended", "8.0%"),
         ("reference's loss on the samples", "ref_loss", "8.3f"),
+        ("loss on validation text", "val_loss", "8.3f"),
     ]  # fmt: skip
     for title, key, form in rows:
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
@@ -939,7 +965,8 @@ def print_report(found):
     closed = (after["objective"] - before["objective"]) / gap if gap > 0 else float("nan")
     print(f"  roof J*: {roof:.3f} ±{error:.3f} (none does better); {closed:.0%} of the gap closed")
     print("\n  tokens     before" + " " * 26 + "after")
-    for low in range(0, max(before["lengths"] + after["lengths"]) + 1, 20):
+    every = before["lengths"] + after["lengths"]
+    for low in range(min(every) // 20 * 20, max(every) + 1, 20):
         bars = []
         for x in (before, after):
             share = sum(low <= length < low + 20 for length in x["lengths"]) / n

@@ -348,9 +348,25 @@ def test_signals_save_and_resume_to_the_bit(data, tmp_path, capsys, number, stat
         assert_same_run(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("averaging", [0.5, 0])
-def test_ppo_resumes_to_the_bit(data, tmp_path, averaging):
-    flags = PPO | dict(averaging=averaging)
+def test_ppo_with_lora_changes_the_named_matrices_by_its_rank(data, tmp_path):
+    """What differs from the start are wq and wv alone, by a matrix of rank 2; the KL is 0 at first."""
+    train.main(command(data, tmp_path))
+    flags = PPO | dict(averaging=0, ptx_coef=0, lora_rank=2, weight_decay=0)
+    train.main(command(data, tmp_path, init_from="resume", **flags))
+    before, after = (load_checkpoint(tmp_path / f"{n}ckpt.pt")["model"] for n in ("", "ppo_"))
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.endswith(("wq.weight", "wv.weight")):
+            sizes = torch.linalg.svdvals((after[name] - before[name]).double())
+            assert sizes[1] > 1e-6 and sizes[2] < 1e-3 * sizes[1], (name, sizes)
+        else:
+            assert torch.equal(before[name], after[name]), name
+    assert read_log(tmp_path, "ppo_")[0]["ppo/kl_ref"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("changed", [dict(), dict(averaging=0), dict(lora_rank=2, ptx_coef=0)])
+def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
+    flags = PPO | changed
     for name in ("whole", "stopped"):
         train.main(command(data, tmp_path / name))
     train.main(command(data, tmp_path / "whole", init_from="resume", **flags))
