@@ -9,9 +9,9 @@ PPO_ITERS = 30
 # The model of llama2.c's stories260K. A context of 512 holds the longest story that PPO asks for.
 MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 \
         --multiple_of=4 --max_seq_len=512
-# 200 rollouts an iteration, each used once; a short horizon (lam) for a critic that is still young.
-PPO = --batch_size=50 --rollouts=200 --ppo_epochs=1 --lam=0.7 --lam_value=0.95 --beta2=0.99 \
-      --learning_rate=3e-4 --value_learning_rate=1e-3 --weight_decay=0 --averaging=0.95
+# 200 rollouts an iteration, each used once.
+PPO = --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3 \
+      --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=10
 RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 
 .PHONY: demo test bench run clean

@@ -94,6 +94,11 @@ class PPOConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
+        for name in ("ppo_epochs", "group_size", "max_gen_len", "mini_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.whiten_rewards and self.kl_in != "reward":
+            raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
         if self.temperature <= 0:
@@ -137,10 +142,16 @@ def load_reward(spec, target_len, decode):
     if not callable(function):
         raise ValueError(f"--reward={spec}: {path} has no function {name}")
 
+    def plain(x):  # what a reward model returns: tensors and arrays
+        return x.tolist() if hasattr(x, "tolist") else x
+
     def reward(prompts, responses, ended):
         if not getattr(function, "tokens", False):
             prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
-        return function(prompts, responses)
+        scores = [plain(x) for x in plain(function(prompts, responses))]
+        if len(scores) != len(prompts):
+            raise ValueError(f"{spec} gave {len(scores)} scores for {len(prompts)} responses")
+        return scores
 
     return reward
 
@@ -229,7 +240,8 @@ def group_advantages(scores, group_size, kind):
 
 def all_sum(*values):
     """Sums of tensors over all processes."""
-    packed = torch.stack([torch.as_tensor(v, dtype=torch.float64).sum().cpu() for v in values])
+    # On the CPU first: MPS has no float64.
+    packed = torch.stack([torch.as_tensor(v).detach().cpu().double().sum() for v in values])
     if dist.is_initialized():
         where = "cuda" if dist.get_backend() == "nccl" else "cpu"
         packed = packed.to(where)
@@ -237,10 +249,19 @@ def all_sum(*values):
     return packed.tolist()
 
 
+def all_max(value):
+    """The largest of a number on all processes."""
+    worst = torch.tensor(float(value))
+    if dist.is_initialized():
+        worst = worst.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
+
+
 def mean_and_variance(x):
     """Of a tensor's numbers on all processes."""
     n, total = all_sum(torch.tensor(x.numel()), x)
-    return total / n, all_sum((x.double() - total / n).square())[0] / n
+    return total / n, all_sum((x.cpu().double() - total / n).square())[0] / n
 
 
 def whiten(x, shift_mean=True):
@@ -571,9 +592,9 @@ class PPOTrainer:
         starts = counts.cumsum(0) - counts
         n_tokens, n_rollouts = all_sum(counts[rollouts], torch.tensor(len(rollouts)))
         names = ["total"]
-        names += ["policy", "entropy", "clipfrac", "ratio", "approx_kl", "off", "ptx"] * policy
+        names += ["policy", "entropy", "clipfrac", "ratio", "approx_kl", "ptx"] * policy
         names += ["value", "value_clipfrac", "vpred", "error"] * self.uses_values
-        stats = dict.fromkeys(names, 0.0)
+        stats, off = dict.fromkeys(names, 0.0), 0.0
         for i in range(0, len(rollouts), c.mini_batch_size):
             part = rollouts[i : i + c.mini_batch_size]
             span = torch.cat([torch.arange(starts[j], starts[j] + counts[j]) for j in part])
@@ -584,9 +605,10 @@ class PPOTrainer:
             share = len(part) / n_rollouts
             loss, found = self.loss(data, part, span, weight.to(self.device), share, policy)
             loss.backward()
+            off = max(off, float(found.pop("off", 0.0)))
             for k, v in found.items():
                 stats[k] = stats[k] + v.detach()
-        return dict(zip(names, all_sum(*stats.values())))
+        return dict(zip(names, all_sum(*stats.values()))) | {"off": all_max(off)}
 
     def loss(self, data, part, span, weight, share, policy):
         """The loss of some rollouts (`part`, whose actions are `span`). `weight` (A,) is that of

@@ -57,7 +57,8 @@ MODEL_FLAGS = (
 FREE_FLAGS = (
     "out_dir", "eval_interval", "eval_iters", "log_interval", "eval_only", "init_from", "device",
     "always_save_checkpoint", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
-    "tokenizer", "compile", "fsdp", "max_iters", "ppo_debug", "report_rollouts", *MODEL_FLAGS,
+    "tokenizer", "compile", "fsdp", "max_iters", "ppo_iters", "ppo_debug", "report_rollouts",
+    *MODEL_FLAGS,
 )  # fmt: skip
 MAX_BAD_STEPS = 20  # in a row, before a run ends; float16 may need a few to find its loss scale
 
@@ -165,12 +166,17 @@ def setup(args):
     if args.vocab_source == "llama2" and args.vocab_size != 32000:
         raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
     for name in ("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
-                 "gradient_accumulation_steps"):  # fmt: skip
+                 "gradient_accumulation_steps", "roof_prompts", "roof_samples", "report_rollouts",
+                 "start_len"):  # fmt: skip
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     args.device = choose_device(args.device)
     kind = args.device.partition(":")[0]
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
+    if args.ppo and args.dtype == "float16":
+        raise ValueError("PPO's losses vanish in float16: use --dtype=bfloat16 or float32")
+    if args.lora_rank < 0:
+        raise ValueError(f"--lora_rank must not be negative, not {args.lora_rank}")
     args.compile = kind == "cuda" if args.compile is None else args.compile
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if args.fsdp and (world == 1 or args.ppo or args.dtype == "float16"):
@@ -479,27 +485,31 @@ def starting_point(args, rank):
         state = newest(mine)  # torchrun --max-restarts has started this very run again
         if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
             return state, True
+    if args.ppo and args.eval_only:
+        return newest(mine), True
     if args.init_from not in ("scratch", "resume"):
-        return {**load_checkpoint(args.init_from), "iter_num": 0}, False
-    if not args.ppo and args.init_from == "resume":
-        return newest(base), True
-    if not args.ppo:
-        move_aside(base, rank)
-        return None, False
-    if args.init_from == "resume" and mine.exists():
-        state = newest(mine)
-        unfinished = state["iter_num"] < last_iteration(args, state["ppo"]["first"])
-        if unfinished or args.eval_only or not (mine.parent / "ppo_report.json").exists():
+        state = {**load_checkpoint(args.init_from), "iter_num": 0, "best_val_loss": 1e9}
+        state.pop("ppo", None)  # its weights alone
+    elif not args.ppo:
+        if args.init_from == "resume":
+            return newest(base), True
+        state = None
+    else:
+        if args.init_from == "resume" and mine.exists():
+            state = newest(mine)
             changed = differences(args, state)
             if not changed:
                 return state, True
             if rank == 0:
                 print(f"the PPO run there had other flags ({changed}): a new one starts")
-    return newest(base), False
+        state = newest(base)
+    if not args.eval_only:
+        move_aside(mine, rank)
+    return state, False
 
 
 def move_aside(path, rank):
-    """Keeps the checkpoint of an earlier run, where a run from scratch would write its own."""
+    """Keeps the checkpoint of an earlier run, where a new run would write its own."""
     there = path.exists()
     if dist.is_initialized():
         dist.barrier()  # all have looked
@@ -742,9 +752,12 @@ class Alignment:
         vocab = self.model.args.vocab_size
         self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed)
         self.held_out = Prompts(args.data, "val", args.start_len, vocab, args.seed)
-        self.ptx_windows = Windows(
-            args.data, "train", self.model.args.max_seq_len, vocab, args.seed + 1
-        )
+        seq_len = self.model.args.max_seq_len
+        self.text = Windows(args.data, "val", min(seq_len, 256), vocab, args.seed)
+        if config.ptx_coef:
+            if world > 1:
+                raise ValueError("--ptx_coef works with one process only")
+            self.ptx_windows = Windows(args.data, "train", seq_len, vocab, args.seed + 1)
         self.trainer = ppo.PPOTrainer(
             config, self.model, reference, critic, self.optimizers[0],
             self.optimizers[1] if critic else None, context, self.ptx_batch,
@@ -755,8 +768,8 @@ class Alignment:
 
     def ptx_batch(self):
         n = max(self.args.batch_size // 8, 1)
-        batch = self.ptx_windows.batch(self.ptx_position + self.rank * n, n)
-        self.ptx_position += self.world * n
+        batch = self.ptx_windows.batch(self.ptx_position, n)
+        self.ptx_position += n
         return (x.to(self.args.device) for x in batch)
 
     def adam(self, model, rate):
@@ -818,7 +831,6 @@ class Alignment:
         lengths = torch.tensor([len(q) + len(r) for q, r in zip(prompts, responses)]).float()
         return {
             "objective": float(scores.mean()) - t.config.init_kl_coef * kl,
-            "objective_error": float(scores.std()) / math.sqrt(n),
             "reward": float(scores.mean()),
             "kl": kl,
             "length_mean": float(lengths.mean()),
@@ -832,11 +844,9 @@ class Alignment:
 
     def text_loss(self, model):
         """The loss on 64 fixed windows of validation text, nats a token: does PPO forget?"""
-        a = model.args
-        windows = Windows(self.args.data, "val", a.max_seq_len, a.vocab_size)
         losses = [
             (float(model(x.to(self.args.device), y.to(self.args.device))), len(x))
-            for x, y in windows.fixed(64, 16)
+            for x, y in self.text.fixed(64, 16)
         ]
         return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
@@ -857,9 +867,12 @@ class Alignment:
     def estimate_roof(self):
         """J* and its standard error, from scores of reference samples that are kept in out_dir."""
         a, c = self.args, self.trainer.config
-        weights = float(sum(p.double().abs().sum() for p in self.trainer.reference.parameters()))
+        reference = self.trainer.reference.parameters()
+        weights = float(sum(p.cpu().double().abs().sum() for p in reference))
         key = [a.reward, a.target_len, a.start_len, a.roof_prompts, a.roof_samples, a.seed, a.data]
         key += [c.max_gen_len, c.temperature, weights]
+        if ":" in a.reward:  # FILE.py:FUNCTION: the file may change under its name
+            key.append(hashlib.sha256(Path(a.reward.rpartition(":")[0]).read_bytes()).hexdigest())
         path = Path(a.out_dir) / "roof.json"
         try:
             kept = json.loads(path.read_text())
@@ -901,8 +914,8 @@ class Alignment:
             f"{iteration:6d} | J {s['ppo/objective']:.3f} of {self.roof[0]:.3f} | "
             f"reward {s['ppo/reward']:.3f} | KL {s['ppo/kl_ref']:.2f} | "
             f"length {s['ppo/length/mean']:3.0f} ±{s['ppo/length/std']:3.0f} | "
-            f"ended {s['ppo/ended']:4.0%} | entropy {s['ppo/policy/entropy']:.2f} | "
-            f"clip {s['ppo/policy/clipfrac']:5.1%} | EV {s['ppo/val/explained_variance']:5.2f} | "
+            f"ended {s['ppo/ended']:4.0%} | entropy {s.get('ppo/policy/entropy', math.nan):.2f} | "
+            f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | EV {s['ppo/val/explained_variance']:5.2f} | "
             f"norm {s['grad_norm']:.2f} | {s['time/ppo/rollout']:.1f} + {s['time/ppo/total']:.1f} s"
         )
 
@@ -963,7 +976,7 @@ def print_report(found):
     roof, error = found["roof"]
     gap = roof - before["objective"]
     closed = (after["objective"] - before["objective"]) / gap if gap > 0 else float("nan")
-    print(f"  roof J*: {roof:.3f} ±{error:.3f} (none does better); {closed:.0%} of the gap closed")
+    print(f"  roof J*: {roof:.3f} ±{error:.3f} (from samples of the reference); {closed:.0%} of the gap closed")
     print("\n  tokens     before" + " " * 26 + "after")
     every = before["lengths"] + after["lengths"]
     for low in range(min(every) // 20 * 20, max(every) + 1, 20):
@@ -1035,7 +1048,7 @@ def start(args, rank, world):
     if args.ppo:
         roof, error = stage.estimate_roof()
         if rank == 0:
-            print(f"roof J* = {roof:.3f} ±{error:.3f}, which no policy can exceed at this beta")
+            print(f"roof J* = {roof:.3f} ±{error:.3f}, the highest J there is, from reference samples")
     return stage, iter_num, best_val_loss, resumed
 
 

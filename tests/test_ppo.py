@@ -468,6 +468,9 @@ stats = iterate(trainer, 3)
 stats = {{k: v for k, v in stats.items() if not k.startswith("time")}}
 if sys.argv[1] == "0":
     torch.save((weights(trainer.policy), stats), sys.argv[4])
+if dist.is_initialized():  # gloo's threads must not outlive the interpreter
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 

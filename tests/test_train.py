@@ -364,6 +364,45 @@ def test_ppo_with_lora_changes_the_named_matrices_by_its_rank(data, tmp_path):
     assert read_log(tmp_path, "ppo_")[0]["ppo/kl_ref"] == pytest.approx(0, abs=1e-6)
 
 
+def test_ppo_from_an_aligned_checkpoint_starts_at_its_weights(data, tmp_path):
+    train.main(command(data, tmp_path / "one"))
+    train.main(command(data, tmp_path / "one", init_from="resume", **PPO))
+    aligned = tmp_path / "one" / "ppo_ckpt.pt"
+    train.main(command(data, tmp_path / "two", init_from=aligned, **PPO))
+    first, second = (load_checkpoint(tmp_path / n / "ppo_ckpt.pt") for n in ("one", "two"))
+    assert equal(second["ppo"]["reference"], first["model"]) == []
+
+
+def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
+    train.main(command(data, tmp_path))
+    train.main(command(data, tmp_path, init_from="resume", **PPO))
+    first = (tmp_path / "ppo_ckpt.pt").read_bytes()
+    train.main(command(data, tmp_path, init_from="resume", **PPO))  # the same: nothing is redone
+    assert (tmp_path / "ppo_ckpt.pt").read_bytes() == first
+    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=6)))
+    assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 12 + 6
+    longer = (tmp_path / "ppo_ckpt.pt").read_bytes()
+    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(target_len=5)))
+    assert "target_len was 10, is 5" in capsys.readouterr().out
+    assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
+
+
+def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
+    """The critic alone learns in the first iteration, and a reward may return a tensor."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("import torch\ndef f(p, r):\n    return torch.tensor([float(len(x)) for x in r])\n"
+                      "f.tokens = True\ndef short(p, r):\n    return [0.0]\nshort.tokens = True\n")
+    train.main(command(data, tmp_path))
+    flags = PPO | dict(critic_warmup=2, averaging=0, ptx_coef=0, ppo_iters=1, init_from="resume")
+    train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
+    states = [load_checkpoint(tmp_path / f"{n}ckpt.pt")["model"] for n in ("", "ppo_")]
+    assert equal(*states) == []
+    record = read_log(tmp_path, "ppo_")[0]
+    assert record["ppo/reward"] > 0 and "ppo/loss/policy" not in record
+    with pytest.raises(ValueError, match="gave 1 scores for 8 responses"):
+        train.main(command(data, tmp_path, reward=f"{reward}:short", **flags))
+
+
 @pytest.mark.parametrize("changed", [dict(), dict(averaging=0), dict(lora_rank=2, ptx_coef=0)])
 def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
     flags = PPO | changed
