@@ -22,6 +22,7 @@ rollout after the other. Letters as in model.py: B rollouts, N packed tokens, V 
 import importlib.util
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -369,6 +370,9 @@ class PPOTrainer:
         self.device = policy.output.weight.device
         with context():
             self.half = torch.is_autocast_enabled(self.device.type)
+            float16 = self.half and torch.get_autocast_dtype(self.device.type) is torch.float16
+        # In float16 the gradients of so small losses vanish: the update itself is in float32.
+        self.update_context = nullcontext if float16 else context
         # How far two computations of a log-probability may be apart.
         self.tolerance = 0.3 if self.half else 5e-3
         self.iteration = 0
@@ -624,7 +628,7 @@ class PPOTrainer:
 
         hidden, total = None, torch.zeros((), device=self.device)
         if policy:
-            with self.context():
+            with self.update_context():
                 hidden = self.policy.hidden(p.tokens, p.lengths)[p.action]
                 logp = self.log_softmax(self.policy.output(hidden))  # (A, V)
             logprobs, old = logp.gather(1, p.target[:, None]).squeeze(1), data["old"][span]
@@ -643,11 +647,11 @@ class PPOTrainer:
             stats |= dict(ratio=mean(moved.exp()), approx_kl=mean(kl_estimate(-moved, 0, "k3")))
             stats["off"] = moved.abs().max()
             if c.ptx_coef and self.ptx is not None:
-                with self.context():
+                with self.update_context():
                     stats["ptx"] = share * self.policy(*self.ptx())
                 total = total + c.ptx_coef * stats["ptx"]
         if self.uses_values:
-            with self.context():
+            with self.update_context():
                 values = self.policy.values(hidden) if self.critic is None else self.values(p)
             returns = data["returns"][span]
             losses, clipped = value_loss(values, data["values"][span], returns, c.cliprange_value)

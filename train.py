@@ -173,8 +173,6 @@ def setup(args):
     args.device = choose_device(args.device)
     kind = args.device.partition(":")[0]
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
-    if args.ppo and args.dtype == "float16":
-        raise ValueError("PPO's losses vanish in float16: use --dtype=bfloat16 or float32")
     if args.lora_rank < 0:
         raise ValueError(f"--lora_rank must not be negative, not {args.lora_rank}")
     args.compile = kind == "cuda" if args.compile is None else args.compile

@@ -387,6 +387,20 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_ppo_in_half_precision(data, tmp_path, dtype):
+    """The first update sees a KL of 0 and nearly float32's entropy; the next ones stay finite."""
+    train.main(command(data, tmp_path))
+    flags = PPO | dict(averaging=0, ptx_coef=0, init_from="resume", report_rollouts=64)
+    train.main(command(data, tmp_path, dtype=dtype, **flags))
+    half = read_log(tmp_path, "ppo_")
+    train.main(command(data, tmp_path, **flags))
+    full = read_log(tmp_path, "ppo_")
+    assert len(half) == len(full) == 4 and half[0]["ppo/kl_ref"] == pytest.approx(0, abs=1e-3)
+    assert half[0]["ppo/policy/entropy"] == pytest.approx(full[0]["ppo/policy/entropy"], rel=0.05)
+    assert all(math.isfinite(v) for record in half for v in record.values())
+
+
 def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     """The critic alone learns in the first iteration, and a reward may return a tensor."""
     reward = tmp_path / "reward.py"
