@@ -61,7 +61,7 @@ run: run.c
 test: .venv/installed run
 	$(PY) -m pytest -q tests
 
-bench: .venv/installed run
+bench: $(DEMO)/pretrained run
 	for b in tests/bench_*.py; do $(PY) $$b || exit 1; done
 
 clean:

@@ -913,7 +913,8 @@ class Alignment:
             f"reward {s['ppo/reward']:.3f} | KL {s['ppo/kl_ref']:.2f} | "
             f"length {s['ppo/length/mean']:3.0f} ±{s['ppo/length/std']:3.0f} | "
             f"ended {s['ppo/ended']:4.0%} | entropy {s.get('ppo/policy/entropy', math.nan):.2f} | "
-            f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | EV {s['ppo/val/explained_variance']:5.2f} | "
+            f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | "
+            f"EV {s['ppo/val/explained_variance']:5.2f} | "
             f"norm {s['grad_norm']:.2f} | {s['time/ppo/rollout']:.1f} + {s['time/ppo/total']:.1f} s"
         )
 
@@ -974,7 +975,7 @@ def print_report(found):
     roof, error = found["roof"]
     gap = roof - before["objective"]
     closed = (after["objective"] - before["objective"]) / gap if gap > 0 else float("nan")
-    print(f"  roof J*: {roof:.3f} ±{error:.3f} (from samples of the reference); {closed:.0%} of the gap closed")
+    print(f"  roof J*: {roof:.3f} ±{error:.3f} (from reference samples); {closed:.0%} of the gap closed")
     print("\n  tokens     before" + " " * 26 + "after")
     every = before["lengths"] + after["lengths"]
     for low in range(min(every) // 20 * 20, max(every) + 1, 20):
