@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from model import BOS_ID, EOS_ID, generate
 

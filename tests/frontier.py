@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402
 from model import (  # noqa: E402
-    Transformer,
     TransformerWithValueHead,
     load_checkpoint,
     model_from_checkpoint,

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
-from model import ModelArgs, Transformer, checkpoint_args, save_checkpoint
+from model import ModelArgs, Transformer, checkpoint_args
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import train
-from model import load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from tokenizer import run_main
 
 VOCAB = 48
