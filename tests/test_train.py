@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+import alignment
+import stages
 import train
 from model import load_checkpoint
 from tokenizer import run_main
@@ -174,14 +176,14 @@ def processes(n, argv, folder, hooks={}):
 
 def die_in_step(iteration, number=signal.SIGKILL):
     """A hook: the process gets a signal when it begins an iteration."""
-    step = train.Pretraining.step
+    step = stages.Pretraining.step
 
     def mortal(self, i):
         if i == iteration:
             os.kill(os.getpid(), number)
         return step(self, i)
 
-    train.Pretraining.step = mortal
+    stages.Pretraining.step = mortal
 
 
 def die_at_file_operation(n, folder):
@@ -236,7 +238,7 @@ def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
     train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150, eval_iters=100,
                        eval_interval=150, learning_rate=2e-2, weight_decay=0.0, warmup_iters=10,
                        **flags))  # fmt: skip
-    val = train.Windows(data, "val", 32, VOCAB)
+    val = stages.Windows(data, "val", 32, VOCAB)
     best = true_loss(*val.batch(0, len(val)))
     reached = [r["loss/val"] for r in read_log(tmp_path) if "loss/val" in r]
     assert reached[0] == pytest.approx(math.log(VOCAB), abs=0.05)  # knows nothing yet
@@ -267,24 +269,24 @@ def test_ppo_raises_the_objective(data, tmp_path):
 
 def test_schedule():
     args = train.flags(["--max_iters=110", "--warmup_iters=10"])
-    rates = [train.schedule(i, args) for i in range(111)]
+    rates = [stages.schedule(i, args) for i in range(111)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[110] == pytest.approx(0)
     assert rates[60] == pytest.approx(0.5)  # a cosine is at half its height half way
     assert rates[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     args.schedule = "linear"
-    assert train.schedule(35, args) == pytest.approx(0.75)
+    assert stages.schedule(35, args) == pytest.approx(0.75)
     args.decay_lr = False
-    assert train.schedule(0, args) == train.schedule(109, args) == 1
+    assert stages.schedule(0, args) == stages.schedule(109, args) == 1
 
 
 def test_weight_decay_is_of_matrices_only(data, tmp_path):
     """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no vector."""
     args = train.flags(command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02))
-    model = train.Transformer(train.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
+    model = stages.Transformer(stages.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    for o in train.make_optimizers(model, args):
+    for o in stages.make_optimizers(model, args):
         o.step()
     for name, p in model.named_parameters():
         factor = 1 if p.dim() == 1 else 1 - (0.02 if name.startswith("layers.") else 1e-2) * 0.1
@@ -295,7 +297,7 @@ def test_muon_is_that_of_pytorch():
     """To the bit, over several steps, and in the state that it keeps."""
     shapes = [(16, 16), (16, 16), (8, 16), (16, 8), (44, 16), (16, 44), (8, 16)]
     both = []
-    for kind in (torch.optim.Muon, train.Muon):
+    for kind in (torch.optim.Muon, stages.Muon):
         random = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
         optimizer = kind(params, lr=0.02, weight_decay=0.1)
@@ -322,8 +324,8 @@ def test_accumulated_steps_are_one_large_batch(data, tmp_path):
 
 def interrupted(data, folder, at, number, **flags):
     """Runs until a signal arrives in iteration `at`; returns the exit status."""
-    step = train.Pretraining.step if not flags.get("ppo") else train.Alignment.step
-    stage = train.Alignment if flags.get("ppo") else train.Pretraining
+    step = stages.Pretraining.step if not flags.get("ppo") else alignment.Alignment.step
+    stage = alignment.Alignment if flags.get("ppo") else stages.Pretraining
 
     def signalled(self, i):
         if i == at:
@@ -563,7 +565,7 @@ def test_folder_without_permission(data, tmp_path):
 
 def poison(monkeypatch, iterations, what):
     """In some iterations the loss, or the gradient alone, is not a number."""
-    step, forward, state = train.Pretraining.step, train.Transformer.forward, {"bad": False}
+    step, forward, state = stages.Pretraining.step, stages.Transformer.forward, {"bad": False}
 
     def watched(self, i):
         state["bad"] = i in iterations
@@ -575,8 +577,8 @@ def poison(monkeypatch, iterations, what):
             return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] - 1).abs().sqrt()
         return loss
 
-    monkeypatch.setattr(train.Pretraining, "step", watched)
-    monkeypatch.setattr(train.Transformer, "forward", poisoned)
+    monkeypatch.setattr(stages.Pretraining, "step", watched)
+    monkeypatch.setattr(stages.Transformer, "forward", poisoned)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -584,16 +586,16 @@ def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, what
     """weight[0] - 1 is 0 in the first iteration, where the root has no finite slope."""
     poison(monkeypatch, {0}, what)
     train.main(command(data, tmp_path, max_iters=1))
-    fresh = train.Transformer  # the weights are still those of the seed
+    fresh = stages.Transformer  # the weights are still those of the seed
     torch.manual_seed(1337)
-    same = fresh(train.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
+    same = fresh(stages.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
     assert equal(same, load_checkpoint(tmp_path / "ckpt.pt")["model"]) == []
     record = [r for r in read_log(tmp_path) if "bad_steps" in r][0]
     assert record["bad_steps"] == 1 and record["grad_norm"] is None
 
 
 def test_ends_after_many_bad_steps(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    monkeypatch.setattr(stages, "MAX_BAD_STEPS", 3)
     poison(monkeypatch, {1, 2, 5, 6, 7}, "loss")
     with pytest.raises(ValueError, match=r"iteration 7: .* 3 steps; .*ckpt.pt has iteration 4"):
         train.main(command(data, tmp_path))

@@ -1,0 +1,295 @@
+"""What one training iteration is: the stages that learn from text on disk.
+
+A stage owns its model, data and optimizers. The loop in train.py asks it for `step` (one optimizer
+step, returning statistics), `line` (them for a person), `evaluate`, `story`, and `state` and
+`resume` for checkpoints. The stage that learns from its own samples, PPO, is in alignment.py.
+"""
+
+import math
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+import ppo
+from model import BOS_ID, ModelArgs, Transformer, generate, model_from_checkpoint
+from model import native_attention
+from report import matmul_roof
+from tinystories import Windows
+
+MODEL_FLAGS = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len",
+)  # fmt: skip
+MAX_BAD_STEPS = 20  # in a row, before a run ends; float16 may need a few to find its loss scale
+
+# ----------------------------------------------------------------------------
+# optimizer and schedule
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon to the bit, four times as fast for small models: matrices of one shape go
+    through the Newton-Schulz iteration together. It brings each update U S V' near U V'."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # a tall matrix goes with the wide ones of its transposed shape
+            for p in group["params"]:
+                alike.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for params in alike.values():
+                updates = torch.stack([self.momentum(p, group) for p in params]).bfloat16()
+                updates /= updates.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
+                a, b, c = group["ns_coefficients"]
+                for _ in range(group["ns_steps"]):
+                    gram = updates @ updates.mT
+                    gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+                    updates = torch.baddbmm(updates, gram, updates, beta=a)
+                for p, update in zip(params, updates):
+                    rows, columns = p.shape
+                    scale = math.sqrt(max(1, rows / columns))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.T if rows > columns else update, alpha=-group["lr"] * scale)
+
+    def momentum(self, p, group):
+        """The update of one matrix before the iteration (Nesterov's momentum), made wide."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"])
+        return update.T if p.shape[0] > p.shape[1] else update
+
+
+def make_optimizers(model, args):
+    """AdamW, with weight decay on matrices only; with --optimizer=muon, Muon (Jordan et al., 2024)
+    takes the matrices inside the layers and AdamW the rest. Each parameter group remembers its
+    highest learning rate."""
+    muon = args.optimizer == "muon"
+    inner, outer, vectors = [], [], []
+    for name, p in model.named_parameters():
+        kind = vectors if p.dim() < 2 else inner if muon and name.startswith("layers.") else outer
+        kind.append(p)
+    groups = [
+        {"params": outer, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = args.beta1, args.beta2
+    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, fused=True)]
+    if muon:
+        kind = torch.optim.Muon if args.fsdp else Muon  # torch.stack knows no sharded tensors
+        rate, decay = args.muon_learning_rate, args.weight_decay
+        optimizers.append(kind(inner, lr=rate, weight_decay=decay))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule(step, args, first=0, warmup=None):
+    """The learning rate at an iteration, as a fraction of the highest: linear warm-up, then a
+    cosine or a line down to 0 at max_iters; without --decay_lr always 1."""
+    if not args.decay_lr:
+        return 1.0
+    warmup = min(args.warmup_iters if warmup is None else warmup, args.max_iters - first)
+    if step - first < warmup:
+        return (step - first + 1) / (warmup + 1)
+    done = min((step - first - warmup) / max(args.max_iters - first - warmup, 1), 1.0)
+    return 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ----------------------------------------------------------------------------
+# --fsdp: every process holds a part of each tensor (FSDP2; Zhao et al., 2023)
+
+
+def shard(model, dtype):
+    """Shards a model in place, layer by layer: parameters come together for the layer at work,
+    whose activations are computed again in the backward pass; products are in dtype."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def gathered(x):
+    """A nested state with each sharded tensor made whole, on the CPU; all ranks must take part."""
+    if isinstance(x, DTensor):
+        return x.full_tensor().cpu()
+    if isinstance(x, dict):
+        return {k: gathered(v) for k, v in x.items()}
+    return [gathered(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+def reshard(optimizer):
+    """After load_state_dict: cuts the whole tensors of the state as their parameters are cut."""
+    for p, state in optimizer.state.items():
+        for k, v in state.items():
+            if isinstance(p, DTensor) and v.shape == p.shape and not isinstance(v, DTensor):
+                state[k] = distribute_tensor(v, p.device_mesh, p.placements)
+
+
+# ----------------------------------------------------------------------------
+# pretraining
+
+
+class Pretraining:
+    """Next-token prediction on windows of stories."""
+
+    prefix = ""
+
+    def __init__(self, args, checkpoint, rank, world, context, tokenizer):
+        self.args, self.rank, self.world, self.context = args, rank, world, context
+        self.tokenizer = tokenizer
+        if checkpoint is None:
+            values = {n: getattr(args, n) for n in (*MODEL_FLAGS, "dropout")}
+            self.model = Transformer(ModelArgs(**values))
+        else:
+            self.model = model_from_checkpoint(checkpoint, dropout=args.dropout)
+        self.model.to(args.device).train()
+        self.flops = self.model.flops_per_token(self.model.args.max_seq_len)
+        dtype = getattr(torch, args.dtype)
+        self.roof = matmul_roof(args.device, dtype) * world
+        if args.fsdp:
+            shard(self.model, dtype)
+        seq_len, vocab = self.model.args.max_seq_len, self.model.args.vocab_size
+        self.train = Windows(args.data, "train", seq_len, vocab, args.seed)
+        self.val = Windows(args.data, "val", seq_len, vocab, args.seed)
+        self.position = 0  # windows dealt so far
+        self.micro_steps = max(args.gradient_accumulation_steps // world, 1)
+        self.optimizers = make_optimizers(self.model, args)
+        kind = args.device.partition(":")[0]
+        self.scaler = torch.amp.GradScaler(kind, enabled=args.dtype == "float16")
+        self.bad_steps = 0
+        with context():
+            head = self.model.output.weight.new_empty(1, self.model.args.head_dim)
+            native = native_attention(head)
+        if args.compile and native:
+            args.compile = False
+            if rank == 0:
+                print("not compiled: here attention.c is faster than what torch.compile makes")
+        self.forward = torch.compile(self.model) if args.compile else self.model
+        if world > 1 and not args.fsdp:
+            self.forward = DistributedDataParallel(self.forward)
+
+    def step(self, iteration):
+        """One optimizer step; returns its statistics."""
+        a, t0 = self.args, time.perf_counter()
+        # Dropout depends on the iteration and the rank alone, so that a resumed run repeats it.
+        torch.manual_seed((a.seed * 1_000_003 + iteration) * 1009 + self.rank)
+        for group in (g for o in self.optimizers for g in o.param_groups):
+            group["lr"] = group["peak_lr"] * schedule(iteration, a)
+        loss_sum = 0.0
+        for micro in range(self.micro_steps):
+            x, y = self.train.batch(self.position + self.rank * a.batch_size, a.batch_size)
+            self.position += self.world * a.batch_size
+            with self.synchronised(micro == self.micro_steps - 1):
+                with self.context():
+                    loss = self.forward(x.to(a.device), y.to(a.device)) / self.micro_steps
+                self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        loss = ppo.all_sum(loss_sum)[0] / self.world
+        self.bad_steps = 0 if math.isfinite(norm + loss) else self.bad_steps + 1
+        for o in self.optimizers:
+            if not self.bad_steps:
+                self.scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"iteration {iteration}: the loss or its gradient has not been finite for "
+                f"{MAX_BAD_STEPS} steps"
+            )
+        seconds = time.perf_counter() - t0
+        rate = x.numel() * self.micro_steps * self.world / seconds
+        return {
+            "loss/train": loss,
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": norm,
+            "bad_steps": self.bad_steps,
+            "tokens": self.position * x.shape[1],
+            "tokens_per_s": rate,
+            "mfu": rate * self.flops / self.roof,
+            "ms": seconds * 1e3,
+        }
+
+    def synchronised(self, last):
+        """The context of a backward pass: processes exchange gradients in the last of a step."""
+        if self.args.fsdp:
+            self.model.set_requires_gradient_sync(last)
+        ddp = isinstance(self.forward, DistributedDataParallel)
+        return self.forward.no_sync() if ddp and not last else nullcontext()
+
+    def line(self, iteration, s):
+        bad = "" if not s["bad_steps"] else f" | not finite, skipped ({s['bad_steps']} in a row)"
+        return (
+            f"{iteration:6d} | loss {s['loss/train']:.4f} | lr {s['lr']:.2e} | "
+            f"norm {s['grad_norm']:5.2f} | {s['ms']:7.1f} ms | {s['tokens_per_s']:9,.0f} tok/s | "
+            f"mfu {s['mfu']:5.1%}{bad}"
+        )
+
+    def evaluate(self):
+        """The mean loss over fixed windows of each split, the same for any number of processes."""
+        a, out = self.args, {}
+        self.model.eval()
+        for name, windows in (("loss/train_eval", self.train), ("loss/val", self.val)):
+            n, total = min(a.eval_iters * a.batch_size, len(windows)), 0.0
+            for i in range(0, n, self.world * a.batch_size):
+                start = i + self.rank * a.batch_size
+                rows = max(min(a.batch_size, n - start), 0)
+                x, y = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
+                with torch.no_grad(), self.context():
+                    total += float(self.model(x.to(a.device), y.to(a.device))) * rows
+            out[name] = ppo.all_sum(torch.tensor(total, dtype=torch.float64))[0] / n
+        self.model.train()
+        return out
+
+    def story(self):
+        """What the model tells now, always with the same random numbers."""
+        if self.tokenizer is None or self.args.fsdp:
+            return ""
+        n = min(100, self.model.args.max_seq_len - 1)
+        uniform = torch.rand(1, n, generator=torch.Generator().manual_seed(self.args.seed))
+        with self.context():
+            out = generate(self.model, [[BOS_ID]], n, temperature=0.7, uniform=uniform)
+        text = self.tokenizer.decode(out.responses()[0])
+        return "".join(c if c.isprintable() else " " for c in text)  # bytes of a young model
+
+    def state(self):
+        optimizers = [o.state_dict() for o in self.optimizers]
+        return gathered({
+            "model": self.model.state_dict(),
+            "optimizer": optimizers[0],
+            "optimizers": optimizers[1:],
+            "scaler": self.scaler.state_dict(),
+            "position": self.position,
+            "bad_steps": self.bad_steps,
+        })  # fmt: skip
+
+    def resume(self, checkpoint):
+        """Takes up an interrupted run; a foreign checkpoint gives its weights alone."""
+        self.position = checkpoint.get("position", 0)
+        self.bad_steps = checkpoint.get("bad_steps", 0)
+        states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
+        peaks = [[g["peak_lr"] for g in o.param_groups] for o in self.optimizers]
+        try:
+            if len(states) != len(self.optimizers):
+                raise ValueError
+            for o, state, rates in zip(self.optimizers, states, peaks):
+                o.load_state_dict(state)
+                reshard(o)
+                for g, rate in zip(o.param_groups, rates):
+                    g["peak_lr"] = rate  # the flags decide, not the checkpoint
+        except (ValueError, TypeError, KeyError, AttributeError):
+            print("the checkpoint's optimizer is another one: it starts anew", file=sys.stderr)
+            self.optimizers = make_optimizers(self.model, self.args)
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
