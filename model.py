@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -50,6 +51,7 @@ class ModelArgs:
     dropout: float = 0.0
     rope_theta: float = 10000.0
     tied: bool = True  # the classifier is the embedding
+    rope_scaling: Optional[dict] = None  # see rope_frequencies
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -64,6 +66,8 @@ class ModelArgs:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
 
     @property
     def head_dim(self):
@@ -75,6 +79,40 @@ class ModelArgs:
         if self.hidden_dim is not None:
             return self.hidden_dim
         return -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
+
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+
+
+def check_rope_scaling(scaling):
+    """Raises ValueError unless it is {"factor": f} (linear) or has the four of LLAMA3_SCALING."""
+    if not isinstance(scaling, dict) or set(scaling) not in ({"factor"}, set(LLAMA3_SCALING)):
+        raise ValueError(f"rope_scaling needs factor, or {', '.join(LLAMA3_SCALING)}: not {scaling}")
+    for name, value in scaling.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"rope_scaling: {name} must be a positive number, not {value!r}")
+    if len(scaling) > 1 and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")
+
+
+def rope_frequencies(args):
+    """Radians a position by which each pair of a head turns: theta^(-2i / E), (E/2,).
+
+    A model whose context was lengthened after pretraining has rope_scaling. {"factor": f} divides
+    all frequencies by f (Chen et al., 2023). With Llama 3's four numbers only the slow ones are:
+    pairs that make more than high_freq_factor turns in the original context keep their frequency,
+    those that make fewer than low_freq_factor are divided, in between it goes over linearly."""
+    exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
+    freqs = args.rope_theta**-exponents
+    s = args.rope_scaling
+    if s is None:
+        return freqs
+    if len(s) == 1:
+        return freqs / s["factor"]
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = s["original_max_seq_len"] * freqs / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (kept + (1 - kept) / s["factor"])
 
 
 class RMSNorm(nn.Module):
@@ -150,8 +188,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tied:
             self.tok_embeddings.weight = self.output.weight
-        exponents = torch.arange(0, args.head_dim, 2).float() / args.head_dim
-        angles = torch.outer(torch.arange(args.max_seq_len).float(), args.rope_theta**-exponents)
+        angles = torch.outer(torch.arange(args.max_seq_len).float(), rope_frequencies(args))
         self.register_buffer("freqs_cos", angles.cos(), persistent=False)  # (max_seq_len, E/2)
         self.register_buffer("freqs_sin", angles.sin(), persistent=False)
         self.apply(self._init_weights)
@@ -640,15 +677,18 @@ def save_checkpoint(path, checkpoint):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys.
-    Only tensors and plain values are unpickled. Raises FileNotFoundError, or ValueError if the file
-    is not such a checkpoint."""
+def load_checkpoint(path, device="cpu", mmap=False):
+    """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys:
+    `template`, how the model was taught to chat ({"turn", "system", "next"}), and `end_ids`, ids at
+    which it stops besides its tokenizer's EOS. Only tensors and plain values are unpickled. With mmap
+    a tensor is read when it is used. Raises FileNotFoundError, or ValueError if the file is not such
+    a checkpoint."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is none
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
         reason = str(e).strip().split("\n")[0][:120]
         raise ValueError(f"{path} is not a readable checkpoint, or is cut short ({reason})") from None
@@ -686,7 +726,7 @@ def checkpoint_args(args: ModelArgs):
     """ModelArgs as the checkpoint stores them: fields that llama2.c does not know are left out
     while they have their default, so that it can load the file."""
     stored = asdict(args)
-    for name, default in (("rope_theta", 10000.0), ("tied", True)):
+    for name, default in (("rope_theta", 10000.0), ("tied", True), ("rope_scaling", None)):
         if stored[name] == default:
             del stored[name]
     return stored

@@ -418,7 +418,7 @@ def checkpoint_of(model):
 
 
 def test_checkpoint_round_trip(tmp_path):
-    for kw in ({}, {"tied": False}, {"rope_theta": 1234.0}):
+    for kw in ({}, {"tied": False}, {"rope_theta": 1234.0, "rope_scaling": {"factor": 2.0}}):
         model = small(**kw)
         save_checkpoint(tmp_path / "c.pt", checkpoint_of(model))
         again = model_from_checkpoint(load_checkpoint(tmp_path / "c.pt"))
@@ -512,3 +512,30 @@ def test_failed_save_keeps_the_old(tmp_path):
 def test_impossible_args(kw):
     with pytest.raises(ValueError):
         ModelArgs(**(dict(dim=32, n_heads=4, n_kv_heads=2, n_layers=1) | kw))
+
+
+def test_rope_scaling_is_the_papers():
+    """Case by case in float64, as Llama 3.1's report and Chen et al. have them."""
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+    base = dict(dim=128, n_heads=1, max_seq_len=8, rope_theta=5e5)
+    got = M.rope_frequencies(ModelArgs(**base, rope_scaling=scaling)).tolist()
+    kinds = set()
+    for i, freq in enumerate(got):
+        plain = 5e5 ** (-2 * i / 128)
+        length = 2 * math.pi / plain  # of a whole turn, in tokens
+        if length < 8192 / 4:
+            want, kind = plain, "fast"
+        elif length > 8192 / 1:
+            want, kind = plain / 8, "slow"
+        else:
+            smooth = (8192 / length - 1) / (4 - 1)
+            want, kind = (1 - smooth) * plain / 8 + smooth * plain, "between"
+        assert freq == pytest.approx(want, rel=1e-5)
+        kinds.add(kind)
+    assert kinds == {"fast", "slow", "between"}
+    linear = M.rope_frequencies(ModelArgs(**base, rope_scaling={"factor": 4.0}))
+    assert torch.equal(linear * 4, M.rope_frequencies(ModelArgs(**base)))
+    for bad in ({}, {"factor": 0.0}, {"factor": 2.0, "type": "yarn"}, 8.0,
+                scaling | {"high_freq_factor": 1.0}, scaling | {"factor": math.inf}):  # fmt: skip
+        with pytest.raises(ValueError, match="rope_scaling"):
+            ModelArgs(**base, rope_scaling=bad)
