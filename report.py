@@ -14,7 +14,7 @@ from tokenizer import write_atomic
 
 
 def plain_config(args):
-    return {k: v for k, v in vars(args).items() if k != "given"}
+    return {k: v for k, v in vars(args).items() if k not in ("given", "kept")}
 
 
 class Log:

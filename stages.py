@@ -73,6 +73,8 @@ def make_optimizers(model, args):
     muon = args.optimizer == "muon"
     inner, outer, vectors = [], [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         kind = vectors if p.dim() < 2 else inner if muon and name.startswith("layers.") else outer
         kind.append(p)
     groups = [
@@ -138,28 +140,22 @@ def reshard(optimizer):
 
 
 class Pretraining:
-    """Next-token prediction on windows of stories."""
+    """Next-token prediction on windows of stories. A stage that learns from other text is this one
+    with another `build`, `data` and `loss`, and maybe a `summary` of its evaluation."""
 
     prefix = ""
 
     def __init__(self, args, checkpoint, rank, world, context, tokenizer):
         self.args, self.rank, self.world, self.context = args, rank, world, context
         self.tokenizer = tokenizer
-        if checkpoint is None:
-            values = {n: getattr(args, n) for n in (*MODEL_FLAGS, "dropout")}
-            self.model = Transformer(ModelArgs(**values))
-        else:
-            self.model = model_from_checkpoint(checkpoint, dropout=args.dropout)
-        self.model.to(args.device).train()
+        self.model = self.build(checkpoint).to(args.device).train()
         self.flops = self.model.flops_per_token(self.model.args.max_seq_len)
         dtype = getattr(torch, args.dtype)
         self.roof = matmul_roof(args.device, dtype) * world
         if args.fsdp:
             shard(self.model, dtype)
-        seq_len, vocab = self.model.args.max_seq_len, self.model.args.vocab_size
-        self.train = Windows(args.data, "train", seq_len, vocab, args.seed)
-        self.val = Windows(args.data, "val", seq_len, vocab, args.seed)
-        self.position = 0  # windows dealt so far
+        self.train, self.val = self.data("train"), self.data("val")
+        self.position = self.tokens = 0  # windows, or other samples, dealt so far, and their tokens
         self.micro_steps = max(args.gradient_accumulation_steps // world, 1)
         self.optimizers = make_optimizers(self.model, args)
         kind = args.device.partition(":")[0]
@@ -176,6 +172,24 @@ class Pretraining:
         if world > 1 and not args.fsdp:
             self.forward = DistributedDataParallel(self.forward)
 
+    def build(self, checkpoint):
+        """The model to train, on the CPU, with the checkpoint's weights where there is one."""
+        if checkpoint is not None:
+            return model_from_checkpoint(checkpoint, dropout=self.args.dropout)
+        values = {n: getattr(self.args, n) for n in (*MODEL_FLAGS, "dropout")}
+        return Transformer(ModelArgs(**values))
+
+    def data(self, split):
+        """The samples of "train" or "val": they have a length, and batch(position, n)."""
+        model = self.model.args
+        return Windows(self.args.data, split, model.max_seq_len, model.vocab_size, self.args.seed)
+
+    def loss(self, model, batch):
+        """The mean loss of a batch of samples; how many tokens it has; and what else is logged of
+        it, {name: (n,) tensor}. `model` is self.model, maybe compiled or in DDP."""
+        x, y = (t.to(self.args.device) for t in batch)
+        return model(x, y), x.numel(), {}
+
     def step(self, iteration):
         """One optimizer step; returns its statistics."""
         a, t0 = self.args, time.perf_counter()
@@ -183,20 +197,24 @@ class Pretraining:
         torch.manual_seed((a.seed * 1_000_003 + iteration) * 1009 + self.rank)
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["peak_lr"] * schedule(iteration, a)
-        loss_sum = 0.0
+        loss_sum, tokens, seen = 0.0, 0, []
         for micro in range(self.micro_steps):
-            x, y = self.train.batch(self.position + self.rank * a.batch_size, a.batch_size)
+            batch = self.train.batch(self.position + self.rank * a.batch_size, a.batch_size)
             self.position += self.world * a.batch_size
             with self.synchronised(micro == self.micro_steps - 1):
                 with self.context():
-                    loss = self.forward(x.to(a.device), y.to(a.device)) / self.micro_steps
+                    loss, n, found = self.loss(self.forward, batch)
+                    loss = loss / self.micro_steps
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
+            tokens += n
+            seen.append(found)
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        loss = ppo.all_sum(loss_sum)[0] / self.world
+        loss, tokens = ppo.all_sum(loss_sum, torch.tensor(tokens))
+        loss /= self.world
         self.bad_steps = 0 if math.isfinite(norm + loss) else self.bad_steps + 1
         for o in self.optimizers:
             if not self.bad_steps:
@@ -209,15 +227,16 @@ class Pretraining:
                 f"{MAX_BAD_STEPS} steps"
             )
         seconds = time.perf_counter() - t0
-        rate = x.numel() * self.micro_steps * self.world / seconds
+        self.tokens += int(tokens)
         return {
             "loss/train": loss,
+            **{k: ppo.mean_and_variance(torch.cat([f[k] for f in seen]))[0] for k in seen[0]},
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": norm,
             "bad_steps": self.bad_steps,
-            "tokens": self.position * x.shape[1],
-            "tokens_per_s": rate,
-            "mfu": rate * self.flops / self.roof,
+            "tokens": self.tokens,
+            "tokens_per_s": tokens / seconds,
+            "mfu": tokens / seconds * self.flops / self.roof,
             "ms": seconds * 1e3,
         }
 
@@ -237,20 +256,29 @@ class Pretraining:
         )
 
     def evaluate(self):
-        """The mean loss over fixed windows of each split, the same for any number of processes."""
+        """The mean loss over fixed samples of each split, the same for any number of processes, and
+        the `summary` of those that are held out."""
         a, out = self.args, {}
         self.model.eval()
         for name, windows in (("loss/train_eval", self.train), ("loss/val", self.val)):
-            n, total = min(a.eval_iters * a.batch_size, len(windows)), 0.0
+            n, total, seen = min(a.eval_iters * a.batch_size, len(windows)), 0.0, []
             for i in range(0, n, self.world * a.batch_size):
                 start = i + self.rank * a.batch_size
                 rows = max(min(a.batch_size, n - start), 0)
-                x, y = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
+                batch = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
                 with torch.no_grad(), self.context():
-                    total += float(self.model(x.to(a.device), y.to(a.device))) * rows
+                    loss, _, found = self.loss(self.model, batch)
+                total += float(loss) * rows
+                seen += [found] * (rows > 0)
             out[name] = ppo.all_sum(torch.tensor(total, dtype=torch.float64))[0] / n
+        out |= self.summary(seen)
         self.model.train()
         return out
+
+    def summary(self, seen):
+        """More numbers of an evaluation, {name: number}, from what `loss` found in each held-out
+        batch of this rank."""
+        return {}
 
     def story(self):
         """What the model tells now, always with the same random numbers."""
@@ -271,12 +299,13 @@ class Pretraining:
             "optimizers": optimizers[1:],
             "scaler": self.scaler.state_dict(),
             "position": self.position,
+            "tokens": self.tokens,
             "bad_steps": self.bad_steps,
         })  # fmt: skip
 
     def resume(self, checkpoint):
         """Takes up an interrupted run; a foreign checkpoint gives its weights alone."""
-        self.position = checkpoint.get("position", 0)
+        self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
         peaks = [[g["peak_lr"] for g in o.param_groups] for o in self.optimizers]

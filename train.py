@@ -43,6 +43,7 @@ from sample import choose_device
 from stages import MODEL_FLAGS, Pretraining
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
 
+STAGES = {"ppo": Alignment}  # by their flags; without one the run is Pretraining
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
     "out_dir", "eval_interval", "eval_iters", "log_interval", "eval_only", "init_from", "device",
@@ -244,6 +245,7 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         "config": plain_config(args),
         "code_version": code_version(),
         "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        **args.kept,
         **state,
     })  # fmt: skip
     if improved:
@@ -309,8 +311,8 @@ def differences(args, checkpoint):
 
 def starting_point(args, rank):
     """The checkpoint that the run starts from, or None; and whether it is this run, interrupted."""
-    base, mine = (Path(args.out_dir) / n for n in ("ckpt.pt", "ppo_ckpt.pt"))
-    mine = mine if args.ppo else base
+    base = Path(args.out_dir) / "ckpt.pt"
+    mine = base.with_name(f"{stage_class(args).prefix}ckpt.pt")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mine.exists():
         state = newest(mine)  # torchrun --max-restarts has started this very run again
         if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
@@ -319,11 +321,14 @@ def starting_point(args, rank):
         return newest(mine), True
     if args.init_from not in ("scratch", "resume"):
         state = {**load_checkpoint(args.init_from), "iter_num": 0, "best_val_loss": 1e9}
-        state.pop("ppo", None)  # its weights alone
+        for name in ("ppo", "position", "optimizer"):  # its weights alone
+            state.pop(name, None)
     elif not args.ppo:
-        if args.init_from == "resume":
-            return newest(base), True
+        if args.init_from == "resume" and (mine == base or mine.exists()):
+            return newest(mine), True
         state = None
+        if mine != base:  # another stage starts from the pretrained model beside it
+            state = {**newest(base), "iter_num": 0, "best_val_loss": 1e9}
     else:
         if args.init_from == "resume" and mine.exists():
             state = newest(mine)
@@ -348,6 +353,14 @@ def move_aside(path, rank):
         print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")
 
 
+def stage_class(args):
+    """What the flags make of the run. Raises ValueError for two stages at a time."""
+    chosen = [name for name in STAGES if getattr(args, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"one stage at a time, not {' and '.join('--' + n for n in chosen)}")
+    return STAGES[chosen[0]] if chosen else Pretraining
+
+
 def last_iteration(args, first):
     return first + args.ppo_iters if args.ppo and args.ppo_iters else args.max_iters
 
@@ -359,7 +372,8 @@ def last_iteration(args, first):
 def load_tokenizer(args, vocab_size):
     """The model's tokenizer; None if there is none: training needs it only to show text."""
     try:
-        tokenizer = Tokenizer(args.tokenizer or find_tokenizer(vocab_size, args.out_dir))
+        folders = args.out_dir, os.path.dirname(os.path.abspath(args.init_from))
+        tokenizer = Tokenizer(args.tokenizer or find_tokenizer(vocab_size, *folders))
     except FileNotFoundError:
         if args.tokenizer:
             raise
@@ -390,8 +404,9 @@ def start(args, rank, world):
 
     vocab_size = checkpoint["model_args"]["vocab_size"] if checkpoint else args.vocab_size
     tokenizer = load_tokenizer(args, vocab_size)
-    kind = Alignment if args.ppo else Pretraining
-    stage = kind(args, checkpoint, rank, world, context, tokenizer)
+    # What a checkpoint says of its dialogues goes into those that are made from it.
+    args.kept = {k: checkpoint[k] for k in ("template", "end_ids") if k in (checkpoint or ())}
+    stage = stage_class(args)(args, checkpoint, rank, world, context, tokenizer)
     if resumed:
         stage.resume(checkpoint)
     if args.ppo:
@@ -431,8 +446,9 @@ def train(args, rank, world):
         val = losses.get("loss/val", math.inf)
         improved, best_val_loss = val < best_val_loss, min(val, best_val_loss)
         if losses:
+            more = [f", {k} {v:.4g}" for k, v in losses.items() if not k.startswith("loss/")]
             log.line(f"step {iter_num}: train loss {losses['loss/train_eval']:.4f}, "
-                     f"val loss {losses['loss/val']:.4f}")  # fmt: skip
+                     f"val loss {losses['loss/val']:.4f}{''.join(more)}")  # fmt: skip
             log.scalars(iter_num, losses)
         story = stage.story() if rank == 0 else ""
         if story:
