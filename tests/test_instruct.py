@@ -1,0 +1,337 @@
+"""Instructions and preferences: every shape of record, what is learnt to the token, what is cut."""
+
+import json
+import random
+
+import pytest
+
+import instruct
+from instruct import InstructPrompts, Instructions, Rankings, Record, Template, TEMPLATES, read
+
+
+class Letters:
+    """A tokenizer whose tokens are characters: what is in the ids can be read."""
+
+    bos_id, eos_id, special = 1, 2, {"<|end|>": 3}
+
+    def encode(self, s, bos, eos):
+        if isinstance(s, list):
+            return [self.encode(x, bos, eos) for x in s]
+        return [1] * bos + [ord(c) for c in s] + [2] * eos
+
+    def text(self, ids):
+        return "".join({1: "<s>", 2: "</s>", 3: "<|end|>"}.get(i) or chr(i) for i in ids)
+
+
+T = Letters()
+PLAIN = TEMPLATES["plain"]
+
+
+def write(path, records):
+    """A JSON file or, by its name, JSONL; returns its name."""
+    lines = path.suffix == ".jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records, indent=1))
+    return str(path)
+
+
+# ----------------------------------------------------------------------------
+# reading
+
+SHAPES = [
+    ({"instruction": "Add.", "input": "1 2", "output": "3"},
+     Record([("Add.\n1 2", None)], "", ["3"])),
+    ({"instruction": "Hi", "output": " Hello "}, Record([("Hi", None)], "", ["Hello"])),
+    ({"prompt": "Hi", "response": "Hello", "system": "Be kind."},
+     Record([("Hi", None)], "Be kind.", ["Hello"])),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, Record([("Hi", None)], "", ["a", "b"])),
+    ({"instruction": "Hi", "input": "", "output": "o", "chosen": "a", "rejected": "b"},
+     Record([("Hi", None)], "", ["a", "b"])),
+    ({"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
+      "rejected": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: E\n\nE"},
+     Record([("A", "B"), ("C", None)], "", ["D", "E\n\nE"])),
+    ({"prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:", "chosen": "D",
+      "rejected": "E"}, Record([("A", "B"), ("C", None)], "", ["D", "E"])),
+    ({"chosen": "\n\nHuman: A\n\nHuman: B\n\nAssistant:", "rejected":
+      "\n\nHuman: A\n\nHuman: B\n\nAssistant: C"}, Record([("A\n\nB", None)], "", ["", "C"])),
+    ({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: X\n\nAssistant: B"},
+     Record([("A", None)], "", [])),
+    ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "A"},
+                   {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"},
+                   {"role": "assistant", "content": "D"}]},
+     Record([("A", "B"), ("C", None)], "S", ["D"])),
+    ({"prompt": "Hi", "completions": ["a", "b", "c"]},
+     Record([("Hi", None)], "", ["a", "b", "c"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_every_shape_is_read(name, tmp_path):
+    path = write(tmp_path / name, [item for item, _ in SHAPES])
+    assert read(path) == [expected for _, expected in SHAPES]
+
+
+MISTAKES = [
+    (3, "expected an object"),
+    ({"text": "x"}, "none of"),
+    ({"prompt": "x"}, '"response" is missing'),
+    ({"prompt": "", "response": "y"}, "the prompt is empty"),
+    ({"prompt": 3, "response": "y"}, '"prompt" is no text but int'),
+    ({"prompt": "x", "completions": ["y"]}, "two or more"),
+    ({"prompt": "x", "completions": ["y", None]}, "completions"),
+    ({"chosen": "Hello", "rejected": "b"}, "must begin with Human:"),
+    ({"messages": "x"}, "list of objects"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "in turn, not user"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "in turn"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "in turn"),
+]
+
+
+@pytest.mark.parametrize("item, message", MISTAKES)
+def test_mistakes_name_file_and_line(item, message, tmp_path):
+    good = {"prompt": "x", "response": "y"}
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(good)}\n\n{json.dumps(item)}\n")
+    with pytest.raises(ValueError, match=rf"x\.jsonl, line 3: .*{message}"):
+        read(str(tmp_path / "x.jsonl"))
+    # {"prompt": ...} fills lines 2 to 5 of the indented list
+    with pytest.raises(ValueError, match=rf"x\.json, line 6: .*{message}"):
+        read(write(tmp_path / "x.json", [good, item]))
+
+
+@pytest.mark.parametrize("text, line", [
+    ('{"prompt": "a", "response": "b"}\n{"prompt": ', 2),
+    ('[{"prompt": "a", "response": "b"},\n\n{"prompt": ]', 3),
+    ('[{"prompt": "a", "response": "b"}', 1),
+    ('[{"prompt": "a", "response": "b"},]', 1),
+    ('[{"prompt": "a", "response": "b"}] x', 1),
+    ('[' * 100_000, 1),
+])  # fmt: skip
+def test_broken_files_name_the_line(text, line, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=f"x.json, line {line}: ") as e:
+        read(str(tmp_path / "x.json"))
+    assert len(str(e.value)) < 250
+
+
+def test_no_record_no_text_no_file(tmp_path):
+    for text in "", "[]", " [ ] \n":
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no record"):
+            read(str(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read(str(tmp_path / "x.json"))
+    with pytest.raises(FileNotFoundError):
+        read(str(tmp_path / "y.json"))
+
+
+# ----------------------------------------------------------------------------
+# the template
+
+
+def test_llama2_template_letter_by_letter():
+    t, turns = TEMPLATES["llama2"], [("A", "B"), ("C", None)]
+    assert T.text(t.prompt(T, turns)) == "<s>[INST] A [/INST]B</s><s>[INST] C [/INST]"
+    assert T.text(t.prompt(T, turns, "S")) == (
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nA [/INST]B</s><s>[INST] C [/INST]"
+    )
+    assert t.end(T) == 2
+
+
+def test_what_is_between_exchanges_and_next():
+    t = Template("{bos}U {user}\nA {reply}<|end|>\n", next="-{user}+{reply}<|end|>\n").check(T)
+    ids, mask = t.dialogue(T, [("a", "b"), ("c", "d")])
+    assert T.text(ids) == "<s>U a\nA b<|end|>\n-c+d<|end|>"
+    assert T.text(i for i, m in zip(ids, mask) if m) == "b<|end|>d<|end|>"
+    assert t.end(T) == 3
+    assert t.dialogue(T, [("a", [98]), ("c", [100])]) == (ids, mask)  # ids as the model wrote them
+
+
+def test_text_never_becomes_a_token_or_a_placeholder():
+    t = Template("{bos}{user}<|end|>{reply}{eos}", "{bos}{system}|{user}{reply}{eos}")
+    for text in "{bos}", "<|end|>", "{reply}", "{system}", "{user}", r"\1", "</s>":
+        assert t.dialogue(T, [(text, text)])[0] == (
+            [1, *map(ord, text), 3, *map(ord, text), 2]
+        )
+        ids = t.dialogue(T, [(text, text)], text)[0]
+        assert ids == [1, *map(ord, text), ord("|"), *map(ord, text), *map(ord, text), 2]
+
+
+@pytest.mark.parametrize("template, message", [
+    (Template("{bos}{user}{reply}"), "a token must follow"),
+    (Template("{bos}{user}{reply}\n{eos}"), "a token must follow"),
+    (Template("{bos}{reply}{eos}"), "{user} must be in it once"),
+    (Template("{user}{reply}{reply}{eos}"), "{reply} must be in it once"),
+    (Template("{user}{system}{reply}{eos}"), "in its form `system` only"),
+    (Template("{user}{reply}{eos}", "{user}{reply}{eos}"), "{system} must be in it once"),
+    (Template("{user}<|im_end|>{reply}{eos}"), "<|im_end|> is no token of this tokenizer"),
+])  # fmt: skip
+def test_templates_that_do_not_fit_are_refused(template, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        template.check(T)
+
+
+def test_which_template(tmp_path):
+    mine = {"turn": "{bos}>{user}{reply}{eos}", "system": "{bos}{system}{user}{reply}{eos}"}
+    (tmp_path / "t.json").write_text(json.dumps(mine))
+    name = str(tmp_path / "t.json")
+    assert instruct.find_template("", {}, T) == TEMPLATES["llama2"]
+    assert instruct.find_template("", {}, T, "plain") == PLAIN
+    assert instruct.find_template("plain", {}, T) == PLAIN
+    assert instruct.find_template(name, {}, T) == Template(**mine)
+    assert instruct.find_template("", {"template": mine}, T) == Template(**mine)
+    assert instruct.find_template(name, {"template": mine}, T) == Template(**mine)
+    with pytest.raises(ValueError, match="trained with another template"):
+        instruct.find_template("plain", {"template": mine}, T)
+    with pytest.raises(ValueError, match="expected plain, llama2 or a .json"):
+        instruct.find_template("plan", {}, T)
+    for bad in "{", "[]", '{"turn": 3}', '{"turn": ""}', '{"trun": "x"}':
+        (tmp_path / "t.json").write_text(bad)
+        with pytest.raises(ValueError, match="t.json"):
+            instruct.find_template(name, {}, T)
+
+
+def test_with_a_real_tokenizer(tok512_model):
+    from tokenizer import Tokenizer
+
+    t = Tokenizer(tok512_model)
+    for template in TEMPLATES.values():
+        ids, mask = template.check(t).dialogue(t, [("Tell of a cat.", "A cat sat.")])
+        assert [i for i, m in zip(ids, mask) if m] == t.encode("A cat sat.", False, True)
+        assert ids[0] == 1 and mask[:-10].count(True) < len(ids) - 10
+
+
+# ----------------------------------------------------------------------------
+# the three kinds of samples
+
+
+def random_records(n, seed=0):
+    rng = random.Random(seed)
+
+    def words():
+        return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, 30))).strip() or "x"
+
+    out = []
+    for _ in range(n):
+        messages = [{"role": r, "content": words()}
+                    for _ in range(rng.randint(1, 4)) for r in ("user", "assistant")]  # fmt: skip
+        out.append({"messages": [{"role": "system", "content": words()}] * rng.randint(0, 1)
+                    + messages})  # fmt: skip
+    return out
+
+
+def test_the_mask_is_replies_and_end_tokens_and_nothing_else(tmp_path):
+    records = random_records(40)
+    data = Instructions(write(tmp_path / "x.json", records), "all", T, PLAIN, 10_000)
+    assert not data.counts and len(data) == 40
+    seen = {}
+    for ids, mask in data.batch(0, 40):
+        learnt = T.text(i for i, m in zip(ids, mask) if m)
+        given = T.text(i for i, m in zip(ids, mask) if not m)
+        seen[given] = learnt
+    expected = {}
+    for r in records:
+        said = r["messages"]
+        system = said.pop(0)["content"] + "\n" if said[0]["role"] == "system" else ""
+        given = "".join(f"<s>{'' if i else system}{m['content']}\n"
+                        for i, m in enumerate(said[::2]))  # fmt: skip
+        expected[given] = "".join(m["content"] + "</s>" for m in said[1::2])
+    assert seen == expected
+
+
+def test_an_epoch_is_a_permutation_and_validation_is_held_out(tmp_path):
+    records = [{"prompt": f"p{i // 2}", "response": f"r{i}"} for i in range(400)]
+    path = write(tmp_path / "x.jsonl", records)
+    train = Instructions(path, "train", T, PLAIN, 100)
+    val = Instructions(path, "val", T, PLAIN, 100)
+    assert len(train) + len(val) == 400 and 10 < len(val) < 80
+
+    def prompts(data):
+        return {T.text(ids).split("\n")[0] for ids, _ in data.batch(0, len(data))}
+
+    assert not prompts(train) & prompts(val)
+    one, two = (train.batch(p * len(train), len(train)) for p in (0, 1))
+    key = lambda s: T.text(s[0])  # noqa: E731
+    assert sorted(map(key, one)) == sorted(map(key, two)) and one != two
+    assert len(set(map(key, one))) == len(train)
+    parts = [s for p in range(0, len(train), 7) for s in train.batch(p, 7)][: len(train)]
+    assert parts == one
+    assert Instructions(path, "train", T, PLAIN, 100, seed=1).batch(0, 9) != train.batch(0, 9)
+    assert Instructions(path, "val", T, PLAIN, 100, seed=1).batch(0, 9) == val.batch(0, 9)
+    both = Instructions(f"{path},{path}", "train", T, PLAIN, 100)
+    assert len(both) == 2 * len(train)
+
+
+def test_too_long_for_instructions(tmp_path):
+    def texts(records, max_len):
+        data = Instructions(write(tmp_path / "x.json", records), "all", T, PLAIN, max_len)
+        found = [(T.text(ids), mask.count(True)) for ids, mask in data.batch(0, len(data))]
+        assert all(len(ids) <= max_len for ids, _ in data.batch(0, len(data)))
+        return found, data.counts
+
+    start = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
+    chat = {"chosen": start + "four", "rejected": start + "x"}
+    whole = "<s>one\ntwo</s><s>three\nfour</s>"
+    n = len("-one\ntwo--three\nfour-")
+    assert texts([chat], n) == ([(whole, 9)], {})
+    newest = [("<s>three\nfour</s>", 5)], {"shortened: oldest turns dropped": 1}
+    assert texts([chat], n - 1) == newest
+    assert texts([chat], 12) == newest
+    assert texts([chat], 11)[0] == [("<s>three\nfour", 4)]  # without an end token
+    assert texts([chat], 8) == ([("<s>three\nf", 1)], {
+        "shortened: oldest turns dropped": 1, "shortened: reply cut": 1})  # fmt: skip
+    with pytest.raises(ValueError, match=r"x.json: 0 samples \(1 left out: prompt too long\)"):
+        texts([chat], 7)
+    good = {"prompt": "a", "response": "b"}
+    empty = {"prompt": "a", "response": " "}
+    assert texts([empty, good], 99) == ([("<s>a\nb</s>", 2)], {"left out: empty response": 1})
+    data = Instructions(write(tmp_path / "x.json", [good, empty, empty]), "all", T, PLAIN, 9)
+    assert data.summary().endswith("x.json: 1 samples (2 left out: empty response)")
+
+
+def test_rankings(tmp_path):
+    def found(records, max_len=99):
+        data = Rankings(write(tmp_path / "x.json", records), "all", T, PLAIN, max_len)
+        return [(T.text(p), [T.text(c) for c in cs]) for p, cs in data.batch(0, len(data))], \
+            data.counts  # fmt: skip
+
+    three = {"prompt": "p", "completions": ["a", "bbb", "cc"]}
+    kept = ("<s>p\n", ["a</s>", "bbb</s>", "cc</s>"])
+    assert found([three]) == ([kept], {})
+    assert found([three], 7) == ([kept], {})
+    assert found([three], 6) == ([("<s>p\n", ["a</s>", "cc</s>"])],
+                                 {"shortened: fewer completions": 1})  # fmt: skip
+    rest = [
+        ({"prompt": "p", "chosen": "a", "rejected": "a "}, "chosen equal to rejected"),
+        ({"prompt": "p", "chosen": "a", "rejected": ""}, "empty response"),
+        ({"prompt": "p", "response": "a"}, "one completion, nothing to compare"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b" * 99}, "too long"),
+        (SHAPES[8][0], "the two dialogues part before the last reply"),
+    ]
+    assert found([three, *(r for r, _ in rest)]) == (
+        [kept], {f"left out: {why}": 1 for _, why in rest}
+    )  # fmt: skip
+    doubled = {"prompt": "p", "completions": ["a", "b", "a"]}
+    assert found([doubled]) == ([("<s>p\n", ["a</s>", "b</s>"])],
+                                {"shortened: fewer completions": 1})  # fmt: skip
+    with pytest.raises(ValueError, match="nothing to use"):
+        found([rest[0][0]])
+    chat = SHAPES[5][0]
+    n = len("-A\nB--C\nE\n\nE-")
+    assert found([chat], n)[0] == [("<s>A\nB</s><s>C\n", ["D</s>", "E\n\nE</s>"])]
+    assert found([chat], n - 1)[0] == [("<s>C\n", ["D</s>", "E\n\nE</s>"])]
+
+
+def test_prompts(tmp_path):
+    path = write(tmp_path / "x.json", [SHAPES[5][0], SHAPES[5][0], SHAPES[0][0]])
+    data = InstructPrompts(path, "all", T, PLAIN, 10)
+    assert sorted(map(T.text, data.batch(0, 2))) == ["<s>A\nB</s><s>C\n", "<s>Add.\n1 2\n"]
+    assert data.counts == {"left out: prompt seen before": 1}
+    data = InstructPrompts(path, "all", T, PLAIN, 7)
+    assert list(map(T.text, data.batch(0, len(data)))) == ["<s>C\n"]
+    assert data.counts["left out: prompt too long"] == 1
+
+
+def test_a_system_prompt_needs_its_place(tmp_path):
+    path = write(tmp_path / "x.json", [SHAPES[2][0]])
+    with pytest.raises(ValueError, match="has no place"):
+        Instructions(path, "all", T, Template("{bos}{user}{reply}{eos}"), 99)
