@@ -572,9 +572,10 @@ class Encoder(dict):
     """
     def __init__(self, model_path):
         self.tokenizer = Tokenizer(model_path)
+        sp, n_words = self.tokenizer.sp, self.tokenizer.n_words
         # holds for the vocabularies made here and for Llama 2's, but not for just any
-        pieces = map(self.tokenizer.sp.id_to_piece, range(self.tokenizer.n_words))
-        self.by_word = not any("\u2581" in piece.lstrip("\u2581") for piece in pieces)
+        self.by_word = sp is not None and not any(
+            "\u2581" in piece.lstrip("\u2581") for piece in map(sp.id_to_piece, range(n_words)))
 
     def __missing__(self, text):
         ids = self.tokenizer.encode(text, bos=False, eos=False)
@@ -633,10 +634,14 @@ def pretokenize(data_dir, vocab_size=0):
     the shards beside the stories, as in llama2.c.
     """
     model_path = find_tokenizer(vocab_size or 32000, data_dir)
-    n_words = Tokenizer(model_path).n_words
-    if n_words != (vocab_size or 32000) or n_words > 65536:
-        raise ValueError(f"{model_path} has {n_words} tokens, not {vocab_size or 32000} "
-                         "(and at most 65536 fit into a shard)")
+    tokenizer = Tokenizer(model_path)
+    n_words = tokenizer.n_words
+    if n_words > 65536:
+        raise ValueError(f"{model_path} has {n_words} tokens: at most 65536 fit into a shard")
+    if n_words != (vocab_size or 32000):
+        raise ValueError(f"{model_path} has {n_words} tokens, not {vocab_size or 32000}")
+    if tokenizer.bos_id != BOS:
+        raise ValueError(f"{model_path}: its BOS is token {tokenizer.bos_id}, in shards it is {BOS}")
     folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
     shards = {path: os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".bin")
               for path in story_files(data_dir)}

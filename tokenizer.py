@@ -1,6 +1,7 @@
 """
-The tokenizer: SentencePiece for Python, and its export for C. Below it, the few helpers
-that every command of the project shares: flags, errors, and files that are never half-written.
+The tokenizer: SentencePiece, or the byte-level BPE of a tokenizer.json, for Python, and its
+export for C. Below it, the few helpers that every command of the project shares: flags, errors,
+and files that are never half-written.
 
     python tokenizer.py --tokenizer-model=data/tok512.model    # writes data/tok512.bin
 """
@@ -8,6 +9,8 @@ that every command of the project shares: flags, errors, and files that are neve
 import argparse
 import contextlib
 import difflib
+import functools
+import json
 import os
 import struct
 import sys
@@ -25,17 +28,24 @@ class Tokenizer:
         t.encode("Once upon a time", bos=True, eos=False)  # [1, 403, 407, 261, 378]
         t.decode([1, 403, 407, 261, 378])                  # "Once upon a time"
 
-    `n_words` is the size of the vocabulary; `bos_id`, `eos_id`, `pad_id` are its special ids
-    (-1: there is none). A missing file raises OSError, a corrupt one ValueError.
+    A SentencePiece model or, by its name, a tokenizer.json of Llama 3's kind, for which it needs
+    the tokenizers library. `n_words` is the size of the vocabulary; `bos_id`, `eos_id`, `pad_id`
+    are its special ids (-1: there is none); `special` are a tokenizer.json's control tokens,
+    {text: id}. They are never found in text that is encoded, and they are silent when decoded.
+    A missing file raises OSError, a corrupt one ValueError.
     """
 
     def __init__(self, model_path):
         self.model_path = str(model_path)
         with open(self.model_path, "rb") as f:
-            proto = f.read()
+            data = f.read()
+        self.special, self.sp, self.bpe = {}, None, None
+        if self.model_path.endswith(".json"):
+            self._open_json(data)
+            return
         self.sp = SentencePieceProcessor()
         try:
-            self.sp.LoadFromSerializedProto(proto)
+            self.sp.LoadFromSerializedProto(data)
         except RuntimeError:
             raise ValueError(f"{self.model_path} is not a SentencePiece model, or is cut short")
         self.n_words = self.sp.vocab_size()
@@ -43,12 +53,58 @@ class Tokenizer:
         self.eos_id = self.sp.eos_id()
         self.pad_id = self.sp.pad_id()
 
+    def _open_json(self, data):
+        """
+        A tokenizer.json. It does not say which of its tokens are BOS and EOS: that is in the
+        tokenizer_config.json beside it; without one they are known by their usual names.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{self.model_path} needs the tokenizers library: "
+                             "pip install tokenizers")
+        try:
+            self.json = json.loads(data)
+            added = self.json.get("added_tokens") or []
+            for token in added:
+                token["special"] = True
+            plain = {**self.json, "truncation": None, "padding": None}
+            self.bpe = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            self.special = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
+        except Exception as e:  # the library raises nothing more special
+            raise ValueError(f"{self.model_path} is not a tokenizer.json, or is cut short ({e})")
+        self.bpe.encode_special_tokens = True  # as ordinary text, that is
+        self.n_words = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        named = read_json(os.path.join(os.path.dirname(self.model_path), "tokenizer_config.json"))
+        def find(key, *usual):
+            given = named.get(key)
+            given = given.get("content") if isinstance(given, dict) else given
+            names = [given] if isinstance(given, str) else usual
+            return next((self.special[name] for name in names if name in self.special), -1)
+        self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
+        self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
+        self.pad_id = find("pad_token")
+
+    def special_id(self, text):
+        """The id of a control token of a tokenizer.json by its spelling, such as <|eot_id|>."""
+        if text not in self.special:
+            raise ValueError(f"{self.model_path} has no special token {text}")
+        return self.special[text]
+
     def encode(self, s, bos, eos):
         """The ids of one string; or of a list of strings, as a list of lists, which is faster."""
         try:
-            return self.sp.encode(s, add_bos=bos, add_eos=eos)
-        except RuntimeError:  # SentencePiece's own message says nothing to a person
+            if self.sp:
+                return self.sp.encode(s, add_bos=bos, add_eos=eos)
+            texts = [s] if isinstance(s, str) else s
+            for text in texts:
+                text.encode()  # the library would not name the mistake
+        except (RuntimeError, UnicodeEncodeError):  # their own messages say nothing to a person
             raise ValueError("only text that UTF-8 can write can be encoded")
+        head = [self.bos_id] if bos and self.bos_id >= 0 else []
+        tail = [self.eos_id] if eos and self.eos_id >= 0 else []
+        ids = [head + e.ids + tail for e in self.bpe.encode_batch(texts, add_special_tokens=False)]
+        return ids[0] if isinstance(s, str) else ids
 
     def decode(self, ids):
         """The text of a sequence of ids; BOS and EOS are silent."""
@@ -57,14 +113,17 @@ class Tokenizer:
             if not 0 <= i < self.n_words:
                 raise ValueError(f"token {i} is outside the vocabulary of {self.model_path} "
                                  f"({self.n_words}): is it another model's tokenizer?")
-        return self.sp.decode(ids)
+        return self.sp.decode(ids) if self.sp else self.bpe.decode(ids)
 
     def export(self, path):
         """
         Write llama2.c's tok.bin: uint32 max_token_length, then for each token float32 score,
         uint32 length, bytes; little-endian. Pieces for raw bytes keep SentencePiece's spelling
-        (<0x0A>): the reader in C unescapes them.
+        (<0x0A>): the reader in C unescapes them. Not for a tokenizer.json, which export.py puts
+        into the model file: ValueError.
         """
+        if not self.sp:
+            raise ValueError(f"{self.model_path} is no SentencePiece model: llama2.c cannot read it")
         pieces = [self.sp.id_to_piece(i) for i in range(self.n_words)]
         if self.bos_id >= 0:
             pieces[self.bos_id] = "\n<s>\n"  # the newlines keep text from ever matching these two
@@ -76,20 +135,135 @@ class Tokenizer:
             for i, piece in enumerate(pieces):
                 f.write(struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece)
 
+# -----------------------------------------------------------------------------
+# Byte-level BPE for C. run.c has no Unicode tables and no regular expressions: it gets the classes
+# of characters that the splitting needs, and knows two patterns.
+
+GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+def byte_alphabet():
+    """GPT-2's spelling of bytes as printable characters, {character: byte}: a space is Ġ."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+@functools.cache
+def character_classes(digits):
+    """
+    [(first, last, class)] of Unicode code points, ascending: 1 letter, 2 number, 3 white space.
+    Asked of the library's own engine, since versions of Unicode differ. With `digits`, numbers
+    are what its Digits step takes for one, which is what they are split by there.
+    """
+    from tokenizers import Regex, pre_tokenizers
+    points = [c for c in range(0x40000) if not 0xD800 <= c < 0xE000]  # beyond there are none
+    text, ranges = "".join(map(chr, points)), []
+    for kind, pattern in ((1, r"\p{L}+"), (2, r"\p{N}+"), (3, r"\s+")):
+        split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+        pieces = [(points[a], points[b - 1]) for _, (a, b) in split.pre_tokenize_str(text)]
+        if digits and kind == 2:  # a digit between two others is a piece of its own
+            pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(
+                "".join(f"\0{c}" for c in text))
+            pieces = [(ord(c), ord(c)) for c, _ in pieces if len(c) == 1 and c != "\0"]
+        ranges += [(a, b, kind) for a, b in pieces]
+    return sorted(ranges)
+
+def byte_level_blob(tokenizer):
+    """
+    The tokenizer of a tokenizer.json for version 3 of model.bin; run.c has it byte by byte.
+    ValueError, naming it, for whatever run.c does not do.
+    """
+    config, path = tokenizer.json, tokenizer.model_path
+    def refuse(what):
+        raise ValueError(f"{path}: run.c does not know {what}")
+    model, decoder = config["model"], config.get("decoder") or {}
+    if model.get("type", "BPE") != "BPE" or decoder.get("type") != "ByteLevel":
+        refuse(f"this kind of tokenizer ({model.get('type')}, decoder {decoder.get('type')}): "
+               "only byte-level BPE")
+    if config.get("normalizer"):
+        refuse(f"the normalizer {config['normalizer'].get('type')}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            refuse(f"{name}={model[name]!r}")
+    pre = config.get("pre_tokenizer") or {}
+    pattern, digits, prefix = 2, False, False
+    for step in pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]:
+        kind = step.get("type")
+        if kind == "Digits" and step.get("individual_digits") and pattern == 2:
+            digits = True
+        elif kind == "ByteLevel":
+            if step.get("use_regex", True):
+                pattern = 0 if pattern == 2 else refuse("two patterns")
+            prefix = step.get("add_prefix_space", True)
+        elif kind == "Split" and step.get("pattern") in ({"Regex": LLAMA3_PATTERN},
+                                                         {"Regex": GPT2_PATTERN}) \
+                and step.get("behavior") == "Isolated" and not step.get("invert") and pattern == 2:
+            pattern = int(step["pattern"]["Regex"] == LLAMA3_PATTERN)
+        else:
+            refuse(f"the pre-tokenizer {kind} {step.get('pattern', '')}")
+    if (digits and pattern == 1) or (prefix and digits):
+        refuse("this combination of pre-tokenizers")
+    alphabet, vocab = byte_alphabet(), model["vocab"]
+    pieces = [(b"", 0)] * tokenizer.n_words
+    for text, i in vocab.items():
+        if text not in tokenizer.special:
+            try:
+                pieces[i] = bytes(alphabet[c] for c in text), 0
+            except KeyError:
+                refuse(f"the token {text!r}, which is not spelt in bytes")
+    for text, i in tokenizer.special.items():
+        pieces[i] = text.encode(), 1
+    ranges = character_classes(digits)
+    merges = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+    flags = bool(model.get("ignore_merges")) | digits << 1 | prefix << 2
+    return b"".join([
+        struct.pack("<I", len(ranges)), *(struct.pack("<3I", *r) for r in ranges),
+        struct.pack("<3I", pattern, flags, len(merges)),
+        *(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges),
+        *(struct.pack("<I", len(b) << 1 | special) + b for b, special in pieces)])
+
+# -----------------------------------------------------------------------------
+# Where tokenizers are
+
+def read_json(path):
+    """The object in a JSON file; {} if there is no such file. ValueError if it holds no object."""
+    try:
+        with open(path, "rb") as f:
+            value = json.load(f)
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:  # also where it is not UTF-8
+        raise ValueError(f"{path} is not JSON, or is cut short: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
+
 def find_tokenizer(vocab_size, *folders):
     """
-    Path of the SentencePiece model for `vocab_size`: tok<vocab_size>.model in one of `folders`
-    (None is skipped), in data/ or here; for 32000 Meta's tokenizer.model will do as well.
+    Path of the tokenizer for `vocab_size`: tok<vocab_size>.model, or a tokenizer.json with as many
+    tokens, in one of `folders` (None is skipped), in data/ or here; for 32000 Meta's
+    tokenizer.model will do as well.
     """
     names = [f"tok{vocab_size}.model"] + ["tokenizer.model"] * (vocab_size == 32000)
+    names.append("tokenizer.json")
     paths = [os.path.join(d, n) for d in (*folders, "data", "") if d is not None for n in names]
     for path in paths:
-        if os.path.isfile(path):
+        if os.path.isfile(path) and (not path.endswith(".json") or json_size(path) == vocab_size):
             return path
     remedy = "download Llama 2's tokenizer.model" if vocab_size == 32000 else \
              f"make it with: python tinystories.py train_vocab --vocab_size={vocab_size}"
     raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens "
                             f"(looked for {', '.join(dict.fromkeys(paths))}); {remedy}")
+
+def json_size(path):
+    """How many tokens a tokenizer.json has; 0 if it is damaged, or of a kind without a list."""
+    try:
+        config = read_json(path)
+        ids = [*config["model"]["vocab"].values()]
+        return max(ids + [token["id"] for token in config.get("added_tokens") or []]) + 1
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 # -----------------------------------------------------------------------------
 # What the commands share: flags, errors, files

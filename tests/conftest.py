@@ -4,6 +4,7 @@ The environment variable STORIES_DATA names a folder with stories260K/ and TinyS
 without it, shared/data in or beside the checkout is tried. Tests that need it skip without it.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,3 +49,43 @@ def real_stories():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+LLAMA3_TOKENS = ("begin_of_text end_of_text reserved_special_token_0 finetune_right_pad_id "
+                 "start_header_id end_header_id eom_id eot_id").split()
+
+
+def make_bpe(folder, kind="llama3", size=600):
+    """A small tokenizer.json, with its tokenizer_config.json, such as a Llama 3 (kind "llama3"), a
+    GPT-2 ("gpt2") or a SmolLM2 ("smollm2") has; its path. Trained on real stories where they are
+    here; bytes that the text has not are tokens too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizer import LLAMA3_PATTERN
+
+    lib = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=kind == "llama3"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=kind == "gpt2", use_regex=kind != "llama3")
+    first = {"llama3": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")],
+             "smollm2": [pre_tokenizers.Digits(individual_digits=True)], "gpt2": []}[kind]
+    lib.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
+    lib.decoder = tokenizers.decoders.ByteLevel()
+    names = {"llama3": [f"<|{name}|>" for name in LLAMA3_TOKENS], "gpt2": ["<|endoftext|>"],
+             "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}[kind]
+    text = ["It's the year 2026, isn't it?\n\n  I'LL say: naïve café, 12345!", "Привет, мир! 안녕하세요 你好"]
+    if DATA is not None:
+        text += (DATA / "TinyStories_all_data/data00.json").read_text()[:300_000].split("\\n")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - len(names) * (kind != "smollm2"), special_tokens=names if kind == "smollm2" else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)  # fmt: skip
+    lib.train_from_iterator(text, trainer)
+    while lib.get_vocab_size() < size - len(names) * (kind != "smollm2"):  # the text was too short
+        lib.add_tokens([f"<|unused_{lib.get_vocab_size()}|>"])
+    lib.add_special_tokens(names)
+    bos, eos = {"llama3": (names[0], "<|eot_id|>"), "gpt2": names * 2, "smollm2": names[1:]}[kind]
+    Path(folder).mkdir(exist_ok=True)
+    path = Path(folder) / "tokenizer.json"
+    lib.save(str(path))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(config))
+    assert lib.get_vocab_size() == size
+    return path

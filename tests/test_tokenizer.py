@@ -1,14 +1,16 @@
 """The tokenizer against SentencePiece itself and a second reader of tok.bin; the shared helpers."""
 
 import argparse
+import json
 import os
+import random
 import re
 import struct
 import subprocess
 import sys
 
 import pytest
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, make_bpe
 from sentencepiece import SentencePieceProcessor
 
 import tinystories
@@ -134,6 +136,139 @@ def test_find_tokenizer(tmp_path, monkeypatch):
         open(path, "w").close()
     assert find_tokenizer(64, "out") == "data/tok64.model"
     assert find_tokenizer(32000) == "tokenizer.model"
+
+# -----------------------------------------------------------------------------
+# tokenizer.json
+
+SCRIPTS = """Once upon a time, they'LL say "it's 12345 o'clock"; we'd x=y+1...
+Le café était fermé; où est l'été? | Größe, Straße, ẞ | Pożar w Łodzi, křeček
+Жили-были дед да баба. Съешь ещё! | Μια φορά κι έναν καιρό ήταν 3 γουρουνάκια
+كان يا ما كان في قديم الزمان ١٢٣٤٥ | היה היה פעם מלך אחד | एक समय की बात है, १२३ राजा था
+從前有一個國王,他有三個女兒。第１２章 | むかしむかし、あるところに | 옛날 옛적에 호랑이가
+กาลครั้งหนึ่งนานมาแล้ว ๑๒๓ | ერთხელ იყო და არა იყო რა | Կար չկար մի թագավոր | নীল আকাশ
+ሀገር ውስጥ ፩፪፫ | ½ ² Ⅷ ① 𝟙𝟚 𒐀 | 👩‍👩‍👧 🇪🇺 e\u0301 a\u0300\u0323 \u200b\ufeff \U000e0001""".replace("\n", " | ")
+PIECES = [*SCRIPTS.split(" | "), "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "'s",
+          "'S", "'\u017f", "'re'VE", "!", "?!\n", "_", "<|eot_id|>", "<|im_end|>", "\x00", "\x7f",
+          "\ufffd", "1234567", "a1b2", " 7", "\U0001f600", "\U0010ffff", "\ud7ff\ue000"]
+
+def odd_texts(n=1000):
+    """Real and odd strings: the pieces alone, and shuffled, cut and joined."""
+    rng = random.Random(0)
+    texts = ODD + PIECES
+    while len(texts) < n:
+        parts = [rng.choice(PIECES) for _ in range(rng.randint(1, 6))]
+        parts = [p[rng.randint(0, len(p)):] if rng.random() < 0.4 else p for p in parts]
+        texts.append(rng.choice(["", " "]).join(parts))
+    return texts
+
+class Blob:
+    """What is in byte_level_blob's bytes, read and used by its description alone."""
+    def __init__(self, data):
+        at = 0
+        def take(form):
+            nonlocal at
+            at += struct.calcsize("<" + form)
+            return struct.unpack_from("<" + form, data, at - struct.calcsize("<" + form))
+        self.ranges = [take("3I") for _ in range(take("I")[0])]
+        self.pattern, self.flags, n = take("3I")
+        merges = [take("3I") for _ in range(n)]
+        self.merges = {(a, b): (rank, i) for rank, (a, b, i) in enumerate(merges)}
+        self.tokens = []
+        while at < len(data):
+            n, = take("I")
+            self.tokens.append((data[at:at + (n >> 1)], n & 1))
+            at += n >> 1
+        assert at == len(data)
+        self.ids = {b: i for i, (b, special) in enumerate(self.tokens) if not special}
+        L, N, S = ("".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b, k in self.ranges
+                           if k == kind) for kind in (1, 2, 3))
+        patterns = [
+            f"'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+",
+            f"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n{L}{N}]?[{L}]+|[{N}]{{1,3}}"
+            f"| ?[^{S}{L}{N}]+[\\r\\n]*|[{S}]*[\\r\\n]+|[{S}]+(?![^{S}])|[{S}]+"]
+        self.split = re.compile(patterns[self.pattern]).findall
+        self.digits = re.compile(f"[{N}]|[^{N}]+").findall
+
+    def encode(self, text):
+        if self.flags & 4 and text and not text.startswith(" "):
+            text = " " + text
+        parts = self.digits(text) if self.flags & 2 else [text]
+        return [i for part in parts for piece in self.split(part) for i in self.bpe(piece.encode())]
+
+    def bpe(self, piece):
+        if self.flags & 1 and piece in self.ids:
+            return [self.ids[piece]]
+        ids = [self.ids[piece[k:k + 1]] for k in range(len(piece))]
+        while pairs := [(self.merges[p], k) for k, p in enumerate(zip(ids, ids[1:]))
+                        if p in self.merges]:
+            (_, merged), k = min(pairs)
+            ids[k:k + 2] = [merged]
+        return ids
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "smollm2"])
+def test_byte_level_blob_is_the_librarys_tokenizer(kind, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    t = Tokenizer(make_bpe(tmp_path / kind, kind))
+    blob = Blob(tokenizer.byte_level_blob(t))
+    assert len(blob.tokens) == t.n_words and blob.merges
+    assert {b.decode(): i for i, (b, special) in enumerate(blob.tokens) if special} == t.special
+    texts = odd_texts()
+    for text, ids in zip(texts, t.encode(texts, False, False)):
+        assert blob.encode(text) == ids, text
+        assert b"".join(blob.tokens[i][0] for i in ids).decode() in (text, " " + text)
+        assert t.decode(ids) in (text, " " + text)
+    assert all(a <= b < c for (a, b, _), (c, _, _) in zip(blob.ranges, blob.ranges[1:]))
+    high = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\p{L}\p{N}\s]"), "isolated")
+    assert len(high.pre_tokenize_str("".join(map(chr, range(0x40000, 0x110000))))) == 1  # no more
+
+def test_control_tokens_of_a_tokenizer_json(tmp_path):
+    path = make_bpe(tmp_path / "a", "llama3")
+    t = Tokenizer(path)
+    assert t.bos_id == t.special_id("<|begin_of_text|>") and t.eos_id == t.special_id("<|eot_id|>")
+    ids = t.encode("a<|eot_id|>b", True, True)
+    assert ids[0] == t.bos_id and ids[-1] == t.eos_id and t.eos_id not in ids[1:-1]
+    assert t.decode(ids) == "a<|eot_id|>b"  # as the text that it was
+    assert t.encode(["a", "b"], True, False) == [t.encode(x, True, False) for x in "ab"]
+    (tmp_path / "a/tokenizer_config.json").unlink()  # then by their usual names
+    assert Tokenizer(path).eos_id == t.special_id("<|end_of_text|>")
+    with pytest.raises(ValueError, match="has no special token <s>"):
+        t.special_id("<s>")
+    with pytest.raises(ValueError, match="token 600 is outside"):
+        t.decode([600])
+    with pytest.raises(ValueError, match="UTF-8"):
+        t.encode("\ud800", False, False)
+    with pytest.raises(ValueError, match="llama2.c cannot read it"):
+        t.export(tmp_path / "tok.bin")
+    assert find_tokenizer(600, str(tmp_path / "a")) == str(path)
+    with pytest.raises(FileNotFoundError):
+        find_tokenizer(601, str(tmp_path / "a"))
+
+@pytest.mark.parametrize("change, says", [
+    ({"normalizer": {"type": "NFC"}}, "does not know the normalizer NFC"),
+    ({"decoder": {"type": "Fuse"}}, "only byte-level BPE"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "does not know the pre-tokenizer Whitespace"),
+    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated",
+                        "invert": False}}, "Split {'Regex': 'a+'}"),
+    ("cut", "is not a tokenizer.json, or is cut short"), ("[1]", "is not a tokenizer.json")])
+def test_a_tokenizer_json_that_c_cannot_read(change, says, tmp_path):
+    path = make_bpe(tmp_path / "a")
+    if isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        path.write_text(path.read_text()[:-20] if change == "cut" else change)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        tokenizer.byte_level_blob(Tokenizer(path))
+
+def test_shards_refuse_what_they_cannot_hold(tmp_path):
+    path = make_bpe(tmp_path / "a")
+    with pytest.raises(ValueError, match="BOS is token 592, in shards it is 1"):
+        tinystories.pretokenize(str(tmp_path / "a"), 600)
+    config = json.loads(path.read_text())
+    config["added_tokens"] = []
+    config["model"]["vocab"].update({f"u{i}": i for i in range(592, 65537)})
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has 65537 tokens: at most 65536 fit into a shard"):
+        tinystories.pretokenize(str(tmp_path / "a"), 65537)
 
 # -----------------------------------------------------------------------------
 # What the commands share
