@@ -15,6 +15,7 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import re
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Template(NamedTuple):
     def sides(self, tokenizer, form, user, system=""):
         """The ids of one exchange before and after {reply}."""
         special = {"{bos}": tokenizer.bos_id, "{eos}": tokenizer.eos_id,
-                   **getattr(tokenizer, "special", {})}
+                   **tokenizer.special}
         cut = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
         text = {"{user}": user, "{system}": system}
         sides = []
@@ -100,7 +101,7 @@ class Template(NamedTuple):
 
     def check(self, tokenizer):
         """The template itself; ValueError where it is malformed or the tokenizer does not fit."""
-        special = getattr(tokenizer, "special", {})
+        special = tokenizer.special
         for form in filter(None, self):
             for name, n in ("user", 1), ("reply", 1), ("system", form is self.system):
                 if form.count(f"{{{name}}}") != n:
@@ -177,6 +178,8 @@ def read(path):
 
 def items(path):
     """Yields the number of its first line and the value of each item of a JSON or JSONL file."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
     with open(path, encoding="utf-8-sig") as f:
         try:
             text = f.read()

@@ -1,14 +1,17 @@
-"""The training loop: pretraining, and PPO with --ppo.
+"""The training loop: pretraining, supervised fine-tuning with --sft, PPO with --ppo.
 
     python train.py --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8
+    python train.py --sft --data=data/task/sft.jsonl              # out/ckpt.pt learns to obey
     python train.py --out_dir=out --init_from=resume --ppo        # aligns out/ckpt.pt
     torchrun --standalone --nproc_per_node=4 train.py             # DDP, on one node or many
 
 It reads shards made by tinystories.py and writes into --out_dir:
-    ckpt.pt        the newest state (ppo_ckpt.pt with --ppo); ckpt.prev.pt the one before
+    ckpt.pt        the newest state; ckpt.prev.pt the one before
     best.pt        the state with the lowest validation loss
-    model.bin      the model for ./run (ppo_model.bin with --ppo)
-    log.jsonl      one JSON object an iteration (ppo_log.jsonl with --ppo)
+    model.bin      the model for ./run
+    log.jsonl      one JSON object an iteration
+and those of the other stages with their name before: sft_ckpt.pt, ppo_ckpt.pt, ...; sft_lora.pt
+has the adapters of --sft --lora_rank alone.
 
 A checkpoint is complete: --init_from=resume with the same flags goes on as if the run had never
 been interrupted. Ctrl-C finishes the step, saves, and says how to go on.
@@ -40,10 +43,10 @@ from export import write_v3
 from model import checkpoint_args, load_checkpoint, save_checkpoint
 from report import Log, plain_config, print_report
 from sample import choose_device
-from stages import MODEL_FLAGS, Pretraining
+from stages import MODEL_FLAGS, FineTuning, Pretraining
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
 
-STAGES = {"ppo": Alignment}  # by their flags; without one the run is Pretraining
+STAGES = {"sft": FineTuning, "ppo": Alignment}  # by their flags; without one the run is Pretraining
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
     "out_dir", "eval_interval", "eval_iters", "log_interval", "eval_only", "init_from", "device",
@@ -87,7 +90,9 @@ def flags(argv=None):
     add("wandb_run_name", time.strftime("run%Y_%m_%d_%H_%M_%S"), "its run")
 
     add = group("data")
-    add("data", "data", "data folder, or several with weights: dirA:0.7,dirB:0.3")
+    add("data", "data", "data folder, or several with weights: dirA:0.7,dirB:0.3; with --sft a "
+        "JSON or JSONL file of instructions, or several: a.jsonl,b.json")
+    add("val_data", "", "held-out instructions; default: a tenth of --data")
     add("batch_size", 128, "sequences a forward pass (micro-batch)")
     add("max_seq_len", 256, "tokens a sequence, the model's context")
     add("vocab_source", "llama2", "llama2 (32000 tokens) or custom", ("llama2", "custom"))
@@ -124,6 +129,18 @@ def flags(argv=None):
     add("fsdp", False, "shard model, gradients and optimizer over the processes of torchrun")
     add("seed", 1337, "of initialisation, data order and rollouts")
 
+    add = group("instructions")
+    add("sft", False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions")
+    add("template", "", "how a dialogue is written: plain, llama2, or a file {\"turn\": ..., "
+        "\"system\": ...}; default: the checkpoint's, else plain")
+
+    add = group("LoRA, with --sft and --ppo")
+    add("lora_rank", 0, "train adapters of this rank (LoRA) instead of the weights; 0: all weights")
+    add("lora_alpha", 16.0, "their scale is lora_alpha / lora_rank")
+    add("lora_layers", "q,v", "matrices that get one, of q,k,v,o,gate,down,up")
+    add("lora_dropout", 0.0, "dropout rate before them (--sft)")
+    add("lora_4bit", False, "keep these matrices in 4 bits (QLoRA, --sft); needs bitsandbytes")
+
     add = group("PPO (--batch_size is the rollouts a forward pass, --grad_clip applies)")
     add("ppo", False, "align the checkpoint in out_dir (or --init_from) with PPO")
     add("ppo_iters", 0, "PPO iterations; 0: up to max_iters, those of the checkpoint included")
@@ -132,9 +149,6 @@ def flags(argv=None):
     add("start_len", 30, "prompts: BOS and the first 0 to start_len - 1 tokens of a story")
     add("value_learning_rate", 0.0, "the critic's learning rate; 0: as the policy's")
     add("ppo_warmup_steps", 10, "optimizer steps of linear warm-up")
-    add("lora_rank", 0, "train adapters of this rank (LoRA) instead of the weights; 0: all weights")
-    add("lora_alpha", 16.0, "their scale is lora_alpha / lora_rank")
-    add("lora_layers", "q,v", "matrices that get one, of q,k,v,o,gate,down,up")
     add("ppo_debug", False, "print every statistic of every iteration")
     add("roof_prompts", 16, "prompts from which the roof J* is estimated")
     add("roof_samples", 64, "reference samples for each of them")
@@ -165,9 +179,13 @@ def setup(args):
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
     if args.lora_rank < 0:
         raise ValueError(f"--lora_rank must not be negative, not {args.lora_rank}")
-    args.compile = kind == "cuda" if args.compile is None else args.compile
+    if args.lora_4bit and not (args.lora_rank and args.sft):
+        raise ValueError("--lora_4bit is for --sft with --lora_rank")
+    pretraining = stage_class(args) is Pretraining
+    # the other stages' batches change their shape
+    args.compile = kind == "cuda" and pretraining if args.compile is None else args.compile
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if args.fsdp and (world == 1 or args.ppo or args.dtype == "float16"):
+    if args.fsdp and (world == 1 or not pretraining or args.dtype == "float16"):
         raise ValueError("--fsdp is for pretraining with torchrun, in float32 or bfloat16")
     if world > 1:
         if kind == "cuda":
@@ -225,7 +243,7 @@ def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
     names = ("model.py", "attention.c", "ppo.py", "train.py", "stages.py", "alignment.py",
-             "tinystories.py")  # fmt: skip
+             "tinystories.py", "instruct.py")  # fmt: skip
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 
 
@@ -248,6 +266,9 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         **args.kept,
         **state,
     })  # fmt: skip
+    if "lora" in state:
+        kept = {k: state[k] for k in ("lora", "template")}
+        save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), kept)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
     with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:

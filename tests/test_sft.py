@@ -1,0 +1,255 @@
+"""Supervised fine-tuning: the loss to the token, packed = one by one, adapters, resumed runs."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+import stages
+import train
+from instruct import TEMPLATES, Instructions
+from model import ModelArgs, Transformer, load_checkpoint, model_from_checkpoint, save_checkpoint
+from test_train import assert_same_run, die_in_step, finish, keep_signals, processes  # noqa: F401
+from test_train import read_log, spawn
+from tokenizer import Tokenizer
+
+WORDS = "cat dog sun red big ran sat hat the a".split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tokenizer, a random model, and instructions: say these words backwards."""
+    import sentencepiece
+
+    folder, rng = tmp_path_factory.mktemp("base"), random.Random(0)
+    text = [" ".join(rng.choices(WORDS, k=6)) + "\n" for _ in range(200)]
+    (folder / "text").write_text("".join(text))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tok290"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, minloglevel=3, num_threads=1,
+    )  # fmt: skip
+    records = []
+    for _ in range(120):
+        words = rng.choices(WORDS, k=rng.randint(1, 6))
+        records.append({"prompt": " ".join(words), "response": " ".join(reversed(words))})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    torch.manual_seed(0)
+    args = ModelArgs(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290, multiple_of=4,
+                     max_seq_len=64)  # fmt: skip
+    weights = Transformer(args).state_dict()
+    save_checkpoint(folder / "ckpt.pt", {"model": weights, "model_args": M.checkpoint_args(args)})
+    return folder
+
+
+def command(base, out, **flags):
+    """The flags of a tiny run in the folder `out`, where the base model is."""
+    out.mkdir(exist_ok=True)
+    for name in "ckpt.pt", "tok290.model":
+        shutil.copy(base / name, out)
+    values = dict(
+        sft=True, data=base / "data.jsonl", out_dir=out, batch_size=4, max_iters=8, eval_interval=4,
+        eval_iters=3, learning_rate=1e-2, warmup_iters=3, device="cpu", log_interval=100,
+    ) | flags  # fmt: skip
+    return [f"--{k}={v}" for k, v in values.items()]
+
+
+def one_by_one(model, samples):
+    """The mean loss over all learnt tokens, each sample alone: no packing, no -1."""
+    losses = []
+    for ids, mask in samples:
+        logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        losses += [-logp[i, ids[i + 1]] for i in range(len(ids) - 1) if mask[i + 1]]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_packed_is_one_by_one_in_loss_and_gradient(base, native, monkeypatch):
+    monkeypatch.setenv("NATIVE_ATTENTION", native)
+    M.attention_library.cache_clear()
+    t = Tokenizer(base / "tok290.model")
+    data = Instructions(f"{base}/data.jsonl", "train", t, TEMPLATES["plain"], 64)
+    model = model_from_checkpoint(load_checkpoint(base / "ckpt.pt"))
+    tokens, targets, lengths, expected = stages.Packed(data).batch(5, 7)
+    samples = data.batch(5, 7)
+    learnt = sum(mask.count(True) for _, mask in samples)
+    assert int((targets >= 0).sum()) == learnt and sum(lengths) == len(tokens)
+    assert expected == 7 * sum(m.sum() for _, m in data.samples) / len(data)
+    grads = []
+    for loss in model(tokens, targets, lengths=lengths), one_by_one(model, samples):
+        model.zero_grad()
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    M.attention_library.cache_clear()
+
+
+def test_each_token_counts_the_same_in_any_split(base, tmp_path):
+    """A step of 8 samples = 4 micro-batches of 2 = 2 processes of 2 micro-batches: to rounding,
+    though replies differ in length."""
+    runs = {"one": dict(batch_size=8), "micro": dict(batch_size=2, gradient_accumulation_steps=4)}
+    for name, flags in runs.items():
+        train.main(command(base, tmp_path / name, **flags))
+    argv = command(base, tmp_path / "two", **runs["micro"])
+    assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
+    names = "one", "micro", "two"
+    states = [load_checkpoint(tmp_path / n / "sft_ckpt.pt")["model"] for n in names]
+    start = load_checkpoint(base / "ckpt.pt")["model"]
+    for name, w in states[0].items():
+        assert not torch.equal(w, start[name])
+        for other in states[1:]:
+            torch.testing.assert_close(other[name], w, atol=2e-4, rtol=1e-3)
+    shown = [[r["loss/train"] for r in read_log(tmp_path / n, "sft_") if "loss/train" in r]
+             for n in names]  # fmt: skip
+    assert len(shown[0]) == 8 and shown == [pytest.approx(shown[0], rel=1e-3)] * 3
+
+
+def test_it_learns_and_the_loss_shown_is_that_of_the_replies(base, tmp_path, capsys):
+    train.main(command(base, tmp_path / "a", max_iters=150, batch_size=16, eval_interval=150))
+    out = capsys.readouterr().out
+    assert " samples" in out and ">>>" in out
+    checkpoint = load_checkpoint(tmp_path / "a/sft_ckpt.pt")
+    assert checkpoint["template"]["turn"] == TEMPLATES["plain"].turn
+    t = Tokenizer(base / "tok290.model")
+    data = Instructions(f"{base}/data.jsonl", "val", t, TEMPLATES["plain"], 64)
+    model = model_from_checkpoint(checkpoint).eval()
+    with torch.no_grad():
+        loss = float(one_by_one(model, data.batch(0, len(data))))
+    log = read_log(tmp_path / "a", "sft_")
+    assert log[-1]["loss/val"] == pytest.approx(loss, rel=0.05)  # batches weigh by their samples
+    assert log[-1]["loss/val"] < 0.6 * log[0]["loss/val"]
+
+
+@pytest.mark.parametrize("flags", [
+    dict(dropout=0.1), dict(lora_rank=2, lora_dropout=0.1), dict(lora_rank=2, lora_4bit=True),
+])  # fmt: skip
+def test_resumes_to_the_bit(base, tmp_path, flags):
+    if "lora_4bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    train.main(command(base, tmp_path / "whole", **flags))
+    argv = command(base, tmp_path / "stopped", **flags)
+    hook = (die_in_step, 6, signal.SIGINT)
+    assert finish(spawn(argv, tmp_path / "log.txt", hook=hook)) == 0
+    assert load_checkpoint(tmp_path / "stopped/sft_ckpt.pt")["iter_num"] == 7
+    train.main([*argv, "--init_from=resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "sft_")
+
+
+# ----------------------------------------------------------------------------
+# adapters
+
+
+def lora_state(folder):
+    return load_checkpoint(folder / "sft_ckpt.pt"), torch.load(folder / "sft_lora.pt")
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_adapters_beside_the_checkpoint_give_its_model(base, tmp_path, four_bit):
+    if four_bit:
+        pytest.importorskip("bitsandbytes")
+    layers = "q,k,v,o,gate,up,down"
+    train.main(command(base, tmp_path / "a", lora_rank=2, lora_4bit=four_bit, lora_layers=layers))
+    checkpoint, kept = lora_state(tmp_path / "a")
+    assert set(kept["lora"]["state"]) == {n for n in checkpoint["unmerged"] if ".lora_" in n}
+    start = load_checkpoint(base / "ckpt.pt")
+    for name, w in start["model"].items():
+        trained = name.split(".")[-2] in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+        assert torch.equal(w, checkpoint["model"][name]) == (not trained)
+    merged, unmerged = model_from_checkpoint(checkpoint), model_from_checkpoint(start)
+    M.load_adapters(unmerged, kept["lora"])
+    x = torch.randint(0, 290, (3, 40))
+    torch.testing.assert_close(merged.eval()(x), unmerged.eval()(x), atol=1e-5, rtol=1e-5)
+    # the reference: the base with its adapters off
+    for p in (p for n, p in unmerged.named_parameters() if n.endswith("lora_b")):
+        torch.nn.init.zeros_(p)
+    if not four_bit:
+        assert torch.equal(unmerged(x), model_from_checkpoint(start).eval()(x))
+
+
+def test_adapters_of_another_model_are_refused(base, tmp_path):
+    train.main(command(base, tmp_path / "a", lora_rank=2, max_iters=1))
+    _, kept = lora_state(tmp_path / "a")
+    for change in dict(dim=32), dict(n_layers=1), dict(n_layers=3):
+        args = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290) | change
+        with pytest.raises(ValueError, match="adapters do not fit"):
+            M.load_adapters(Transformer(ModelArgs(**args)), kept["lora"])
+    for bad in None, {}, kept["lora"] | {"rank": 0}, kept["lora"] | {"layers": "x"}:
+        with pytest.raises(ValueError, match="adapters do not fit"):
+            M.load_adapters(model_from_checkpoint(load_checkpoint(base / "ckpt.pt")), bad)
+
+
+def nf4(w):
+    """NF4 from its definition (Dettmers et al., 2023): of each 64 weights the largest is 1; the
+    nearest of 16 levels for each."""
+    levels = torch.tensor([
+        -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
+    blocks = w.flatten().split(64)
+    out = [levels[(b[:, None] / b.abs().max() - levels).abs().argmin(1)] * b.abs().max()
+           for b in blocks]  # fmt: skip
+    return torch.cat(out).view_as(w)
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 64), (48, 288), (10, 7), (1, 64)])
+def test_four_bits_are_nf4_and_the_gradient_goes_through(rows, columns):
+    pytest.importorskip("bitsandbytes")
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    four = M.FourBitLoRALinear(linear, 2, 4.0, 0.0)
+    w = nf4(linear.weight.detach())
+    torch.testing.assert_close(four.dequantized(), w, atol=1e-5, rtol=1e-5)
+    assert four.packed.numel() * 2 + 64 > w.numel() and "weight" not in four.state_dict()
+    torch.nn.init.normal_(four.lora_b)
+    x = torch.randn(5, columns, requires_grad=True)
+    grads = torch.autograd.grad(four(x).square().sum(), (x, four.lora_a, four.lora_b))
+    whole = w + 2 * four.lora_b @ four.lora_a
+    expected = torch.autograd.grad(F.linear(x, whole).square().sum(), (x, four.lora_a, four.lora_b))
+    for a, b in zip(grads, expected):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------
+# mistakes
+
+
+def test_mistakes(base, tmp_path, monkeypatch):
+    def refused(message, **flags):
+        with pytest.raises((ValueError, OSError), match=message):
+            train.main(command(base, tmp_path / "x", **flags))
+
+    refused("one stage at a time", ppo=True)
+    refused("is a folder", data=base)
+    refused("No such file", data=base / "none.json")
+    refused("expected plain, llama2", template="x")
+    refused("is for --sft with --lora_rank", lora_4bit=True)
+    refused("fsdp is for pretraining", fsdp=True)
+    refused("needs the model's tokenizer", init_from=strip(base, tmp_path))
+    train.main(command(base, tmp_path / "a", lora_rank=2, max_iters=1))
+    for flags in dict(lora_rank=3), dict(), dict(lora_rank=2, lora_layers="o"):
+        with pytest.raises(ValueError, match="other adapters"):
+            train.main(command(base, tmp_path / "a", init_from="resume", **flags))
+    with pytest.raises(ValueError, match="another template"):
+        train.main(command(base, tmp_path / "b", init_from=tmp_path / "a/sft_ckpt.pt",
+                           template="llama2"))  # fmt: skip
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    refused("pip install bitsandbytes", lora_rank=2, lora_4bit=True)
+
+
+def strip(base, folder):
+    """The base model with a vocabulary for which there is no tokenizer."""
+    args = dict(dim=16, n_layers=2, n_heads=4, vocab_size=291, multiple_of=4)
+    weights = Transformer(ModelArgs(**args)).state_dict()
+    save_checkpoint(folder / "other.pt", {"model": weights, "model_args": args})
+    return folder / "other.pt"
+
+
+def test_held_out_file(base, tmp_path, capsys):
+    lines = (base / "data.jsonl").read_text().splitlines()
+    (tmp_path / "val.jsonl").write_text("\n".join(lines[:9]))
+    train.main(command(base, tmp_path / "a", val_data=tmp_path / "val.jsonl", max_iters=1))
+    out = capsys.readouterr().out
+    assert "val.jsonl: 9 samples" in out and "data.jsonl: 120 samples" in out
