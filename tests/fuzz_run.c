@@ -29,9 +29,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Tokenizer t;
     memset(&t, 0, sizeof t);
     const char *error = model_parse(&m, "fuzz");
-    if (!error && m.tokenizer)
-        error = tokenizer_open(&t, m.tokenizer, m.tokenizer_size, m.c.vocab_size, m.c.bos,
-                               m.c.eos, m.squeeze);
+    if (!error && m.tokenizer.size)
+        error = tokenizer_open(&t, m.tokenizer, m.kind, m.c.vocab_size, m.c.bos, m.c.eos,
+                               m.squeeze);
     // A valid model may ask for more than a fuzzer has: one small matrix can belong to a header
     // with thousands of heads and layers.
     if (!error && m.c.vocab_size < 4096 && m.c.dim < 4096 && m.c.hidden_dim < 4096) {
@@ -48,7 +48,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (!state_open(&s, &m, &team, 1, max_pos, 3)) {
             for (int i = 0; i < max_pos; i++)
                 rows[i] = (Row){i < n ? encoded[i] : ids[0], i, 0, i == max_pos - 1};
-            s.row = rows, s.B = max_pos, s.n_logits = 1, s.wanted[0] = max_pos - 1;
+            set_rows(&s, rows, max_pos);
             const Kernels *kernels = data[0] & 2 ? &kernels_portable : pick_kernels();
             team_run(&team, kernels->forward, &s);
             int id = sample(&sampler, kernels, s.logits, m.c.vocab_size);

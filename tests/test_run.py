@@ -94,8 +94,9 @@ const char *logits_of(const char *path, int isa, int threads, int block, int *id
     if ((error = state_open(&s, &m, &team, 1, n, block))) return error;
     for (int i = 0; i < n; i += block) {
         Row rows[64];
-        s.row = rows, s.B = s.n_logits = n - i < block ? n - i : block;
-        for (int b = 0; b < s.B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1}, s.wanted[b] = b;
+        int B = n - i < block ? n - i : block;
+        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1};
+        set_rows(&s, rows, B);
         team_run(&team, kernels[isa]->forward, &s);
         for (int b = 0; b < s.B; b++)
             memcpy(out + (i + b) * m.c.vocab_size, s.logits + b * s.v_width, 4 * m.c.vocab_size);
@@ -107,11 +108,12 @@ const char *logits_of(const char *path, int isa, int threads, int block, int *id
 }
 
 static Tokenizer tokenizer;
-const char *open_tok(const uint8_t *data, int size, int n, int squeeze) {
-    return tokenizer_open(&tokenizer, data, size, n, 1, 2, squeeze);
+const char *open_tok(const uint8_t *data, int size, int kind, int n, int squeeze) {
+    tokenizer_close(&tokenizer);
+    return tokenizer_open(&tokenizer, (Span){data, size}, kind, n, 1, 2, squeeze);
 }
-int encode_into(const char *text, int len, int *out) {
-    int n, *ids = encode(&tokenizer, text, (size_t)len, true, &n);
+int encode_into(const char *text, int len, int bos, int *out) {
+    int n, *ids = encode(&tokenizer, text, (size_t)len, bos, &n);
     memcpy(out, ids, sizeof *ids * (size_t)n);
     free(ids);
     return n;
@@ -421,18 +423,18 @@ def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
     blob = export.tokenizer_blob(tokenizer)
     squeeze = tokenizer.encode(" a  b ", False, False) == tokenizer.encode("a b", False, False)
     for flag in {int(squeeze), *flags}:  # told by the header, or guessed
-        assert lib.open_tok(blob, len(blob), tokenizer.n_words, flag) is None
+        assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, flag) is None
         for text in strings:
             data = text.encode()
             out = np.zeros(len(data) + 3, np.int32)
-            n = lib.encode_into(data, len(data), pointer(out))
+            n = lib.encode_into(data, len(data), 1, pointer(out))
             assert out[:n].tolist() == tokenizer.encode(text, True, False), text
     not_utf8 = [b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x"]
     for data in [s.encode() for s in strings[:200]] + not_utf8:
         if squeeze and (data.strip() != data or b"  " in data or b"\xe2\x96\x81" in data):
             continue
         out = np.zeros(len(data) + 3, np.int32)
-        n = lib.encode_into(data, len(data), pointer(out))
+        n = lib.encode_into(data, len(data), 1, pointer(out))
         back = b"".join(piece_bytes(lib, int(i)) for i in out[1:n])
         assert back == (b" " + data.replace(b"\xe2\x96\x81", b" ") if data else b"")
 
@@ -452,6 +454,120 @@ def test_encode_is_sentencepieces(lib, tok512_model, real_stories):
 
 def test_encode_with_own_vocabulary(lib, own):
     check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
+
+# Byte-level BPE, beside the library `tokenizers`
+
+SCRIPTS = {  # (first, last) code points
+    "latin": (0xC0, 0x24F), "greek": (0x370, 0x3FF), "cyrillic": (0x400, 0x4FF),
+    "armenian": (0x530, 0x58F), "hebrew": (0x591, 0x5F4), "arabic": (0x600, 0x6FF),
+    "devanagari": (0x900, 0x97F), "tamil": (0xB80, 0xBFF), "thai": (0xE01, 0xE5B),
+    "georgian": (0x10A0, 0x10FF), "ethiopic": (0x1200, 0x137F), "khmer": (0x1780, 0x17F9),
+    "kana": (0x3041, 0x30FF), "han": (0x4E00, 0x9FFF), "hangul": (0xAC00, 0xD7A3),
+    "gothic": (0x10330, 0x1034A), "emoji": (0x1F300, 0x1F6FF), "spaces": (0x1FFE, 0x2031),
+    "letters in numbers": (0x2150, 0x218B), "fullwidth": (0xFF01, 0xFF5E)}
+SPECIAL = ["<|begin|>", "<|end|>", "<|start_header|>", "<|end_header|>", "<|eot|>", "<|e"]
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+def scripts_text(n, seed=0):
+    """n strings of words, numbers, punctuation and white space, each mostly in one script."""
+    rng = np.random.default_rng(seed)
+    marks = list(" .,!?'\"\n\r\t-–…()0123456789") + [
+        "  ", "\r\n", "\n\n ", "\u00a0", "\u3000", "'s", "'LL", "'ſ", "'rE", "'d", " 't", "\x00",
+        "\x85", "½", "²", "٣", "ⅷ", "_", "e\u0301", "\u200d"]
+    def word(first, last):
+        letters = "".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 8))))
+        return letters if rng.random() < 0.8 else rng.choice(["don't", "I'll", "A1b22", "x" * 40])
+    return ["".join(word(*span) + "".join(rng.choice(marks, rng.integers(0, 5)))
+                    for _ in range(rng.integers(1, 12)))
+            for _, span in zip(range(n), list(SCRIPTS.values()) * n)]
+
+def class_ranges(tokenizers):
+    """The Unicode ranges of letters, numbers and white space, as the library's own regex has it."""
+    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    spans = []
+    for kind, others in enumerate((r"\P{L}+", r"\P{N}+", r"\S+"), 1):
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(others), "removed")
+        spans += [(ord(run[0]), ord(run[-1]), kind) for run, _ in split.pre_tokenize_str(every)]
+    assert all(hi - lo < 0x20000 for lo, hi, _ in spans) and len(spans) > 700
+    return sorted(spans)
+
+def byte_level_blob(tk, ranges, pattern, flags):
+    """A tokenizer of kind 1, as run.c describes it."""
+    from tokenizers import pre_tokenizers
+    data = json.loads(tk.to_str())
+    known = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in known}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in known)}
+    assert set(byte_of) == set(pre_tokenizers.ByteLevel.alphabet())
+    vocab, special = data["model"]["vocab"], {t["content"] for t in data["added_tokens"]}
+    pieces = sorted({**vocab, **{t["content"]: t["id"] for t in data["added_tokens"]}}.items(),
+                    key=lambda item: item[1])
+    assert [i for _, i in pieces] == list(range(len(pieces)))
+    blob = struct.pack("<I", len(ranges)) + b"".join(struct.pack("<3I", *r) for r in ranges)
+    merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
+    blob += struct.pack("<3I", pattern, flags, len(merges))
+    blob += b"".join(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges)
+    for text, _ in pieces:
+        raw = text.encode() if text in special else bytes(byte_of[c] for c in text)
+        blob += struct.pack("<I", len(raw) << 1 | (text in special)) + raw
+    return blob, len(pieces)
+
+@pytest.fixture(scope="session")
+def byte_level(build):
+    """{name: (library's tokenizer, blob, size)} of every kind, trained on text made here."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    from tokenizers import models, pre_tokenizers, trainers
+    ranges, made = class_ranges(tokenizers), {}
+    level, bare = pre_tokenizers.ByteLevel(add_prefix_space=False), \
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    llama = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), bare]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    prefix = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for name, parts, pattern, flags in [
+            ("GPT-2", [level], 0, 0), ("Llama 3", llama, 1, 1), ("SmolLM2", [digits, level], 0, 2),
+            ("prefix", [prefix], 0, 4), ("digits, prefix", [digits, prefix], 0, 6),
+            ("not cut", [bare], 2, 0)]:
+        tk = tokenizers.Tokenizer(models.BPE(ignore_merges=bool(flags & 1)))
+        tk.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        texts = [t for t in scripts_text(600, 1)] + [GOLDEN_START * 3] * 20
+        tk.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=1500, initial_alphabet=level.alphabet(), special_tokens=SPECIAL,
+            show_progress=False))
+        if name == "Llama 3":  # every split of every piece, as its tokenizer.json has it
+            data = json.loads(tk.to_str())
+            vocab = data["model"]["vocab"]
+            data["model"]["merges"] = [
+                [piece[:i], piece[i:]] for piece, rank in sorted(vocab.items(), key=lambda x: x[1])
+                if piece not in SPECIAL and rank % 9  # some are reached as whole words only
+                for i in sorted(range(1, len(piece)), key=lambda i: vocab.get(piece[:i], 0))
+                if piece[:i] in vocab and piece[i:] in vocab]
+            tk = tokenizers.Tokenizer.from_str(json.dumps(data))
+        made[name] = (tk, *byte_level_blob(tk, ranges, pattern, flags))
+    return made
+
+def byte_level_ids(lib, data):
+    out = np.zeros(2 * len(data) + 2, np.int32)
+    return out[:lib.encode_into(data, len(data), 0, pointer(out))].tolist()
+
+def test_byte_level_ids_are_the_librarys(lib, byte_level):
+    """1,000 strings in 20 scripts and the odd ones; and their bytes are the text again."""
+    strings = ODD + scripts_text(1000, 2) + [GOLDEN_START, "x'ſab 'LLab 'Llab 'vEab 'llab 'tab",
+                                             "a\r\n \n  b \t\tc!\r\n\n", "12345 1234567", " \n"]
+    for name, (tk, blob, n) in byte_level.items():
+        assert lib.open_tok(blob, len(blob), 1, n, 0) is None
+        for text in strings:
+            data, want = text.encode(), tk.encode(text, add_special_tokens=False).ids
+            if any(s in text for s in SPECIAL):
+                continue
+            got = byte_level_ids(lib, data)
+            assert got == want, (name, text)
+            if name in ("GPT-2", "Llama 3", "SmolLM2", "not cut"):
+                assert b"".join(piece_bytes(lib, i) for i in got) == data
+        for data in (b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x", b"\xf4\xbf\xbf\xbf",
+                     bytes(range(256))):
+            got = byte_level_ids(lib, data)  # not UTF-8
+            assert "prefix" in name or b"".join(piece_bytes(lib, i) for i in got) == data
 
 # -----------------------------------------------------------------------------
 # The sampler
