@@ -237,7 +237,7 @@ typedef struct {
     Matrix output; // (V, D); the embedding again if tied
     int64_t bytes; // read for one token
     Span tokenizer;          // empty: none
-    Span chat, chat_system;  // the template of an exchange, of one after a system prompt
+    Span chat[3];            // the template, see render
     int version, squeeze, kind;
     File file;
     void *packed; // the repacked weights of versions 0 and 2
@@ -541,9 +541,10 @@ static const char *open_v3(Model *m, const char *path) {
     place_tensors(m, m->file.data, HEADER);
     m->tokenizer = (Span){p + offset, (int64_t)length};
     Span in = {p + chat, (int64_t)chat_bytes};
-    return chat_bytes && (!cut_text(&in, &m->chat) || !cut_text(&in, &m->chat_system) || in.size)
-               ? fail("%s: the chat template does not fill its %lld bytes", path,
-                      (long long)chat_bytes) : NULL;
+    if (chat_bytes && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
+                       || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
+        return fail("%s: the chat template does not fill its bytes", path);
+    return NULL;
 }
 
 static void model_close(Model *m) {
@@ -1627,7 +1628,7 @@ static const char *read_pieces(Tokenizer *t, Span in, int eos, bool guess) {
         }
     }
     if (!error && in.size)
-        error = fail("the tokenizer goes on after its %d pieces; it belongs to another model", t->n);
+        error = fail("the tokenizer goes on after its %d pieces: it is another model's", t->n);
     for (uint32_t i = 0; i < t->n_merges && !error; i++) {
         const uint8_t *p = t->merges + 12 * (int64_t)i;
         const uint32_t n = (uint32_t)t->n, id[3] = {read_u32(p), read_u32(p + 4), read_u32(p + 8)};
@@ -1959,7 +1960,7 @@ typedef struct {
     float temperature, topp;
     uint64_t seed;
     int steps, stories;
-    Span chat[2]; // the template of an exchange, and of one with a system prompt
+    Span chat[3]; // the template
     int stop;     // what it has after a reply, or -1
     const char *prompt, *system;
 } Run;
@@ -2039,8 +2040,9 @@ static void generate(Run *run) {
         if (i == 0) continue;
         memcpy(s->logits + i * s->v_width, s->logits, sizeof(float) * (size_t)c->vocab_size);
         for (int64_t h = 0; h < heads; h++) {
-            memcpy(s->keys + (i * heads + h) * s->head_bytes, s->keys + h * s->head_bytes, used);
-            memcpy(s->values + (i * heads + h) * s->head_bytes, s->values + h * s->head_bytes, used);
+            int64_t from = h * s->head_bytes, to = from + i * heads * s->head_bytes;
+            memcpy(s->keys + to, s->keys + from, used);
+            memcpy(s->values + to, s->values + from, used);
         }
     }
     print_pieces(t, ids, 1, n);
@@ -2097,9 +2099,10 @@ static char *read_line(FILE *in) {
     return line;
 }
 
-// A chat template is two texts in the model file, each u32 length and bytes: an exchange, and an
-// exchange after a system prompt. {user}, {system} and {reply} stand for what was said, {bos} and
-// {eos} for those tokens; of a byte-level tokenizer special tokens may be spelled out. Llama 2's:
+// A chat template is three texts in the model file, each u32 length and bytes: an exchange, the
+// first exchange after a system prompt, and all but the first (may be absent: as the first).
+// {user}, {system} and {reply} stand for what was said, {bos} and {eos} for those tokens; of a
+// byte-level tokenizer special tokens may be spelled out. Llama 2's, where the file has none:
 static const char *const llama2_chat[2] = {
     "{bos}[INST] {user} [/INST]{reply}{eos}",
     "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"};
@@ -2147,8 +2150,8 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
         n = 0;
         free(more);
         if (!in.size || (name == REPLY && !finished)) break;
-        if (name == REPLY) ids = append(ids, size, turn->reply, sizeof *ids * (size_t)turn->n_reply);
-        else ids = append(ids, size, &id, sizeof id);
+        count = name == REPLY ? turn->n_reply : 1;
+        ids = append(ids, size, name == REPLY ? turn->reply : &id, sizeof id * (size_t)count);
     }
     free(text);
     return ids;
@@ -2159,40 +2162,44 @@ static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) 
     int *ids = NULL;
     size_t size = 0;
     for (int i = first; i <= last; i++)
-        ids = render(run, run->chat[i == first && run->system], &turn[i], i < last, ids, &size);
+        ids = render(run, run->chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
+                     &size);
     *n = (int)(size / sizeof *ids);
     return ids;
 }
 
 // Finds the templates, and the token that the model was taught to end a reply with.
-static void open_templates(Run *run) {
+static const char *open_templates(Run *run) {
     const Model *m = &run->model;
     const Turn nothing = {.user = (char[]){""}};
     size_t before = 0, after = 0;
-    for (int i = 0; i < 2; i++) {
-        run->chat[i] = i ? m->chat_system : m->chat;
-        if (!m->chat.data)
+    for (int i = 0; i < 3; i++) {
+        run->chat[i] = m->chat[i];
+        if (!m->chat[0].data && i < 2)
             run->chat[i] = (Span){(const uint8_t *)llama2_chat[i], (int64_t)strlen(llama2_chat[i])};
     }
+    if (!run->chat[2].size) run->chat[2] = run->chat[0];
     const Span in = run->chat[run->system != NULL];
     for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++) {
         Span rest = in;
         while (rest.size >= (int64_t)strlen(names[name])
                && memcmp(rest.data, names[name], strlen(names[name]))) cut(&rest, 1);
         if (rest.size < (int64_t)strlen(names[name]))
-            die(fail("this model's chat template has no place for %s", names[name]));
+            return fail("this model's chat template has no place for %s", names[name]);
     }
     free(render(run, in, &nothing, false, NULL, &before));
     int *ids = render(run, in, &nothing, true, NULL, &after);
-    if (after > before) run->stop = ids[before / sizeof *ids];
+    run->stop = after > before ? ids[before / sizeof *ids] : -1;
     free(ids);
+    return NULL;
 }
 
 // A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
 // and computes only what differs from it, also after the oldest turns had to go.
 static void chat(Run *run) {
     const int context = run->model.c.seq_len;
-    open_templates(run);
+    const char *error = open_templates(run);
+    if (error) die(error);
     state_or_die(run, 1, context, MAX_ROWS);
     Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
     Turn *turn = NULL;

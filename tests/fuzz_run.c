@@ -5,8 +5,9 @@
  *
  * An input is one byte of options, one byte n, n bytes of prompt, and the model file. Option 1
  * writes the file's true length into the header, which otherwise stops most mutants; 2 gives the
- * portable kernels. What is accepted is then used: the prompt is encoded, a few rows go through
- * the model, a token is sampled and printed. Nothing may crash, hang or exit.
+ * portable kernels. What is accepted is then used: the prompt is encoded, also as two exchanges of
+ * a chat, a few rows go through the model, a token is sampled and printed. Nothing may crash, hang
+ * or exit.
  */
 
 #pragma GCC diagnostic ignored "-Wunused-function" // the command line's
@@ -57,6 +58,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         }
         free(s.block);
         free(encoded);
+        Run run = {.model = m, .tokenizer = t, .system = data[0] & 4 ? "<s>{bos}" : NULL};
+        if (t.n && !open_templates(&run)) {
+            char *user = need(calloc(1, prompt_size + 1));
+            memcpy(user, prompt, prompt_size);
+            Turn turn[2] = {{user, ids, 1}, {user, ids, 1}};
+            encoded = render_all(&run, turn, 0, 1, &n);
+            for (int i = 0; i < n; i++)
+                if (encoded[i] < 0 || encoded[i] >= m.c.vocab_size) abort();
+            free(encoded), free(user);
+        }
     }
     tokenizer_close(&t);
     m.file.data = NULL;
