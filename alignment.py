@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import time
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +15,79 @@ from pathlib import Path
 import torch
 
 import ppo
-from model import Transformer, TransformerWithValueHead, add_lora, generate, load_checkpoint
-from model import merged_state, model_from_checkpoint
+from instruct import InstructPrompts, Instructions
+from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, add_lora, generate
+from model import load_checkpoint, merged_state, model_from_checkpoint
 from report import print_report
-from stages import schedule
+from stages import Packed, instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
 from tokenizer import write_atomic
+
+
+def instruction_file(data):
+    """Whether --data names instructions, and not a folder of stories."""
+    return data.partition(",")[0].endswith((".json", ".jsonl"))
+
+
+@contextmanager
+def borrowed(model, device, offload):
+    """A frozen model that is on its device while it works and, with offload, in the CPU's memory
+    before and after."""
+    if offload:
+        model.to(device)
+    try:
+        yield model
+    finally:
+        if offload:
+            model.to("cpu")
+
+
+def load_scorer(path, like, template):
+    """The checkpoint of --rm at path, its gain and bias multiplied into its head, so that what the
+    head says is the reward. Raises ValueError where it was not made by --rm, or for another
+    vocabulary, a shorter context or another template than that of the policy, ModelArgs `like`."""
+    checkpoint = load_checkpoint(path)
+    if "reward" not in checkpoint:
+        raise ValueError(f"{path} is no reward model: train one with --rm")
+    there = checkpoint["model_args"]
+    if there["vocab_size"] != like.vocab_size:
+        raise ValueError(
+            f"the reward model {path} has a vocabulary of {there['vocab_size']}, "
+            f"the policy one of {like.vocab_size}"
+        )
+    if there["max_seq_len"] < like.max_seq_len:
+        raise ValueError(
+            f"the reward model {path} reads {there['max_seq_len']} tokens, "
+            f"the policy writes up to {like.max_seq_len}"
+        )
+    if template != checkpoint.get("template"):
+        raise ValueError(
+            f"the reward model {path} was trained with the template "
+            f"{checkpoint.get('template')}, the policy has {template}"
+        )
+    gain, bias = checkpoint["reward"]["gain"], checkpoint["reward"]["bias"]
+    state = checkpoint["model"]
+    state["value_head.weight"] = gain * state["value_head.weight"]
+    state["value_head.bias"] = gain * state["value_head.bias"] + bias
+    return checkpoint
+
+
+class ModelReward:
+    """The scores of a reward model, one a rollout: f(prompts, responses, ended)."""
+
+    def __init__(self, checkpoint, device, offload, batch_size, context):
+        model = model_from_checkpoint(checkpoint, TransformerWithValueHead, dropout=0.0)
+        self.model = model.requires_grad_(False).eval().to("cpu" if offload else device)
+        self.device, self.offload, self.size, self.context = device, offload, batch_size, context
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses, ended):
+        texts = [p + r for p, r in zip(prompts, responses)]
+        with borrowed(self.model, self.device, self.offload) as model, self.context():
+            parts = [
+                score(model, texts[i : i + self.size]) for i in range(0, len(texts), self.size)
+            ]
+        return torch.cat(parts).tolist()
 
 
 class Alignment:
@@ -48,36 +116,74 @@ class Alignment:
             frozen = dict(self.model.named_parameters())
             for name, p in reference.named_parameters():
                 p.data = frozen[name].data  # the reference is the model without its adapters
+        self.ref_device = args.ref_device or args.device
+        reference.to("cpu" if args.offload else self.ref_device)
+        self.open_prompts(config)
         self.optimizers = [self.adam(self.model, args.learning_rate)]
         critic = None
         if config.advantage == "gae" and not shared:
-            source = config.value_model
-            source = start if source == "separate" else load_checkpoint(source)
+            source, path = start, config.value_model
+            if path != "separate":
+                source = load_checkpoint(path)
+                source = self.scorer(path) if "reward" in source else source
             critic = build(source, TransformerWithValueHead)
+            if critic.args.vocab_size != self.model.args.vocab_size:
+                raise ValueError(f"--value_model={path} has another vocabulary than the policy")
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.adam(critic, rate))
-        vocab = self.model.args.vocab_size
-        self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed)
-        self.held_out = Prompts(args.data, "val", args.start_len, vocab, args.seed)
-        seq_len = self.model.args.max_seq_len
-        self.text = Windows(args.data, "val", min(seq_len, 256), vocab, args.seed)
-        if config.ptx_coef:
-            if world > 1:
-                raise ValueError("--ptx_coef works with one process only")
-            self.ptx_windows = Windows(args.data, "train", seq_len, vocab, args.seed + 1)
         self.trainer = ppo.PPOTrainer(
             config, self.model, reference, critic, self.optimizers[0],
-            self.optimizers[1] if critic else None, context, self.ptx_batch,
+            self.optimizers[1] if critic else None, context, self.ptx_batch, self.stop_ids,
         )  # fmt: skip
-        self.reward = ppo.load_reward(args.reward, args.target_len, self.decode)
+        if args.reward.endswith(".pt"):
+            device = args.reward_device or args.device
+            size, scorer = args.batch_size, self.scorer(args.reward)
+            self.reward = ModelReward(scorer, device, args.offload, size, context)
+        else:
+            self.reward = ppo.load_reward(args.reward, args.target_len, self.decode)
         self.position = self.ptx_position = 0
         self.first, self.roof = checkpoint["iter_num"], None
 
+    def scorer(self, path):
+        return load_scorer(path, self.model.args, self.args.kept.get("template"))
+
+    def open_prompts(self, config):
+        """Prompts, and text to see what is forgotten (`text`) and to hold it (`ptx_text`):
+        beginnings of stories, or instructions where --data names a file of them."""
+        args, model = self.args, self.model.args
+        vocab, context = model.vocab_size, model.max_seq_len
+        self.stop_ids = BOS_ID, EOS_ID, *args.kept.get("end_ids", ())
+        ptx = args.ptx_data or args.data
+        if instruction_file(args.data) or config.ptx_coef and instruction_file(ptx):
+            template = stage_template(args, self.tokenizer)
+            texts = self.tokenizer, template
+        if instruction_file(args.data):
+            self.stop_ids += (template.end(self.tokenizer),)
+            room = context - min(config.max_gen_len, context // 2)
+            self.prompts, self.held_out = (
+                instructions(InstructPrompts, args, split, *texts, room)
+                for split in ("train", "val")
+            )
+            self.text = Packed(instructions(Instructions, args, "val", *texts, context))
+        else:
+            self.prompts, self.held_out = (
+                Prompts(args.data, split, args.start_len, vocab, args.seed)
+                for split in ("train", "val")
+            )
+            self.text = Windows(args.data, "val", min(context, 256), vocab, args.seed)
+        if config.ptx_coef:
+            if self.world > 1:
+                raise ValueError("--ptx_coef works with one process only")
+            if instruction_file(ptx):
+                self.ptx_text = Packed(Instructions(ptx, "train", *texts, context, args.seed + 1))
+            else:
+                self.ptx_text = Windows(ptx, "train", context, vocab, args.seed + 1)
+
     def ptx_batch(self):
         n = max(self.args.batch_size // 8, 1)
-        batch = self.ptx_windows.batch(self.ptx_position, n)
+        x, y, *packed = self.ptx_text.batch(self.ptx_position, n)
         self.ptx_position += n
-        return (x.to(self.args.device) for x in batch)
+        return x.to(self.args.device), y.to(self.args.device), *packed[:1]  # lengths, where packed
 
     def adam(self, model, rate):
         """Adam whose first steps are short: its second moments are rough estimates then. The count
@@ -108,8 +214,9 @@ class Alignment:
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=random)
         with self.trainer.context():
             out = generate(
-                model, prompts, c.max_gen_len, c.temperature, uniform=uniform, max_batch=512
-            )
+                model, prompts, c.max_gen_len, c.temperature, stop_ids=self.stop_ids,
+                uniform=uniform, max_batch=512,
+            )  # fmt: skip
         return out.responses(), out.ended
 
     def scores(self, prompts, responses, ended):
@@ -125,16 +232,11 @@ class Alignment:
         prompts = self.held_out.batch(0, n)
         responses, ended = self.sample(model, prompts)
         scores = self.scores(prompts, responses, ended)
-        kl = loss = 0.0
-        for i in range(0, n, size):
-            p = ppo.pack(prompts[i : i + size], responses[i : i + size], self.args.device)
-            with t.context():
-                logp, ref = (
-                    t.log_softmax(m(p.tokens, lengths=p.lengths)[p.action])
-                    for m in (model, t.reference)
-                )
-            kl += float(ppo.exact_kl(logp, ref).sum()) / n
-            loss -= float(ref.gather(1, p.target[:, None]).sum())
+        with t.context():
+            kl, ref = ppo.against_reference(
+                model, t.reference, prompts, responses, size, t.config.temperature
+            )
+        kl = float(kl.mean())
         lengths = torch.tensor([len(q) + len(r) for q, r in zip(prompts, responses)]).float()
         return {
             "objective": float(scores.mean()) - t.config.init_kl_coef * kl,
@@ -143,22 +245,26 @@ class Alignment:
             "length_mean": float(lengths.mean()),
             "length_std": float(lengths.std()),
             "ended": float(ended.float().mean()),
-            "ref_loss": loss / sum(map(len, responses)),
+            "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
             "val_loss": self.text_loss(model),
             "lengths": lengths.int().tolist(),
             "story": self.decode(prompts[0] + responses[0]) if self.tokenizer else "",
         }
 
     def text_loss(self, model):
-        """The loss on 64 fixed windows of validation text, nats a token: does PPO forget?"""
-        losses = [
-            (float(model(x.to(self.args.device), y.to(self.args.device))), len(x))
-            for x, y in self.text.fixed(64, 16)
-        ]
-        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+        """The loss on 64 fixed samples of validation text, nats a token: does PPO forget?"""
+        total, count, device = 0.0, 0, model.output.weight.device
+        fixed = min(64, len(self.text))
+        for i in range(0, fixed, 16):
+            x, y, *packed = self.text.batch(i, min(16, fixed - i))
+            n = int((y >= 0).sum())
+            total += n * float(model(x.to(device), y.to(device), *packed[:1]))
+            count += n
+        return total / count
 
     def report(self):
         """Measures reference and result on the same prompts and random numbers, and prints."""
+        self.trainer.reference.to(self.ref_device)
         result = deepcopy(self.trainer.reference)
         result.load_state_dict(self.result(), strict=False)  # a shared value head stays behind
         found = {
@@ -177,9 +283,10 @@ class Alignment:
         reference = self.trainer.reference.parameters()
         weights = float(sum(p.cpu().double().abs().sum() for p in reference))
         key = [a.reward, a.target_len, a.start_len, a.roof_prompts, a.roof_samples, a.seed, a.data]
-        key += [c.max_gen_len, c.temperature, weights]
-        if ":" in a.reward:  # FILE.py:FUNCTION: the file may change under its name
-            key.append(hashlib.sha256(Path(a.reward.rpartition(":")[0]).read_bytes()).hexdigest())
+        key += [c.max_gen_len, c.temperature, weights, a.val_data]
+        if a.reward != "length":  # FILE.py:FUNCTION or FILE.pt: the file may change under its name
+            path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
+            key.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
         path = Path(a.out_dir) / "roof.json"
         try:
             kept = json.loads(path.read_text())
@@ -189,7 +296,8 @@ class Alignment:
         if scores is None:
             prompts = self.held_out.batch(0, a.roof_prompts)
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
-            responses, ended = self.sample(self.trainer.reference, prompts)
+            with borrowed(self.trainer.reference, self.ref_device, a.offload) as reference:
+                responses, ended = self.sample(reference, prompts)
             scores = self.scores(prompts, responses, ended).view(a.roof_prompts, a.roof_samples)
             if self.rank == 0:
                 with write_atomic(path, "w") as f:
@@ -208,7 +316,9 @@ class Alignment:
         t1 = time.perf_counter()
         scores = self.reward(queries, responses, ended)
         self.last = queries[0], responses[0], scores[0]
-        return self.trainer.step(queries, responses, logprobs, scores, ended) | {
+        with borrowed(self.trainer.reference, self.ref_device, a.offload):
+            stats = self.trainer.step(queries, responses, logprobs, scores, ended)
+        return stats | {
             "ppo/objective_roof": self.roof[0],
             "time/ppo/rollout": t1 - t0,
             "time/ppo/iteration": time.perf_counter() - t0,
@@ -235,7 +345,9 @@ class Alignment:
         if self.tokenizer is None or not hasattr(self, "last"):
             return ""
         query, response, score = self.last
-        return f"{self.decode(query)} >>> {self.decode(query + response)} (score {score})"
+        score = float(torch.as_tensor(score).sum())
+        texts = self.decode(query), self.decode(response), f"{score:.3f}"
+        return "\n".join(map(": ".join, zip(("prompt", "response", "reward"), texts)))
 
     def result(self):
         """The weights to keep: the average of the policy's where one is made, adapters merged."""

@@ -330,7 +330,27 @@ def pack(queries, responses, device):
     return Packed(tokens, lengths, action, target)
 
 
-def check_rollouts(queries, responses, ended, logprobs):
+@torch.no_grad()
+def against_reference(policy, reference, queries, responses, size, temperature=1.0):
+    """How far a policy is from a reference on its own responses, `size` at a time: of each response
+    the KL in nats, exact over the vocabulary at each of its tokens, and the reference's
+    log-probability, (B,) both."""
+    kls, ref_logprobs = [], []
+    for i in range(0, len(queries), size):
+        both = []
+        for model in (policy, reference):
+            p = pack(queries[i : i + size], responses[i : i + size], model.output.weight.device)
+            logits = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float()
+            both.append((logits / temperature).log_softmax(-1).to(policy.output.weight.device))
+        logp, ref = both
+        counts = torch.tensor([len(r) for r in responses[i : i + size]])
+        target = p.target[:, None].to(ref.device)
+        kls.append(sum_by_rollout(exact_kl(logp, ref), counts))
+        ref_logprobs.append(sum_by_rollout(ref.gather(1, target).squeeze(1), counts))
+    return torch.cat(kls), torch.cat(ref_logprobs)
+
+
+def check_rollouts(queries, responses, ended, logprobs, stop_ids=(BOS_ID, EOS_ID)):
     """What must hold of rollouts whatever the configuration; raises RuntimeError."""
     if not len(queries) == len(responses) == len(ended):
         sizes = len(queries), len(responses), len(ended)
@@ -340,7 +360,7 @@ def check_rollouts(queries, responses, ended, logprobs):
     for r, done in zip(responses, ended.tolist()):
         if not r:
             raise RuntimeError("a response is empty: its end token is part of it, to be trained")
-        if done != (r[-1] in (BOS_ID, EOS_ID)):
+        if done != (r[-1] in stop_ids):
             raise RuntimeError("a response that ended lacks its end token, or a cut one has it")
     if not bool(torch.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-4:
         raise RuntimeError("a rollout's log-probability is not that of a token")
@@ -355,15 +375,17 @@ class PPOTrainer:
     optimizer, critic_optimizer  the latter None where critic is None
     context    what to run forward passes in (autocast), a zero-argument callable
     ptx        a zero-argument callable giving (tokens, targets) of pretraining data, or None
+    stop_ids   the tokens that end a response
     """
 
     def __init__(
-        self, config, policy, reference, critic, optimizer, critic_optimizer, context, ptx=None
-    ):
+        self, config, policy, reference, critic, optimizer, critic_optimizer, context, ptx=None,
+        stop_ids=(BOS_ID, EOS_ID),
+    ):  # fmt: skip
         c = self.config = config
         self.policy, self.reference, self.critic = policy, reference, critic
         self.optimizer, self.critic_optimizer = optimizer, critic_optimizer
-        self.context, self.ptx = context, ptx
+        self.context, self.ptx, self.stop_ids = context, ptx, stop_ids
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.device = policy.output.weight.device
@@ -399,8 +421,9 @@ class PPOTrainer:
         model, temperature = model or self.policy, c.temperature
         with self.context():
             out = generate(
-                model, queries, c.max_gen_len, temperature, uniform=uniform[mine], max_batch=512
-            )
+                model, queries, c.max_gen_len, temperature, stop_ids=self.stop_ids,
+                uniform=uniform[mine], max_batch=512,
+            )  # fmt: skip
         logprobs = [lp[:n] for lp, n in zip(out.logprobs, out.lengths.tolist())]
         return queries, out.responses(), logprobs, out.ended
 
@@ -428,8 +451,9 @@ class PPOTrainer:
             p = pack(queries[i : i + size], responses[i : i + size], self.device)
             target = p.target[:, None]
             with self.context():
-                hidden = self.reference.hidden(p.tokens, p.lengths)[p.action]
-                logp_ref = self.log_softmax(self.reference.output(hidden))  # (A, V)
+                where = self.reference.output.weight.device  # maybe another device
+                hidden = self.reference.hidden(p.tokens.to(where), p.lengths)[p.action.to(where)]
+                logp_ref = self.log_softmax(self.reference.output(hidden)).to(self.device)  # (A, V)
                 logp = self.log_softmax(self.policy(p.tokens, lengths=p.lengths)[p.action])
                 values = self.values(p) if self.uses_values else torch.zeros(len(target))
             old, ref = (x.gather(1, target).squeeze(1) for x in (logp, logp_ref))
@@ -464,7 +488,7 @@ class PPOTrainer:
             model.eval()  # no dropout: the ratio must be 1 before the first step
         counts = torch.tensor([len(r) for r in responses])
         sampled = torch.cat(old_logprobs).float()
-        check_rollouts(queries, responses, ended, sampled)
+        check_rollouts(queries, responses, ended, sampled, self.stop_ids)
         data = dict(queries=queries, responses=responses, counts=counts)
         data["target"] = torch.tensor([t for r in responses for t in r], device=self.device)
         data |= self.examine(queries, responses, sampled)
@@ -665,6 +689,7 @@ class PPOTrainer:
             return kl_estimate(logprobs, data["ref"][span], self.config.kl_penalty)
         with torch.no_grad(), self.context():
             ref = self.log_softmax(self.reference.output(data["ref_hidden"][span]))
+            ref = ref.to(self.device)
         return exact_kl(logp, ref)
 
     def optimize(self, policy):

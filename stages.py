@@ -5,6 +5,7 @@ step, returning statistics), `line` (them for a person), `evaluate`, `story`, an
 `resume` for checkpoints. The stage that learns from its own samples, PPO, is in alignment.py.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -12,15 +13,17 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
-from instruct import Instructions, find_template
-from model import BOS_ID, ModelArgs, Transformer, adapter_state, add_lora, generate
-from model import merged_state, model_from_checkpoint, native_attention
+from instruct import InstructPrompts, Instructions, Rankings, find_template
+from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
+from model import add_lora, generate, merged_state, model_from_checkpoint, native_attention
 from report import matmul_roof
 from tinystories import Windows
 
@@ -145,6 +148,7 @@ class Pretraining:
     with another `build`, `data` and `loss`, and maybe a `summary` of its evaluation."""
 
     prefix = ""
+    ddp = True  # `loss` calls the model as a whole: DistributedDataParallel sees it
 
     def __init__(self, args, checkpoint, rank, world, context, tokenizer):
         self.args, self.rank, self.world, self.context = args, rank, world, context
@@ -170,7 +174,7 @@ class Pretraining:
             if rank == 0:
                 print("not compiled: here attention.c is faster than what torch.compile makes")
         self.forward = torch.compile(self.model) if args.compile else self.model
-        if world > 1 and not args.fsdp:
+        if world > 1 and self.ddp and not args.fsdp:
             self.forward = DistributedDataParallel(self.forward)
 
     def build(self, checkpoint):
@@ -210,6 +214,8 @@ class Pretraining:
             loss_sum += loss.detach()
             tokens += n
             seen.append(found)
+        if self.world > 1 and not self.ddp:
+            self.average_gradients()
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
@@ -247,6 +253,13 @@ class Pretraining:
             self.model.set_requires_gradient_sync(last)
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not last else nullcontext()
+
+    def average_gradients(self):
+        """Over the processes, where DistributedDataParallel does not do it."""
+        for p in self.model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
 
     def line(self, iteration, s):
         bad = "" if not s["bad_steps"] else f" | not finite, skipped ({s['bad_steps']} in a row)"
@@ -329,6 +342,23 @@ class Pretraining:
 # supervised fine-tuning
 
 
+def stage_template(args, tokenizer):
+    """The template of a stage's dialogues, which goes into its checkpoints."""
+    if tokenizer is None:
+        raise ValueError("instructions are text: this needs the model's tokenizer, --tokenizer")
+    template = find_template(args.template, args.kept, tokenizer, "plain")
+    args.kept["template"] = template._asdict()
+    return template
+
+
+def instructions(kind, args, split, tokenizer, template, max_len):
+    """Samples of the instruction data that the flags name, in one of instruct.py's forms."""
+    path = args.data
+    if args.val_data:
+        path, split = (args.val_data if split == "val" else path), "all"
+    return kind(path, split, tokenizer, template, max_len, args.seed)
+
+
 class Packed:
     """Instructions as packed tensors: samples one after the other, none of which sees another, and
     the targets, -1 where nothing is to be learnt."""
@@ -360,21 +390,17 @@ class FineTuning(Pretraining):
 
     def build(self, checkpoint):
         a = self.args
-        if self.tokenizer is None:
-            raise ValueError("instructions are text: this needs the model's tokenizer, --tokenizer")
-        self.template = find_template(a.template, checkpoint, self.tokenizer, "plain")
+        self.template = stage_template(a, self.tokenizer)
         model = model_from_checkpoint(checkpoint, dropout=a.dropout)
         if a.lora_rank:
             add_lora(model, a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_layers, a.lora_4bit)
         return model
 
     def data(self, split):
-        a = self.args
-        path, part = a.data, split
-        if a.val_data:
-            path, part = (a.data if split == "train" else a.val_data), "all"
         context = self.model.args.max_seq_len
-        samples = Instructions(path, part, self.tokenizer, self.template, context, a.seed)
+        samples = instructions(
+            Instructions, self.args, split, self.tokenizer, self.template, context
+        )
         if self.rank == 0:
             print(f"{split}: {samples.summary()}")
         return Packed(samples)
@@ -426,3 +452,218 @@ class FineTuning(Pretraining):
         if now:
             self.model.load_state_dict(checkpoint["unmerged"])
         super().resume(checkpoint)
+
+
+# ----------------------------------------------------------------------------
+# learning from preferences
+
+
+def pairs(sizes):
+    """All pairs (better, worse) of rankings of `sizes` completions, best first, as indices into all
+    completions one after the other: [2, 3] -> [0, 2, 2, 3], [1, 3, 4, 4]; and the weight of each,
+    with which those of a ranking make up 1 / len(sizes)."""
+    better, worse, weight, first = [], [], [], 0
+    for k in sizes:
+        for i, j in itertools.combinations(range(first, first + k), 2):
+            better.append(i)
+            worse.append(j)
+            weight.append(2 / (k * (k - 1) * len(sizes)))
+        first += k
+    return torch.tensor(better), torch.tensor(worse), torch.tensor(weight)
+
+
+def score(model, sequences):
+    """What a TransformerWithValueHead says at the last token of each of `sequences`, lists of ids:
+    (n,) in fp32, from one forward pass without padding."""
+    device, lengths = model.value_head.weight.device, [len(s) for s in sequences]
+    tokens = torch.tensor([t for s in sequences for t in s], device=device)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    return model.values(model.hidden(tokens, lengths)[last])
+
+
+def response_logprobs(model, queries, responses, device):
+    """log p(response | query) of each pair of lists of ids: (n,), from one forward pass."""
+    p = ppo.pack(queries, responses, device)
+    logp = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float().log_softmax(-1)
+    each = logp.gather(1, p.target[:, None]).squeeze(1)
+    return ppo.sum_by_rollout(each, torch.tensor([len(r) for r in responses]))
+
+
+def calibration_error(margins, bins=10):
+    """How far the probabilities sigmoid(margin) of pairs (n,) are from how often the better one won:
+    the mean of |share right - mean confidence| over bins of confidence (Guo et al., 2017)."""
+    confidence, right = margins.abs().sigmoid(), (margins.sign() + 1) / 2
+    bin = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(right - confidence)[bin == b].sum().abs() for b in range(bins)]
+    return float(sum(gaps)) / len(margins)
+
+
+class Preferences(Pretraining):
+    """What reward model and DPO share: rankings for data, and replies to held-out prompts."""
+
+    ddp = False
+
+    def data(self, split):
+        a = self.args
+        self.template = stage_template(a, self.tokenizer)
+        room = self.model.args.max_seq_len
+        samples = instructions(Rankings, a, split, self.tokenizer, self.template, room)
+        if self.rank == 0:
+            print(f"{split}: {samples.summary()}")
+        return samples
+
+    def replies(self, model):
+        """Held-out prompts, at most --reference_samples, and a model's replies to them, the same at
+        every call."""
+        a, context = self.args, self.model.args.max_seq_len
+        room = context - min(a.max_gen_len, context // 2)
+        prompts = instructions(InstructPrompts, a, "val", self.tokenizer, self.template, room)
+        prompts = prompts.batch(0, min(a.reference_samples, len(prompts)))
+        random = torch.Generator().manual_seed(a.seed)
+        uniform = torch.rand(len(prompts), min(a.max_gen_len, context), generator=random)
+        stop = {BOS_ID, EOS_ID, self.template.end(self.tokenizer)}
+        with self.context():
+            out = generate(model, prompts, uniform.shape[1], stop_ids=stop, uniform=uniform)
+        return prompts, out.responses()
+
+
+class RewardModel(Preferences):
+    """A scalar for a whole reply, from rankings: the loss is -log sigmoid(better - worse), over all
+    pairs of a ranking (Ouyang et al., 2022, equation 1). As a checkpoint it comes with the gain and
+    bias that give the replies of the model it started from mean 0 and variance 1."""
+
+    prefix = "rm_"
+
+    def __init__(self, args, checkpoint, *more):
+        super().__init__(args, checkpoint, *more)
+        if "reward" in checkpoint:
+            self.samples = checkpoint["reward"]["samples"]
+        else:
+            self.samples = [q + r for q, r in zip(*self.replies(self.model))]
+
+    def build(self, checkpoint):
+        model = model_from_checkpoint(
+            checkpoint, TransformerWithValueHead, dropout=self.args.dropout
+        )
+        n = self.args.freeze_layers
+        if not 0 <= n <= len(model.layers):
+            raise ValueError(f"--freeze_layers={n}: the model has {len(model.layers)} layers")
+        if n:
+            model.tok_embeddings.requires_grad_(False)
+        for layer in model.layers[:n]:
+            layer.requires_grad_(False)
+        return model
+
+    def loss(self, model, batch):
+        better, worse, weight = (t.to(self.args.device) for t in pairs([len(c) for _, c in batch]))
+        sequences = [prompt + c for prompt, completions in batch for c in completions]
+        scores = score(self.model, sequences)
+        margins = scores[better] - scores[worse]
+        lengths = [float(len(c)) for _, completions in batch for c in completions]
+        return -(F.logsigmoid(margins) * weight).sum(), sum(map(len, sequences)), {
+            "rm/margin": margins.detach(),
+            "rm/accuracy": (margins.detach().sign() + 1) / 2,  # a tie is half a hit
+            "rm/score": scores.detach(),
+            "rm/length": torch.tensor(lengths),
+        }  # fmt: skip
+
+    def summary(self, seen):
+        """Of the held-out pairs: share in the right order, mean margin, error of the probabilities
+        that the margins stand for, correlation of score and length of a completion."""
+        names = "rm/margin", "rm/accuracy", "rm/score", "rm/length"
+        margins, right, scores, lengths = (
+            gathered_over_ranks(torch.cat([f[k].float().cpu() for f in seen])) for k in names
+        )
+        both = torch.stack([scores, lengths])
+        return {
+            "rm/val/accuracy": float(right.mean()),
+            "rm/val/margin": float(margins.mean()),
+            "rm/val/calibration_error": calibration_error(margins),
+            "rm/val/length_correlation": float(both.corrcoef()[0, 1]) if scores.std() else 0.0,
+        }
+
+    def story(self):
+        """A held-out prompt with its best and its worst completion, and their scores."""
+        (prompt, completions), = self.val.batch(0, 1)
+        ends = completions[0], completions[-1]
+        with torch.no_grad(), self.context():
+            scores = score(self.model, [prompt + c for c in ends]).tolist()
+        text = [f"{s:+.2f} {self.tokenizer.decode(c)}" for s, c in zip(scores, ends)]
+        return f"{self.tokenizer.decode(prompt)}\nbest: {text[0]}\nworst: {text[1]}"
+
+    @torch.no_grad()
+    def state(self):
+        self.model.eval()
+        with self.context():
+            size = 2 * self.args.batch_size
+            parts = range(0, len(self.samples), size)
+            scores = torch.cat([score(self.model, self.samples[i : i + size]) for i in parts])
+        self.model.train()
+        std = float(scores.std(correction=0)) or 1.0
+        reward = {"gain": 1 / std, "bias": -float(scores.mean()) / std, "samples": self.samples}
+        return super().state() | {"reward": reward}
+
+
+class DPO(Preferences):
+    """Direct preference optimization (Rafailov et al., 2023): the reward that a policy stands for,
+    beta log(policy / reference), is trained on pairs as a reward model is."""
+
+    prefix = "dpo_"
+
+    def build(self, checkpoint):
+        weights = checkpoint["dpo"]["reference"] if "dpo" in checkpoint else checkpoint["model"]
+        reference = {"model": weights, "model_args": checkpoint["model_args"]}
+        self.reference = model_from_checkpoint(reference, dropout=0.0).requires_grad_(False)
+        self.reference.to(self.args.device)
+        return super().build(checkpoint)
+
+    def loss(self, model, batch):
+        a = self.args
+        better, worse, weight = (t.to(a.device) for t in pairs([len(c) for _, c in batch]))
+        queries = [prompt for prompt, completions in batch for _ in completions]
+        responses = [c for _, completions in batch for c in completions]
+        rewards = response_logprobs(self.model, queries, responses, a.device)
+        if not a.dpo_reference_free:
+            with torch.no_grad():
+                ref = response_logprobs(self.reference, queries, responses, a.device)
+            rewards = rewards - ref
+        rewards = a.dpo_beta * rewards
+        margins = rewards[better] - rewards[worse]
+        each = -(1 - a.dpo_label_smoothing) * F.logsigmoid(margins)
+        each = each - a.dpo_label_smoothing * F.logsigmoid(-margins)
+        return (each * weight).sum(), sum(map(len, queries + responses)), {
+            "dpo/margin": margins.detach(),
+            "dpo/accuracy": (margins.detach().sign() + 1) / 2,
+            "dpo/better": rewards.detach()[better],
+            "dpo/worse": rewards.detach()[worse],
+        }  # fmt: skip
+
+    def summary(self, seen):
+        """Of the held-out pairs: mean margin of the rewards and share in the right order; and the
+        KL to the reference, nats a reply, exact at each token of the model's own replies."""
+        out = {}
+        for name in ("margin", "accuracy"):
+            each = torch.cat([f[f"dpo/{name}"].float().cpu() for f in seen])
+            out[f"dpo/val/{name}"] = float(gathered_over_ranks(each).mean())
+        prompts, replies = self.replies(self.model)
+        with self.context():
+            kl, _ = ppo.against_reference(
+                self.model, self.reference, prompts, replies, self.args.batch_size
+            )
+        return out | {"dpo/val/kl_ref": float(kl.mean())}
+
+    def story(self):
+        prompts, replies = self.replies(self.model)
+        return f"{self.tokenizer.decode(prompts[0])}\n{self.tokenizer.decode(replies[0])}"
+
+    def state(self):
+        return super().state() | {"dpo": {"reference": self.reference.state_dict()}}
+
+
+def gathered_over_ranks(x):
+    """The parts (n,) of all processes, one after the other."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)

@@ -43,10 +43,11 @@ from export import write_v3
 from model import checkpoint_args, load_checkpoint, save_checkpoint
 from report import Log, plain_config, print_report
 from sample import choose_device
-from stages import MODEL_FLAGS, FineTuning, Pretraining
+from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
 
-STAGES = {"sft": FineTuning, "ppo": Alignment}  # by their flags; without one the run is Pretraining
+# The stages by their flags; without one the run is Pretraining.
+STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
     "out_dir", "eval_interval", "eval_iters", "log_interval", "eval_only", "init_from", "device",
@@ -141,10 +142,25 @@ def flags(argv=None):
     add("lora_dropout", 0.0, "dropout rate before them (--sft)")
     add("lora_4bit", False, "keep these matrices in 4 bits (QLoRA, --sft); needs bitsandbytes")
 
+    add = group("preferences (--batch_size is the rankings a forward pass)")
+    add("rm", False, "train a reward model from rankings (--data=FILE.json or .jsonl)")
+    add("freeze_layers", 0, "--rm: embeddings and this many of the first layers stay as they are")
+    add("reference_samples", 256, "replies to held-out prompts: --rm gives those of the model it "
+        "starts from mean 0 and variance 1, --dpo estimates its KL")  # fmt: skip
+    add("dpo", False, "learn from rankings without reward model or samples")
+    add("dpo_beta", 0.1, "price of the distance from the model at the start")
+    add("dpo_label_smoothing", 0.0, "share of pairs whose order is thought to be wrong")
+    add("dpo_reference_free", False, "as if the model at the start found all replies alike")
+
     add = group("PPO (--batch_size is the rollouts a forward pass, --grad_clip applies)")
     add("ppo", False, "align the checkpoint in out_dir (or --init_from) with PPO")
     add("ppo_iters", 0, "PPO iterations; 0: up to max_iters, those of the checkpoint included")
-    add("reward", "length", "length, or FILE.py:FUNCTION of lists of prompts and responses")
+    add("reward", "length", "length, FILE.py:FUNCTION of lists of prompts and responses, or a "
+        "reward model (.pt) of --rm")  # fmt: skip
+    add("ref_device", "", "where the frozen reference is; default: as --device")
+    add("reward_device", "", "where the reward model is; default: as --device")
+    add("ptx_data", "", "text that --ptx_coef mixes in: folder or file; default: as --data")
+    add("offload", False, "keep reference and reward model in the CPU's memory while unused")
     add("target_len", 200, "tokens of prompt and response that the length reward wants")
     add("start_len", 30, "prompts: BOS and the first 0 to start_len - 1 tokens of a story")
     add("value_learning_rate", 0.0, "the critic's learning rate; 0: as the policy's")
@@ -171,14 +187,22 @@ def setup(args):
         raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
     for name in ("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
                  "gradient_accumulation_steps", "roof_prompts", "roof_samples", "report_rollouts",
-                 "start_len"):  # fmt: skip
+                 "start_len", "reference_samples"):  # fmt: skip
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     args.device = choose_device(args.device)
+    for name in (args.ref_device, args.reward_device):
+        choose_device(name)
     kind = args.device.partition(":")[0]
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
     if args.lora_rank < 0:
         raise ValueError(f"--lora_rank must not be negative, not {args.lora_rank}")
+    if args.lora_rank and (args.rm or args.dpo):
+        raise ValueError("--lora_rank is for --sft and --ppo")
+    if not 0 <= args.dpo_label_smoothing < 0.5:
+        raise ValueError("--dpo_label_smoothing must be from 0 to below 0.5: a half says nothing")
+    if args.dpo_beta <= 0:
+        raise ValueError(f"--dpo_beta must be above 0, not {args.dpo_beta}")
     if args.lora_4bit and not (args.lora_rank and args.sft):
         raise ValueError("--lora_4bit is for --sft with --lora_rank")
     pretraining = stage_class(args) is Pretraining
@@ -271,6 +295,8 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), kept)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
+    if args.rm:
+        return  # it tells nothing
     with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
         write_v3(f, stage.model.args, state["model"], "fp32", stage.tokenizer)
 
@@ -342,7 +368,7 @@ def starting_point(args, rank):
         return newest(mine), True
     if args.init_from not in ("scratch", "resume"):
         state = {**load_checkpoint(args.init_from), "iter_num": 0, "best_val_loss": 1e9}
-        for name in ("ppo", "position", "optimizer"):  # its weights alone
+        for name in ("ppo", "dpo", "reward", "position", "optimizer"):  # its weights alone
             state.pop(name, None)
     elif not args.ppo:
         if args.init_from == "resume" and (mine == base or mine.exists()):
@@ -444,7 +470,8 @@ def start(args, rank, world):
     if args.ppo:
         roof, error = stage.estimate_roof()
         if rank == 0:
-            print(f"roof J* = {roof:.3f} ±{error:.3f}, the highest J there is, from reference samples")
+            print(f"roof J* = {roof:.3f} ±{error:.3f}, the highest J there is, "
+                  "from reference samples")  # fmt: skip
     return stage, iter_num, best_val_loss, resumed
 
 

@@ -1,0 +1,460 @@
+"""Reward models, DPO, and PPO against a reward model, held against formulas and loops written from
+the papers, on models of a few thousand parameters."""
+
+import itertools
+import json
+import math
+import random
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import alignment
+import model as model_module
+import ppo
+import stages
+import tinystories
+import train
+from instruct import Template
+from model import ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args
+from model import load_checkpoint, save_checkpoint
+from tokenizer import run_main
+
+VOCAB = 320  # 256 bytes, 3 control tokens, letters
+ARGS = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=8, max_seq_len=64)
+NICE, RUDE = "please thank you kindly".split(), "stupid awful hate bad".split()
+
+
+def reply(words, rng):
+    return " ".join(rng.choices(words + ["it", "is", "so", "and"], k=rng.randrange(3, 7)))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a vocabulary, a model with random weights, and preferences for nice words."""
+    folder, rng = tmp_path_factory.mktemp("home"), random.Random(1)
+    tinystories.synthesize(folder, 300, 1)
+    tinystories.train_vocab(folder, VOCAB)
+    torch.manual_seed(1)
+    net = Transformer(ModelArgs(vocab_size=VOCAB, **ARGS))
+    with torch.no_grad():
+        net.output.weight.mul_(10)
+    parts = {"model": net.state_dict(), "model_args": checkpoint_args(net.args), "iter_num": 7}
+    save_checkpoint(folder / "ckpt.pt", parts)
+    for name, k in (("pairs", 2), ("rankings", 3)):
+        with open(folder / f"{name}.jsonl", "w") as f:
+            for i in range(150):
+                best, worst = (reply(words, rng) for words in (NICE + NICE, RUDE + RUDE))
+                middle = ["it is so", "and it is", "so it is"][: k - 2]
+                record = {"prompt": f"say {i}", "completions": [best, *middle, worst]}
+                f.write(json.dumps(record) + "\n")
+    return folder
+
+
+def argv(home, out, **flags):
+    values = dict(
+        init_from=home / "ckpt.pt", out_dir=out, data=home / "pairs.jsonl", max_iters=40,
+        batch_size=8, eval_interval=20, eval_iters=4, learning_rate=1e-2, warmup_iters=3,
+        weight_decay=0, device="cpu", log_interval=100, reference_samples=16, max_gen_len=12,
+        tokenizer=home / f"tok{VOCAB}.model",
+    ) | flags  # fmt: skip
+    return [f"--{k}={v}" for k, v in values.items()]
+
+
+def run(home, out, **flags):
+    train.main(argv(home, out, **flags))
+    return out
+
+
+@pytest.fixture(scope="module")
+def rm(home, tmp_path_factory):
+    return run(home, tmp_path_factory.mktemp("rm"), rm=True)
+
+
+def records(folder, name, key):
+    lines = [json.loads(line) for line in (folder / name).open()]
+    return [r[key] for r in lines if key in r]
+
+
+def stage_of(kind, home, out, **flags):
+    """A stage that has not begun, and its first batch."""
+    args = train.flags(argv(home, out, **flags))
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    assert isinstance(stage, kind)
+    return stage, stage.train.batch(0, args.batch_size)
+
+
+def error_of(capsys, *line):
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: train.main(*line))
+    assert e.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def sequences(n, seed, longest=30):
+    rng = random.Random(seed)
+    return [[1] + [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))] + [2]
+            for _ in range(n)]  # fmt: skip
+
+
+def critic(seed=0):
+    torch.manual_seed(seed)
+    net = TransformerWithValueHead(ModelArgs(vocab_size=VOCAB, **ARGS))
+    torch.nn.init.normal_(net.value_head.weight)
+    torch.nn.init.normal_(net.value_head.bias)
+    return net.eval()
+
+
+# ----------------------------------------------------------------------------
+# the reward model
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_score_does_not_depend_on_the_batch_or_on_padding(native, monkeypatch):
+    """Alone, beside others of any length, and at the end of a dense row: the same score, which is
+    that of the last token."""
+    if not native:
+        monkeypatch.setattr(model_module, "native_attention", lambda x: False)
+    net, texts = critic(), sequences(9, 1)
+    together = stages.score(net, texts)
+    alone = torch.cat([stages.score(net, [t]) for t in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stages.score(net, texts[::-1]).flip(0), together, atol=1e-5, rtol=0)
+    for text, s in zip(texts, together):
+        padded = torch.tensor([text + [0] * 20])
+        dense = net.values(net.hidden(padded))[0, len(text) - 1]
+        torch.testing.assert_close(dense, s, atol=1e-5, rtol=0)
+    assert together.std() > 0.1
+
+
+def test_pairs_of_rankings():
+    better, worse, weight = stages.pairs([2, 3])
+    assert list(zip(better.tolist(), worse.tolist())) == [(0, 1), (2, 3), (2, 4), (3, 4)]
+    torch.testing.assert_close(weight, torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
+
+
+def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path):
+    """Value and gradient, against one forward pass a completion and a Python loop."""
+    data = home / "rankings.jsonl"
+    stage, batch = stage_of(stages.RewardModel, home, tmp_path, rm=True, data=data)
+    torch.nn.init.normal_(stage.model.value_head.weight)
+    loss, tokens, found = stage.loss(stage.model, batch)
+    loss.backward()
+    gradient = [p.grad.clone() for p in stage.model.parameters() if p.grad is not None]
+    stage.model.zero_grad()
+    total, margins = 0.0, []
+    for prompt, completions in batch:
+        assert len(completions) == 3
+        scores = []
+        for c in completions:
+            x = torch.tensor([prompt + c])
+            scores.append(stage.model.value_head(stage.model.hidden(x))[0, -1, 0])
+        for a, b in itertools.combinations(scores, 2):
+            total = total - torch.log(torch.sigmoid(a - b)) / 3 / len(batch)
+            margins.append((a - b).item())
+    total.backward()
+    torch.testing.assert_close(loss, total)
+    for p, g in zip((p for p in stage.model.parameters() if p.grad is not None), gradient):
+        torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["rm/margin"], torch.tensor(margins), atol=1e-5, rtol=1e-4)
+    assert tokens == sum(len(p) + len(c) for p, cs in batch for c in cs)
+
+
+def test_calibration_error():
+    """Margins drawn so that sigmoid(margin) is true have none; the same, doubled, have some."""
+    torch.manual_seed(0)
+    size = torch.randn(100_000).abs() * 2
+    sign = torch.where(torch.rand(100_000) < size.sigmoid(), 1.0, -1.0)
+    assert stages.calibration_error(size * sign) < 0.01
+    assert stages.calibration_error(3 * size * sign) > 0.05
+    # two bins by hand: confidence 0.6 and right, 0.9 and wrong
+    x = torch.tensor([math.log(0.62 / 0.38), -math.log(0.92 / 0.08)])
+    assert stages.calibration_error(x) == pytest.approx((0.38 + 0.92) / 2, abs=1e-5)
+
+
+def test_reward_model_learns_and_is_normalised(home, rm):
+    accuracy = records(rm, "rm_log.jsonl", "rm/val/accuracy")
+    assert accuracy[0] == 0.5 and accuracy[-1] >= 0.9  # all scores are equal at the start
+    for name in ("margin", "calibration_error", "length_correlation"):
+        assert math.isfinite(records(rm, "rm_log.jsonl", f"rm/val/{name}")[-1])
+    checkpoint = load_checkpoint(rm / "rm_ckpt.pt")
+    samples = checkpoint["reward"]["samples"]
+    assert len(samples) == 16 and not (rm / "rm_model.bin").exists()
+    template = checkpoint["template"]
+    like = ModelArgs(vocab_size=VOCAB, **ARGS)
+    scorer = alignment.load_scorer(rm / "rm_ckpt.pt", like, template)
+    reward = alignment.ModelReward(scorer, "cpu", False, 4, nullcontext)
+    scores = torch.tensor(reward([[]] * len(samples), samples, None))
+    assert scores.mean().abs() < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
+
+
+def test_frozen_layers_stay(home, tmp_path):
+    run(home, tmp_path, rm=True, freeze_layers=1, max_iters=4)
+    before = load_checkpoint(home / "ckpt.pt")["model"]
+    after = load_checkpoint(tmp_path / "rm_ckpt.pt")["model"]
+    frozen = {k for k in before if torch.equal(before[k], after[k])}
+    first = {k for k in before if k.startswith(("layers.0.", "tok_embeddings", "output"))}
+    assert frozen == first
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_resumes_to_the_bit(home, tmp_path, stage):
+    flags = {stage: True, "eval_interval": 3, "dropout": 0.1, "decay_lr": False}
+    run(home, tmp_path / "whole", max_iters=6, **flags)
+    run(home, tmp_path / "parts", max_iters=3, **flags)
+    run(home, tmp_path / "parts", max_iters=6, **flags | {"init_from": "resume"})
+    whole, parts = (load_checkpoint(tmp_path / d / f"{stage}_ckpt.pt") for d in ("whole", "parts"))
+    for part in ("model", "optimizer", "reward", "dpo", "position", "tokens", "iter_num"):
+        assert str(whole.get(part)) == str(parts.get(part)), part
+    for k, v in whole["model"].items():
+        assert torch.equal(v, parts["model"][k]), k
+    if stage == "dpo":
+        start = load_checkpoint(home / "ckpt.pt")["model"]
+        assert all(torch.equal(v, start[k]) for k, v in parts["dpo"]["reference"].items())
+
+
+# ----------------------------------------------------------------------------
+# DPO
+
+
+@pytest.mark.parametrize("smoothing,free", [(0.0, False), (0.2, False), (0.0, True)])
+def test_dpo_is_equation_7(home, tmp_path, smoothing, free):
+    """Loss and gradient of Rafailov et al., with the policy away from the reference, written out:
+    one sequence at a time, one token at a time."""
+    flags = dict(dpo_label_smoothing=smoothing, dpo_reference_free=free, dpo_beta=0.3)
+    stage, batch = stage_of(stages.DPO, home, tmp_path, dpo=True, **flags)
+    with torch.no_grad():
+        for p in stage.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    stage.loss(stage.model, batch)[0].backward()
+    gradient = {k: p.grad.clone() for k, p in stage.model.named_parameters()}
+    stage.model.zero_grad()
+
+    def logp(net, prompt, completion):
+        logits = net(torch.tensor([prompt + completion]))[0].log_softmax(-1)
+        return sum(logits[len(prompt) - 1 + i, t] for i, t in enumerate(completion))
+
+    total = 0.0
+    for prompt, (chosen, rejected) in batch:
+        ratio = []
+        for c in (chosen, rejected):
+            against = 0.0 if free else logp(stage.reference, prompt, c)
+            ratio.append(logp(stage.model, prompt, c) - against)
+        h = 0.3 * (ratio[0] - ratio[1])
+        each = (1 - smoothing) * torch.log(1 / (1 + torch.exp(-h)))
+        each = each + smoothing * torch.log(1 / (1 + torch.exp(h)))
+        total = total - each / len(batch)
+    total.backward()
+    torch.testing.assert_close(stage.loss(stage.model, batch)[0], total, atol=1e-5, rtol=1e-5)
+    for k, p in stage.model.named_parameters():
+        torch.testing.assert_close(p.grad, gradient[k], atol=2e-5, rtol=1e-3)
+    assert all(p.grad is None for p in stage.reference.parameters())
+
+
+def test_dpo_learns(home, tmp_path):
+    run(home, tmp_path, dpo=True, learning_rate=3e-3)
+    assert records(tmp_path, "dpo_log.jsonl", "loss/val")[0] == pytest.approx(math.log(2))
+    accuracy = records(tmp_path, "dpo_log.jsonl", "dpo/val/accuracy")
+    margin = records(tmp_path, "dpo_log.jsonl", "dpo/val/margin")
+    kl = records(tmp_path, "dpo_log.jsonl", "dpo/val/kl_ref")
+    assert accuracy[0] == 0.5 and accuracy[-1] > 0.9 and margin[-1] > 0.5
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 0.01
+    assert load_checkpoint(tmp_path / "dpo_ckpt.pt")["template"]["turn"]
+
+
+# ----------------------------------------------------------------------------
+# PPO against a reward model
+
+PPO = dict(
+    ppo=True, ppo_iters=3, rollouts=16, target_kl=10, roof_prompts=2, roof_samples=4,
+    report_rollouts=16, learning_rate=1e-3, eval_interval=2,
+)  # fmt: skip
+
+FUNCTION = """
+import sys
+import torch
+import alignment
+from model import ModelArgs, load_checkpoint
+like = ModelArgs(**{args!r})
+checkpoint = load_checkpoint({path!r})
+from contextlib import nullcontext
+scorer = alignment.load_scorer({path!r}, like, checkpoint["template"])
+model = alignment.ModelReward(scorer, "cpu", False, 8, nullcontext)
+def reward(prompts, responses):
+    return model(prompts, responses, None)
+reward.tokens = True
+"""
+
+
+def same(one, two):
+    a, b = (load_checkpoint(d / "ppo_ckpt.pt") for d in (one, two))
+    assert a["model"].keys() == b["model"].keys()
+    for k in a["model"]:
+        assert torch.equal(a["model"][k], b["model"][k]), k
+    for key in ("ppo/reward", "ppo/kl_ref", "ppo/loss/total"):
+        assert records(one, "ppo_log.jsonl", key) == records(two, "ppo_log.jsonl", key)
+
+
+def test_ppo_with_a_reward_model_is_ppo_with_its_scores(home, rm, tmp_path):
+    """To the bit; and so are frozen models that are on another device, or swapped out."""
+    path = str(rm / "rm_ckpt.pt")
+    text = FUNCTION.format(args=dict(vocab_size=VOCAB, **ARGS), path=path)
+    (tmp_path / "scores.py").write_text(text)
+    flags = PPO | dict(value_model=path)
+    run(home, tmp_path / "model", reward=path, **flags)
+    run(home, tmp_path / "function", reward=f"{tmp_path}/scores.py:reward", **flags)
+    same(tmp_path / "model", tmp_path / "function")
+    there = dict(ref_device="cpu", reward_device="cpu", offload=True)
+    run(home, tmp_path / "moved", reward=path, **flags, **there)
+    same(tmp_path / "model", tmp_path / "moved")
+    # the critic is the reward model, and its scores have the scale of the rewards
+    head = load_checkpoint(tmp_path / "model/ppo_ckpt.pt")["ppo"]["critic"]["value_head.weight"]
+    raw = load_checkpoint(path)
+    folded = raw["reward"]["gain"] * raw["model"]["value_head.weight"]
+    torch.testing.assert_close(head, folded, atol=0.05, rtol=0)
+    assert load_checkpoint(tmp_path / "model/ppo_ckpt.pt")["template"] == raw["template"]
+
+
+def test_ppo_raises_the_score_of_the_reward_model(home, rm, tmp_path):
+    flags = PPO | dict(ppo_iters=12, rollouts=64, batch_size=32, init_kl_coef=0.02,
+                       learning_rate=1e-2, report_rollouts=128)  # fmt: skip
+    run(home, tmp_path, reward=rm / "rm_ckpt.pt", **flags)
+    report = json.loads((tmp_path / "ppo_report.json").read_text())
+    before, after = report["before"], report["after"]
+    assert after["reward"] > before["reward"] + 0.3
+    assert after["objective"] > before["objective"] + 0.2
+    assert abs(before["reward"]) < 0.5  # normalised on such replies
+    assert after["story"] and before["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_frozen_models_are_moved_only_to_work(monkeypatch):
+    moves = []
+
+    class Moved(torch.nn.Linear):
+        def to(self, device):
+            moves.append(device)
+            return self
+
+    net = Moved(1, 1)
+    with alignment.borrowed(net, "there", True):
+        assert moves == ["there"]
+    assert moves == ["there", "cpu"]
+    with pytest.raises(KeyError), alignment.borrowed(net, "there", True):
+        raise KeyError
+    assert moves[-1] == "cpu"
+    with alignment.borrowed(net, "there", False):
+        assert len(moves) == 4
+
+
+def test_replies_end_with_the_token_of_the_template(home, tmp_path):
+    """A template that ends replies with a token of its own: rollouts stop there, and count as
+    ended."""
+    save_template(home, tmp_path, Template("{bos}{user}\n{reply}{eos}"))
+    args = train.flags(argv(home, tmp_path, init_from=tmp_path / "ckpt.pt", **PPO))
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    assert 2 in stage.stop_ids
+    stage.stop_ids = stage.trainer.stop_ids = (42,)
+    with torch.no_grad():
+        stage.model.output.weight[42] *= 4
+    prompts = stage.prompts.batch(0, 32)
+    _, responses, _, ended = stage.trainer.rollout(prompts, 1)
+    assert 0 < sum(ended.tolist())
+    for r, done in zip(responses, ended.tolist()):
+        assert (r[-1] == 42) == done and 42 not in r[:-1]
+
+
+def save_template(home, out, template, **changed):
+    checkpoint = load_checkpoint(home / "ckpt.pt") | {"template": template._asdict()}
+    checkpoint["model_args"] = checkpoint["model_args"] | changed
+    save_checkpoint(out / "ckpt.pt", checkpoint)
+
+
+def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5)
+    run(home, tmp_path, **flags)
+    assert all(x > 0 for x in records(tmp_path, "ppo_log.jsonl", "ppo/loss/ptx"))
+
+
+# ----------------------------------------------------------------------------
+# what can be wrong
+
+
+def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
+    def ppo_with(path, **more):
+        out = tmp_path / "out"
+        return error_of(capsys, argv(home, out, **PPO | dict(reward=path) | more))
+
+    assert "no reward model: train one with --rm" in ppo_with(home / "ckpt.pt")
+    assert "there is no such checkpoint" in ppo_with(tmp_path / "none.pt")
+    checkpoint = load_checkpoint(rm / "rm_ckpt.pt")
+
+    def changed(name, **model_args):
+        other = checkpoint | {"model_args": checkpoint["model_args"] | model_args}
+        save_checkpoint(tmp_path / name, other)
+        return tmp_path / name
+
+    text = ppo_with(changed("vocabulary.pt", vocab_size=100))
+    assert f"a vocabulary of 100, the policy one of {VOCAB}" in text
+    assert "reads 32 tokens" in ppo_with(changed("short.pt", max_seq_len=32))
+    save_template(home, tmp_path, Template("{bos}Q: {user}\n{reply}{eos}"))
+    text = ppo_with(rm / "rm_ckpt.pt", init_from=tmp_path / "ckpt.pt")
+    assert "trained with the template" in text
+    text = ppo_with(rm / "rm_ckpt.pt", value_model=changed("value.pt", vocab_size=100))
+    assert "vocabulary" in text
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_refuses_data_that_ranks_nothing(home, tmp_path, capsys, stage):
+    data = tmp_path / "x.jsonl"
+    long = "so " * 200
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"},
+            {"prompt": "a", "chosen": "", "rejected": "b"},
+            {"prompt": "a", "chosen": "b", "rejected": long}]  # fmt: skip
+    data.write_text("\n".join(map(json.dumps, rows)))
+    line = argv(home, tmp_path, data=data, val_data=data, **{stage: True})
+    text = error_of(capsys, line)
+    for why in ("1 left out: chosen equal to rejected", "1 left out: empty response",
+                "1 left out: too long"):  # fmt: skip
+        assert why in text
+    # beside good ones they are counted
+    good = (home / "pairs.jsonl").read_text()
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n" + good)
+    line = argv(home, tmp_path, data=data, val_data=home / "pairs.jsonl", max_iters=2)
+    train.main([*line, f"--{stage}"])
+    assert "train: " in capsys.readouterr().out
+
+
+def test_refuses_flags_that_make_no_sense(home, tmp_path, capsys):
+    for flags, words in [
+        (dict(rm=True, dpo=True), "one stage at a time"),
+        (dict(rm=True, freeze_layers=5), "--freeze_layers=5: the model has 2 layers"),
+        (dict(dpo=True, dpo_label_smoothing=0.6), "--dpo_label_smoothing"),
+        (dict(dpo=True, dpo_beta=-1), "--dpo_beta"),
+        (dict(rm=True, init_from="scratch"), "ckpt.pt"),
+        (dict(rm=True, lora_rank=2), "--lora_rank"),
+        (dict(rm=True, reference_samples=0), "--reference_samples"),
+        (dict(rm=True, data=home), "is a folder"),
+        (dict(rm=True, template="x.json"), "x.json"),
+    ]:
+        assert words in error_of(capsys, argv(home, tmp_path / "out", **flags))
+
+
+def test_against_reference_is_the_plain_sum():
+    """KL and log-probability of each response, a token at a time."""
+    torch.manual_seed(3)
+    nets = [Transformer(ModelArgs(vocab_size=VOCAB, **ARGS)) for _ in range(2)]
+    queries, responses = sequences(5, 1, 9), sequences(5, 2, 9)
+    kl, logp = ppo.against_reference(*nets, queries, responses, 2, temperature=0.7)
+    for i, (q, r) in enumerate(zip(queries, responses)):
+        with torch.no_grad():
+            p, ref = ((net(torch.tensor([q + r]))[0] / 0.7).log_softmax(-1) for net in nets)
+        at = range(len(q) - 1, len(q) + len(r) - 1)
+        by_hand = sum(float((p[t].exp() * (p[t] - ref[t])).sum()) for t in at)
+        assert float(kl[i]) == pytest.approx(by_hand, rel=1e-4)
+        by_hand = sum(float(ref[t, token]) for t, token in zip(at, r))
+        assert float(logp[i]) == pytest.approx(by_hand, rel=1e-4)
