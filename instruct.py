@@ -1,5 +1,10 @@
 """
-Instructions and preferences: read them, put them into a template, deal them to training.
+Instructions and preferences: read them, put them into a template, deal them to training. And a task
+that is made here, from any stories, of which it is known what is right:
+
+    python instruct.py stories                              # data/task/{sft,val,pairs}.jsonl
+    python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # pairs.jsonl of that model's stories
+    python instruct.py judge --checkpoint=out/sft_ckpt.pt   # how well does a model obey?
 
 A file is JSON (a list) or JSONL (an object a line); its records may have any of these shapes:
 
@@ -11,17 +16,20 @@ A file is JSON (a list) or JSONL (an object a line); its records may have any of
     {"prompt", "completions"}                   two or more, the best first
 """
 
+import argparse
 import collections
 import hashlib
 import itertools
 import json
 import os
+import random
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-from tinystories import Dealer
+from tinystories import Dealer, read_stories, story_files
+from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic
 
 # -----------------------------------------------------------------------------
 # The template
@@ -424,3 +432,186 @@ class InstructPrompts(Samples):
 
     def batch(self, position, n):
         return [prompt.tolist() for prompt in super().batch(position, n)]
+
+# -----------------------------------------------------------------------------
+# The story task: an instruction says which words a story must have, how it ends, how long it is.
+# What is asked of a story is what a real one has, so it can be done; and a rule, the gold reward,
+# says how well it was done, so that every stage after it can be judged exactly.
+
+WORDS = set("""
+    dog cat bird ball tree flower boat car kite book hat box bear bunny rabbit frog fish
+    duck mouse truck train doll cake apple cookie park garden lake beach forest farm hill
+    river sea sun rain moon star sky bed cup door toy robot balloon bell stick rock leaf
+    nest egg cow fox bee bug puppy kitten soup bread table chair store school castle drum
+    ring puddle blanket
+""".split())
+ENDINGS = {  # what one of the last two sentences says; the rarest first
+    "sad": "sad|cry|cried|cries|sorry|miss(ed)?",
+    "home": "home|bed|bedtime|sleep|asleep|dinner",
+    "lesson": "learn(ed|t)?|lesson|always|never|remember(ed)?|important|knew that",
+    "friends": "friends?|together|share(d)?",
+    "happy": "happy|happily|smiled?|laugh(ed)?|joy|glad|fun|hug(s|ged)?|proud|loved?",
+}
+LENGTHS = {"short": (60, 110), "long": (110, 160)}  # words
+TOLERANCE = 40  # words beyond that at which nothing is left of the points for length
+
+def has_word(story, word):
+    return re.search(rf"\b{word}(s|es)?\b", story, re.I) is not None
+
+def ends(story, ending):
+    """Whether a finished story ends this way."""
+    sentences = re.split(r"(?<=[.!?])[\"”']?\s+", story.strip())
+    finished = re.search(r"[.!?][\"”']?$", story.strip())
+    return bool(finished and re.search(rf"\b({ENDINGS[ending]})\b", " ".join(sentences[-2:]), re.I))
+
+def judge(prompt, story):
+    """
+    How well a story does what a prompt asks: the share of the required words that it has, whether
+    it ends as it should, and how well its length fits, each in [0, 1]. A part that was not asked
+    for is done. Raises ValueError for a prompt that is none of this task.
+    """
+    asked = dict(re.findall(r"\b(Words|End|Length): ([a-z, ]+)\.", prompt))
+    if "Words" not in asked or not asked.get("End", "sad") in ENDINGS \
+            or not asked.get("Length", "short") in LENGTHS:
+        raise ValueError(f"gold: {prompt[:60]!r} asks for no story of this task")
+    words = asked["Words"].split(", ")
+    share = sum(has_word(story, w) for w in words) / len(words)
+    ending = "End" not in asked or ends(story, asked["End"])
+    low, high = LENGTHS.get(asked.get("Length"), (0, 1e9))
+    n = len(story.split())
+    miss = max(low - n, n - high, 0)
+    return share, float(ending), max(1 - miss / TOLERANCE, 0.0)
+
+def gold(prompts, responses):
+    """
+    The gold reward, from 0 to 1: half of it for the words, a quarter each for ending and length.
+    For --reward=instruct.py:gold.
+    """
+    scores = (judge(p, r) for p, r in zip(prompts, responses))
+    return [share / 2 + ending / 4 + length / 4 for share, ending, length in scores]
+
+def ask(story, rng):
+    """An instruction that this story obeys, or None: two or three of its words in their order."""
+    n = len(story.split())
+    length = next((k for k, (low, high) in LENGTHS.items() if low <= n <= high), None)
+    found = dict.fromkeys(re.findall("[a-z]+", story.lower()))
+    words = [w for w in found if w in WORDS]
+    if length is None or len(words) < 2:
+        return None
+    words = [words[i] for i in sorted(rng.sample(range(len(words)), min(len(words), 3)))]
+    ending = next((k for k in ENDINGS if ends(story, k)), None)
+    end = f" End: {ending}." if ending else ""
+    return f"Words: {', '.join(words)}.{end} Length: {length}."
+
+def write_jsonl(path, records):
+    with write_atomic(path, "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in records)
+    print(f"wrote {len(records):,} records to {path}")
+
+def make_task(args):
+    """sft.jsonl from the training stories, val.jsonl from the validation stories, pairs.jsonl: a
+    story that obeys against another story, of which it is known that it does so less."""
+    rng, folder = random.Random(args.seed), os.path.join(args.data_dir, "task")
+    files = story_files(args.data_dir)
+    for name, paths in ("val", files[:1]), ("sft", files[1:] or files):
+        records, unique = [], set()
+        for story in itertools.chain.from_iterable(map(read_stories, paths)):
+            for _ in range(args.per_story):
+                story = " ".join(story.split()).replace("“", '"').replace("”", '"')
+                prompt = ask(story, rng)
+                if prompt and (prompt, story) not in unique:
+                    unique.add((prompt, story))
+                    records.append({"prompt": prompt, "response": story})
+        if len(records) < 2:
+            raise ValueError(f"{args.data_dir}: too few stories of {LENGTHS['short'][0]} to "
+                             f"{LENGTHS['long'][1]} words with two of the known words")
+        rng.shuffle(records)
+        write_jsonl(os.path.join(folder, f"{name}.jsonl"), records[:args.samples])
+    pairs = []
+    for one, other in zip(records, records[1:args.samples]):
+        both = [one["response"], other["response"]]
+        better, worse = gold([one["prompt"]] * 2, both)
+        if better - worse >= args.margin:
+            pairs.append({"prompt": one["prompt"], "chosen": both[0], "rejected": both[1]})
+    write_jsonl(os.path.join(folder, "pairs.jsonl"), pairs)
+
+def tell(args, prompts, n):
+    """n stories for each prompt of a checkpoint: lists of (story, whether it ended by itself)."""
+    import torch  # here: what reads files need not wait a second for it
+    from model import generate, load_checkpoint, model_from_checkpoint
+    from sample import choose_device
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_from_checkpoint(checkpoint, dropout=0.0).to(choose_device(args.device)).eval()
+    folder = os.path.dirname(os.path.abspath(args.checkpoint))
+    tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))
+    template = find_template(args.template, checkpoint, tokenizer, "plain")
+    ids = [template.prompt(tokenizer, [(p, None)]) for p in prompts for _ in range(n)]
+    torch.manual_seed(args.seed)
+    stops = 1, template.end(tokenizer)
+    room = model.args.max_seq_len - max(map(len, ids))
+    out = generate(model, ids, room, args.temperature, stop_ids=stops)
+    texts = [tokenizer.decode(r).strip() for r in out.responses()]
+    told = list(zip(texts, out.ended.tolist()))
+    return [told[i:i + n] for i in range(0, len(told), n)]
+
+def make_pairs(args):
+    """Rankings of a model's own stories by the gold reward. Stories whose rewards differ by less
+    than the margin are no pair."""
+    rng = random.Random(args.seed)
+    prompts = list(dict.fromkeys(r.turns[-1][0] for r in read(f"{args.data_dir}/task/sft.jsonl")))
+    prompts = rng.sample(prompts, min(args.prompts, len(prompts)))
+    rankings = []
+    for prompt, told in zip(prompts, tell(args, prompts, args.completions)):
+        stories = [story for story, ended in told if ended and story]
+        ranking = []
+        for score, story in sorted(zip(gold([prompt] * len(stories), stories), stories))[::-1]:
+            if not ranking or ranking[-1][0] - score >= args.margin:
+                ranking.append((score, story))
+        if len(ranking) > 1:
+            rankings.append({"prompt": prompt, "completions": [story for _, story in ranking]})
+    write_jsonl(args.output or f"{args.data_dir}/task/pairs.jsonl", rankings)
+
+def print_judgement(args):
+    """How well models obey, on held-out prompts."""
+    prompts = [r.turns[-1][0] for r in read(f"{args.data_dir}/task/val.jsonl")]
+    prompts = list(dict.fromkeys(prompts))[:args.prompts]
+    print(f"{len(prompts)} held-out prompts, temperature {args.temperature}")
+    print("gold   all words  words  ending  length  ended")
+    for path in args.checkpoint.split(","):
+        args.checkpoint = path
+        told = [story for [story] in tell(args, prompts, 1)]
+        parts = np.array([judge(p, story) for p, (story, _) in zip(prompts, told)])
+        score = np.mean(gold(prompts, [story for story, _ in told]))
+        share, ending, length = parts.mean(0)
+        ended = np.mean([ended for _, ended in told])
+        print(f"{score:.3f}  {np.mean(parts[:, 0] == 1):9.1%}  {share:5.1%}  {ending:6.1%}  "
+              f"{length:6.1%}  {ended:5.1%}  {path}")
+        print(f"  {prompts[0]} >>> {' '.join(told[0][0].split())}")
+
+# -----------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("stage", choices=["stories", "pairs", "judge"])
+    add("--data_dir", default="data", help="where the stories lie; the task goes into its task/")
+    add("--checkpoint", default="out/sft_ckpt.pt", help="the model; judge: or several: a.pt,b.pt")
+    add("--tokenizer", default="", help="default: beside the checkpoint or in data/")
+    add("--template", default="", help="of a checkpoint that has none; default: plain")
+    add("--samples", type=int, default=20000, help="most records of a file that `stories` writes")
+    add("--per_story", type=int, default=3, help="instructions made from a story")
+    add("--prompts", type=int, default=500, help="of pairs and judge")
+    add("--completions", type=int, default=4, help="stories told for each prompt, for pairs")
+    add("--margin", type=float, default=0.1, help="least difference of rewards in a pair")
+    add("--output", default="", help="of pairs; default: task/pairs.jsonl in the data folder")
+    add("--temperature", type=float, default=1.0, help="of the stories that are told")
+    add("--seed", type=int, default=1337, help="of all choices")
+    add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    args = parse_args(parser, argv)
+    for name in "samples", "per_story", "prompts", "completions":
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    {"stories": make_task, "pairs": make_pairs, "judge": print_judgement}[args.stage](args)
+
+if __name__ == "__main__":
+    run_main(main)

@@ -335,3 +335,104 @@ def test_a_system_prompt_needs_its_place(tmp_path):
     path = write(tmp_path / "x.json", [SHAPES[2][0]])
     with pytest.raises(ValueError, match="has no place"):
         Instructions(path, "all", T, Template("{bos}{user}{reply}{eos}"), 99)
+
+
+# ----------------------------------------------------------------------------
+# the story task
+
+
+STORY = """\
+Once upon a time, there was a dog named Max. Max had a red ball. He took it to the park. \
+The ball fell into the lake. Max was sad. A big frog saw it. The frog gave the ball back \
+to Max. Max said, "Thank you, frog!" They played with the ball all day and sat in the \
+sun. It was warm and the birds sang for them. After that, they ran home. Max and the \
+frog were very happy."""
+
+
+def test_gold_by_hand():
+    def parts(prompt, story=STORY):
+        return instruct.judge(prompt, story)
+
+    n = len(STORY.split())
+    assert 60 <= n <= 110
+    assert parts("Words: dog, lake, frog. End: happy. Length: short.") == (1, 1, 1)
+    assert parts("Words: dog, cow, lake. End: lesson. Length: short.") == (2 / 3, 0, 1)
+    assert parts("Words: bird. End: home. Length: long.") == (1, 1, 1 - (110 - n) / 40)
+    assert parts("Words: bird.") == (1, 1, 1)
+    assert parts("Words: doll.", "A dolls. A dolly.") == (1, 1, 1)
+    assert parts("Words: doll.", "A dolly.") == (0, 1, 1)
+    assert parts("Words: dog. Length: short.", "dog " * 30)[2] == 0.25
+    assert parts("Words: dog. Length: short.", "dog " * 200)[2] == 0
+    for ending, last in {"happy": "They hugged.", "sad": 'He said, "I cried."', "lesson":
+                         "He learned to share.", "friends": "They shared it."}.items():
+        assert instruct.ends(f"One. Two. {last}", ending)
+        assert not instruct.ends(f"{last} One. Two.", ending)  # not in its last two sentences
+        assert not instruct.ends(f"One. Two. {last} Then", ending)  # not finished
+    one = "<s>Words: dog, cow. End: happy. Length: short.\n"  # with what a template puts around it
+    assert instruct.gold([one, one], [STORY, ""]) == [0.75, 0]
+    for bad in "Tell me of a dog.", "Words: dog. End: never.", "Words: dog. Length: huge.":
+        with pytest.raises(ValueError, match="asks for no story of this task"):
+            instruct.gold([bad], [STORY])
+
+
+def test_gold_is_a_reward_for_ppo():
+    import ppo
+
+    reward = ppo.load_reward(f"{instruct.__file__}:gold", 0, T.text)
+    prompt, story = ([ord(c) for c in s] for s in ("Words: dog, cow.\n", STORY))
+    assert reward([prompt], [story], None) == [0.75]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A data folder of synthesized stories with the task made from them."""
+    import tinystories
+
+    folder = tmp_path_factory.mktemp("task")
+    tinystories.synthesize(str(folder), 600, 1)
+    instruct.main(["stories", f"--data_dir={folder}"])
+    return folder
+
+
+def test_what_is_asked_can_be_done(task):
+    sft, val = (read(str(task / f"task/{n}.jsonl")) for n in ("sft", "val"))
+    assert len(sft) > 300 and len(val) > 10
+    stories = [{r.completions[0] for r in records} for records in (sft, val)]
+    assert not stories[0] & stories[1]
+    for r in sft + val:
+        prompt = r.turns[0][0]
+        assert instruct.gold([prompt], r.completions) == [1.0]
+        words = prompt.split(".")[0].removeprefix("Words: ").split(", ")
+        places = [r.completions[0].lower().index(w) for w in words]
+        assert 2 <= len(words) <= 3 and set(words) <= instruct.WORDS and all(p >= 0 for p in places)
+    for r in read(str(task / "task/pairs.jsonl")):
+        better, worse = instruct.gold([r.turns[0][0]] * 2, r.completions)
+        assert better == 1 and worse <= 0.9
+
+
+def test_the_task_is_the_same_each_time(task, tmp_path):
+    first = (task / "task/sft.jsonl").read_bytes()
+    instruct.main(["stories", f"--data_dir={task}"])
+    assert (task / "task/sft.jsonl").read_bytes() == first
+    (tmp_path / "x.json").write_text('["Too short.", "Also."]')
+    with pytest.raises(ValueError, match="too few stories"):
+        instruct.main(["stories", f"--data_dir={tmp_path}"])
+    assert not (tmp_path / "task/sft.jsonl").exists()
+
+
+def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
+    """Whatever the model tells: here what the prompt asks for, more or less of it."""
+    def told(args, prompts, n):
+        texts = [(STORY, True), ("A dog.", True), ("", True), ("cut in the mid", False)]
+        return [texts[:n] for _ in prompts]
+
+    monkeypatch.setattr(instruct, "tell", told)
+    out = tmp_path / "pairs.jsonl"
+    instruct.main(["pairs", f"--data_dir={task}", f"--output={out}", "--prompts=50"])
+    rankings = read(str(out))
+    assert 0 < len(rankings) <= 50
+    for r in rankings:
+        scores = instruct.gold([r.turns[0][0]] * len(r.completions), r.completions)
+        assert all(a - b >= 0.1 for a, b in zip(scores, scores[1:]))
+    instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a,b"])
+    assert capsys.readouterr().out.count("100.0%") == 2
