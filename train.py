@@ -298,7 +298,7 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
     if args.rm:
         return  # it tells nothing
     with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
-        write_v3(f, stage.model.args, state["model"], "fp32", stage.tokenizer)
+        write_v3(f, stage.model.args, state["model"], "fp32", stage.tokenizer, **args.kept)
 
 
 def link(old, new):

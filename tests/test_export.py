@@ -2,7 +2,11 @@
 
 import contextlib
 import io
+import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import DATA, ROOT, make_bpe
+
 import export
-from model import (ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args,
+from model import (ModelArgs, Transformer, TransformerWithValueHead, add_lora, checkpoint_args,
                    load_checkpoint, model_from_checkpoint, save_checkpoint)
 from tokenizer import Tokenizer, run_main
 
@@ -199,7 +204,7 @@ def test_what_a_user_can_get_wrong(tmp_path):
     for status, says, args in [
             (2, "either", []), (2, "either", ["--checkpoint", ckpt, "--llama2c", ckpt]),
             (2, "--version", ["--checkpoint", ckpt, "--versoin=2"]),
-            (2, "invalid choice", ["--checkpoint", ckpt, "--version=1"]),
+            (2, "invalid choice", ["--checkpoint", ckpt, "--version=5"]),
             (1, "is for version 3", ["--checkpoint", ckpt, "--version=0", "--format=q8_0"]),
             (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
             (1, "broken.pt", ["--checkpoint", tmp_path / "broken.pt"]),
@@ -210,3 +215,89 @@ def test_what_a_user_can_get_wrong(tmp_path):
         assert done.stderr.count("\n") == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("m.bin")]  # nothing left behind
     assert "no tokenizer found" in run(out, "--checkpoint", ckpt).stdout
+
+# -----------------------------------------------------------------------------
+# Hugging Face
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+KINDS = {  # of Llama; what differs from a small model with 4 heads
+    "llama2": dict(num_key_value_heads=4, rms_norm_eps=1e-5),
+    "tinyllama": dict(num_key_value_heads=2, rms_norm_eps=1e-5, dtype="bfloat16"),
+    "llama3.1": dict(num_key_value_heads=2, rope_parameters=LLAMA3),
+    "llama3.2": dict(num_key_value_heads=1, tie_word_embeddings=True, dtype="bfloat16",
+                     rope_parameters=LLAMA3 | {"factor": 32.0}),
+    "smollm2": dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=130000.0),
+    "linear": dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                   dtype="float16")}
+
+def hugging_face(folder, kind, size="1GB", vocab_size=600, **changes):
+    """A random model of a kind in `folder`, made by transformers, which it returns."""
+    transformers = pytest.importorskip("transformers")
+    changes = {**KINDS[kind], **changes}
+    dtype = changes.pop("dtype", "float32")
+    changes.setdefault("rope_parameters", {"rope_type": "default",
+                                           "rope_theta": changes.pop("rope_theta", 1e4)})
+    config = transformers.LlamaConfig(**{**dict(
+        hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, max_position_embeddings=128, initializer_range=0.15), **changes})
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(0.2 * torch.randn_like(p))
+    model = model.to(getattr(torch, dtype)).eval()
+    model.save_pretrained(folder, max_shard_size=size)
+    return model
+
+def ours(path):
+    return model_from_checkpoint(load_checkpoint(path)).eval()
+
+def logits(model, n=100, vocab_size=600):
+    ids = torch.randint(0, vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = model.float()(ids)
+    return getattr(out, "logits", out)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugging_face_both_ways(tmp_path, kind):
+    """Logits are equal to 1e-4, tensors to the bit, and a model that went both ways is the same."""
+    transformers = pytest.importorskip("transformers")
+    theirs = hugging_face(tmp_path / "in", kind, size="40KB" if kind == "llama3.1" else "1GB")
+    run(tmp_path / "ckpt.pt", f"--hf={tmp_path}/in")
+    stored = load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    assert {w.dtype for w in stored.values()} == {theirs.dtype}  # as in the file
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is transformers.LlamaForCausalLM and again.dtype == theirs.dtype
+    assert (tmp_path / "in/model.safetensors.index.json").exists() == (kind == "llama3.1")
+    for (name, w), v in zip(theirs.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(w, v), name
+    run(tmp_path / "again.pt", f"--hf={tmp_path}/out/model.safetensors")
+    back = load_checkpoint(tmp_path / "again.pt")
+    assert back["model_args"] == load_checkpoint(tmp_path / "ckpt.pt")["model_args"]
+    assert all(torch.equal(w, stored[name]) for name, w in back["model"].items())
+    # loaded in fp32: .float() would leave the frequencies of RoPE rounded to the half type
+    theirs, again = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="float32")
+                     for name in ("in", "out"))
+    want, model = logits(theirs), ours(tmp_path / "ckpt.pt")
+    assert want.std() > 0.3  # there is something to compare
+    assert (logits(model) - want).abs().max() < 1e-4
+    assert torch.equal(logits(again), want)
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6, "n_kv_heads": 6},
+    {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))},
+    {"rope_scaling": {"factor": 2.0}, "n_kv_heads": 1}])
+def test_our_model_in_transformers(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    model = checkpoint(tmp_path / "ckpt.pt", **changes).eval()
+    for dtype in (None, "bfloat16"):
+        run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf",
+            *([f"--dtype={dtype}"] if dtype else []))  # also over the one before
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert str(theirs.dtype) == f"torch.{dtype or 'float32'}"
+        error = (logits(theirs, 40, 77) - logits(model, 40, 77)).abs().max()
+        assert error < (1e-4 if dtype is None else 0.1)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out"]  # nothing temporary is left
