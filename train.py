@@ -291,7 +291,8 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         **state,
     })  # fmt: skip
     if "lora" in state:
-        kept = {k: state[k] for k in ("lora", "template")}
+        kept = {"model_args": checkpoint_args(stage.model.args),
+                **{k: state[k] for k in ("lora", "template")}}  # fmt: skip
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), kept)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
