@@ -162,9 +162,14 @@ static void yield(void) { sched_yield(); }
 //     12 i32 hidden_dim (F)                40 i32 group size (G)     72 u64 tokenizer bytes
 //     16 i32 n_layers                      44 i32 tied               80 u64 file size
 //     20 i32 n_heads (H)                   48 i32 bos id             88 u32 1: squeeze spaces
-//     24 i32 n_kv_heads (K)                52 i32 eos id             rest zero
-// then the tensors, each at the next multiple of 64 bytes, and the tokenizer in llama2.c's
-// format (0 bytes if there is none):
+//     24 i32 n_kv_heads (K)                52 i32 eos id             92 u32 tokenizer kind
+//     96 u64 template offset              104 u64 template bytes
+//    112 f32 rope factor (0: none), 116 f32 low and 120 f32 high frequency factor, 124 i32 original
+//        context: the frequencies of RoPE are divided by the factor; with low and high (Llama 3)
+//        only where their wavelength is long, against the original context
+//    128 i32[4] more ids at which generation ends (0: none); the rest zero
+// then the tensors, each at the next multiple of 64 bytes, the tokenizer and the chat template, of
+// 0 bytes if there is none, each described where it is read:
 //     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H+2K)E, D), wo (D, D),
 //     ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
 // Norms are fp32. A matrix of (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
@@ -194,7 +199,10 @@ typedef struct {
     int group;      // G
     int tied;       // the classifier is the token embedding
     int bos, eos;
+    int ends[4];    // more ids that end a text; 0: none
     float rope_theta, norm_eps;
+    float rope_factor, rope_low, rope_high; // scaling of RoPE's frequencies, 0: none
+    int rope_context;                       // that Llama 3's scaling starts from
     int head_dim;   // E = D / H
     int kv_dim;     // K * E
 } Config;
@@ -216,6 +224,11 @@ typedef struct {
     Matrix w2;       // (D, F)
 } Layer;
 
+typedef struct { // some bytes of a file
+    const uint8_t *data;
+    int64_t size;
+} Span;
+
 typedef struct {
     Config c;
     Matrix embed;  // (V, D)
@@ -223,9 +236,9 @@ typedef struct {
     float *norm;   // (D,)
     Matrix output; // (V, D); the embedding again if tied
     int64_t bytes; // read for one token
-    const uint8_t *tokenizer; // within the file, or NULL
-    int64_t tokenizer_size;
-    int version, squeeze;
+    Span tokenizer;          // empty: none
+    Span chat[3];            // the template, see render
+    int version, squeeze, kind;
     File file;
     void *packed; // the repacked weights of versions 0 and 2
 } Model;
@@ -281,6 +294,8 @@ static int32_t read_i32(const uint8_t *p) {
     return v;
 }
 
+static uint32_t read_u32(const uint8_t *p) { return (uint32_t)read_i32(p); }
+
 static float read_f32(const uint8_t *p) {
     float v;
     memcpy(&v, p, 4);
@@ -291,6 +306,22 @@ static uint64_t read_u64(const uint8_t *p) {
     uint64_t v;
     memcpy(&v, p, 8);
     return v;
+}
+
+// Cuts the first bytes off a span; NULL if there are not so many.
+static const uint8_t *cut(Span *from, uint64_t bytes) {
+    const uint8_t *p = from->data;
+    if (bytes > (uint64_t)from->size) return NULL;
+    from->data += bytes, from->size -= (int64_t)bytes;
+    return p;
+}
+
+// Cuts off a text, its length in front.
+static bool cut_text(Span *from, Span *text) {
+    const uint8_t *size = cut(from, 4);
+    text->size = size ? read_u32(size) : 0;
+    text->data = size ? cut(from, read_u32(size)) : NULL;
+    return text->data;
 }
 
 // Every number that the forward pass depends on; derives head_dim and kv_dim.
@@ -310,7 +341,12 @@ static const char *check_config(Config *c, const char *path) {
                   {"group size", c->group, 4, 256}, // above it 32 bits are too few for a sum
                   {"tied", c->tied, 0, 1},
                   {"BOS id", c->bos, 0, last},
-                  {"EOS id", c->eos, 0, last}};
+                  {"EOS id", c->eos, 0, last},
+                  {"end id", c->ends[0], 0, last},
+                  {"end id", c->ends[1], 0, last},
+                  {"end id", c->ends[2], 0, last},
+                  {"end id", c->ends[3], 0, last},
+                  {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
             return fail("%s: %s is %d, should be %d to %d", path, limits[i].name,
@@ -323,6 +359,11 @@ static const char *check_config(Config *c, const char *path) {
     if (!(c->rope_theta > 0 && c->rope_theta < 1e30f) || !(c->norm_eps >= 0 && c->norm_eps < 1))
         return fail("%s: rope_theta %g or norm_eps %g is absurd", path, c->rope_theta,
                     c->norm_eps);
+    float low = c->rope_low, high = c->rope_high;
+    if (!(c->rope_factor >= 0 && c->rope_factor < 1e9f)
+        || !((low == 0 && high == 0) || (low > 0 && high > low && high < 1e9f && c->rope_context)))
+        return fail("%s: rope factor %g, from %g to %g of a context of %d, is absurd", path,
+                    c->rope_factor, low, high, c->rope_context);
     c->head_dim = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_dim;
     return NULL;
@@ -477,21 +518,32 @@ static const char *open_v3(Model *m, const char *path) {
     c->format = read_i32(p + 36), c->group = read_i32(p + 40), c->tied = read_i32(p + 44);
     c->bos = read_i32(p + 48), c->eos = read_i32(p + 52);
     c->rope_theta = read_f32(p + 56), c->norm_eps = read_f32(p + 60);
-    m->squeeze = read_i32(p + 88) == 1;
+    m->squeeze = read_i32(p + 88) == 1, m->kind = read_i32(p + 92);
+    c->rope_factor = read_f32(p + 112), c->rope_context = read_i32(p + 124);
+    c->rope_low = read_f32(p + 116), c->rope_high = read_f32(p + 120);
+    memcpy(c->ends, p + 128, sizeof c->ends);
     const char *error = check_config(c, path);
     if (error) return error;
+    if (m->kind != 0 && m->kind != 1) return fail("%s: tokenizer kind %d", path, m->kind);
     uint64_t offset = read_u64(p + 64), length = read_u64(p + 72), size = (uint64_t)m->file.size;
+    uint64_t chat = read_u64(p + 96), chat_bytes = read_u64(p + 104);
+    if (!chat_bytes) chat = size;
     if (read_u64(p + 80) != size)
         return fail("%s: %llu bytes long, its header says %llu", path, (unsigned long long)size,
                     (unsigned long long)read_u64(p + 80));
     int64_t end = place_tensors(m, NULL, HEADER);
-    if (offset > size || offset < (uint64_t)end || length != size - offset)
+    if (chat > size || chat_bytes != size - chat || offset > chat || offset < (uint64_t)end
+        || length > chat - offset || (!chat_bytes && length != chat - offset))
         return fail("%s: the tensors end at byte %lld, the file at %llu", path, (long long)end,
                     (unsigned long long)size);
     m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
     if (!m->layers) return fail("%s: not enough memory", path);
     place_tensors(m, m->file.data, HEADER);
-    if (length) m->tokenizer = p + offset, m->tokenizer_size = (int64_t)length;
+    m->tokenizer = (Span){p + offset, (int64_t)length};
+    Span in = {p + chat, (int64_t)chat_bytes};
+    if (chat_bytes && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
+                       || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
+        return fail("%s: the chat template does not fill its bytes", path);
     return NULL;
 }
 
@@ -704,6 +756,8 @@ typedef struct {
     Input *in;          // (threads,) each thread prepares its own
     float *scores;      // (threads, AT_ONCE, max_pos)
     float *rope;        // (max_pos, E / 2, 2) cos and sin
+    double *frequency;  // (E / 2,) of RoPE, in radians a position
+    int n_rope;         // positions whose rope is there
     // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side. fp16 when
     // the weights are int8, fp32 when they are fp32.
     uint8_t *keys, *values; // (seq, layer, K, T / 16, E, 16)
@@ -732,6 +786,7 @@ static int64_t place_state(State *s, uint8_t *base) {
     s->h = take(base, &at, 4 * B * s->h_width);
     s->logits = take(base, &at, 4 * B * s->v_width);
     s->rope = take(base, &at, 4 * s->T * c->head_dim);
+    s->frequency = take(base, &at, 4 * c->head_dim);
     s->scores = take(base, &at, 4 * s->team->n * AT_ONCE * s->T);
     s->keys = take(base, &at, heads * s->head_bytes);
     s->values = take(base, &at, heads * s->head_bytes);
@@ -765,13 +820,33 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
     uint8_t *base = new_block(&s->block, bytes);
     if (!base) return fail("not enough memory for %d sequences of %d tokens", n_seq, max_pos);
     place_state(s, base);
-    for (int pos = 0; pos < max_pos; pos++)
-        for (int i = 0; i < c->head_dim; i += 2) {
-            double angle = pos * pow(c->rope_theta, -(double)i / c->head_dim);
-            s->rope[(int64_t)pos * c->head_dim + i] = (float)cos(angle);
-            s->rope[(int64_t)pos * c->head_dim + i + 1] = (float)sin(angle);
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double f = pow(c->rope_theta, -2.0 * i / c->head_dim), scaled = 1;
+        // Llama 3: waves that turn more than `high` times in the original context stay as they
+        // are, those that turn less than `low` times are stretched, between them it is linear.
+        if (c->rope_high > 0) {
+            double turns = c->rope_context * f / 6.283185307179586;
+            scaled = (c->rope_high - turns) / (c->rope_high - c->rope_low);
         }
+        scaled = scaled < 0 ? 0 : scaled > 1 ? 1 : scaled;
+        s->frequency[i] = c->rope_factor > 0 ? f * (1 - scaled + scaled / c->rope_factor) : f;
+    }
     return NULL;
+}
+
+// Sets the rows of the next pass, and RoPE's angles for positions that were not seen so far.
+static void set_rows(State *s, const Row *rows, int B) {
+    int half = s->m->c.head_dim / 2;
+    s->row = rows, s->B = B, s->n_logits = 0;
+    for (int b = 0; b < B; b++) {
+        if (rows[b].wants) s->wanted[s->n_logits++] = b;
+        for (; s->n_rope <= rows[b].pos; s->n_rope++)
+            for (int i = 0; i < half; i++) {
+                float *to = s->rope + 2 * ((int64_t)s->n_rope * half + i);
+                to[0] = (float)cos(s->n_rope * s->frequency[i]);
+                to[1] = (float)sin(s->n_rope * s->frequency[i]);
+            }
+    }
 }
 
 typedef struct {
@@ -1422,42 +1497,76 @@ static const Kernels *pick_kernels(void) {
 }
 
 // ------------------------------------------------------------------------------------------
-// The tokenizer: byte pair encoding as SentencePiece does it
+// The tokenizer: byte pair encoding
 //
-// The file is llama2.c's: u32 longest piece, then for each id f32 score, u32 length, bytes. Of
-// all adjacent pairs whose concatenation is a piece, the one with the best score is merged, the
-// leftmost of equals, until there is none; a character that is no piece becomes its bytes.
+// Of all adjacent pairs that can be merged the best one is, the leftmost of equals, until there is
+// none. Two kinds differ in what is cut into words first and in which pairs can be merged:
+//   0, SentencePiece: a text is one word of characters, with a space in front. Two symbols whose
+//      concatenation is a piece can be merged, the piece with the best score first. What is no
+//      piece then becomes its bytes. llama2.c's file: u32 longest piece, then for each id f32
+//      score, u32 length, bytes.
+//   1, byte-level BPE (GPT-2, Llama 3): a regular expression cuts a text into words of bytes;
+//      merges are a list, the first comes first. The file:
+//      u32 n, n * (u32 first, u32 last, u32 class): Unicode ranges, ascending; 1 letters (\p{L}),
+//        2 numbers (\p{N}), 3 white space (\s); so that C needs no tables of its own
+//      u32 pattern: the expression of 0 GPT-2, 1 Llama 3, 2 none: not cut
+//      u32 flags: 1 a word that is a piece is not merged, 2 each number is cut off first, 4 a space
+//        is put in front of what does not have one
+//      u32 n, n * (u32 left, u32 right, u32 merged): ids, in order of rank
+//      for each id: u32 2 * length + 1 if it is special, which no text ever becomes; bytes
 
 typedef struct {
     const uint8_t *text;
     uint32_t len;
+    bool special;
     float score;
 } Piece;
 
+enum { OTHER, LETTER, NUMBER, SPACE, END };
+enum { WHOLE_WORDS = 1, SPLIT_NUMBERS = 2, PREFIX_SPACE = 4 };
+
 typedef struct {
     Piece *piece;     // (n,)
-    int n, bos, eos;
+    int n, bos, kind;
     int squeeze;      // strip outer spaces and collapse runs, as this vocabulary was trained
     int32_t *table;   // (mask + 1,) hash table of ids, -1 empty
     uint32_t mask;
     int byte_id[256]; // ids of <0x00> to <0xFF>, or -1
+    // of kind 1
+    const uint8_t *ranges, *merges;
+    int32_t *merge_table; // (merge_mask + 1,) hash table of ranks by the pair of ids, -1 empty
+    uint32_t n_ranges, n_merges, merge_mask, pattern, flags, longest_special;
 } Tokenizer;
 
-static const uint8_t *all_bytes(void) {
-    static uint8_t bytes[256];
-    for (int i = 0; i < 256; i++) bytes[i] = (uint8_t)i;
-    return bytes;
-}
-
 // The slot of a text in the hash table: where it is, or the empty one where it would be.
-static uint32_t slot_of(const Tokenizer *t, const uint8_t *text, uint32_t len) {
+static uint32_t slot_of(const Tokenizer *t, const uint8_t *text, uint32_t len, bool special) {
     uint32_t h = 2166136261u;
     for (uint32_t i = 0; i < len; i++) h = (h ^ text[i]) * 16777619u;
     for (h &= t->mask;; h = (h + 1) & t->mask) {
         if (t->table[h] < 0) return h;
         const Piece *p = &t->piece[t->table[h]];
-        if (p->len == len && !memcmp(p->text, text, len)) return h;
+        if (p->len == len && p->special == special && !memcmp(p->text, text, len)) return h;
     }
+}
+
+static int find_piece(const Tokenizer *t, const uint8_t *text, int64_t len) { // its id, or -1
+    return t->table[slot_of(t, text, (uint32_t)len, false)];
+}
+
+static uint32_t merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) { // likewise
+    uint32_t h = (uint32_t)(((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u >> 32);
+    for (h &= t->merge_mask;; h = (h + 1) & t->merge_mask) {
+        if (t->merge_table[h] < 0) return h;
+        const uint8_t *p = t->merges + 12 * (int64_t)t->merge_table[h];
+        if (read_u32(p) == left && read_u32(p + 4) == right) return h;
+    }
+}
+
+static int32_t *new_table(uint32_t entries, uint32_t *mask) { // all empty, at most half used
+    for (*mask = 1; *mask < 2 * entries; *mask *= 2) {}
+    int32_t *table = malloc(sizeof *table * *mask);
+    if (table) memset(table, 255, sizeof *table * (*mask)--);
+    return table;
 }
 
 static int hex(uint8_t c) {
@@ -1467,55 +1576,160 @@ static int hex(uint8_t c) {
 static void tokenizer_close(Tokenizer *t) {
     free(t->piece);
     free(t->table);
+    free(t->merge_table);
     memset(t, 0, sizeof *t);
+}
+
+// What kind 1 has in front of its pieces.
+static const char *read_merges(Tokenizer *t, Span *in) {
+    const uint8_t *p = cut(in, 4);
+    if (p) t->n_ranges = read_u32(p), t->ranges = p = cut(in, 12 * (uint64_t)t->n_ranges);
+    if (p && (p = cut(in, 12))) {
+        t->pattern = read_u32(p), t->flags = read_u32(p + 4), t->n_merges = read_u32(p + 8);
+        t->merges = cut(in, 12 * (uint64_t)t->n_merges);
+    }
+    if (!t->merges) return "the tokenizer ends within its tables";
+    if (t->pattern > 2 || t->flags > 7 || t->n_merges > 1 << 24) // 2^24: ranks are exact as floats
+        return fail("the tokenizer has pattern %u, flags %u and %u merges", t->pattern, t->flags,
+                    t->n_merges);
+    int64_t done = -1;
+    for (uint32_t i = 0; i < t->n_ranges; i++, done = read_u32(p + 4)) {
+        p = t->ranges + 12 * (int64_t)i;
+        if (read_u32(p) <= done || read_u32(p + 4) < read_u32(p)
+            || read_u32(p + 8) < LETTER || read_u32(p + 8) > SPACE)
+            return fail("the tokenizer's Unicode range %u is wrong", i);
+    }
+    return (t->merge_table = new_table(t->n_merges, &t->merge_mask)) ? NULL : "not enough memory";
+}
+
+static const char *read_pieces(Tokenizer *t, Span in, int eos, bool guess) {
+    static uint8_t bytes[256];
+    const char *error = t->kind == 0 ? cut(&in, 4) ? NULL : "the tokenizer is empty"
+                                     : read_merges(t, &in);
+    for (int i = 0; i < t->n && !error; i++) {
+        Piece *p = &t->piece[i];
+        const uint8_t *head = cut(&in, t->kind == 0 ? 8 : 4);
+        if (head) p->len = t->kind == 0 ? read_u32(head + 4) : read_u32(head) >> 1;
+        if (!head || !(p->text = cut(&in, p->len)))
+            return fail("the tokenizer ends within piece %d of %d", i, t->n);
+        if (t->kind == 0) p->score = read_f32(head);
+        else p->special = read_u32(head) & 1;
+        if (p->special && p->len > t->longest_special) t->longest_special = p->len;
+        if (t->kind == 0 && p->len == 6 && !memcmp(p->text, "<0x", 3) && p->text[5] == '>'
+            && hex(p->text[3]) >= 0 && hex(p->text[4]) >= 0) {
+            int byte = hex(p->text[3]) * 16 + hex(p->text[4]);
+            t->byte_id[byte] = i;
+            bytes[byte] = (uint8_t)byte;
+            p->text = &bytes[byte], p->len = 1;
+        } else if (p->len && (t->kind == 1 || (i != 0 && i != t->bos && i != eos))) {
+            uint32_t slot = slot_of(t, p->text, p->len, p->special);
+            if (t->table[slot] < 0) t->table[slot] = i;
+            if (guess && p->len == 2 && !memcmp(p->text, "  ", 2)) t->squeeze = 0;
+        }
+    }
+    if (!error && in.size)
+        error = fail("the tokenizer goes on after its %d pieces: it is another model's", t->n);
+    for (uint32_t i = 0; i < t->n_merges && !error; i++) {
+        const uint8_t *p = t->merges + 12 * (int64_t)i;
+        const uint32_t n = (uint32_t)t->n, id[3] = {read_u32(p), read_u32(p + 4), read_u32(p + 8)};
+        const Piece *left = t->piece + id[0], *right = t->piece + id[1], *both = t->piece + id[2];
+        if (id[0] >= n || id[1] >= n || id[2] >= n || both->special
+            || (uint64_t)left->len + right->len != both->len
+            || memcmp(both->text, left->text, left->len)
+            || memcmp(both->text + left->len, right->text, right->len))
+            return fail("the tokenizer's merge %u is not the sum of its parts", i);
+        t->merge_table[merge_slot(t, id[0], id[1])] = (int32_t)i;
+    }
+    return error;
 }
 
 // Reads a tokenizer of n pieces from memory, which must stay. squeeze < 0: not known, so guess:
 // a vocabulary that has a piece of two spaces has seen some.
-static const char *tokenizer_open(Tokenizer *t, const uint8_t *data, int64_t size, int n,
-                                  int bos, int eos, int squeeze) {
-    *t = (Tokenizer){.n = n, .bos = bos, .eos = eos, .squeeze = squeeze < 0 ? 1 : squeeze};
-    for (t->mask = 1; t->mask < 2 * (uint32_t)n; t->mask *= 2) {}
-    t->piece = calloc((size_t)n, sizeof *t->piece);
-    t->table = malloc(sizeof *t->table * t->mask);
-    if (!t->piece || !t->table) return tokenizer_close(t), fail("not enough memory");
-    memset(t->table, 255, sizeof *t->table * t->mask--); // all -1; from now on a mask
+static const char *tokenizer_open(Tokenizer *t, Span in, int kind, int n, int bos, int eos,
+                                  int squeeze) {
+    *t = (Tokenizer){.n = n, .bos = bos, .kind = kind, .squeeze = squeeze < 0 ? 1 : squeeze};
     memset(t->byte_id, 255, sizeof t->byte_id);
-    int64_t at = 4;
-    for (int i = 0; i < n; i++) {
-        Piece *p = &t->piece[i];
-        p->len = size - at >= 8 ? (uint32_t)read_i32(data + at + 4) : 0;
-        if (size - at < 8 || p->len > size - at - 8) {
-            tokenizer_close(t);
-            return fail("the tokenizer ends within piece %d of %d", i, n);
-        }
-        p->score = read_f32(data + at);
-        p->text = data + at + 8;
-        at += 8 + (int64_t)p->len;
-        if (p->len == 6 && !memcmp(p->text, "<0x", 3) && p->text[5] == '>'
-            && hex(p->text[3]) >= 0 && hex(p->text[4]) >= 0) {
-            int byte = hex(p->text[3]) * 16 + hex(p->text[4]);
-            t->byte_id[byte] = i;
-            *p = (Piece){all_bytes() + byte, 1, p->score};
-        } else if (i != 0 && i != bos && i != eos && p->len) { // those are never text
-            uint32_t slot = slot_of(t, p->text, p->len);
-            if (t->table[slot] < 0) t->table[slot] = i;
-            if (squeeze < 0 && p->len == 2 && !memcmp(p->text, "  ", 2)) t->squeeze = 0;
-        }
+    t->piece = calloc((size_t)n, sizeof *t->piece);
+    t->table = new_table((uint32_t)n, &t->mask);
+    const char *error = !t->piece || !t->table ? "not enough memory"
+                                               : read_pieces(t, in, eos, squeeze < 0);
+    if (error) tokenizer_close(t);
+    return error;
+}
+
+static int utf8_length(const uint8_t *s, int64_t left) { // of the character at s; 1 if it is none
+    int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3
+          : *s >= 0xf0 && *s < 0xf5 ? 4 : 1;
+    if (n > left) return 1;
+    for (int i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80) return 1;
+    return n;
+}
+
+// The class of the character at `at` of a text that ends at `end`, and its length.
+static int class_of(const Tokenizer *t, const uint8_t *text, int64_t at, int64_t end, int *len) {
+    if (at >= end) return *len = 0, END;
+    *len = utf8_length(text + at, end - at);
+    uint32_t code = *len == 1 ? text[at] : text[at] & (0xffu >> (*len + 1)), lo = 0;
+    for (int i = 1; i < *len; i++) code = code << 6 | (text[at + i] & 0x3f);
+    if (*len == 1 && code >= 0x80) return OTHER;
+    for (uint32_t hi = t->n_ranges; lo < hi;) { // the first range that does not end before it
+        uint32_t mid = lo + (hi - lo) / 2;
+        if (read_u32(t->ranges + 12 * (int64_t)mid + 4) < code) lo = mid + 1;
+        else hi = mid;
     }
-    if (at == size) return NULL;
-    tokenizer_close(t);
-    return fail("the tokenizer goes on after its %d pieces; it belongs to another model", n);
+    const uint8_t *range = t->ranges + 12 * (int64_t)lo;
+    return lo < t->n_ranges && read_u32(range) <= code ? (int)read_u32(range + 8) : OTHER;
+}
+
+static int contraction(const uint8_t *s, int64_t left, bool fold) { // 's|'t|'re|'ve|'m|'ll|'d
+    if (left < 2 || s[0] != '\'') return 0;
+    int a = s[1] | fold << 5, b = left > 2 ? s[2] | fold << 5 : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l')
+           || (fold && left > 2 && s[1] == 0xc5 && s[2] == 0xbf) ? 3 : 0; // the long s
+}
+
+// Where the word that begins at `at` ends: what the pattern matches there.
+//   GPT-2:   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+//   Llama 3: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
+//            | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+static int64_t word_end(const Tokenizer *t, const uint8_t *s, int64_t at, int64_t end) {
+    const bool llama = t->pattern == 1;
+    int len, next_len, skip = contraction(s + at, end - at, llama), count = 0;
+    if (t->pattern == 2) return end;
+    if (skip) return at + skip;
+    int class = class_of(t, s, at, end, &len);
+    int next = class_of(t, s, at + len, end, &next_len);
+    bool prefix = llama && next == LETTER ? class != LETTER && class != NUMBER && s[at] != '\r'
+                                            && s[at] != '\n'
+                                          : s[at] == ' ' && next != SPACE && next != END
+                                            && !(llama && next == NUMBER);
+    if (prefix) at += len, class = next;
+    if (class != SPACE) {
+        while (class_of(t, s, at, end, &len) == class
+               && !(llama && class == NUMBER && count++ == 3)) at += len;
+        while (llama && class == OTHER && at < end && (s[at] == '\r' || s[at] == '\n')) at++;
+        return at;
+    }
+    int64_t from = at, last = at, line = -1; // last: its last character, line: after its last end
+    for (; class_of(t, s, at, end, &len) == SPACE; at += len) {
+        last = at;
+        if (s[at] == '\r' || s[at] == '\n') line = at + 1;
+    }
+    return llama && line >= 0 ? line : at < end && last > from ? last : at;
 }
 
 typedef struct {
-    int at, len;    // bytes of the text; len 0: merged into its left neighbour
-    int prev, next; // symbols, or -1
+    int64_t at, len;    // bytes of the word; len 0: merged into its left neighbour
+    int64_t prev, next; // symbols, or -1
+    int id;             // -1: no piece
 } Symbol;
 
 typedef struct {
     float score;
-    int left, right, len; // a merge is stale when the lengths no longer add up to len
+    int id; // of the piece that left and its neighbour become
+    int64_t left, len;
 } Merge;
 
 static bool before(const Merge *a, const Merge *b) {
@@ -1524,20 +1738,31 @@ static bool before(const Merge *a, const Merge *b) {
 
 typedef struct {
     const Tokenizer *t;
-    const uint8_t *text;
+    const uint8_t *word;
     Symbol *symbol;
     Merge *heap; // best first
-    int n;
+    int64_t n;
 } Merger;
 
-// Puts the pair (left, right) on the heap if together they are a piece.
-static void consider(Merger *m, int left, int right) {
-    if (left < 0 || right < 0) return;
-    int len = m->symbol[left].len + m->symbol[right].len;
-    int id = m->t->table[slot_of(m->t, m->text + m->symbol[left].at, (uint32_t)len)];
-    if (id < 0) return;
-    Merge new = {m->t->piece[id].score, left, right, len};
-    int i = m->n++;
+// The piece that a symbol and its right neighbour can become, or -1.
+static int together(const Merger *m, const Symbol *left, float *score) {
+    if (left->next < 0) return -1;
+    const Tokenizer *t = m->t;
+    const Symbol *right = &m->symbol[left->next];
+    if (t->kind == 0) {
+        int id = find_piece(t, m->word + left->at, left->len + right->len);
+        return *score = id < 0 ? 0 : t->piece[id].score, id;
+    }
+    int rank = t->merge_table[merge_slot(t, (uint32_t)left->id, (uint32_t)right->id)];
+    *score = (float)-rank;
+    return rank < 0 ? -1 : read_i32(t->merges + 12 * (int64_t)rank + 8);
+}
+
+static void consider(Merger *m, int64_t left) { // puts it on the heap if it can be merged
+    Merge new = {.left = left};
+    if (left < 0 || (new.id = together(m, &m->symbol[left], &new.score)) < 0) return;
+    new.len = m->symbol[left].len + m->symbol[m->symbol[left].next].len;
+    int64_t i = m->n++;
     for (; i > 0 && before(&new, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
     m->heap[i] = new;
@@ -1545,8 +1770,8 @@ static void consider(Merger *m, int left, int right) {
 
 static Merge take_best(Merger *m) {
     Merge best = m->heap[0], last = m->heap[--m->n];
-    int i = 0;
-    for (int child; (child = 2 * i + 1) < m->n; i = child) {
+    int64_t i = 0;
+    for (int64_t child; (child = 2 * i + 1) < m->n; i = child) {
         if (child + 1 < m->n && before(&m->heap[child + 1], &m->heap[child])) child++;
         if (!before(&m->heap[child], &last)) break;
         m->heap[i] = m->heap[child];
@@ -1555,26 +1780,53 @@ static Merge take_best(Merger *m) {
     return best;
 }
 
-static int utf8_length(const uint8_t *s, size_t left) { // of the character at s; 1 if it is none
-    int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3
-          : *s >= 0xf0 && *s < 0xf5 ? 4 : 1;
-    if ((size_t)n > left) return 1;
-    for (int i = 1; i < n; i++)
-        if ((s[i] & 0xc0) != 0x80) return 1;
-    return n;
+// Encodes a word of n bytes; returns the number of ids.
+static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *ids) {
+    const Tokenizer *t = m->t;
+    Symbol *symbol = m->symbol;
+    int64_t n = 0, count = 0;
+    if (t->flags & WHOLE_WORDS && (*ids = find_piece(t, word, bytes)) >= 0) return 1;
+    for (int64_t at = 0, len; at < bytes; at += len) {
+        len = t->kind == 0 ? utf8_length(word + at, bytes - at) : 1;
+        int id = find_piece(t, word + at, len);
+        if (id >= 0 || t->kind == 0) symbol[n] = (Symbol){at, len, n - 1, n + 1, id}, n++;
+    }
+    if (n) symbol[n - 1].next = -1;
+    m->word = word;
+    for (int64_t i = 0; i < n; i++) consider(m, i);
+    while (m->n) {
+        Merge best = take_best(m);
+        Symbol *left = &symbol[best.left], *right = &symbol[left->next < 0 ? 0 : left->next];
+        // stale if one of the two has changed: what they become now is something else
+        float score;
+        if (!left->len || left->next < 0 || left->len + right->len != best.len
+            || together(m, left, &score) != best.id) continue;
+        *left = (Symbol){left->at, best.len, left->prev, right->next, best.id};
+        right->len = 0;
+        if (left->next >= 0) symbol[left->next].prev = best.left;
+        consider(m, left->prev);
+        consider(m, best.left);
+    }
+    for (int64_t i = 0; i >= 0 && i < n; i = symbol[i].next)
+        if (symbol[i].id >= 0) ids[count++] = symbol[i].id;
+        else for (int64_t k = 0; k < symbol[i].len; k++) {
+            int byte = t->byte_id[word[symbol[i].at + k]];
+            ids[count++] = byte < 0 ? 0 : byte;
+        }
+    return count;
 }
 
 // Copies text as SentencePiece normalizes it: a space in front, its word mark U+2581 as a space,
 // and where the vocabulary wants it no outer spaces and no runs. `to` has room for len + 1.
-static int normalize_text(const Tokenizer *t, const char *text, size_t len, uint8_t *to) {
-    int n = 0;
+static int64_t normalize_text(const Tokenizer *t, const uint8_t *text, int64_t len, uint8_t *to) {
+    int64_t n = 0;
     bool after_space = true;
-    for (size_t i = 0; i < len; i++) {
+    for (int64_t i = 0; i < len; i++) {
         bool mark = len - i >= 3 && !memcmp(text + i, "\xe2\x96\x81", 3);
         if (t->squeeze && text[i] == ' ' && after_space) continue;
         if (n == 0) to[n++] = ' ';
         after_space = text[i] == ' ';
-        to[n++] = mark ? ' ' : (uint8_t)text[i];
+        to[n++] = mark ? ' ' : text[i];
         if (mark) i += 2;
     }
     while (t->squeeze && n > 0 && to[n - 1] == ' ') n--;
@@ -1583,44 +1835,37 @@ static int normalize_text(const Tokenizer *t, const char *text, size_t len, uint
 
 // Encodes len bytes of text, after BOS if `bos`. Returns the ids, to be freed, or NULL without
 // memory, and their number in *count.
-static int *encode(const Tokenizer *t, const char *text, size_t len, bool bos, int *count) {
-    if (len > 1u << 30) return NULL;
+static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos, int *count) {
+    const uint8_t *text = (const uint8_t *)string;
+    const int64_t size = (int64_t)len;
+    if (len > 1u << 29) return NULL;
     uint8_t *buffer = malloc(len + 1);
-    int *ids = malloc(sizeof *ids * (len + 2));
-    Symbol *symbol = malloc(sizeof *symbol * (len + 1));
-    Merge *heap = malloc(sizeof *heap * 3 * (len + 1)); // each merge adds at most two
+    int *ids = malloc(sizeof *ids * 2 * (len + 1)); // with PREFIX_SPACE each byte can become two
+    Merger m = {t, NULL, malloc(sizeof(Symbol) * (len + 1)), malloc(sizeof(Merge) * 3 * (len + 1)),
+                0}; // a heap of three: each merge adds at most two
     *count = 0;
-    if (buffer && ids && symbol && heap) {
-        int bytes = normalize_text(t, text, len, buffer), n = 0;
-        for (int at = 0; at < bytes; n++) {
-            int length = utf8_length(buffer + at, (size_t)(bytes - at));
-            symbol[n] = (Symbol){at, length, n - 1, n + 1};
-            at += length;
-        }
-        if (n) symbol[n - 1].next = -1;
-        Merger m = {t, buffer, symbol, heap, 0};
-        for (int i = 0; i + 1 < n; i++) consider(&m, i, i + 1);
-        while (m.n) {
-            Merge best = take_best(&m);
-            Symbol *left = &symbol[best.left], *right = &symbol[best.right];
-            if (!left->len || !right->len || left->len + right->len != best.len
-                || left->next != best.right) continue;
-            left->len = best.len, left->next = right->next, right->len = 0;
-            if (left->next >= 0) symbol[left->next].prev = best.left;
-            consider(&m, left->prev, best.left);
-            consider(&m, best.left, left->next);
-        }
-        if (bos) ids[(*count)++] = t->bos;
-        for (int i = 0; i >= 0 && i < n; i = symbol[i].next) {
-            int id = t->table[slot_of(t, buffer + symbol[i].at, (uint32_t)symbol[i].len)];
-            if (id >= 0) ids[(*count)++] = id;
-            else for (int k = 0; k < symbol[i].len; k++) {
-                int byte = t->byte_id[buffer[symbol[i].at + k]];
-                ids[(*count)++] = byte < 0 ? 0 : byte;
+    if (buffer && ids && m.symbol && m.heap) {
+        int64_t n = 0, used;
+        if (bos) ids[n++] = t->bos;
+        if (t->kind == 0 && (used = normalize_text(t, text, size, buffer)))
+            n += encode_word(&m, buffer, used, ids + n);
+        for (int64_t at = 0, end; at < size && t->kind == 1; at = end) {
+            int step, number = class_of(t, text, at, size, &step) == NUMBER;
+            for (end = t->flags & SPLIT_NUMBERS ? at + step : size; end < size && !number;
+                 end += step)
+                if (class_of(t, text, end, size, &step) == NUMBER) break;
+            used = 0;
+            if (t->flags & PREFIX_SPACE && text[at] != ' ') buffer[used++] = ' ';
+            memcpy(buffer + used, text + at, (size_t)(end - at));
+            used += end - at;
+            for (int64_t word = 0, stop; word < used; word = stop) {
+                stop = word_end(t, buffer, word, used);
+                n += encode_word(&m, buffer + word, stop - word, ids + n);
             }
         }
+        *count = (int)n;
     } else free(ids), ids = NULL;
-    free(buffer), free(symbol), free(heap);
+    free(buffer), free(m.symbol), free(m.heap);
     return ids;
 }
 
@@ -1629,8 +1874,8 @@ static int *encode(const Tokenizer *t, const char *text, size_t len, bool bos, i
 static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi) {
     for (; lo < hi; lo++) {
         const Piece *p = &t->piece[ids[lo]];
-        bool strip = lo > 0 && ids[lo - 1] == t->bos && p->len && *p->text == ' ';
-        for (uint32_t i = strip; i < p->len; i++)
+        uint32_t i = t->kind == 0 && lo > 0 && ids[lo - 1] == t->bos && p->len && *p->text == ' ';
+        for (; i < p->len && !p->special; i++)
             if (p->text[i] >= 32 ? p->text[i] != 127 : p->text[i] >= 9 && p->text[i] <= 13)
                 putchar(p->text[i]);
     }
@@ -1715,15 +1960,14 @@ typedef struct {
     float temperature, topp;
     uint64_t seed;
     int steps, stories;
+    Span chat[3]; // the template
+    int stop;     // what it has after a reply, or -1
     const char *prompt, *system;
 } Run;
 
 static void forward(Run *run, const Row *rows, int B) {
-    State *s = &run->state;
-    s->row = rows, s->B = B, s->n_logits = 0;
-    for (int b = 0; b < B; b++)
-        if (rows[b].wants) s->wanted[s->n_logits++] = b;
-    team_run(&run->team, run->kernels->forward, s);
+    set_rows(&run->state, rows, B);
+    team_run(&run->team, run->kernels->forward, &run->state);
 }
 
 // Puts ids through sequence 0 from position pos on, in blocks; the last one's logits are left.
@@ -1745,6 +1989,13 @@ static int sample_or_die(Run *run, Sampler *s, float *logits) {
     int id = sample(s, run->kernels, logits, run->model.c.vocab_size);
     if (id < 0) die("the model's output is not a number: its file is damaged");
     return id;
+}
+
+static bool is_end(const Run *run, int id) { // whether a text ends where this id is drawn
+    const Config *c = &run->model.c;
+    for (int i = 0; i < 4; i++)
+        if (c->ends[i] && id == c->ends[i]) return true;
+    return id == c->bos || id == c->eos || id == run->stop;
 }
 
 // Bytes read from the KV cache for one token, when it holds n.
@@ -1778,7 +2029,8 @@ static void generate(Run *run) {
     double start = seconds(), flushed = start, bytes = 0;
     prefill(run, ids, n, 0);
     double prompt_time = seconds() - start;
-    size_t cache = (size_t)(s->head_bytes * c->n_layers * c->n_kv_heads);
+    int64_t heads = (int64_t)c->n_layers * c->n_kv_heads;
+    size_t used = (size_t)(round_up(n, 16) * c->head_dim * (s->half ? 2 : 4)); // of a head's cache
     for (int i = 0; i < N; i++) { // every story starts from the same prompt
         uint64_t rng = seed_rng(run->seed + (uint64_t)i);
         story[i].sampler = (Sampler){run->temperature, run->topp, rng};
@@ -1787,8 +2039,11 @@ static void generate(Run *run) {
         story[i].n = n;
         if (i == 0) continue;
         memcpy(s->logits + i * s->v_width, s->logits, sizeof(float) * (size_t)c->vocab_size);
-        memcpy(s->keys + (size_t)i * cache, s->keys, cache);
-        memcpy(s->values + (size_t)i * cache, s->values, cache);
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t from = h * s->head_bytes, to = from + i * heads * s->head_bytes;
+            memcpy(s->keys + to, s->keys + from, used);
+            memcpy(s->values + to, s->values + from, used);
+        }
     }
     print_pieces(t, ids, 1, n);
     start = seconds();
@@ -1799,7 +2054,7 @@ static void generate(Run *run) {
             if (y->done) continue;
             int id = sample_or_die(run, &y->sampler, logits);
             logits += s->v_width;
-            bool end = id == t->bos || id == t->eos;
+            bool end = is_end(run, id);
             if (!end) y->ids[y->n++] = id;
             if (!end && i == front) print_pieces(t, y->ids, y->n - 1, y->n);
             y->done = end || y->n > run->steps;
@@ -1844,37 +2099,107 @@ static char *read_line(FILE *in) {
     return line;
 }
 
+// A chat template is three texts in the model file, each u32 length and bytes: an exchange, the
+// first exchange after a system prompt, and all but the first (may be absent: as the first).
+// {user}, {system} and {reply} stand for what was said, {bos} and {eos} for those tokens; of a
+// byte-level tokenizer special tokens may be spelled out. Llama 2's, where the file has none:
+static const char *const llama2_chat[2] = {
+    "{bos}[INST] {user} [/INST]{reply}{eos}",
+    "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"};
+enum { BOS, EOS, SYSTEM, USER, REPLY, NO_NAME };
+static const char *const names[NO_NAME] = {"{bos}", "{eos}", "{system}", "{user}", "{reply}"};
+
 typedef struct {
     char *user;
     int *reply, n_reply; // tokens
 } Turn;
 
-// The ids of the turns from `first` to `last` in Llama 2's chat format, to be freed.
-static int *render(Run *run, const Turn *turn, int first, int last, int *n) {
-    int *ids = NULL;
-    *n = 0;
-    for (int i = first; i <= last; i++) {
-        const char *sys = i == first && run->system ? run->system : "";
-        const char *format = *sys ? "[INST] <<SYS>>\n%s\n<</SYS>>\n\n%s [/INST]"
-                                  : "[INST] %s%s [/INST]";
-        int count, len = snprintf(NULL, 0, format, sys, turn[i].user);
-        char *text = need(malloc((size_t)len + 1));
-        snprintf(text, (size_t)len + 1, format, sys, turn[i].user);
-        int *more = need(encode(&run->tokenizer, text, (size_t)len, true, &count));
-        ids = need(realloc(ids, sizeof *ids * (size_t)(*n + count + turn[i].n_reply)));
-        memcpy(ids + *n, more, sizeof *ids * (size_t)count);
-        memcpy(ids + *n + count, turn[i].reply, sizeof *ids * (size_t)turn[i].n_reply);
-        *n += count + turn[i].n_reply;
-        free(text), free(more);
+static void *append(void *block, size_t *n, const void *more, size_t bytes) {
+    block = need(realloc(block, *n + bytes + 1));
+    if (bytes) memcpy((char *)block + *n, more, bytes);
+    *n += bytes;
+    return block;
+}
+
+// Appends a turn to ids; an unfinished one ends where its reply would begin. The template is cut
+// at tokens before anything is inserted, so what a user types never becomes a control token.
+static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *size) {
+    const Tokenizer *t = &run->tokenizer;
+    char *text = NULL;
+    for (size_t used = 0, n = 0;; cut(&in, used)) {
+        const char *p = (const char *)in.data, *insert = p;
+        size_t left = (size_t)in.size;
+        int name = 0, id = -1, count;
+        for (; name < NO_NAME; name++)
+            if (strlen(names[name]) <= left && !memcmp(p, names[name], strlen(names[name]))) break;
+        used = name < NO_NAME ? strlen(names[name]) : left < t->longest_special ? left
+                                                                          : t->longest_special;
+        for (; name == NO_NAME && used && id < 0; used -= id < 0)
+            id = t->table[slot_of(t, in.data, (uint32_t)used, true)];
+        if (id < 0 && name == NO_NAME) used = 1;
+        if (name == BOS) id = run->model.c.bos;
+        if (name == EOS) id = run->model.c.eos;
+        if (name == USER) insert = turn->user;
+        if (name == SYSTEM) insert = run->system;
+        if (in.size && id < 0 && name != REPLY) {
+            text = append(text, &n, insert, insert == p ? 1 : strlen(insert));
+            continue;
+        }
+        int *more = need(encode(t, text, n, false, &count));
+        ids = append(ids, size, more, sizeof *ids * (size_t)count);
+        n = 0;
+        free(more);
+        if (!in.size || (name == REPLY && !finished)) break;
+        count = name == REPLY ? turn->n_reply : 1;
+        ids = append(ids, size, name == REPLY ? turn->reply : &id, sizeof id * (size_t)count);
     }
+    free(text);
     return ids;
+}
+
+// The ids of the turns from `first` to `last`, the last without its reply; to be freed.
+static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) {
+    int *ids = NULL;
+    size_t size = 0;
+    for (int i = first; i <= last; i++)
+        ids = render(run, run->chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
+                     &size);
+    *n = (int)(size / sizeof *ids);
+    return ids;
+}
+
+// Finds the templates, and the token that the model was taught to end a reply with.
+static const char *open_templates(Run *run) {
+    const Model *m = &run->model;
+    const Turn nothing = {.user = (char[]){""}};
+    size_t before = 0, after = 0;
+    for (int i = 0; i < 3; i++) {
+        run->chat[i] = m->chat[i];
+        if (!m->chat[0].data && i < 2)
+            run->chat[i] = (Span){(const uint8_t *)llama2_chat[i], (int64_t)strlen(llama2_chat[i])};
+    }
+    if (!run->chat[2].size) run->chat[2] = run->chat[0];
+    const Span in = run->chat[run->system != NULL];
+    for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++) {
+        Span rest = in;
+        while (rest.size >= (int64_t)strlen(names[name])
+               && memcmp(rest.data, names[name], strlen(names[name]))) cut(&rest, 1);
+        if (rest.size < (int64_t)strlen(names[name]))
+            return fail("this model's chat template has no place for %s", names[name]);
+    }
+    free(render(run, in, &nothing, false, NULL, &before));
+    int *ids = render(run, in, &nothing, true, NULL, &after);
+    run->stop = after > before ? ids[before / sizeof *ids] : -1;
+    free(ids);
+    return NULL;
 }
 
 // A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
 // and computes only what differs from it, also after the oldest turns had to go.
 static void chat(Run *run) {
     const int context = run->model.c.seq_len;
-    const Tokenizer *t = &run->tokenizer;
+    const char *error = open_templates(run);
+    if (error) die(error);
     state_or_die(run, 1, context, MAX_ROWS);
     Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
     Turn *turn = NULL;
@@ -1887,10 +2212,10 @@ static void chat(Run *run) {
         turn[last].user = run->prompt ? strdup(run->prompt) : read_line(stdin);
         run->prompt = NULL;
         if (!turn[last].user) break;
-        int *ids = render(run, turn, first, last, &n), dropped = first;
+        int *ids = render_all(run, turn, first, last, &n), dropped = first;
         while (n >= context && first < last) {
             free(ids);
-            ids = render(run, turn, ++first, last, &n);
+            ids = render_all(run, turn, ++first, last, &n);
         }
         if (first > dropped)
             fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
@@ -1906,12 +2231,12 @@ static void chat(Run *run) {
         prefill(run, ids + same, n - same, same);
         memcpy(seen, ids, sizeof *seen * (size_t)n);
         n_seen = n;
-        printf("Assistant:");
+        printf("Assistant:%s", run->tokenizer.kind == 0 ? "" : " "); // the other brings its own
         for (int said = 0; said < run->steps; said++) {
             int id = sample_or_die(run, &sampler, run->state.logits);
+            if (is_end(run, id)) break;
             turn[last].reply[turn[last].n_reply++] = id;
-            if (id == t->bos || id == t->eos) break;
-            print_pieces(t, &id, 0, 1);
+            print_pieces(&run->tokenizer, &id, 0, 1);
             fflush(stdout);
             if (n_seen == context) {
                 fprintf(stderr, "\n(the context of %d tokens is full)", context);
@@ -2081,7 +2406,7 @@ static double number(char flag, const char *text, double min, double max, bool w
 }
 
 int main(int argc, char **argv) {
-    Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1,
+    Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1, .stop = -1,
                .seed = (uint64_t)time(NULL), .kernels = pick_kernels()};
     const char *tokenizer = NULL, *mode = "generate", *path = argc > 1 ? argv[1] : "-h", *error;
     int threads = 0, n_cores = cores();
@@ -2103,18 +2428,18 @@ int main(int argc, char **argv) {
         if (flag == 'i') run.prompt = value;
         if (flag == 'z') tokenizer = value;
         if (flag == 'm') mode = value;
-        if (flag == 'y') run.system = value;
+        if (flag == 'y') run.system = *value ? value : NULL;
     }
     if ((error = model_open(&run.model, path))) die(error);
     const Model *m = &run.model;
     if (tokenizer) {
         if ((error = file_open(&run.tokenizer_file, tokenizer))) die(error);
-        error = tokenizer_open(&run.tokenizer, run.tokenizer_file.data, run.tokenizer_file.size,
-                               m->c.vocab_size, m->c.bos, m->c.eos, -1);
+        Span all = {run.tokenizer_file.data, run.tokenizer_file.size};
+        error = tokenizer_open(&run.tokenizer, all, 0, m->c.vocab_size, m->c.bos, m->c.eos, -1);
         if (error) die(fail("%s: %s", tokenizer, error));
-    } else if (m->tokenizer) {
-        error = tokenizer_open(&run.tokenizer, m->tokenizer, m->tokenizer_size, m->c.vocab_size,
-                               m->c.bos, m->c.eos, m->squeeze);
+    } else if (m->tokenizer.size) {
+        error = tokenizer_open(&run.tokenizer, m->tokenizer, m->kind, m->c.vocab_size, m->c.bos,
+                               m->c.eos, m->squeeze);
         if (error) die(fail("%s: %s", path, error));
     } else if (strcmp(mode, "bench")) die("the model brings no tokenizer: give one with -z");
     if (run.steps == 0) run.steps = m->c.seq_len;

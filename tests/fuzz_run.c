@@ -5,8 +5,9 @@
  *
  * An input is one byte of options, one byte n, n bytes of prompt, and the model file. Option 1
  * writes the file's true length into the header, which otherwise stops most mutants; 2 gives the
- * portable kernels. What is accepted is then used: the prompt is encoded, a few rows go through
- * the model, a token is sampled and printed. Nothing may crash, hang or exit.
+ * portable kernels. What is accepted is then used: the prompt is encoded, also as two exchanges of
+ * a chat, a few rows go through the model, a token is sampled and printed. Nothing may crash, hang
+ * or exit.
  */
 
 #pragma GCC diagnostic ignored "-Wunused-function" // the command line's
@@ -29,9 +30,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Tokenizer t;
     memset(&t, 0, sizeof t);
     const char *error = model_parse(&m, "fuzz");
-    if (!error && m.tokenizer)
-        error = tokenizer_open(&t, m.tokenizer, m.tokenizer_size, m.c.vocab_size, m.c.bos,
-                               m.c.eos, m.squeeze);
+    if (!error && m.tokenizer.size)
+        error = tokenizer_open(&t, m.tokenizer, m.kind, m.c.vocab_size, m.c.bos, m.c.eos,
+                               m.squeeze);
     // A valid model may ask for more than a fuzzer has: one small matrix can belong to a header
     // with thousands of heads and layers.
     if (!error && m.c.vocab_size < 4096 && m.c.dim < 4096 && m.c.hidden_dim < 4096) {
@@ -48,7 +49,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (!state_open(&s, &m, &team, 1, max_pos, 3)) {
             for (int i = 0; i < max_pos; i++)
                 rows[i] = (Row){i < n ? encoded[i] : ids[0], i, 0, i == max_pos - 1};
-            s.row = rows, s.B = max_pos, s.n_logits = 1, s.wanted[0] = max_pos - 1;
+            set_rows(&s, rows, max_pos);
             const Kernels *kernels = data[0] & 2 ? &kernels_portable : pick_kernels();
             team_run(&team, kernels->forward, &s);
             int id = sample(&sampler, kernels, s.logits, m.c.vocab_size);
@@ -57,6 +58,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         }
         free(s.block);
         free(encoded);
+        Run run = {.model = m, .tokenizer = t, .system = data[0] & 4 ? "<s>{bos}" : NULL};
+        if (t.n && !open_templates(&run)) {
+            char *user = need(calloc(1, prompt_size + 1));
+            memcpy(user, prompt, prompt_size);
+            Turn turn[2] = {{user, ids, 1}, {user, ids, 1}};
+            encoded = render_all(&run, turn, 0, 1, &n);
+            for (int i = 0; i < n; i++)
+                if (encoded[i] < 0 || encoded[i] >= m.c.vocab_size) abort();
+            free(encoded), free(user);
+        }
     }
     tokenizer_close(&t);
     m.file.data = NULL;

@@ -7,6 +7,7 @@ through ctypes), and as the program that a user runs.
 import ctypes
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -94,8 +95,9 @@ const char *logits_of(const char *path, int isa, int threads, int block, int *id
     if ((error = state_open(&s, &m, &team, 1, n, block))) return error;
     for (int i = 0; i < n; i += block) {
         Row rows[64];
-        s.row = rows, s.B = s.n_logits = n - i < block ? n - i : block;
-        for (int b = 0; b < s.B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1}, s.wanted[b] = b;
+        int B = n - i < block ? n - i : block;
+        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1};
+        set_rows(&s, rows, B);
         team_run(&team, kernels[isa]->forward, &s);
         for (int b = 0; b < s.B; b++)
             memcpy(out + (i + b) * m.c.vocab_size, s.logits + b * s.v_width, 4 * m.c.vocab_size);
@@ -107,14 +109,52 @@ const char *logits_of(const char *path, int isa, int threads, int block, int *id
 }
 
 static Tokenizer tokenizer;
-const char *open_tok(const uint8_t *data, int size, int n, int squeeze) {
-    return tokenizer_open(&tokenizer, data, size, n, 1, 2, squeeze);
+const char *open_tok(const uint8_t *data, int size, int kind, int n, int squeeze) {
+    tokenizer_close(&tokenizer);
+    return tokenizer_open(&tokenizer, (Span){data, size}, kind, n, 1, 2, squeeze);
 }
-int encode_into(const char *text, int len, int *out) {
-    int n, *ids = encode(&tokenizer, text, (size_t)len, true, &n);
+int encode_into(const char *text, int len, int bos, int *out) {
+    int n, *ids = encode(&tokenizer, text, (size_t)len, bos, &n);
     memcpy(out, ids, sizeof *ids * (size_t)n);
     free(ids);
     return n;
+}
+// the ids of a chat's exchanges, the last without its reply; *stop: what ends a reply
+int chat_into(const char *path, char *system, int n, char **users, int **replies, int *sizes,
+              int *out, int *stop) {
+    Run run = {.system = system, .stop = -1};
+    Turn turn[8];
+    int count;
+    if (model_open(&run.model, path)) return -1;
+    const Model *m = &run.model;
+    if (tokenizer_open(&run.tokenizer, m->tokenizer, m->kind, m->c.vocab_size, m->c.bos, m->c.eos,
+                       m->squeeze)) return -2;
+    if (open_templates(&run)) return -3;
+    for (int i = 0; i < n; i++) turn[i] = (Turn){users[i], replies[i], sizes[i]};
+    int *ids = render_all(&run, turn, 0, n - 1, &count);
+    memcpy(out, ids, sizeof *ids * (size_t)count);
+    *stop = run.stop;
+    free(ids);
+    tokenizer_close(&run.tokenizer);
+    model_close(&run.model);
+    return count;
+}
+// the residual stream (D,) after one token, without the classifier, whose rows may be many
+const char *stream_of(const char *path, int token, float *out) {
+    Model m;
+    Team team;
+    State s;
+    const char *error = model_open(&m, path);
+    if (error) return error;
+    team_open(&team, 1);
+    if ((error = state_open(&s, &m, &team, 1, 1, 1))) return error;
+    set_rows(&s, &(Row){token, 0, 0, 0}, 1);
+    team_run(&team, kernels[0]->forward, &s);
+    memcpy(out, s.x, sizeof(float) * (size_t)m.c.dim);
+    team_close(&team);
+    free(s.block);
+    model_close(&m);
+    return NULL;
 }
 int bytes_of(int id, uint8_t *out) {
     memcpy(out, tokenizer.piece[id].text, tokenizer.piece[id].len);
@@ -149,7 +189,7 @@ def lib(build):
     (build / "lib.c").write_text(WRAPPERS)
     so = compile_c(build / "lib.c", build / "lib.so", "-O2", "-shared", "-fPIC")
     library = ctypes.CDLL(str(so))
-    for name in ("isa_name", "logits_of", "open_tok"):
+    for name in ("isa_name", "logits_of", "open_tok", "stream_of"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("of_half", "exps", "above", "maximum"):
         getattr(library, name).restype = ctypes.c_float
@@ -370,6 +410,70 @@ def test_threads_and_blocks_change_nothing(lib, build):
             assert np.array_equal(c_logits(lib, path, ids, V, -1, threads, block), want)
         assert np.array_equal(c_logits(lib, path, ids[:20], V), want[:20])
 
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_seq_len": 64}
+
+@pytest.mark.parametrize("scaling", [{"factor": 4.0}, LLAMA3_ROPE])
+def test_rope_scaling(lib, build, scaling):
+    model = make("plain", rope_scaling=scaling, max_seq_len=200)
+    ids = np.random.default_rng(3).integers(0, 512, 200).tolist()
+    path = save(model, build / "scaled.bin", 3, "fp32")
+    numbers = ([*scaling.values()] + [0, 0, 0])[:4]
+    path.write_bytes(patched(path.read_bytes(), 112, "<3fi", *numbers[:3], int(numbers[3])))
+    want = torch_logits(model, ids)
+    assert np.abs(c_logits(lib, path, ids, 512) - want).max() < 1e-4
+    path.write_bytes(patched(path.read_bytes(), 112, "<3fi", 0, 0, 0, 0))
+    assert np.abs(c_logits(lib, path, ids, 512) - want).max() > 0.1
+
+def test_file_of_more_than_4_gib(lib, build):
+    """A classifier of its own, of 2^22 rows, puts the embedding's end and all layers beyond."""
+    model = make("one", dim=260, tied=False)
+    small, huge, D, V = build / "small.bin", build / "huge.bin", 260, 1 << 22
+    data = save(model, small, 3, "fp32").read_bytes()
+    row = 4 * D  # bytes; the header, 32 rows (17 padded), the layers, as many rows
+    head = patched(patched(data, 28, "<i", V), 80, "<Q", len(data) + 2 * row * (V - 32))
+    head = patched(head, 64, "<Q", len(data) + 2 * row * (V - 32))[:256]
+    try:
+        with open(huge, "wb") as f:  # what is not written is a hole, and reads as zero
+            f.write(head)
+            f.seek(256 + row * (V - 32))
+            f.write(data[256:len(data) - 32 * row])  # the last 32 rows are those of the small one
+            f.truncate(len(data) + 2 * row * (V - 32))
+        if os.stat(huge).st_blocks * 512 > 1 << 30:
+            pytest.skip("this file system writes holes")
+        for token in range(17):
+            a, b = np.zeros(D, np.float32), np.zeros(D, np.float32)
+            assert lib.stream_of(str(small).encode(), token, pointer(a)) is None
+            assert lib.stream_of(str(huge).encode(), V - 32 + token, pointer(b)) is None
+            assert a.any() and np.array_equal(a, b)
+    finally:
+        huge.unlink(missing_ok=True)
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_long_context_takes_no_memory_until_it_is_used(program, own, build):
+    """The caches of 2^20 positions would take 268 MB and their angles 33; one turn takes little."""
+    path = build / "long.bin"
+    path.write_bytes(patched(own[0].read_bytes(), 32, "<i", 1 << 20))
+    with subprocess.Popen([program, path, "-m", "chat", "-i", "balo", "-n", "5"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        while not child.stdout.readline().startswith(b"Assistant:"):
+            pass  # after it the program waits for the next turn
+        status = Path(f"/proc/{child.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 20_000
+    assert int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) > 290_000
+
+def test_more_end_ids(program, own, build):
+    args = ["-t", 0, "-n", 30, "-i", "balo mi"]
+    whole = call(program, own[0], *args)
+    ids = own[1].encode(whole.text.rstrip("\n"), True, False)
+    n = len(own[1].encode("balo mi", True, False))
+    for slot in range(4):
+        path = build / "ends.bin"
+        path.write_bytes(patched(own[0].read_bytes(), 128 + 4 * slot, "<i", ids[n + 3]))
+        done = call(program, path, *args)
+        told = int(re.search(r"story: (\d+) tokens", done.err)[1])
+        assert told == ids[n:].index(ids[n + 3]) + 1 < 20 and whole.text.startswith(done.text[:-1])
+
 def test_golden_story(program, stories, build):
     """The known greedy story, letter for letter: fp32, int8, all versions, all instruction sets."""
     texts = set()
@@ -421,18 +525,18 @@ def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
     blob = export.tokenizer_blob(tokenizer)
     squeeze = tokenizer.encode(" a  b ", False, False) == tokenizer.encode("a b", False, False)
     for flag in {int(squeeze), *flags}:  # told by the header, or guessed
-        assert lib.open_tok(blob, len(blob), tokenizer.n_words, flag) is None
+        assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, flag) is None
         for text in strings:
             data = text.encode()
             out = np.zeros(len(data) + 3, np.int32)
-            n = lib.encode_into(data, len(data), pointer(out))
+            n = lib.encode_into(data, len(data), 1, pointer(out))
             assert out[:n].tolist() == tokenizer.encode(text, True, False), text
     not_utf8 = [b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x"]
     for data in [s.encode() for s in strings[:200]] + not_utf8:
         if squeeze and (data.strip() != data or b"  " in data or b"\xe2\x96\x81" in data):
             continue
         out = np.zeros(len(data) + 3, np.int32)
-        n = lib.encode_into(data, len(data), pointer(out))
+        n = lib.encode_into(data, len(data), 1, pointer(out))
         back = b"".join(piece_bytes(lib, int(i)) for i in out[1:n])
         assert back == (b" " + data.replace(b"\xe2\x96\x81", b" ") if data else b"")
 
@@ -452,6 +556,254 @@ def test_encode_is_sentencepieces(lib, tok512_model, real_stories):
 
 def test_encode_with_own_vocabulary(lib, own):
     check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
+
+# Byte-level BPE, beside the library `tokenizers`
+
+SCRIPTS = {  # (first, last) code points
+    "latin": (0xC0, 0x24F), "greek": (0x370, 0x3FF), "cyrillic": (0x400, 0x4FF),
+    "armenian": (0x530, 0x58F), "hebrew": (0x591, 0x5F4), "arabic": (0x600, 0x6FF),
+    "devanagari": (0x900, 0x97F), "tamil": (0xB80, 0xBFF), "thai": (0xE01, 0xE5B),
+    "georgian": (0x10A0, 0x10FF), "ethiopic": (0x1200, 0x137F), "khmer": (0x1780, 0x17F9),
+    "kana": (0x3041, 0x30FF), "han": (0x4E00, 0x9FFF), "hangul": (0xAC00, 0xD7A3),
+    "gothic": (0x10330, 0x1034A), "emoji": (0x1F300, 0x1F6FF), "spaces": (0x1FFE, 0x2031),
+    "letters in numbers": (0x2150, 0x218B), "fullwidth": (0xFF01, 0xFF5E)}
+SPECIAL = ["<|begin|>", "<|end|>", "<|start_header|>", "<|end_header|>", "<|eot|>", "<|e"]
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+def scripts_text(n, seed=0):
+    """n strings of words, numbers, punctuation and white space, each mostly in one script."""
+    rng = np.random.default_rng(seed)
+    marks = list(" .,!?'\"\n\r\t-–…()0123456789") + [
+        "  ", "\r\n", "\n\n ", "\u00a0", "\u3000", "'s", "'LL", "'ſ", "'rE", "'d", " 't", "\x00",
+        "\x85", "½", "²", "٣", "ⅷ", "_", "e\u0301", "\u200d"]
+    def word(first, last):
+        letters = "".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 8))))
+        return letters if rng.random() < 0.8 else rng.choice(["don't", "I'll", "A1b22", "x" * 40])
+    return ["".join(word(*span) + "".join(rng.choice(marks, rng.integers(0, 5)))
+                    for _ in range(rng.integers(1, 12)))
+            for _, span in zip(range(n), list(SCRIPTS.values()) * n)]
+
+def class_ranges(tokenizers):
+    """The Unicode ranges of letters, numbers and white space, as the library's own regex has it."""
+    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    spans = []
+    for kind, others in enumerate((r"\P{L}+", r"\P{N}+", r"\S+"), 1):
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(others), "removed")
+        spans += [(ord(run[0]), ord(run[-1]), kind) for run, _ in split.pre_tokenize_str(every)]
+    assert all(hi - lo < 0x20000 for lo, hi, _ in spans) and len(spans) > 700
+    return sorted(spans)
+
+def byte_level_blob(tk, ranges, pattern, flags):
+    """A tokenizer of kind 1, as run.c describes it."""
+    from tokenizers import pre_tokenizers
+    data = json.loads(tk.to_str())
+    known = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in known}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in known)}
+    assert set(byte_of) == set(pre_tokenizers.ByteLevel.alphabet())
+    vocab, special = data["model"]["vocab"], {t["content"] for t in data["added_tokens"]}
+    pieces = sorted({**vocab, **{t["content"]: t["id"] for t in data["added_tokens"]}}.items(),
+                    key=lambda item: item[1])
+    assert [i for _, i in pieces] == list(range(len(pieces)))
+    blob = struct.pack("<I", len(ranges)) + b"".join(struct.pack("<3I", *r) for r in ranges)
+    merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
+    blob += struct.pack("<3I", pattern, flags, len(merges))
+    blob += b"".join(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges)
+    for text, _ in pieces:
+        raw = text.encode() if text in special else bytes(byte_of[c] for c in text)
+        blob += struct.pack("<I", len(raw) << 1 | (text in special)) + raw
+    return blob, len(pieces)
+
+@pytest.fixture(scope="session")
+def byte_level(build):
+    """{name: (library's tokenizer, blob, size)} of every kind, trained on text made here."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    from tokenizers import models, pre_tokenizers, trainers
+    ranges, made = class_ranges(tokenizers), {}
+    level, bare = pre_tokenizers.ByteLevel(add_prefix_space=False), \
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    llama = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), bare]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    prefix = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for name, parts, pattern, flags in [
+            ("GPT-2", [level], 0, 0), ("Llama 3", llama, 1, 1), ("SmolLM2", [digits, level], 0, 2),
+            ("prefix", [prefix], 0, 4), ("digits, prefix", [digits, prefix], 0, 6),
+            ("not cut", [bare], 2, 0)]:
+        tk = tokenizers.Tokenizer(models.BPE(ignore_merges=bool(flags & 1)))
+        tk.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        texts = [t for t in scripts_text(600, 1)] + [GOLDEN_START * 3] * 20
+        tk.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=1500, initial_alphabet=level.alphabet(), special_tokens=SPECIAL,
+            show_progress=False))
+        if name == "Llama 3":  # every split of every piece, as its tokenizer.json has it
+            data = json.loads(tk.to_str())
+            vocab = data["model"]["vocab"]
+            data["model"]["merges"] = [
+                [piece[:i], piece[i:]] for piece, rank in sorted(vocab.items(), key=lambda x: x[1])
+                if piece not in SPECIAL and rank % 9  # some are reached as whole words only
+                for i in sorted(range(1, len(piece)), key=lambda i: vocab.get(piece[:i], 0))
+                if piece[:i] in vocab and piece[i:] in vocab]
+            tk = tokenizers.Tokenizer.from_str(json.dumps(data))
+        made[name] = (tk, *byte_level_blob(tk, ranges, pattern, flags))
+    return made
+
+def byte_level_ids(lib, data):
+    out = np.zeros(2 * len(data) + 2, np.int32)
+    return out[:lib.encode_into(data, len(data), 0, pointer(out))].tolist()
+
+def test_byte_level_ids_are_the_librarys(lib, byte_level):
+    """1,000 strings in 20 scripts and the odd ones; and their bytes are the text again."""
+    strings = ODD + scripts_text(1000, 2) + [GOLDEN_START, "x'ſab 'LLab 'Llab 'vEab 'llab 'tab",
+                                             "a\r\n \n  b \t\tc!\r\n\n", "12345 1234567", " \n"]
+    for name, (tk, blob, n) in byte_level.items():
+        assert lib.open_tok(blob, len(blob), 1, n, 0) is None
+        for text in strings:
+            data, want = text.encode(), tk.encode(text, add_special_tokens=False).ids
+            if any(s in text for s in SPECIAL):
+                continue
+            got = byte_level_ids(lib, data)
+            assert got == want, (name, text)
+            if name in ("GPT-2", "Llama 3", "SmolLM2", "not cut"):
+                assert b"".join(piece_bytes(lib, i) for i in got) == data
+        for data in (b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x", b"\xf4\xbf\xbf\xbf",
+                     bytes(range(256))):
+            got = byte_level_ids(lib, data)  # not UTF-8
+            assert "prefix" in name or b"".join(piece_bytes(lib, i) for i in got) == data
+
+# Chat templates
+
+def render_like_the_manual(encode, special, template, exchanges, system, bos, eos):
+    """The ids of a dialogue, from the description: cut at tokens, then insert, then encode."""
+    named = {"{bos}": bos, "{eos}": eos, **special}
+    cut = "|".join(map(re.escape, sorted([*named, "{reply}"], key=len, reverse=True)))
+    ids, ends = [], []
+    for i, (user, reply) in enumerate(exchanges):
+        text = template.get("next", template["turn"]) if i else \
+            template["system" if system else "turn"]
+        for part in re.split(f"({cut})", text):
+            if part == "{reply}":
+                ends.append(len(ids))
+                ids += reply
+            elif part in named:
+                ids.append(named[part])
+            elif part:
+                parts = re.split(r"(\{user\}|\{system\})", part)
+                ids += encode("".join({"{user}": user, "{system}": system}.get(p, p)
+                                      for p in parts))
+    return ids[:ends[-1]], ids[ends[-1] + len(exchanges[-1][1]):]
+
+LLAMA2_CHAT = {"turn": "{bos}[INST] {user} [/INST]{reply}{eos}",
+               "system": "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"}
+HEADERS = "<|start_header|>user<|end_header|>\n\n{user}<|eot|><|start_header|>assistant" \
+    "<|end_header|>\n\n{reply}<|eot|>"
+LLAMA3_CHAT = {"turn": "{bos}" + HEADERS, "next": HEADERS, "system":
+               "{bos}<|start_header|>system<|end_header|>\n\n{system}<|eot|>" + HEADERS}
+
+def with_tail(data, kind, blob, template):
+    """A version-3 file with another tokenizer and template."""
+    offset, = struct.unpack_from("<Q", data, 64)
+    texts = [template[k].encode() for k in ("turn", "system", "next") if k in template] \
+        if template else []
+    chat = b"".join(struct.pack("<I", len(t)) + t for t in texts)
+    data = patched(data[:offset] + blob + chat, 64, "<3Q2I2Q", offset, len(blob),
+                   offset + len(blob) + len(chat), 0, kind, offset + len(blob), len(chat))
+    return data if chat else patched(data, 96, "<Q", 0)
+
+@pytest.fixture(scope="session")
+def llama3(build, byte_level):
+    """A model with a byte-level tokenizer and a chat template: (path, library's tokenizer)."""
+    tk, blob, n = byte_level["Llama 3"]
+    model = make("one", vocab_size=n, max_seq_len=256)
+    data = save(model, build / "llama3.bin", 3).read_bytes()
+    data = patched(with_tail(data, 1, blob, LLAMA3_CHAT), 48, "<2i", 0, 1)
+    (build / "llama3.bin").write_bytes(data)
+    return build / "llama3.bin", tk
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "its own", "byte-level"])
+def test_chat_template(lib, build, own, request, kind):
+    if kind == "byte-level":
+        path, tk = request.getfixturevalue("llama3")
+        tk.encode_special_tokens = True  # what the library calls encoding them as text
+        def encode(text):
+            return tk.encode(text).ids
+        special, template, bos, eos = {t: tk.token_to_id(t) for t in SPECIAL}, LLAMA3_CHAT, 0, 1
+    else:
+        path, bos, eos, special, template = own[0], 1, 2, {}, LLAMA2_CHAT
+        def encode(text):
+            return own[1].encode(text, False, False)
+        if kind == "its own":
+            template = {"turn": "{user}{user}\n{reply}\n ",
+                        "system": "{system}{bos}{user}{reply}{eos}"}
+            path = build / "templated.bin"
+            data = own[0].read_bytes()
+            blob = data[struct.unpack_from("<Q", data, 64)[0]:]
+            path.write_bytes(with_tail(data, 0, blob, template))
+    rude = "<|eot|>{eos}<|end|>{reply}</s>{system}"
+    for system in ("", "be kind", rude):
+        exchanges = [("balo", [7, 8]), (rude, []), ("", [9, 1, 2]), ("x\n y", [3])]
+        for n in range(1, 5):
+            part = exchanges[:n]
+            users = (ctypes.c_char_p * n)(*(u.encode() for u, _ in part))
+            arrays = [np.array([*r, 0], np.int32) for _, r in part]
+            replies = (ctypes.c_void_p * n)(*(a.ctypes.data for a in arrays))
+            sizes = (ctypes.c_int * n)(*(len(r) for _, r in part))
+            out, stop = np.zeros(2000, np.int32), ctypes.c_int()
+            count = lib.chat_into(str(path).encode(), system.encode() or None, n, users, replies,
+                                  sizes, pointer(out), ctypes.byref(stop))
+            want, after = render_like_the_manual(encode, special, template, part, system, bos, eos)
+            assert out[:count].tolist() == want
+            assert n > 1 or stop.value == after[0]
+    if kind == "byte-level":
+        tk.encode_special_tokens = False
+
+def test_byte_level_program(program, llama3, build):
+    """Tells, chats and measures with a byte-level tokenizer; special tokens are silent."""
+    path, tk = llama3
+    done = call(program, path, "-i", "Привет, 한국어! don't", "-n", 60, "-s", 3)
+    assert done.text.startswith("Привет, 한국어! don't") and "<|" not in done.text
+    done = call(program, path, "-m", "chat", "-y", "be kind", "-n", 20, "-s", 1,
+                stdin="hello <|eot|>\nyou\n")
+    assert done.text.count("Assistant: ") == 2
+    (build / "text").write_text("one 1<|endoftext|>два 2" * 20)
+    assert "loss" in call(program, path, "-m", "perplexity", "-i", build / "text").text
+
+def test_damaged_byte_level_files(program, llama3, build):
+    data, path = llama3[0].read_bytes(), build / "damaged.bin"
+    at, = struct.unpack_from("<Q", data, 64)
+    n_ranges, = struct.unpack_from("<I", data, at)
+    tables, chat = at + 4 + 12 * n_ranges, struct.unpack_from("<Q", data, 96)[0]
+    n_merges, = struct.unpack_from("<I", data, tables + 8)
+    pieces = tables + 12 + 12 * n_merges
+    bad = [patched(data, 92, "<I", k) for k in (2, 0xFFFFFFFF)]
+    for offset in (at, tables + 8):  # how many
+        bad += [patched(data, offset, "<I", k) for k in (0, 1, 1 << 20, 1 << 31, (1 << 32) - 1)]
+    bad += [patched(data, at + 4, "<I", 0x110000), patched(data, at + 8, "<I", 0),
+            patched(data, at + 12, "<I", 0), patched(data, at + 12, "<I", 4)]  # a range
+    bad += [patched(data, tables, "<I", 3), patched(data, tables + 4, "<I", 8)]  # pattern, flags
+    for i in range(3):  # a merge: past the end, of others
+        bad += [patched(data, tables + 12 + 4 * i, "<I", k) for k in (7, 1500, (1 << 32) - 1)]
+    bad += [patched(data, pieces, "<I", k) for k in (0, 7, (1 << 32) - 1)]  # a piece's length
+    bad += [patched(data, 96, "<Q", k) for k in (0, 5, at, chat + 1, 1 << 63, (1 << 64) - 1)]
+    bad += [patched(data, 104, "<Q", k) for k in (0, 5, 1 << 63, (1 << 64) - 1)]
+    bad += [patched(data, chat, "<I", k) for k in (0, 5, 1 << 31, (1 << 32) - 1)]
+    bad += [patched(data, 112, "<f", f) for f in (-1.0, float("nan"), float("inf"))]
+    bad += [patched(data, 116, "<f", 4.0), patched(data, 116, "<2f", 4, 1),
+            patched(data, 116, "<2f", 1, 4), patched(data, 124, "<i", -1)]  # no original context
+    bad += [patched(data, 128 + 4 * i, "<i", k) for i in range(4) for k in (-1, 1500, 1 << 30)]
+    for k, mutant in enumerate(bad):
+        path.write_bytes(mutant)
+        done = call(program, path, "-n", 2, "-j", 1, ok=None)
+        assert done.returncode == 1 and done.err.startswith("error: "), (k, done.err)
+        assert done.err.count("\n") == 1, k
+    for template, says in (({"turn": "{user}", "system": ""}, "{reply}"),
+                           ({"turn": "{reply}", "system": ""}, "{user}")):
+        blob = data[at:chat]
+        path.write_bytes(with_tail(data, 1, blob, template))
+        assert says in call(program, path, "-m", "chat", ok=1).err
+    path.write_bytes(with_tail(data, 1, data[at:chat], {"turn": "{user}{reply}", "system": ""}))
+    assert "{system}" in call(program, path, "-m", "chat", "-y", "be", ok=1).err
+    call(program, path, "-m", "chat", "-n", 3, "-i", "x")
 
 # -----------------------------------------------------------------------------
 # The sampler
@@ -535,8 +887,8 @@ def test_bad_calls(program, own, args, status, says):
     assert says in done.err and done.err.startswith("error:")
     assert status == 2 or done.err.count("\n") == 1
 
-def patched(data, offset, fmt, value):
-    return data[:offset] + struct.pack(fmt, value) + data[offset + struct.calcsize(fmt):]
+def patched(data, offset, fmt, *values):
+    return data[:offset] + struct.pack(fmt, *values) + data[offset + struct.calcsize(fmt):]
 
 def mutants(data):
     """(name, bytes) of damaged version-3 files."""
