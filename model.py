@@ -28,6 +28,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 BOS_ID, EOS_ID = 1, 2
 
@@ -574,6 +575,7 @@ def keep_memory():
 def native_attention(x):
     """Whether attention.c handles a tensor like x (..., E): fp32 on the CPU, small heads."""
     small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] <= 16
+    small = small and not isinstance(x, FakeTensor)  # has no memory: train.py --plan
     return small and not torch.is_autocast_enabled("cpu") and attention_library() is not None
 
 

@@ -1,15 +1,19 @@
-"""What a person and a program see of a run: log, progress bar, closing report."""
+"""What a person and a program see of a run: log, progress bar, closing report, curves; and, before
+a run, what it would need (--plan)."""
 
 import json
 import math
 import textwrap
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from model import Transformer
 from tokenizer import write_atomic
 
 
@@ -124,3 +128,139 @@ def print_report(found):
             story = textwrap.indent(textwrap.fill(x["story"], 96), "    ")
             print(f"\n  a story {title} PPO:\n{story}")
     print()
+
+
+# ----------------------------------------------------------------------------
+# --plot
+
+
+def plot(out_dir):
+    """Draws the logs in a run's folder into out_dir/NAME.png, or on the terminal where matplotlib
+    is not installed: losses, and PPO's objective below its roof. Raises FileNotFoundError."""
+    drawn = {
+        "log": ("loss, nats a token", ("loss/train", "loss/val")),
+        "sft_log": ("loss, nats a token of the replies", ("loss/train", "loss/val")),
+        "rm_log": ("loss, nats a pair", ("loss/train", "loss/val")),
+        "dpo_log": ("loss, nats a pair", ("loss/train", "loss/val")),
+        "ppo_log": ("J = reward - beta KL", ("ppo/objective", "ppo/objective_roof")),
+    }
+    found = [n for n in drawn if (Path(out_dir) / f"{n}.jsonl").exists()]
+    if not found:
+        raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
+    for name in found:
+        path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        curves = {k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None] for k in keys}
+        curves = {k: points for k, points in curves.items() if points}
+        if not curves:
+            continue
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print(f"{path} ({label}; pip install matplotlib for a picture)")
+            for k, points in curves.items():
+                print(f"  {k}\n{textwrap.indent(terminal_curve(points), '    ')}")
+            continue
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="iteration", ylabel=label)
+        for k, points in curves.items():
+            axes.plot(*zip(*points), label=k, linewidth=1, marker="." if len(points) < 50 else "")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with write_atomic(path.with_suffix(".png")) as f:
+            figure.savefig(f, format="png", dpi=120)
+        print(f"wrote {path.with_suffix('.png')}")
+
+
+def terminal_curve(points, width=72, height=12):
+    """Points (x, y) as lines of text: in each of `width` columns the mean of its y."""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    columns = [[] for _ in range(min(width, len(points)))]
+    for i, (_, y) in enumerate(points):
+        columns[i * len(columns) // len(points)].append(y)
+    step = (high - low) / (height - 1) or 1.0
+    level = [round((sum(c) / len(c) - low) / step) for c in columns]
+    lines = [
+        f"{low + row * step:9.3f} |" + "".join("*" if x == row else " " for x in level).rstrip()
+        for row in reversed(range(height))
+    ]
+    return "\n".join([*lines, " " * 10 + f"iterations {points[0][0]} to {points[-1][0]}"])
+
+
+# ----------------------------------------------------------------------------
+# --plan
+
+GPUS = {  # makers' figures: dense bf16 operations a second, bytes, bytes a second between cards
+    "h200": (989e12, 141e9, 450e9),
+    "h100": (989e12, 80e9, 450e9),
+    "a100": (312e12, 80e9, 300e9),
+    "4090": (165e12, 24e9, 32e9),
+}
+NODE, NETWORK = 8, 50e9  # cards a node; bytes a second and card between nodes (400 Gb/s)
+STATE_BYTES = 16  # a parameter: fp32 weight and gradient, AdamW's two moments
+
+
+def saved_bytes(args, batch, seq_len, dtype):
+    """Bytes that the forward pass of a Transformer keeps for the backward pass: of everything, of
+    one layer, and of one layer's input. Found by running it on tensors without memory."""
+    totals = []
+    for n_layers in (1, 2):
+        with FakeTensorMode():
+            model, kept = Transformer(replace(args, n_layers=n_layers)), {}
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+            def keep(t):
+                if t.untyped_storage()._cdata not in weights:
+                    kept[t.untyped_storage()._cdata] = t  # alive, so that the address is its own
+                return t
+
+            tokens = torch.zeros(batch, seq_len, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    model(tokens, tokens)
+            totals.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    layer = totals[1] - totals[0]
+    return totals[0] + (args.n_layers - 1) * layer, layer, 4 * batch * seq_len * args.dim
+
+
+def plan(args, model_args):
+    """Prints memory a card, tokens/s and days for 1 to 256 cards: with DDP (everything on each) and
+    with --fsdp (state sharded, activations computed again). One forward and backward pass of
+    --batch_size sequences a card and step, in --dtype; compute at --plan_mfu of the maker's figure;
+    communication overlaps with it, so that the slower of the two counts."""
+    peak, room, link = GPUS[args.plan_gpu]
+    dtype = getattr(torch, args.dtype or "bfloat16")
+    peak = peak if dtype != torch.float32 else peak / 16  # without tensor cores
+    with FakeTensorMode():
+        model = Transformer(model_args)
+        flops = model.flops_per_token(args.max_seq_len)
+        P = sum(p.numel() for p in model.parameters())
+        in_layer = sum(p.numel() for p in model.layers[0].parameters())
+    B, T = args.batch_size, args.max_seq_len
+    everything, layer, layer_input = saved_bytes(model_args, B, T, dtype)
+    print(f"{P:,} parameters, {B} x {T} tokens a card and step, {str(dtype)[6:]}, "
+          f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s")  # fmt: skip
+    print(f"{'cards':>6}{'':4}{'':4}{'GB a card':>10}{'of':>5}{'tokens/s':>14}"
+          f"{'waits for':>11}{f'days for {args.max_iters:,} steps':>26}")  # fmt: skip
+    rows = []
+    for cards in (1, 2, 4, 8, 16, 64, 256):
+        wire = link if cards <= NODE else min(link, NETWORK)
+        for kind in ("ddp", "fsdp") if cards > 1 else ("ddp",):
+            if kind == "ddp":
+                bytes_a_card = STATE_BYTES * P + everything
+                moved, again = 2 * 4 * P, 1.0  # ring all-reduce of fp32 gradients
+            else:  # two layers' weights are whole at a time, in dtype
+                activations = everything - model_args.n_layers * (layer - layer_input) + layer
+                whole = 2 * in_layer * (2 if dtype != torch.float32 else 4)
+                bytes_a_card = STATE_BYTES * P / cards + whole + activations
+                moved, again = 2 * 2 * P + 4 * P, 4 / 3  # weights twice, gradients once
+            compute = B * T * flops * again / (peak * args.plan_mfu)
+            network = moved * (cards - 1) / cards / wire
+            rate = cards * B * T / max(compute, network)
+            days = args.max_iters * max(compute, network) / 86400
+            waits = "network" if network > compute else "compute"
+            fits = "" if bytes_a_card < 0.92 * room else "  does not fit"
+            rows.append((cards, kind, bytes_a_card, rate))
+            print(f"{cards:6d}{'':4}{kind:4}{bytes_a_card / 1e9:10.1f}{room / 1e9:5.0f}{rate:14,.0f}"
+                  f"{waits:>11}{days:26.2f}{fits}")  # fmt: skip
+    return rows

@@ -40,8 +40,8 @@ import torch.distributed as dist
 import ppo
 from alignment import Alignment
 from export import write_v3
-from model import checkpoint_args, load_checkpoint, save_checkpoint
-from report import Log, plain_config, print_report
+from model import ModelArgs, checkpoint_args, load_checkpoint, save_checkpoint
+from report import GPUS, Log, plain_config, plan, plot, print_report
 from sample import choose_device
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
@@ -50,7 +50,8 @@ from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, 
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
-    "out_dir", "eval_interval", "eval_iters", "log_interval", "eval_only", "init_from", "device",
+    "out_dir", "plot", "plan", "plan_gpu", "plan_mfu", "eval_interval", "eval_iters",
+    "log_interval", "eval_only", "init_from", "device",
     "always_save_checkpoint", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
     "tokenizer", "compile", "fsdp", "max_iters", "ppo_iters", "ppo_debug", "report_rollouts",
     *MODEL_FLAGS,
@@ -83,6 +84,10 @@ def flags(argv=None):
     add("eval_iters", 100, "batches an evaluation")
     add("log_interval", 1, "iterations between printed lines; log.jsonl has them all")
     add("eval_only", False, "evaluate, print, and leave (with --ppo: the report)")
+    add("plot", False, "draw the logs in out_dir, and leave")
+    add("plan", False, "print memory, tokens/s and days for these shapes on GPUs, and leave")
+    add("plan_gpu", "h100", "which GPUs", tuple(GPUS))
+    add("plan_mfu", 0.4, "share of their arithmetic that training will use; a run's log has its own")
     add("always_save_checkpoint", False, "accepted; each evaluation saves ckpt.pt anyway")
     add("init_from", "scratch", "scratch, resume (from out_dir), or a checkpoint: its weights")
     add("tensorboard", False, "also log to TensorBoard, in out_dir")
@@ -535,6 +540,11 @@ def train(args, rank, world):
 
 def main(argv=None):
     args = flags(argv)
+    if args.plot:
+        return plot(args.out_dir)
+    if args.plan:
+        plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        return None
     rank, world = setup(args)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     report = Path(args.out_dir) / "ppo_report.json"

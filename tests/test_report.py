@@ -1,0 +1,101 @@
+"""What is seen of a run: --plot, and --plan against what training really holds in memory."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import report
+import train
+from model import ModelArgs, Transformer
+
+ARGS = ModelArgs(dim=48, n_layers=3, n_heads=2, vocab_size=96, multiple_of=8, max_seq_len=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_what_a_real_forward_pass_keeps(dtype):
+    model, kept = Transformer(ARGS), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    tokens = torch.randint(96, (4, 32))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(tokens, tokens)
+    real = sum(t.untyped_storage().nbytes() for t in kept.values())
+    everything, layer, layer_input = report.saved_bytes(ARGS, 4, 32, dtype)
+    assert everything == real
+    assert layer_input == 4 * 32 * 48 * 4 < layer < everything / 3
+
+
+def plan_rows(*flags):
+    args = train.flags(["--plan", "--vocab_source=custom", "--vocab_size=96", *flags])
+    return args, report.plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
+
+
+def test_plan_counts_the_state_that_training_has(capsys):
+    _, rows = plan_rows("--batch_size=1", "--max_seq_len=2", "--dim=192", "--dtype=float32")
+    model = Transformer(ModelArgs(dim=192, n_layers=6, n_heads=6, vocab_size=96, multiple_of=32))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).backward()
+    optimizer.step()
+    state = [t for s in optimizer.state.values() for t in s.values() if t.dim()]
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    assert held < rows[0][2] < 1.05 * held  # two tokens' activations are all that comes on top
+    assert rows[0][:2] == (1, "ddp")
+    assert capsys.readouterr().out.count("ddp") == 7  # 1, 2, 4, 8, 16, 64, 256 cards
+
+
+def test_plan_of_many_cards(capsys):
+    shape = ["--dim=2048", "--n_layers=4", "--n_heads=32", "--n_kv_heads=4", "--dtype=bfloat16"]
+    args, rows = plan_rows(*shape, "--batch_size=4", "--max_seq_len=512", "--plan_mfu=0.5")
+    rows = {(cards, kind): (memory, rate) for cards, kind, memory, rate in rows}
+    ffn = -(-int(2 * 4 * 2048 / 3) // 32) * 32
+    layer = 2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * ffn + 2 * 2048
+    P = 4 * layer + 2048 + 96 * 2048
+    for cards in (2, 4, 8):
+        assert rows[cards, "ddp"][0] == rows[1, "ddp"][0]
+        assert rows[cards, "ddp"][1] == pytest.approx(cards * rows[1, "ddp"][1])
+    assert rows[2, "fsdp"][0] - rows[8, "fsdp"][0] == pytest.approx(16 * P * (1 / 2 - 1 / 8))
+    assert rows[1, "ddp"][1] == pytest.approx(0.5 * 989e12 / (6 * P + 12 * 4 * 2048 * 512))
+    # a step of few tokens over slow wires takes as long as its gradients travel
+    _, rows = plan_rows(*shape, "--batch_size=1", "--max_seq_len=8", "--plan_gpu=4090")
+    rate = next(r[3] for r in rows if r[:2] == (8, "ddp"))
+    assert rate == pytest.approx(8 * 8 / (2 * 4 * P * 7 / 8 / 32e9))
+    assert re.search(r" 8 +ddp .* network", capsys.readouterr().out)
+    _, rows = plan_rows("--dim=8192", "--n_layers=80", "--n_heads=64", "--n_kv_heads=8")
+    assert "does not fit" in capsys.readouterr().out.splitlines()[2]  # a 70B model on one card
+
+
+LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
+
+
+def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in LOG))
+    train.main(["--plot", f"--out_dir={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    curve = [line for line in lines if "|" in line]
+    assert curve[0].split("|") == ["        5.000 ", "**"]  # a line from the upper left ...
+    assert curve[-1].split("|") == ["        1.000 ", " " * 39 + "**"]  # ... to the lower right
+    assert sum(line.count("*") for line in curve) == 41
+    assert "iterations 0 to 40" in lines[-1]
+
+
+def test_plot_as_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--plot draws on the terminal without matplotlib")
+    rows = [{"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1} for i in range(9)]
+    (tmp_path / "ppo_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train.main(["--plot", f"--out_dir={tmp_path}"])
+    picture = (tmp_path / "ppo_log.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
+    with pytest.raises(FileNotFoundError, match="no log to draw"):
+        train.main(["--plot", f"--out_dir={tmp_path / 'empty'}"])
