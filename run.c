@@ -134,6 +134,9 @@ static const char *file_open(File *file, const char *path) {
         void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p == MAP_FAILED) error = fail("cannot map %s: %s", path, strerror(errno));
         else *file = (File){p, st.st_size};
+#ifdef MADV_HUGEPAGE // what is read from the disk now comes in pages of 2 MB, for later runs too
+        if (!error) madvise(p, (size_t)st.st_size, MADV_HUGEPAGE);
+#endif
     }
     close(fd);
     return error;
@@ -999,10 +1002,9 @@ INLINE vf cached(const void *p, int64_t i, int half) { // LANES numbers of a KV 
     return half ? halves((const uint16_t *)p + i) : load((const float *)p + i);
 }
 
-// exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). NaN stays NaN.
+// exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). For x from -88,
+// where it is 0, to 88; NaN stays NaN.
 INLINE vf fast_exp(vf x) {
-    x = larger(fill(-87.0f), x);
-    x = -larger(fill(-88.0f), -x);
     vf n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
     vi power = (((vi)n & 0xffff) + 127) << 23;
     n -= 12582912.0f;
@@ -1019,17 +1021,13 @@ INLINE vf fast_exp(vf x) {
 // x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum. Four at a time, since one
 // exp is a long chain of steps that wait for each other.
 static float MY(exps)(float *x, int n, float scale, float shift) {
-    vf total[4], v[4];
+    vf total[4], v[4], least = fill(-88.0f); // which is also what becomes of NaN
     for (int j = 0; j < 4; j++) total[j] = v[j] = (vf){0};
     for (int i = 0; i < n; i += 4 * LANES) {
         size_t bytes = sizeof(float) * (size_t)(n - i < 4 * LANES ? n - i : 4 * LANES);
         if (bytes == sizeof v) memcpy(v, x + i, sizeof v);
         else memset(v, 255, sizeof v), memcpy(v, x + i, bytes); // the rest is NaN
-        for (int j = 0; j < 4; j++) {
-            vf e = fast_exp((v[j] - shift) * scale);
-            v[j] = pick(v[j] == v[j], e, (vf){0});
-            total[j] += v[j];
-        }
+        for (int j = 0; j < 4; j++) total[j] += v[j] = fast_exp(larger((v[j] - shift) * scale, least));
         if (bytes == sizeof v) memcpy(x + i, v, sizeof v);
         else memcpy(x + i, v, bytes);
     }
@@ -1037,10 +1035,12 @@ static float MY(exps)(float *x, int n, float scale, float shift) {
 }
 
 static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
-    vf m = fill(-INFINITY);
+    vf m[4]; // since each waits for the one before
     int i = 0;
-    for (; i + LANES <= n; i += LANES) m = larger(load(x + i), m);
-    float best = largest(m);
+    for (int j = 0; j < 4; j++) m[j] = fill(-INFINITY);
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) m[j] = larger(load(x + i + j * LANES), m[j]);
+    float best = largest(larger(larger(m[0], m[1]), larger(m[2], m[3])));
     for (; i < n; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
@@ -1283,7 +1283,7 @@ static float softmax(float *scores, int n) {
     }
     top = fill(largest(top));
     for (int t = 0; t < round_up(n, 16); t += LANES) {
-        vf v = pick(index < n - t, fast_exp(load(scores + t) - top), (vf){0});
+        vf v = pick(index < n - t, fast_exp(larger(fill(-88.0f), load(scores + t) - top)), (vf){0});
         store(scores + t, v);
         total += v;
     }
@@ -1348,8 +1348,8 @@ static void swiglu(State *s, int64_t lo, int64_t hi) {
     for (int b = 0; b < s->B; b++)
         for (int64_t i = lo * TILE; i < hi * TILE; i += LANES) {
             const float *gate = s->h13 + b * s->h13_width + i / TILE * TILE + i;
-            vf v = load(gate);
-            store(s->h + b * s->h_width + i, v / (1.0f + fast_exp(-v)) * load(gate + TILE));
+            vf v = load(gate), x = larger(fill(-88.0f), -larger(fill(-88.0f), v));
+            store(s->h + b * s->h_width + i, v / (1.0f + fast_exp(x)) * load(gate + TILE));
         }
 }
 
@@ -1904,20 +1904,19 @@ static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
     return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
 }
 
-// Draws one of the x (n,) that are larger than least, each with probability x / total.
-static int draw(const Kernels *k, const float *x, int n, float least, float total, uint64_t *rng) {
-    enum { SKIP = 256 };
+// Draws one of the x (n,) that are larger than least, each with probability x / total. sums are
+// those of the x that are larger than least, for each `skip` of them.
+static int draw(const float *x, int n, float least, const float *sums, int skip, float total,
+                uint64_t *rng) {
     float r = random_float(rng) * total;
     int last = -1; // the last that could be drawn, where rounding errors lead beyond the end
-    for (int i = 0; i < n; i += SKIP) {
-        int size = n - i < SKIP ? n - i : SKIP;
-        float block = k->above(x + i, size, least);
-        if (block <= r && i + SKIP < n) {
-            r -= block;
-            if (block > 0) last = i;
+    for (int i = 0; i < n; i += skip, sums++) {
+        if (*sums <= r && i + skip < n) {
+            r -= *sums;
+            if (*sums > 0) last = i;
             continue;
         }
-        for (int j = i; j < i + size; j++)
+        for (int j = i; j < i + skip && j < n; j++)
             if (x[j] > least) {
                 last = j;
                 if ((r -= x[j]) < 0) return j;
@@ -1933,17 +1932,20 @@ static int draw(const Kernels *k, const float *x, int n, float least, float tota
 // be sorted: draw from all; if the token is not in the set, draw again from the more probable
 // ones. It is in the set with probability p or more, so one or two passes do.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
-    float max = k->maximum(x, n), least = 0;
+    const int skip = (int)round_up(n / 256 + 1, 256); // that many have one sum
+    float max = k->maximum(x, n), least = 0, all = 0, left, sums[257], *sum = sums;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
     for (int i = 0; i < n && s->temperature < 1e-30f; i++)
         if (x[i] == max) return i;
-    float total = k->exps(x, n, 1.0f / s->temperature, max), left = total;
-    for (;;) {
-        int i = draw(k, x, n, least, left, &s->rng);
-        if (i < 0 || s->topp <= 0 || s->topp >= 1) return i;
-        float more = k->above(x, n, x[i]);
-        if (more <= s->topp * total) return i;
-        least = x[i], left = more;
+    for (int i = 0; i < n; i += skip)
+        all += *sum++ = k->exps(x + i, n - i < skip ? n - i : skip, 1 / s->temperature, max);
+    for (left = all;;) {
+        int drawn = draw(x, n, least, sums, skip, left, &s->rng);
+        if (drawn < 0 || s->topp <= 0 || s->topp >= 1) return drawn;
+        least = x[drawn], left = 0, sum = sums;
+        for (int i = 0; i < n; i += skip)
+            left += *sum++ = k->above(x + i, n - i < skip ? n - i : skip, least);
+        if (left <= s->topp * all) return drawn;
     }
 }
 
