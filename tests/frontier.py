@@ -1,36 +1,37 @@
 """How much reward for how much KL: PPO against the best that is possible.
 
-    python tests/frontier.py --checkpoint=stories260K/ckpt.pt --data=data/tok512 --out=assets
-    python tests/frontier.py ... --quick            # a few minutes, noisy
+    python tests/frontier.py --checkpoint=stories260K/ckpt.pt            # some 25 minutes, 2 cores
+    python tests/frontier.py --checkpoint=... --betas=0.2,0.05,0 --seeds=5 --group= # five seeds each
 
-Draws, for the length reward and held-out prompts:
-    the exact frontier   (E[r], KL) of π* ∝ π_ref exp(r/β) for all β, by weighting reference samples
-    best of n            n = 2, 4, 16, 64, from the same samples
-    PPO                  a run for each β; RLOO and GRPO with as many rollouts at β = 0.2
-    FullLLM              the published run of the project that this one grew out of
-and writes frontier.csv, and frontier.png where matplotlib is installed.
+For the length reward, on held-out prompts:
+    optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for all β, by weighting reference samples
+    best of n   n = 2, 4, 16, 64, from the same samples
+    PPO         runs of train.py, for each β and seed; RLOO and GRPO with as many rollouts at β = 0.2
+    FullLLM     the published run of the project that this one grew out of
+The runs lie in --out_dir; those that are there already are not done again. A table is printed;
+frontier.csv, and frontier.png where matplotlib is installed, are written to --assets.
 """
 
 import argparse
 import csv
+import json
 import math
+import subprocess
 import sys
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import ppo  # noqa: E402
-from model import (  # noqa: E402
-    TransformerWithValueHead,
-    load_checkpoint,
-    model_from_checkpoint,
-)
+from model import generate, load_checkpoint, model_from_checkpoint  # noqa: E402
 from tinystories import Prompts  # noqa: E402
+from tokenizer import parse_args, run_main, write_atomic  # noqa: E402
 
 PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
+FLAGS = """--ppo --batch_size=50 --rollouts=200 --value_learning_rate=1e-3 --beta2=0.99
+    --weight_decay=0 --averaging=0.95 --eval_interval=1000 --device=cpu""".split()
 
 
 def tilted(scores, beta):
@@ -56,147 +57,107 @@ def best_of(scores, n):
     return sum(rewards) / len(rewards), sum(kls) / len(kls)
 
 
-class Lab:
-    """The model, the prompts and the reward, and what is done with them."""
+def reference_scores(a):
+    """Scores (prompts, samples) of the length reward on samples of the reference."""
+    model = model_from_checkpoint(load_checkpoint(a.checkpoint))
+    prompts = Prompts(a.data, "val", 30, model.args.vocab_size, seed=99).batch(0, a.prompts)
+    batch = [p for p in prompts for _ in range(a.samples)]
+    uniform = torch.rand(len(batch), 300, generator=torch.Generator().manual_seed(1))
+    out = generate(model, batch, 300, 1.0, uniform=uniform, max_batch=512)
+    scores = ppo.LengthReward(200)(batch, out.responses(), out.ended)
+    return torch.tensor(scores, dtype=torch.float64).view(a.prompts, a.samples)
 
-    def __init__(self, a):
-        self.args, self.checkpoint = a, load_checkpoint(a.checkpoint)
-        self.reference = model_from_checkpoint(self.checkpoint).requires_grad_(False)
-        vocab = self.reference.args.vocab_size
-        self.train = Prompts(a.data, "train", 30, vocab, seed=a.seed)
-        self.held_out = Prompts(a.data, "val", 30, vocab, seed=99)
-        self.reward = ppo.LengthReward(200)
 
-    def trainer(self, **settings):
-        """A trainer whose learning rates rise for 10 steps and then fall to 0 along a line."""
-        a = self.args
-        config = ppo.PPOConfig(rollouts=a.rollouts, mini_batch_size=50, **settings)
-        policy, critic = model_from_checkpoint(self.checkpoint), None
-        if config.advantage == "gae":
-            critic = model_from_checkpoint(self.checkpoint, TransformerWithValueHead)
-        rates = [(policy, a.learning_rate), (critic, a.value_learning_rate)]
-        optimizers = [
-            m and torch.optim.Adam(m.parameters(), lr=rate, betas=(0.9, 0.99)) for m, rate in rates
-        ]
-        return ppo.PPOTrainer(config, policy, self.reference, critic, *optimizers, nullcontext)
+def run(a, beta, seed, kind="PPO"):
+    """One run of train.py, unless it is there already; its report as a row of the table."""
+    # Without a reference to stay near the steps may be longer, and the length can be met exactly.
+    rate, iters = (3e-4, a.iters) if beta else (5e-4, a.iters * 3 // 2)
+    folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
+    report = folder / "ppo_report.json"
+    if not report.exists():
+        command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
+                   f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={iters}",
+                   f"--learning_rate={rate:g}", f"--init_kl_coef={beta:g}",
+                   f"--seed={seed}"]  # fmt: skip
+        if kind != "PPO":
+            command += [f"--advantage={kind.lower()}", f"--group_size={a.group_size}"]
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{folder}: {iters} iterations, see {folder / 'output.txt'}", flush=True)
+        with open(folder / "output.txt", "w") as f:
+            if subprocess.run(command, stdout=f, stderr=f).returncode:
+                raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
+    found = json.loads(report.read_text())
+    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * iters, roof=found["roof"][0],
+               start=found["before"]["objective"])  # fmt: skip
+    names = ("objective", "reward", "kl", "length_mean", "length_std", "ended", "ref_loss")
+    return row | {name: found["after"][name] for name in names}
 
-    def align(self, iters, **settings):
-        """One PPO run; returns reward and exact KL of the result on held-out prompts."""
-        t0, trainer = time.time(), self.trainer(**settings)
-        steps, c = 0, trainer.config
-        peaks = self.args.learning_rate, self.args.value_learning_rate
 
-        def schedule(*_):
-            nonlocal steps
-            steps += 1
-            scale = min(1.0, steps / 10) * (1 - trainer.iteration / iters)
-            for o, peak in zip((trainer.optimizer, trainer.critic_optimizer), peaks):
-                for group in o.param_groups if o else ():
-                    group["lr"] = peak * scale
-
-        trainer.optimizer.register_step_pre_hook(schedule)
-        for i in range(iters):
-            n = c.rollouts // c.group_size
-            prompts = [p for p in self.train.batch(i * n, n) for _ in range(c.group_size)]
-            queries, responses, logprobs, ended = trainer.rollout(prompts, self.args.seed + i)
-            scores = self.reward(queries, responses, ended)
-            trainer.step(queries, responses, logprobs, scores, ended)
-        reward, kl = self.measure(trainer)
-        print(f"{settings}: reward {reward:.3f}, KL {kl:.2f}, {time.time() - t0:.0f} s", flush=True)
-        return reward, kl
-
-    @torch.no_grad()
-    def measure(self, trainer):
-        n, size, kl = self.args.evaluate, 64, 0.0
-        prompts = self.held_out.batch(0, n)
-        queries, responses, _, ended = trainer.rollout(prompts, seed=4242)
-        for i in range(0, n, size):
-            p = ppo.pack(queries[i : i + size], responses[i : i + size], "cpu")
-            logp, ref = (
-                m(p.tokens, lengths=p.lengths)[p.action].log_softmax(-1)
-                for m in (trainer.policy, self.reference)
-            )
-            kl += float(ppo.exact_kl(logp, ref).sum()) / n
-        return sum(self.reward(queries, responses, ended)) / n, kl
-
-    def reference_scores(self, prompts, samples):
-        """Scores (prompts, samples) of reference samples."""
-        trainer = self.trainer(advantage="reinforce")
-        batch = [p for p in self.held_out.batch(0, prompts) for _ in range(samples)]
-        queries, responses, _, ended = trainer.rollout(batch, seed=1)
-        scores = torch.tensor(self.reward(queries, responses, ended), dtype=torch.float64)
-        return scores.view(prompts, samples)
+def print_table(rows):
+    print(f"\n{'':8}{'beta':>6}{'seed':>6}{'rollouts':>10}{'J before':>10}{'J after':>9}{'roof':>8}"
+          f"{'reward':>9}{'KL':>9}{'length':>12}{'ended':>7}{'ref loss':>10}")  # fmt: skip
+    for r in rows:
+        print(f"{r['kind']:8}{r['beta']:6g}{r['seed']:6d}{r['rollouts']:10,}{r['start']:10.3f}"
+              f"{r['objective']:9.3f}{r['roof']:8.3f}{r['reward']:9.4f}{r['kl']:9.2f}"
+              f"{r['length_mean']:7.1f} ±{r['length_std']:3.0f}{r['ended']:7.0%}"
+              f"{r['ref_loss']:10.3f}")  # fmt: skip
 
 
 def draw(rows, path):
     """The plot, where matplotlib is installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         print("no plot: pip install matplotlib")
         return
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=150)
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot()
     for kind in dict.fromkeys(r["kind"] for r in rows):
-        mine = [r for r in rows if r["kind"] == kind]
-        x, y = [r["kl"] for r in mine], [r["reward"] for r in mine]
-        axes.plot(x, y, "-" if kind == "frontier" else "o", label=kind)
-        for r in mine if kind != "frontier" else ():
-            name = f"n={r['n']}" if r.get("n") else f"β={r['beta']}" if r.get("beta") else ""
+        mine = [r for r in rows if r["kind"] == kind and r["kl"] < 8]
+        style = "-" if kind == "optimum" else "o"
+        axes.plot([r["kl"] for r in mine], [r["reward"] for r in mine], style, label=kind)
+        for r in mine if kind != "optimum" else ():
+            name = f"n={r['n']}" if "n" in r else f"β={r['beta']:g}" if "beta" in r else ""
             axes.annotate(name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8),
                           textcoords="offset points")  # fmt: skip
     axes.set(xlabel="KL to the reference, nats a story", ylabel="reward", xlim=(0, 8))
     axes.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=130)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="stories260K/ckpt.pt")
-    parser.add_argument("--data", default="data/tok512", help="folder of pretokenized shards")
-    parser.add_argument("--out", default="assets")
+    parser.add_argument("--data", default="data", help="folder with the pretokenized stories")
+    parser.add_argument("--out_dir", default="out/frontier", help="folder for the runs")
+    parser.add_argument("--assets", default="assets", help="folder for frontier.csv and .png")
     parser.add_argument("--betas", default="0.5,0.2,0.1,0.05,0.02")
-    parser.add_argument("--iters", type=int, default=40)
-    parser.add_argument("--rollouts", type=int, default=200, help="an iteration")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--value_learning_rate", type=float, default=1e-3)
-    parser.add_argument("--evaluate", type=int, default=1024, help="held-out rollouts")
-    parser.add_argument("--prompts", type=int, default=64, help="held out, for the frontier")
+    parser.add_argument("--group", default="RLOO,GRPO", help="critic-free, at beta 0.2; may be empty")
+    parser.add_argument("--group_size", type=int, default=4, help="rollouts a prompt of theirs")
+    parser.add_argument("--seeds", type=int, default=1, help="runs for each beta")
+    parser.add_argument("--iters", type=int, default=50, help="of 200 rollouts each")
+    parser.add_argument("--prompts", type=int, default=64, help="held out, for the optimum")
     parser.add_argument("--samples", type=int, default=256, help="of the reference for each")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="2 betas, 10 iterations")
-    a = parser.parse_args()
-    if a.quick:
-        a.betas, a.iters, a.evaluate, a.prompts = "0.2,0.05", 10, 256, 16
-    lab, rows = Lab(a), []
-    scores = lab.reference_scores(a.prompts, a.samples)
+    a = parse_args(parser, argv)
+    seeds = range(1, a.seeds + 1)
+    rows = [run(a, float(beta), seed) for beta in a.betas.split(",") for seed in seeds]
+    rows += [run(a, 0.2, 1, kind) for kind in a.group.split(",") if kind]
+    print_table(rows)
+    scores = reference_scores(a)
+    names = ("reward", "kl")
     for beta in torch.logspace(1, -2, 60).tolist():
-        reward, kl = tilted(scores, beta)
-        rows.append(dict(kind="frontier", beta=round(beta, 4), reward=reward, kl=kl))
+        rows.append(dict(kind="optimum", beta=beta) | dict(zip(names, tilted(scores, beta))))
     for n in (2, 4, 16, 64):
-        reward, kl = best_of(scores, n)
-        rows.append(dict(kind="best of n", n=n, reward=reward, kl=kl))
+        rows.append(dict(kind="best of n", n=n) | dict(zip(names, best_of(scores, n))))
     rows.append(PUBLISHED)
-    for beta in map(float, a.betas.split(",")):
-        reward, kl = lab.align(a.iters, init_kl_coef=beta)
-        rows.append(dict(kind="PPO", beta=beta, reward=reward, kl=kl))
-    for kind in ("rloo", "grpo"):
-        reward, kl = lab.align(a.iters, init_kl_coef=0.2, advantage=kind, group_size=4)
-        rows.append(dict(kind=kind.upper(), beta=0.2, reward=reward, kl=kl))
-    out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "frontier.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, ["kind", "beta", "n", "reward", "kl"])
+    out = Path(a.assets)
+    with write_atomic(out / "frontier.csv", "w") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
         writer.writeheader()
-        writer.writerows(
-            {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows
-        )
+        for r in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()})
     draw(rows, out / "frontier.png")
     print(f"wrote {out / 'frontier.csv'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

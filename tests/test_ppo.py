@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import frontier
 import ppo
 from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
 from ppo import LengthReward, PPOConfig, PPOTrainer
@@ -499,8 +500,8 @@ def test_two_processes_give_the_numbers_of_one(config, tmp_path):
 # it refuses to be silently wrong
 
 
-def rollouts(trainer, **replaced):
-    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 4, 5]] * 16, seed=3)
+def rollouts(trainer, prompts=[[BOS_ID, 4, 5]] * 16, **replaced):
+    queries, responses, logprobs, ended = trainer.rollout(prompts, seed=3)
     scores = LengthReward(6)(queries, responses, ended)
     given = dict(
         queries=queries, responses=responses, old_logprobs=logprobs, scores=scores, ended=ended
@@ -617,24 +618,28 @@ def test_refuses_a_mask_that_reaches_into_the_prompt(monkeypatch):
 
 
 def test_no_gradient_from_the_prompt():
-    """The same responses after prompts whose tokens occur nowhere else: with untied embeddings,
-    the classifier's rows of these tokens get no more than the softmax's normaliser gives them."""
-    trainer = make_trainer(
-        ppo_epochs=1, mini_batch_size=16, init_kl_coef=0.0,
-        whiten_advantages=False, optimizer=torch.optim.SGD,
-    )  # fmt: skip
-    seen = []
-    log_softmax = trainer.log_softmax
+    """The loss reaches the classifier from the positions that predict a response token alone."""
+    trainer = make_trainer(ppo_epochs=1, mini_batch_size=16)
+    given = rollouts(trainer, [[BOS_ID, 5, 6], [BOS_ID], [BOS_ID, 7, 8, 9]] * 5 + [[BOS_ID]])
+    grads, packed = [], []
+    loss = trainer.loss
 
-    def watch(logits):
-        if logits.requires_grad:
-            logits.register_hook(lambda g: seen.append(g.detach()))
-        return log_softmax(logits)
+    def watch(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(grads.append)
 
-    trainer.log_softmax = watch
-    given = rollouts(trainer)
+    def remember(data, part, *rest):
+        packed.extend((len(data["queries"][i]), len(data["responses"][i])) for i in part)
+        return loss(data, part, *rest)
+
+    trainer.loss = remember
+    trainer.policy.norm.register_forward_hook(watch)
     trainer.step(**given)
-    assert sum(map(len, seen)) == sum(map(len, given["responses"]))
+    want = []  # a prompt's last token predicts the response's first; its last predicts nothing
+    for prompt, response in packed:
+        want += [False] * (prompt - 1) + [True] * response
+    assert False in want and len(grads) == 1
+    assert ((grads[0] != 0).any(1) == torch.tensor(want)).all()
 
 
 def test_refuses_numbers_that_are_not_finite():
@@ -660,6 +665,28 @@ def test_refuses_numbers_that_are_not_finite():
 def test_refuses_settings(wrong):
     with pytest.raises(ValueError):
         PPOConfig(**wrong)
+
+
+# ----------------------------------------------------------------------------
+# the frontier that the results are drawn beside
+
+
+def test_tilted_samples_reach_the_roof():
+    scores = -torch.rand(5, 64, generator=torch.Generator().manual_seed(1)).double()
+    for beta in (0.05, 0.2, 1.0):
+        reward, kl = frontier.tilted(scores, beta)
+        roof, _ = ppo.objective_roof(scores, beta)
+        assert reward - beta * kl == pytest.approx(roof)
+
+
+def test_best_of_n_against_all_draws():
+    scores = torch.tensor([[0.0, 1.0, 1.0, 3.0]])  # ties: 1 has probability 1/2
+    reward, kl = frontier.best_of(scores, 3)
+    best = [max(draw) for draw in itertools.product(scores[0].tolist(), repeat=3)]
+    p = {v: best.count(v) / len(best) for v in set(best)}
+    assert reward == pytest.approx(sum(v * q for v, q in p.items()))
+    ref = {0.0: 1 / 4, 1.0: 1 / 2, 3.0: 1 / 4}
+    assert kl == pytest.approx(sum(q * math.log(q / ref[v]) for v, q in p.items()))
 
 
 # ----------------------------------------------------------------------------
