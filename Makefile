@@ -14,7 +14,10 @@ PPO = --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=
       --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=10
 RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 
-.PHONY: demo test bench run clean
+# Which model `make frontier` aligns.
+CHECKPOINT = $(DEMO)/ckpt.pt
+
+.PHONY: demo frontier test bench run clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/model.bin run
@@ -63,6 +66,10 @@ test: .venv/installed run
 
 bench: $(DEMO)/pretrained run
 	for b in tests/bench_*.py; do $(PY) $$b || exit 1; done
+
+# Reward against KL for several beta, beside the optimum: tests/frontier.py.
+frontier: $(DEMO)/pretrained
+	$(PY) tests/frontier.py --checkpoint=$(CHECKPOINT)
 
 clean:
 	rm -rf build run out/demo
