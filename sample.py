@@ -3,6 +3,7 @@
     python sample.py --checkpoint=out/ckpt.pt --start="Once upon a time"
     python sample.py --checkpoint=out/ckpt.pt --start=FILE:prompts.txt --num_samples=3
     python sample.py --checkpoint=out/ckpt.pt --interactive
+    python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="You tell stories."
 """
 
 import argparse
@@ -13,7 +14,8 @@ from contextlib import nullcontext
 
 import torch
 
-from model import generate, load_checkpoint, model_from_checkpoint
+from instruct import find_template
+from model import BOS_ID, EOS_ID, generate, load_checkpoint, model_from_checkpoint
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
 
 
@@ -25,6 +27,11 @@ def flags(argv=None):
     add("--start", default="", help="the prompt, or FILE:NAME, a file with a prompt on each line")
     add("--interactive", type=boolean, nargs="?", const=True, default=False,
         help="read prompts from the terminal, one a line, until end of input")  # fmt: skip
+    add("--chat", type=boolean, nargs="?", const=True, default=False,
+        help="talk, one line a turn, until end of input; what was said is remembered")
+    add("--system", default="", help="system prompt of a chat")
+    add("--template", default="", help="of a chat: plain, llama2, or a JSON file; default: the "
+        "checkpoint's, else llama2")  # fmt: skip
     add("--num_samples", type=int, default=1, help="samples of each prompt")
     add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
@@ -40,6 +47,10 @@ def flags(argv=None):
         raise ValueError("temperature and top_k must not be negative, top_p must be in [0, 1]")
     if args.num_samples < 1 or args.max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
+    if args.chat and (args.interactive or args.start or args.num_samples > 1):
+        raise ValueError("--chat has no --interactive, --start or --num_samples")
+    if (args.system or args.template) and not args.chat:
+        raise ValueError("--system and --template are for --chat")
     return args
 
 
@@ -115,11 +126,57 @@ def tell(model, tokenizer, prompts, args):
     return int(out.lengths.sum())
 
 
+def read_line(prompt):
+    """A line from the terminal or a pipe; None at the end of input."""
+    try:
+        return input(prompt if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def chat(model, tokenizer, template, end_ids, args):
+    """A dialogue. The oldest turns go when the context is full; what the model said stays the ids
+    that it said, so that it reads what it has written."""
+    context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
+    if args.system and not template.system:
+        raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
+    stops = {BOS_ID, EOS_ID, template.end(tokenizer), *end_ids}
+    turns, dropped = [], 0
+    while (user := read_line("User: ")) is not None:
+        if not user.strip():
+            continue
+        try:
+            kept = template.fit(tokenizer, [*turns, (user, None)], args.system, context - 1)
+        except ValueError as e:  # text that UTF-8 cannot write
+            print(f"error: {e}", file=sys.stderr)
+            continue
+        if not kept:
+            print(f"(that is too long for the context of {context} tokens)", file=sys.stderr)
+            continue
+        if len(kept) <= len(turns):
+            dropped += len(turns) + 1 - len(kept)
+            full = f"the context of {context} tokens is full"
+            print(f"({full}: forgetting the first {dropped} turns)", file=sys.stderr)
+        prompt = template.prompt(tokenizer, kept, args.system)
+        print("Assistant: ", end="", flush=True)
+        stream = Stream(tokenizer, [])
+        out = generate(model, [prompt], args.max_new_tokens, *how, stops, on_token=stream)
+        stream.close()
+        [reply], [ended] = out.responses(), out.ended.tolist()
+        if not ended:
+            full = len(prompt) + len(reply) >= context
+            why = f"the context of {context} tokens is full" if full else "--max_new_tokens"
+            print(f"(cut short: {why})", file=sys.stderr)
+        turns = [*kept[:-1], (user, reply[:-1] if ended else reply)]
+    print()
+
+
 def main(argv=None):
     args = flags(argv)
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
-    model = model_from_checkpoint(load_checkpoint(args.checkpoint), dropout=0.0).to(device).eval()
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_from_checkpoint(checkpoint, dropout=0.0).to(device).eval()
     folder = os.path.dirname(os.path.abspath(args.checkpoint))
     tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))
     if tokenizer.n_words != model.args.vocab_size:
@@ -133,16 +190,16 @@ def main(argv=None):
     half = dtype is not torch.float32
     context = torch.autocast(device.partition(":")[0], dtype) if half else nullcontext()
     with context:
+        if args.chat:
+            template = find_template(args.template, checkpoint, tokenizer)
+            return chat(model, tokenizer, template, checkpoint.get("end_ids") or (), args)
         if args.interactive:
-            while True:
-                try:
-                    prompt = input("> " if sys.stdin.isatty() else "")
-                except EOFError:
-                    return
+            while (prompt := read_line("> ")) is not None:
                 try:
                     tell(model, tokenizer, [prompt], args)
                 except ValueError as e:  # a prompt too long must not end the session
                     print(f"error: {e}", file=sys.stderr)
+            return
         t0 = time.perf_counter()
         n = tell(model, tokenizer, read_prompts(args.start), args)
         seconds = time.perf_counter() - t0

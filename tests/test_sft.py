@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the loss to the token, packed = one by one, adapters, resumed runs."""
 
+import io
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
+import sample
 import stages
 import train
 from instruct import TEMPLATES, Instructions
@@ -210,6 +212,85 @@ def test_four_bits_are_nf4_and_the_gradient_goes_through(rows, columns):
     expected = torch.autograd.grad(F.linear(x, whole).square().sum(), (x, four.lora_a, four.lora_b))
     for a, b in zip(grads, expected):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------
+# sample.py --chat
+
+
+def talk(folder, monkeypatch, capsys, lines, *flags):
+    """What a chat prints, on stdout and stderr, and the prompts that the model was given."""
+    prompts, generate = [], sample.generate
+
+    def spy(model, ids, *args, **kwargs):
+        prompts.extend(ids)
+        return generate(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    capsys.readouterr()
+    sample.main([f"--checkpoint={folder}/sft_ckpt.pt", "--chat", "--device=cpu",
+                 "--temperature=0", *flags])  # fmt: skip
+    out = capsys.readouterr()
+    return out.out, out.err, prompts
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """A folder with a model that was fine-tuned enough to end its replies."""
+    folder = tmp_path_factory.mktemp("tuned")
+    train.main(command(base, folder, max_iters=120, batch_size=8, eval_interval=120,
+                       warmup_iters=10))  # fmt: skip
+    return folder
+
+
+def test_chat_gives_the_model_what_it_was_trained_on(tuned, monkeypatch, capsys):
+    """The ids of a dialogue in training, in chat and in PPO's prompts are the same; a reply stays
+    the ids that the model wrote."""
+    t, template = Tokenizer(tuned / "tok290.model"), TEMPLATES["plain"]
+    lines = ["cat dog", "  ", "the sun", "red"]
+    out, err, prompts = talk(tuned, monkeypatch, capsys, lines, "--system=big hat")
+    model = model_from_checkpoint(load_checkpoint(tuned / "sft_ckpt.pt")).eval()
+    turns, shown = [], ""
+    for line in ("cat dog", "the sun", "red"):
+        prompt = template.prompt(t, [*turns, (line, None)], "big hat")
+        assert prompts[len(turns)] == prompt
+        [reply] = M.generate(model, [prompt], 60, temperature=0).responses()
+        assert reply[-1] == 2
+        turns.append((line, reply[:-1]))
+        shown += f"Assistant: {t.decode(reply)}\n"
+    assert out == shown + "\n" and not err
+    texts = [(user, t.decode(reply)) for user, reply in turns]
+    if all(t.encode(b, False, False) == reply for (_, b), (_, reply) in zip(texts, turns)):
+        ids, mask = template.dialogue(t, texts, "big hat")
+        assert ids[: len(prompts[-1])] == prompts[-1] and not mask[len(prompts[-1]) - 1]
+
+
+def test_chat_forgets_the_oldest_turns_and_says_so(tuned, monkeypatch, capsys):
+    lines = ["cat dog sun red big"] * 8 + ["cat " * 70, "dog"]
+    out, err, prompts = talk(tuned, monkeypatch, capsys, lines)
+    assert len(prompts) == 9 and all(len(p) < 64 and p[0] == 1 for p in prompts)
+    assert out.count("Assistant:") == 9 and out.endswith("\n\n")
+    assert "(the context of 64 tokens is full: forgetting the first 1 turns)" in err
+    assert err.count("that is too long for the context of 64 tokens") == 1
+    _, err, _ = talk(tuned, monkeypatch, capsys, ["cat dog sun"], "--max_new_tokens=1")
+    assert err == "(cut short: --max_new_tokens)\n"
+
+
+def test_chat_mistakes(tuned, tmp_path, monkeypatch, capsys):
+    for flags, message in [
+        (["--start=x"], "has no --interactive"), (["--template=llama2"], "another template"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            talk(tuned, monkeypatch, capsys, [], *flags)
+    with pytest.raises(ValueError, match="are for --chat"):
+        sample.main([f"--checkpoint={tuned}/sft_ckpt.pt", "--system=x"])
+    state = load_checkpoint(tuned / "sft_ckpt.pt")
+    state["template"] = {"turn": "{bos}{user}{reply}{eos}", "system": ""}
+    save_checkpoint(tmp_path / "sft_ckpt.pt", state)
+    shutil.copy(tuned / "tok290.model", tmp_path)
+    with pytest.raises(ValueError, match="no place for a system prompt"):
+        talk(tmp_path, monkeypatch, capsys, ["x"], "--system=x")
 
 
 # ----------------------------------------------------------------------------
