@@ -7,6 +7,7 @@ From and to other formats.
     python export.py folder --checkpoint=out/ckpt.pt --format=hf       # Hugging Face transformers
     python export.py model.gguf --checkpoint=out/ckpt.pt --format=gguf # llama.cpp
     python export.py folder --checkpoint=out/sft_ckpt.pt --format=peft # LoRA adapters
+    python export.py model.bin --checkpoint=out/ckpt.pt --merge_lora=out/sft_lora.pt  # or all.pt
 
     python export.py ckpt.pt --hf=Llama-3.2-1B          # a folder with config.json and safetensors
     python export.py ckpt.pt --meta=llama-2-7b          # a folder with params.json and *.pth
@@ -40,7 +41,8 @@ import numpy as np
 import torch
 
 from model import (LLAMA3_SCALING, LORA_LAYERS, ModelArgs, Transformer, checkpoint_args,
-                   load_checkpoint, model_from_checkpoint, rope_frequencies, save_checkpoint)
+                   load_adapters, load_checkpoint, merged_state, model_from_checkpoint,
+                   rope_frequencies, save_checkpoint)
 from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
                        write_atomic)
 
@@ -981,6 +983,17 @@ def open_model(path):
         weights |= {"tok_embeddings.weight": one, "output.weight": one}
     return config, weights, checkpoint
 
+def open_merged(path, adapters):
+    """
+    open_model, with adapters merged into the weights, and the template that they were trained with.
+    """
+    checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
+    model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
+    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids") if k in checkpoint}
+    checkpoint |= {"model": merged_state(model), "optimizer": None, "iter_num": 0,
+                   "best_val_loss": 1e9, "template": kept.get("template")}
+    return model.args, checkpoint["model"], checkpoint
+
 def open_tokenizer(path, vocab_size, *folders):
     """
     The tokenizer of a model: the given one, which must fit, or the one that find_tokenizer
@@ -1000,7 +1013,11 @@ def folder_of(path):
 
 def export_model(args):
     """.pt -> whatever --format and --version say"""
-    config, weights, checkpoint = open_model(args.checkpoint)
+    config, weights, checkpoint = open_merged(args.checkpoint, args.merge_lora) \
+        if args.merge_lora else open_model(args.checkpoint)
+    if args.merge_lora and args.output.endswith(".pt"):
+        save_checkpoint(args.output, checkpoint)
+        return print(f"wrote {args.output}: {args.checkpoint} with the adapters {args.merge_lora}")
     tokenizer = None
     if args.version == 3:
         tokenizer = open_tokenizer(args.tokenizer, config.vocab_size, folder_of(args.checkpoint),
@@ -1130,6 +1147,8 @@ def main(argv=None):
     parser.add_argument("--tokenizer", help="SentencePiece model or tokenizer.json to embed, or to "
                         "put beside the .pt; without it tok<V>.model or tokenizer.json beside the "
                         "checkpoint or in data/, or the one that comes with the model")
+    parser.add_argument("--merge_lora", help="adapters (sft_lora.pt) to merge into the checkpoint's "
+                        "weights; then the output may be a .pt as well")
     parser.add_argument("--base", default="", help="with peft: the folder or the name of the model "
                         "that the adapters are for")
     parser.add_argument("--hf", help="a folder or .safetensors of Hugging Face's, for a .pt")

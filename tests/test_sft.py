@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import export
 import model as M
 import sample
 import stages
@@ -185,6 +186,29 @@ def test_adapters_of_another_model_are_refused(base, tmp_path):
             M.load_adapters(model_from_checkpoint(load_checkpoint(base / "ckpt.pt")), bad)
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
+    """Base + file of adapters = the checkpoint of the run, as a .pt and as a model.bin."""
+    if four_bit:
+        pytest.importorskip("bitsandbytes")
+    folder, out = tmp_path / "a", tmp_path / "all.pt"
+    train.main(command(base, folder, lora_rank=2, lora_layers="q,down", lora_4bit=four_bit))
+    merge = [f"--checkpoint={base}/ckpt.pt", f"--merge_lora={folder}/sft_lora.pt"]
+    export.main([str(out), *merge])
+    one, two = load_checkpoint(out), load_checkpoint(folder / "sft_ckpt.pt")
+    assert one["template"] == two["template"] and one["model"].keys() == two["model"].keys()
+    for name, w in two["model"].items():
+        torch.testing.assert_close(one["model"][name], w, atol=1e-6, rtol=1e-6)
+    export.main([str(tmp_path / "all.bin"), *merge, "--format=fp32"])
+    export.main([str(tmp_path / "same.bin"), f"--checkpoint={out}", "--format=fp32",
+                 f"--tokenizer={base}/tok290.model"])  # fmt: skip
+    assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "same.bin").read_bytes()
+    size = (folder / "sft_lora.pt").stat().st_size
+    assert size < (folder / "sft_ckpt.pt").stat().st_size / 3  # of a model of 10,000 weights
+    with pytest.raises(ValueError, match="do not fit"):
+        export.main([str(out), merge[0], f"--merge_lora={base}/ckpt.pt"])
+
+
 def nf4(w):
     """NF4 from its definition (Dettmers et al., 2023): of each 64 weights the largest is 1; the
     nearest of 16 levels for each."""
@@ -239,7 +263,7 @@ def talk(folder, monkeypatch, capsys, lines, *flags):
 def tuned(base, tmp_path_factory):
     """A folder with a model that was fine-tuned enough to end its replies."""
     folder = tmp_path_factory.mktemp("tuned")
-    train.main(command(base, folder, max_iters=120, batch_size=8, eval_interval=120,
+    train.main(command(base, folder, max_iters=200, batch_size=16, eval_interval=200,
                        warmup_iters=10))  # fmt: skip
     return folder
 
