@@ -224,7 +224,7 @@ def saved_bytes(args, batch, seq_len, dtype):
 
 
 def plan(args, model_args):
-    """Prints memory a card, tokens/s and days for 1 to 256 cards: with DDP (everything on each) and
+    """Prints memory a card, tokens/s and time for 1 to 256 cards: with DDP (everything on each) and
     with --fsdp (state sharded, activations computed again). One forward and backward pass of
     --batch_size sequences a card and step, in --dtype; compute at --plan_mfu of the maker's figure;
     communication overlaps with it, so that the slower of the two counts."""
@@ -241,7 +241,7 @@ def plan(args, model_args):
     print(f"{P:,} parameters, {B} x {T} tokens a card and step, {str(dtype)[6:]}, "
           f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s")  # fmt: skip
     print(f"{'cards':>6}{'':4}{'':4}{'GB a card':>10}{'of':>5}{'tokens/s':>14}"
-          f"{'waits for':>11}{f'days for {args.max_iters:,} steps':>26}")  # fmt: skip
+          f"{'waits for':>11}{'hours a billion tokens':>24}")  # fmt: skip
     rows = []
     for cards in (1, 2, 4, 8, 16, 64, 256):
         wire = link if cards <= NODE else min(link, NETWORK)
@@ -257,10 +257,9 @@ def plan(args, model_args):
             compute = B * T * flops * again / (peak * args.plan_mfu)
             network = moved * (cards - 1) / cards / wire
             rate = cards * B * T / max(compute, network)
-            days = args.max_iters * max(compute, network) / 86400
             waits = "network" if network > compute else "compute"
             fits = "" if bytes_a_card < 0.92 * room else "  does not fit"
             rows.append((cards, kind, bytes_a_card, rate))
             print(f"{cards:6d}{'':4}{kind:4}{bytes_a_card / 1e9:10.1f}{room / 1e9:5.0f}{rate:14,.0f}"
-                  f"{waits:>11}{days:26.2f}{fits}")  # fmt: skip
+                  f"{waits:>11}{1e9 / rate / 3600:24.2f}{fits}")  # fmt: skip
     return rows
