@@ -129,6 +129,55 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
+class OneDNNProduct(torch.autograd.Function):
+    """x (M, K) times w (N, K) transposed, (M, N), through oneDNN. PyTorch gives fp32 products to
+    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (tests/SPEED.md)."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return onednn_product(x, w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, w), grad = ctx.saved_tensors, grad.contiguous()
+        need_x, need_w = ctx.needs_input_grad
+        return (
+            onednn_product(grad, w.T) if need_x else None,
+            onednn_product(grad.T, x.T) if need_w else None,
+        )
+
+
+def onednn_product(x, w):
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias; on a CPU, in fp32 and for many rows through oneDNN."""
+
+    def forward(self, x):
+        return multiply(x, self.weight)
+
+
+def multiply(x, w):
+    """x (..., K) times w (N, K) transposed: (..., N)."""
+    rows = x.numel() // x.shape[-1]
+    if rows < 256 or not onednn_is_for(x, w):  # for few rows MKL is as fast and compiles nothing
+        return F.linear(x, w)
+    flat = x.reshape(rows, -1)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return OneDNNProduct.apply(flat, w).view(*x.shape[:-1], -1)
+    # oneDNN compiles for each number of rows anew, and a generating batch shrinks row by row.
+    out = onednn_product(F.pad(flat, (0, 0, 0, -rows % 64)), w)[:rows]
+    return out.view(*x.shape[:-1], -1)
+
+
+def onednn_is_for(x, w):
+    plain = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() \
+        and torch.backends.mkldnn.is_available()
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads. Rotary embeddings and the
     softmax happen in `attend`, which knows how the sequences lie in memory."""
@@ -136,10 +185,10 @@ class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x, attend):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -151,9 +200,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w1 = Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -187,7 +236,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
         if args.tied:
             self.tok_embeddings.weight = self.output.weight
         angles = torch.outer(torch.arange(args.max_seq_len).float(), rope_frequencies(args))
@@ -285,7 +334,7 @@ class LoRALinear(nn.Linear):
         return self.product(x) + F.linear(low, self.lora_b) * self.scale
 
     def product(self, x):
-        return F.linear(x, self.weight)
+        return multiply(x, self.weight)
 
     def merged(self):
         return self.weight + self.scale * self.lora_b @ self.lora_a

@@ -539,3 +539,32 @@ def test_rope_scaling_is_the_papers():
                 scaling | {"high_freq_factor": 1.0}, scaling | {"factor": math.inf}):  # fmt: skip
         with pytest.raises(ValueError, match="rope_scaling"):
             ModelArgs(**base, rope_scaling=bad)
+
+
+# ----------------------------------------------------------------------------
+# products through oneDNN
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (2, 151, 48)])
+def test_products_and_their_gradients_against_float64(shape, monkeypatch):
+    used = []
+    product = M.onednn_product
+    monkeypatch.setattr(M, "onednn_product", lambda *a: used.append(1) or product(*a))
+    torch.manual_seed(1)
+    layer = M.Linear(shape[-1], 72, bias=False)
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(*shape[:-1], 72)
+    out = layer(x)
+    out.backward(grad)
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, layer.weight))
+    exact = x64 @ w64.T
+    exact.backward(grad.double())
+    for mine, true in ((out, exact), (x.grad, x64.grad), (layer.weight.grad, w64.grad)):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
+    assert len(used) == 4  # forward, two gradients, and without gradients
+    layer.weight.requires_grad_(False)  # a frozen layer under LoRA
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and len(used) == 6
+    assert layer(x[..., :10, :] if x.dim() == 2 else x[:, :10]).shape[-1] == 72 and len(used) == 6
