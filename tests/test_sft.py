@@ -3,8 +3,11 @@
 import io
 import json
 import random
+import re
 import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ def base(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"), model_prefix=str(folder / "tok290"), vocab_size=290,
         model_type="bpe", byte_fallback=True, minloglevel=3, num_threads=1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     records = []
     for _ in range(120):
@@ -288,6 +292,28 @@ def test_chat_gives_the_model_what_it_was_trained_on(tuned, monkeypatch, capsys)
     if all(t.encode(b, False, False) == reply for (_, b), (_, reply) in zip(texts, turns)):
         ids, mask = template.dialogue(t, texts, "big hat")
         assert ids[: len(prompts[-1])] == prompts[-1] and not mask[len(prompts[-1]) - 1]
+
+
+@pytest.mark.parametrize("system", ["", "big hat"])
+def test_chat_in_c_says_the_same(tuned, monkeypatch, capsys, tmp_path, system):
+    """run.c -m chat on the exported file, with its template: the same replies, also when the oldest
+    turns have to go."""
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    source = Path(sample.__file__).with_name("run.c")
+    subprocess.run(["cc", "-O1", source, "-o", tmp_path / "run", "-lm", "-pthread"], check=True)
+    lines = ["cat dog sun", "the", "a red hat ran", "dog " * 10, "cat dog sun red big ran", "sun"]
+    out, err, _ = talk(tuned, monkeypatch, capsys, lines, *[f"--system={system}"] * bool(system))
+    command = [tmp_path / "run", tuned / "sft_model.bin", "-m", "chat", "-t", "0"]
+    done = subprocess.run([*command, *["-y", system] * bool(system)], check=True, text=True,
+                          errors="ignore", input="".join(f"{x}\n" for x in lines),
+                          capture_output=True)  # fmt: skip
+    # without the bytes of half characters, which C shows as they are
+    python, c = (re.findall("Assistant: ?(.*)", re.sub(r"[^ -~\n]", "", text))
+                 for text in (out, done.stdout))  # fmt: skip
+    assert len(python) == len(lines) and python == c and len("".join(c)) > 20
+    forgot = [re.findall(r"forgetting the first (\d+) turns", text) for text in (err, done.stderr)]
+    assert forgot[0] == forgot[1] != []
 
 
 def test_chat_forgets_the_oldest_turns_and_says_so(tuned, monkeypatch, capsys):
