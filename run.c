@@ -718,7 +718,6 @@ static void share(int64_t n, int thread, const Team *t, int64_t *lo, int64_t *hi
 // The state of a run: the rows of one forward pass, their activations, the KV cache
 
 #define MAX_ROWS 64 // of a prompt that go through the model together
-#define AT_ONCE 4   // heads whose attention is computed together
 
 typedef struct {
     int token;
@@ -757,7 +756,7 @@ typedef struct {
     float *logits;      // (n_logits, v_width)
     int64_t d_width, qkv_width, h13_width, h_width, v_width;
     Input *in;          // (threads,) each thread prepares its own
-    float *scores;      // (threads, AT_ONCE, max_pos)
+    float *scores;      // (threads, max_pos)
     float *rope;        // (max_pos, E / 2, 2) cos and sin
     double *frequency;  // (E / 2,) of RoPE, in radians a position
     int n_rope;         // positions whose rope is there
@@ -790,7 +789,7 @@ static int64_t place_state(State *s, uint8_t *base) {
     s->logits = take(base, &at, 4 * B * s->v_width);
     s->rope = take(base, &at, 4 * s->T * c->head_dim);
     s->frequency = take(base, &at, 4 * c->head_dim);
-    s->scores = take(base, &at, 4 * s->team->n * AT_ONCE * s->T);
+    s->scores = take(base, &at, 4 * s->team->n * s->T);
     s->keys = take(base, &at, heads * s->head_bytes);
     s->values = take(base, &at, heads * s->head_bytes);
     s->in = take(base, &at, s->team->n * (int64_t)sizeof *s->in);
@@ -937,7 +936,15 @@ INLINE vf fill(float x) { return x - (vf){0}; }
 
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
-INLINE vf larger(vf a, vf b) { return pick(a > b, a, b); } // b where either is NaN
+INLINE vf larger(vf a, vf b) { // b where either is NaN
+#if ISA_LEVEL == 1
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif ISA_LEVEL == 2
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
 
 INLINE float sum(vf v) { // of the lanes, folded to four, then to one
     v4 q[LANES / 4];
@@ -1027,7 +1034,10 @@ static float MY(exps)(float *x, int n, float scale, float shift) {
         size_t bytes = sizeof(float) * (size_t)(n - i < 4 * LANES ? n - i : 4 * LANES);
         if (bytes == sizeof v) memcpy(v, x + i, sizeof v);
         else memset(v, 255, sizeof v), memcpy(v, x + i, bytes); // the rest is NaN
-        for (int j = 0; j < 4; j++) total[j] += v[j] = fast_exp(larger((v[j] - shift) * scale, least));
+        for (int j = 0; j < 4; j++) {
+            v[j] = fast_exp(larger((v[j] - shift) * scale, least));
+            total[j] += v[j];
+        }
         if (bytes == sizeof v) memcpy(x + i, v, sizeof v);
         else memcpy(x + i, v, bytes);
     }
@@ -1307,39 +1317,23 @@ INLINE void mix(float *out, const float *weight, float total, const void *values
 }
 
 // Attention of the items lo to hi of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
-// A few at a time, step by step, so that the processor has independent work while it waits.
 static void attention(State *s, int layer, int64_t lo, int64_t hi, float *scores) {
     const Config *c = &s->m->c;
-    const int E = c->head_dim, B = s->B;
-    struct {
-        float *out, *scores, total;
-        const float *q;
-        const uint8_t *k, *v;
-        int n;
-    } item[AT_ONCE], *it;
-    for (; lo < hi; lo += AT_ONCE) {
-        int count = hi - lo < AT_ONCE ? (int)(hi - lo) : AT_ONCE;
-        for (it = item; it < item + count; it++) {
-            int64_t h = (lo + (it - item)) / B, b = (lo + (it - item)) % B, seq = s->row[b].seq;
-            int64_t head = (seq * c->n_layers + layer) * c->n_kv_heads
-                           + h / (c->n_heads / c->n_kv_heads);
-            it->out = s->att + b * s->d_width + h * E;
-            it->q = s->qkv + b * s->qkv_width + h * E;
-            it->k = s->keys + head * s->head_bytes;
-            it->v = s->values + head * s->head_bytes;
-            it->n = s->row[b].pos + 1;
-            it->scores = scores + (it - item) * s->T;
-            if (!s->half) score(it->scores, it->q, it->k, it->n, E, 0);
-            else if (E == 8) score(it->scores, it->q, it->k, it->n, 8, 1);
-            else score(it->scores, it->q, it->k, it->n, E, 1);
-        }
-        for (it = item; it < item + count; it++) it->total = softmax(it->scores, it->n);
-        for (it = item; it < item + count; it++)
-            for (int e = 0, nb; e < E; e += nb) {
-                nb = E - e >= 8 && s->half ? 8 : 1;
-                if (nb == 8) mix(it->out, it->scores, it->total, it->v, it->n, E, e, 1, 8);
-                else mix(it->out, it->scores, it->total, it->v, it->n, E, e, s->half, 1);
-            }
+    const int E = c->head_dim;
+    for (; lo < hi; lo++) {
+        int64_t h = lo / s->B, b = lo % s->B;
+        int64_t head = ((int64_t)s->row[b].seq * c->n_layers + layer) * c->n_kv_heads
+                       + h / (c->n_heads / c->n_kv_heads);
+        const uint8_t *k = s->keys + head * s->head_bytes, *v = s->values + head * s->head_bytes;
+        const float *q = s->qkv + b * s->qkv_width + h * E;
+        float *out = s->att + b * s->d_width + h * E;
+        int n = s->row[b].pos + 1, e = 0;
+        if (E == 8 && s->half) score(scores, q, k, n, 8, 1);
+        else if (s->half) score(scores, q, k, n, E, 1);
+        else score(scores, q, k, n, E, 0);
+        float total = softmax(scores, n);
+        for (; e + 8 <= E && s->half; e += 8) mix(out, scores, total, v, n, E, e, 1, 8);
+        for (; e < E; e++) mix(out, scores, total, v, n, E, e, s->half, 1);
     }
 }
 
@@ -1362,7 +1356,7 @@ static void MY(forward)(void *arg, Team *team, int thread) {
     const Config *c = &m->c;
     const int B = s->B, E = c->head_dim, G = c->group, heads = c->n_heads + 2 * c->n_kv_heads;
     Input *in = &s->in[thread];
-    float *scores = s->scores + thread * AT_ONCE * s->T;
+    float *scores = s->scores + thread * s->T;
     int64_t lo, hi;
     // Queries, keys and values are shared out in units of whole heads and whole tiles, so that
     // who computes a head can also rotate and cache it.
@@ -1418,71 +1412,58 @@ static const Kernels MY(kernels) = {ISA_NAME, MY(forward), MY(exps), MY(above), 
 
 #ifndef ISA_LEVEL // ------ the rest is compiled once
 
-// clang-format off
+#define STRING(x) #x
+#ifdef __clang__
+#define PUSH(isa) STRING(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define FOR_TARGET(isa) _Pragma(PUSH(isa))
+#define FOR_ALL _Pragma("clang attribute pop")
+#define DOTPROD "dotprod"
+#else
+#define PUSH(isa) STRING(GCC target(isa))
+#define FOR_TARGET(isa) _Pragma("GCC push_options") _Pragma(PUSH(isa))
+#define FOR_ALL _Pragma("GCC pop_options")
+#define DOTPROD "arch=armv8.2-a+dotprod"
+#endif
+
 #define ISA_LEVEL 0
 #include "run.c"
 #undef ISA_LEVEL
-
-#if defined __x86_64__ && defined __GNUC__
+#if defined __x86_64__
 #include <immintrin.h>
 #define ISA_LEVEL 1
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+FOR_TARGET("avx2,fma,f16c")
 #include "run.c"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#include "run.c"
-#pragma GCC pop_options
-#endif
+FOR_ALL
 #undef ISA_LEVEL
 #define ISA_LEVEL 2
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq," \
-                                                   "avx512vnni,fma,f16c"))), apply_to = function)
+FOR_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "run.c"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
-#include "run.c"
-#pragma GCC pop_options
-#endif
+FOR_ALL
 #undef ISA_LEVEL
-
-#elif defined __aarch64__ && defined __GNUC__
+#elif defined __aarch64__
 #include <arm_neon.h>
-#define ISA_LEVEL 3
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
-#include "run.c"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#include "run.c"
-#pragma GCC pop_options
-#endif
-#undef ISA_LEVEL
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
+#define ISA_LEVEL 3
+FOR_TARGET(DOTPROD)
+#include "run.c"
+FOR_ALL
+#undef ISA_LEVEL
 #endif
-// clang-format on
 
 // The kernels that this machine can run, the fastest first; RUN_ISA=portable (or another name's
 // beginning) in the environment asks for others.
 static const Kernels *pick_kernels(void) {
     const Kernels *able[4];
     int n = 0;
-#if defined __x86_64__ && defined __GNUC__
+#if defined __x86_64__
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         able[n++] = &kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able[n++] = &kernels_avx2;
-#elif defined __aarch64__ && defined __GNUC__
+#elif defined __aarch64__
 #if defined __ARM_FEATURE_DOTPROD
     able[n++] = &kernels_neon;
 #elif defined __linux__
