@@ -291,25 +291,17 @@ static int64_t place_tensors(Model *m, uint8_t *base, int64_t at) {
     return at;
 }
 
-static int32_t read_i32(const uint8_t *p) {
-    int32_t v;
-    memcpy(&v, p, 4);
-    return v;
-}
-
-static uint32_t read_u32(const uint8_t *p) { return (uint32_t)read_i32(p); }
-
-static float read_f32(const uint8_t *p) {
-    float v;
-    memcpy(&v, p, 4);
-    return v;
-}
-
-static uint64_t read_u64(const uint8_t *p) {
-    uint64_t v;
-    memcpy(&v, p, 8);
-    return v;
-}
+// Numbers at any address.
+#define READER(name, type) \
+    static type name(const uint8_t *p) { \
+        type v; \
+        memcpy(&v, p, sizeof v); \
+        return v; \
+    }
+READER(read_i32, int32_t)
+READER(read_u32, uint32_t)
+READER(read_f32, float)
+READER(read_u64, uint64_t)
 
 // Cuts the first bytes off a span; NULL if there are not so many.
 static const uint8_t *cut(Span *from, uint64_t bytes) {
@@ -345,15 +337,13 @@ static const char *check_config(Config *c, const char *path) {
                   {"tied", c->tied, 0, 1},
                   {"BOS id", c->bos, 0, last},
                   {"EOS id", c->eos, 0, last},
-                  {"end id", c->ends[0], 0, last},
-                  {"end id", c->ends[1], 0, last},
-                  {"end id", c->ends[2], 0, last},
-                  {"end id", c->ends[3], 0, last},
                   {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
             return fail("%s: %s is %d, should be %d to %d", path, limits[i].name,
                         limits[i].value, limits[i].min, limits[i].max);
+    for (int i = 0; i < 4; i++)
+        if (c->ends[i] < 0 || c->ends[i] > last) return fail("%s: end id %d", path, c->ends[i]);
     if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
         return fail("%s: dim %d is not %d heads of even size", path, c->dim, c->n_heads);
     if (c->n_heads % c->n_kv_heads)
@@ -606,7 +596,6 @@ struct Team {
     atomic_int arrived;   // at the barrier
     atomic_uint phase;    // how often the barrier has opened
     atomic_uint calls;    // how often team_run was called
-    atomic_int sleepers;
     atomic_bool over;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -656,9 +645,7 @@ static void *member_main(void *arg) {
     for (unsigned seen = 0;; seen++) {
         for (int spin = 0; atomic_load(&t->calls) == seen && spin < 4000; spin++) pause_core(0);
         pthread_mutex_lock(&t->lock);
-        atomic_fetch_add(&t->sleepers, 1);
         while (atomic_load(&t->calls) == seen) pthread_cond_wait(&t->wake, &t->lock);
-        atomic_fetch_sub(&t->sleepers, 1);
         pthread_mutex_unlock(&t->lock);
         if (atomic_load(&t->over)) return NULL;
         t->work(t->arg, t, me->index);
@@ -670,12 +657,10 @@ static void *member_main(void *arg) {
 static void team_run(Team *t, Work *work, void *arg) {
     t->work = work;
     t->arg = arg;
+    pthread_mutex_lock(&t->lock);
     atomic_fetch_add(&t->calls, 1);
-    if (atomic_load(&t->sleepers)) {
-        pthread_mutex_lock(&t->lock);
-        pthread_cond_broadcast(&t->wake);
-        pthread_mutex_unlock(&t->lock);
-    }
+    pthread_cond_broadcast(&t->wake);
+    pthread_mutex_unlock(&t->lock);
     if (work) work(arg, t, 0);
     if (work) barrier(t);
 }
@@ -1122,10 +1107,7 @@ INLINE void quantize_group(const float *x, int G, int8_t *high, int8_t *low, flo
         memcpy(low + i, &low_bytes, count);
         total += q;
     }
-    memcpy(lane, &total, sizeof total);
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lane[i] += lane[i + n];
-    *bias = -128 * lane[0];
+    *bias = -128 * (int32_t)sum(__builtin_convertvector(total, vf)); // exact: below 2^24
 }
 
 // Quantizes in.f (B, cols); what is beyond a row's end is zero there.
@@ -1890,11 +1872,10 @@ static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
 static int draw(const float *x, int n, float least, const float *sums, int skip, float total,
                 uint64_t *rng) {
     float r = random_float(rng) * total;
-    int last = -1; // the last that could be drawn, where rounding errors lead beyond the end
+    int last = -1; // where rounding errors lead beyond the end
     for (int i = 0; i < n; i += skip, sums++) {
-        if (*sums <= r && i + skip < n) {
+        if (last >= 0 && *sums <= r) {
             r -= *sums;
-            if (*sums > 0) last = i;
             continue;
         }
         for (int j = i; j < i + skip && j < n; j++)
@@ -1903,7 +1884,6 @@ static int draw(const float *x, int n, float least, const float *sums, int skip,
                 if ((r -= x[j]) < 0) return j;
             }
     }
-    while (last >= 0 && last + 1 < n && !(x[last] > least)) last++;
     return last;
 }
 
@@ -2317,31 +2297,31 @@ static double bandwidth(Team *team, int64_t bytes) {
     return (double)bytes / best;
 }
 
+// The best time of some passes over ids, as a prompt or token by token.
+static double best_time(Run *run, const int *ids, int n, bool prompt) {
+    double best = 1e9, begin = seconds();
+    for (int tries = 0; tries < 2 || (tries < 200 && seconds() - begin < 3); tries++) {
+        double start = seconds();
+        if (prompt) prefill(run, ids, n, 0);
+        for (int i = 0; i < n && !prompt; i++) forward(run, &(Row){ids[i], i, 0, 1}, 1);
+        if (seconds() - start < best) best = seconds() - start;
+    }
+    return best;
+}
+
 // Speed of decoding, of prompts and of sampling beside the bandwidth that bounds them.
 static void bench(Run *run) {
     const Config *c = &run->model.c;
     int n = run->steps < c->seq_len ? run->steps : c->seq_len;
     int *ids = need(malloc(sizeof *ids * (size_t)n));
     state_or_die(run, 1, n, MAX_ROWS);
-    double roof = bandwidth(&run->team, 256 << 20), best = 1e9, sampling = 0, bytes = 0, begin;
     for (int i = 0; i < n; i++) ids[i] = (int)((unsigned)i * 2654435761u % (unsigned)c->vocab_size);
-    begin = seconds();
-    for (int tries = 0; tries < 2 || (tries < 200 && seconds() - begin < 2); tries++) {
-        double start = seconds();
-        prefill(run, ids, n, 0);
-        if (seconds() - start < best) best = seconds() - start;
-    }
+    double roof = bandwidth(&run->team, 256 << 20), bytes = 0, sampling = 0;
+    for (int i = 0; i < n; i++) bytes += cache_bytes(run, i + 1) + (double)run->model.bytes;
     printf("%s, %d thread%s, weights %.1f MB, read bandwidth %.1f GB/s\n", run->kernels->name,
            run->team.n, run->team.n == 1 ? "" : "s", (double)run->model.bytes * 1e-6, roof * 1e-9);
-    printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best);
-    best = 1e9;
-    for (int i = 0; i < n; i++) bytes += cache_bytes(run, i + 1) + (double)run->model.bytes;
-    begin = seconds();
-    for (int tries = 0; tries < 2 || (tries < 200 && seconds() - begin < 3); tries++) {
-        double start = seconds();
-        for (int i = 0; i < n; i++) forward(run, &(Row){ids[i], i, 0, 1}, 1);
-        if (seconds() - start < best) best = seconds() - start;
-    }
+    printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best_time(run, ids, n, true));
+    double best = best_time(run, ids, n, false);
     printf("decode   %d tokens: %.1f tokens/s, %.1f GB/s, %.0f %% of the bandwidth\n", n, n / best,
            bytes / best * 1e-9, 100 * bytes / best / roof);
     Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
