@@ -1010,23 +1010,21 @@ INLINE vf fast_exp(vf x) {
     return p * (vf)power;
 }
 
-// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum. Four at a time, since one
-// exp is a long chain of steps that wait for each other.
+// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum.
 static float MY(exps)(float *x, int n, float scale, float shift) {
-    vf total[4], v[4], least = fill(-88.0f); // which is also what becomes of NaN
-    for (int j = 0; j < 4; j++) total[j] = v[j] = (vf){0};
-    for (int i = 0; i < n; i += 4 * LANES) {
-        size_t bytes = sizeof(float) * (size_t)(n - i < 4 * LANES ? n - i : 4 * LANES);
-        if (bytes == sizeof v) memcpy(v, x + i, sizeof v);
-        else memset(v, 255, sizeof v), memcpy(v, x + i, bytes); // the rest is NaN
-        for (int j = 0; j < 4; j++) {
-            v[j] = fast_exp(larger((v[j] - shift) * scale, least));
-            total[j] += v[j];
-        }
-        if (bytes == sizeof v) memcpy(x + i, v, sizeof v);
-        else memcpy(x + i, v, bytes);
+    vf total = {0}, least = fill(-88.0f); // which is also what becomes of NaN
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf v = fast_exp(larger((load(x + i) - shift) * scale, least));
+        store(x + i, v);
+        total += v;
     }
-    return sum((total[0] + total[1]) + (total[2] + total[3]));
+    for (; i < n; i++) {
+        vf v = fast_exp(larger((fill(x[i]) - shift) * scale, least));
+        x[i] = v[0];
+        total[0] += v[0];
+    }
+    return sum(total);
 }
 
 static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
@@ -1874,8 +1872,9 @@ static int draw(const float *x, int n, float least, const float *sums, int skip,
     float r = random_float(rng) * total;
     int last = -1; // where rounding errors lead beyond the end
     for (int i = 0; i < n; i += skip, sums++) {
-        if (last >= 0 && *sums <= r) {
+        if (*sums <= r && i + skip < n) {
             r -= *sums;
+            if (*sums > 0) last = i;
             continue;
         }
         for (int j = i; j < i + skip && j < n; j++)
@@ -1884,6 +1883,7 @@ static int draw(const float *x, int n, float least, const float *sums, int skip,
                 if ((r -= x[j]) < 0) return j;
             }
     }
+    while (last >= 0 && !(x[last] > least)) last++; // it may be the beginning of a block
     return last;
 }
 
