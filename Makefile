@@ -64,6 +64,7 @@ run: run.c
 test: .venv/installed run
 	$(PY) -m pytest -q tests
 
+# Speeds of this project alone; `tests/bench_run.py --help` says how to measure others beside it.
 bench: $(DEMO)/pretrained run
 	for b in tests/bench_*.py; do $(PY) $$b || exit 1; done
 

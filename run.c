@@ -1420,7 +1420,10 @@ FOR_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "run.c"
 FOR_ALL
 #undef ISA_LEVEL
-#elif defined __aarch64__
+// before version 16 clang's header has sdot only where it may be used everywhere
+#elif defined __aarch64__ \
+    && (defined __ARM_FEATURE_DOTPROD || !defined __clang__ || __clang_major__ > 15)
+#define HAVE_NEON
 #include <arm_neon.h>
 #ifdef __linux__
 #include <sys/auxv.h>
@@ -1443,12 +1446,10 @@ static const Kernels *pick_kernels(void) {
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         able[n++] = &kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able[n++] = &kernels_avx2;
-#elif defined __aarch64__
-#if defined __ARM_FEATURE_DOTPROD
-    able[n++] = &kernels_neon;
-#elif defined __linux__
+#elif defined HAVE_NEON && defined __linux__
     if (getauxval(AT_HWCAP) & 1 << 20) able[n++] = &kernels_neon; // HWCAP_ASIMDDP
-#endif
+#elif defined HAVE_NEON && defined __ARM_FEATURE_DOTPROD
+    able[n++] = &kernels_neon;
 #endif
     able[n++] = &kernels_portable;
     const char *name = getenv("RUN_ISA");

@@ -176,6 +176,9 @@ def main(argv=None):
                 line += f"  prompt {p:10,.1f} tokens/s"
                 line += f"  run.c is {prompt / p:5.2f} x" if name != "run.c" else ""
             print(line, flush=True)
+    if not options.llama2c and not options.llama_bench:
+        print("beside other programs: tests/bench_run.py --llama2c=DIR --llama_bench=FILE; "
+              "--help says what they are")
 
 if __name__ == "__main__":
     run_main(main)

@@ -972,8 +972,16 @@ def works(*command):
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
 def test_clang_has_nothing_to_say(build):
-    compile_c(ROOT / "run.c", build / "syntax", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic",
-              "-Werror", "-Wno-unused-command-line-argument", cc="clang")
+    targets = [[]] if not Path("/usr/aarch64-linux-gnu/include").exists() else [[], [
+        "--target=aarch64-linux-gnu", "-I/usr/aarch64-linux-gnu/include"]]
+    for target in targets:
+        compile_c(ROOT / "run.c", build / "syntax", "-fsyntax-only", "-Wall", "-Wextra",
+                  "-Wpedantic", "-Werror", "-Wno-unused-command-line-argument", *target, cc="clang")
+
+@pytest.mark.skipif(not shutil.which("x86_64-w64-mingw32-gcc"), reason="needs mingw-w64")
+def test_windows_builds(build):
+    compile_c(ROOT / "run.c", build / "run.exe", "-O0", "-Wall", "-Werror",
+              cc="x86_64-w64-mingw32-gcc")
 
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
 def test_sanitizers(build, own, kind):
