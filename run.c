@@ -23,9 +23,9 @@
  *
  * One text, several instruction sets. The kernels section is compiled once for each instruction
  * set that this compiler can target, by including this very file again; the program picks one
- * when it starts. Only dot4() and halves() know an instruction by name. Their plain C versions
- * are the specification, the fallback and the oracle of the tests. The vectors are the GNU C
- * vector extensions, so the compiler is gcc or clang (on Windows: mingw-w64).
+ * when it starts. Only dot4(), halves() and larger() know instructions by name. Their plain C
+ * versions are the specification, the fallback and the oracle of the tests. The vectors are the
+ * GNU C vector extensions, so the compiler is gcc or clang (on Windows: mingw-w64).
  *
  * Files: llama2.c's version 0 (fp32) and version 2 (int8), which are repacked when loaded, and
  * version 3, which export.py writes and which is mapped. Whatever is wrong with a file is found
