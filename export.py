@@ -27,6 +27,7 @@ hidden size is no multiple of it, and its reader then silently drops weights.)
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -452,6 +453,7 @@ def open_tensors(path):
         if str(path).endswith(".safetensors"):
             with need("safetensors").safe_open(path, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
+        gc.collect()  # it leaves cycles behind, which would keep earlier maps
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # each library has errors of its own
         if isinstance(e, ValueError) and "pip install" in str(e):
@@ -740,7 +742,7 @@ def sentencepiece_json(tokenizer):
               if piece[:k] in text and piece[k:] in text]
     prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
     replace = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-               for pattern, content in (("^ +| +$", ""), (" {2,}", " "))]
+               for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))]
     squeezes = sp.encode(" a  b ") == sp.encode("a b")
     added = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True}
@@ -775,13 +777,11 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len):
     config = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
     if tokenizer.sp:
         shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.model"))
-        converted = sentencepiece_json(tokenizer)
-        write_json(os.path.join(folder, "tokenizer.json"), converted)
-        # transformers' LlamaTokenizer takes the merges alone and knows one way to treat spaces
-        plain = len(converted["normalizer"]["normalizers"]) == 2
+        write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer))
         piece = tokenizer.sp.id_to_piece
-        config |= {"tokenizer_class": "LlamaTokenizer" if plain else "PreTrainedTokenizerFast",
-                   "legacy": True, "add_bos_token": True, "add_eos_token": False,
+        # LlamaTokenizer loads it too, but in transformers 5 treats a leading space in its own way
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True,
+                   "add_bos_token": True, "add_eos_token": False,
                    "unk_token": piece(tokenizer.sp.unk_id())}
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         config |= {key: piece(i) for key, i in names.items() if i >= 0}
@@ -1101,6 +1101,7 @@ def import_model(args):
         note = chat_settings(checkpoint, folder, settings, tokenizer)
     elif args.tokenizer:
         tokenizer = open_tokenizer(args.tokenizer, config.vocab_size)
+    os.makedirs(folder_of(args.output), exist_ok=True)
     save_checkpoint(args.output, checkpoint)
     print(f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
           f"vocabulary {config.vocab_size}, iteration {args.iter_num}{note}")

@@ -279,8 +279,8 @@ def test_hugging_face_both_ways(tmp_path, kind):
     assert back["model_args"] == load_checkpoint(tmp_path / "ckpt.pt")["model_args"]
     assert all(torch.equal(w, stored[name]) for name, w in back["model"].items())
     # loaded in fp32: .float() would leave the frequencies of RoPE rounded to the half type
-    theirs, again = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="float32")
-                     for name in ("in", "out"))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, again = (load(tmp_path / name, dtype="float32") for name in ("in", "out"))
     want, model = logits(theirs), ours(tmp_path / "ckpt.pt")
     assert want.std() > 0.3  # there is something to compare
     assert (logits(model) - want).abs().max() < 1e-4
@@ -301,3 +301,428 @@ def test_our_model_in_transformers(tmp_path, changes):
         error = (logits(theirs, 40, 77) - logits(model, 40, 77)).abs().max()
         assert error < (1e-4 if dtype is None else 0.1)
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out"]  # nothing temporary is left
+
+TEXTS = ["Once upon a time, there was a girl.", "It's 12345 o'clock!\n\n  Yes, SHE'LL do",
+         "안녕 мир é"]
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "smollm2"])
+def test_a_tokenizer_json_goes_both_ways(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    hugging_face(tmp_path / "in", "smollm2")
+    path = make_bpe(tmp_path / "in", kind)
+    names = "tokenizer.json", "tokenizer_config.json"
+    given = [(path.parent / name).read_text() for name in names]
+    assert "tokenizer.json" in run(tmp_path / "a/ckpt.pt", f"--hf={tmp_path}/in").stdout
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/a/ckpt.pt", "--format=hf")
+    assert given[0] == (tmp_path / "out/tokenizer.json").read_text()
+    assert json.loads(given[1]) == json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    t = Tokenizer(tmp_path / "a/tokenizer.json")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (t.bos_id, t.eos_id)
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == t.encode(text, False, False)
+
+def sentencepiece_model(folder, name):
+    """tok512 squeezes spaces, Llama 2's keeps them; "made" is trained as train_vocab does."""
+    if name == "made":
+        import tinystories
+        tinystories.synthesize(str(folder), 300, seed=1)
+        tinystories.train_vocab(str(folder), 512)
+        return folder / "tok512.model"
+    names = {"tok512": "stories260K/tok512.model", "llama2": "llama2/tokenizer.model"}
+    path = DATA and DATA / names[name]
+    if path is None or not path.exists():
+        pytest.skip(f"needs {name}: set STORIES_DATA to a folder that has it")
+    return path
+
+@pytest.mark.parametrize("name", ["made", "tok512", "llama2"])
+def test_a_sentencepiece_model_goes_both_ways(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    path = sentencepiece_model(tmp_path / "data", name)
+    t = Tokenizer(path)
+    checkpoint(tmp_path / "ckpt.pt", vocab_size=t.n_words)
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf", f"--tokenizer={path}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    if name == "made":
+        named = transformers.LlamaTokenizerFast.from_pretrained(tmp_path / "out")
+        assert [named.encode(x) for x in TEXTS] == [t.encode(x, True, False) for x in TEXTS]
+    for text in [*TEXTS, " a  b ", "x  \n\n y", "<0x0A> ▁"]:
+        ids = t.encode(text, True, False)
+        assert theirs.encode(text) == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True).strip() == t.decode(ids).strip()
+    run(tmp_path / "b/again.pt", f"--hf={tmp_path}/out")
+    assert (tmp_path / f"b/tok{t.n_words}.model").read_bytes() == Path(path).read_bytes()
+
+def test_the_pipeline_serves_a_folder(tmp_path):
+    """transformers' own text generation, greedy, tells what ours does."""
+    transformers = pytest.importorskip("transformers")
+    from model import generate
+    path = sentencepiece_model(tmp_path / "data", "made")
+    model = checkpoint(tmp_path / "ckpt.pt", vocab_size=512).eval()
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf", f"--tokenizer={path}")
+    t = Tokenizer(path)
+    ids = t.encode("Once upon", True, False)
+    want = t.decode(ids + generate(model, [ids], 20, temperature=0).responses()[0])
+    tell = transformers.pipeline("text-generation", str(tmp_path / "out"), device="cpu")
+    got = tell("Once upon", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    assert got.strip() == want.strip() and len(got) > 20
+
+# -----------------------------------------------------------------------------
+# Ways to chat
+
+CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+          "Be kind.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+HEADERS = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+           "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+           "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+INST = ("{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = "
+        "messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}"
+        "[INST] {% if loop.first and s %}<<SYS>>\n{{ s }}\n<</SYS>>\n\n{% endif %}"
+        "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
+NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+             "{% endif %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}"
+             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+COUNTS = "{% for m in messages %}{{ loop.index }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+
+@pytest.mark.parametrize("source, turn, system, later", [
+    (CHATML, "{bos}system\nBe kind.{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
+     "{bos}system\n{system}{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
+     "{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n"),
+    (INST, "{bos}[INST] {user} [/INST]{reply}{eos}",
+     "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}", ""),
+    (NO_SYSTEM, "<|user|>\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n",
+     "<|user|>\n{system}\n\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n", "")])
+def test_chat_templates(source, turn, system, later):
+    """From Jinja to strings and back; what both write is compared with transformers' renderer."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    bos, eos = ("<|im_start|>", "<|im_end|>") if source is CHATML else ("<s>", "</s>")
+    template = export.template_from_jinja(source, bos, eos)
+    assert template == {"turn": turn, "system": system, "next": later}
+    back = export.template_to_jinja(template)
+    assert export.template_from_jinja(back, bos, eos) == template
+    turns = [("Hi {user}", "I am"), ("A\n\"b\"", "ok"), ("And?", None)]
+    for brief in (None, "Be brief.") if source is not NO_SYSTEM else (None,):
+        messages = [{"role": "system", "content": brief}] if brief else []
+        for user, reply in turns:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+        written = [utils.render_jinja_template([messages[:-1]], chat_template=text, bos_token=bos,
+                                               eos_token=eos, add_generation_prompt=True)[0][0]
+                   for text in (source, back)]
+        assert written[0].replace("] ", "]").replace(" <", "<") == \
+            written[1].replace("] ", "]").replace(" <", "<")
+        if source is not INST:  # which has spaces around its replies
+            assert written[0] == written[1]
+
+def test_llama_3s_template_and_one_that_strings_cannot_say():
+    template = export.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    exchange = f"{head.format('user')}{{user}}{{eos}}{head.format('assistant')}{{reply}}{{eos}}"
+    assert template == {"turn": "{bos}" + exchange, "next": exchange,
+                        "system": f"{{bos}}{head.format('system')}{{system}}{{eos}}{exchange}"}
+    for source, says in ((COUNTS, "changes earlier replies|otherwise"), ("{% if %}", "."),
+                         ("{{ ''.__class__.__mro__ }}", "unsafe"), ("", "left out")):
+        with pytest.raises(ValueError, match=says):
+            export.template_from_jinja(source, "<s>", "</s>")
+
+def test_chat_settings_come_along(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    hugging_face(tmp_path / "in", "smollm2", eos_token_id=[0, 2, 5])
+    (tmp_path / "in/generation_config.json").unlink(missing_ok=True)
+    config = make_bpe(tmp_path / "in", "smollm2").parent / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": CHATML}))
+    done = run(tmp_path / "ckpt.pt", f"--hf={tmp_path}/in")
+    assert "with its chat template" in done.stdout
+    saved = load_checkpoint(tmp_path / "ckpt.pt")
+    assert saved["end_ids"] == [0, 5]  # 2 is the tokenizer's EOS
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.chat_template == CHATML
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/ckpt.pt")
+    data = (tmp_path / "m.bin").read_bytes()
+    kind, at, size = struct.unpack_from("<I2Q", data, 92)
+    texts = [saved["template"][name].encode() for name in ("turn", "system", "next")]
+    assert kind == 1 and data[at:] == b"".join(struct.pack("<I", len(x)) + x for x in texts)
+    assert at + size == len(data) and struct.unpack_from("<4i", data, 128) == (5, 0, 0, 0)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": COUNTS}))
+    assert "template was dropped" in run(tmp_path / "b.pt", f"--hf={tmp_path}/in").stdout
+    saved["template"]["turn"] = "{bos}Q: {user} A: {reply}{eos}"  # as fine-tuning may have it
+    save_checkpoint(tmp_path / "tuned.pt", saved)
+    run(tmp_path / "tuned", f"--checkpoint={tmp_path}/tuned.pt", "--format=hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == \
+        "<|im_start|>Q: Hi A: "
+
+# -----------------------------------------------------------------------------
+# PEFT, GGUF, Meta, llama2.c's version 1
+
+@pytest.mark.parametrize("layers, stage", [("q,v", "sft"), ("q,k,v,o,gate,down,up", "ppo")])
+def test_peft_loads_adapters(tmp_path, layers, stage):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = checkpoint(tmp_path / "ckpt.pt").eval()
+    run(tmp_path / "base", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf")
+    add_lora(model, 4, 8.0, 0.0, layers).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
+    adapters = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    lora = {"rank": 4, "alpha": 8.0, "layers": layers}
+    saved = {"lora": {**lora, "four_bit": False, "state": adapters}} if stage == "sft" else \
+        {"ppo": {"policy": model.state_dict()}, "config": {f"lora_{k}": v for k, v in lora.items()}}
+    torch.save({**saved, "model_args": checkpoint_args(model.args)}, tmp_path / "lora.pt")
+    run(tmp_path / "adapter", f"--checkpoint={tmp_path}/lora.pt", "--format=peft",
+        f"--base={tmp_path}/base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = logits(base, 30, 77)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    assert (logits(theirs, 30, 77) - logits(model, 30, 77)).abs().max() < 1e-4
+    assert (logits(theirs, 30, 77) - plain).abs().max() > 1e-2
+    assert theirs.peft_config["default"].base_model_name_or_path == f"{tmp_path}/base"
+    done = run(tmp_path / "x", f"--checkpoint={tmp_path}/ckpt.pt", "--format=peft", ok=1)
+    assert "has no LoRA adapters" in done.stderr
+
+def test_gguf_holds_the_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for tokenizer, changes in (
+            ("smollm2", {"hidden_dim": 52}),
+            ("llama3", {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16))),
+                        "tied": False}),
+            ("made", {"rope_scaling": {"factor": 4.0}, "vocab_size": 512})):
+        path = sentencepiece_model(tmp_path / "d", "made") if tokenizer == "made" else \
+            make_bpe(tmp_path / tokenizer, tokenizer)
+        model = checkpoint(tmp_path / "c.pt", **{"dim": 96, "vocab_size": 600, **changes})
+        for dtype in ("float32", "q8_0"):
+            run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf",
+                f"--dtype={dtype}", f"--tokenizer={path}")
+            reader = gguf.GGUFReader(tmp_path / "m.gguf")
+            def field(name):
+                return reader.get_field(name).contents()
+            assert field("general.architecture") == "llama"
+            names = ("embedding_length block_count context_length feed_forward_length "
+                     "attention.head_count attention.head_count_kv")
+            assert [field(f"llama.{n}") for n in names.split()] == [96, 2, 40, 52, 6, 2]
+            tensors = {t.name: t for t in reader.tensors}
+            for name, w in model.state_dict().items():
+                if name == "output.weight" and model.args.tied:
+                    assert "output.weight" not in tensors
+                    continue
+                t = tensors.pop(export.gguf_name(name))
+                got = gguf.quants.dequantize(t.data, t.tensor_type).reshape(w.shape)
+                whole = dtype == "float32" or w.ndim == 1 or w.shape[1] % 32
+                assert t.tensor_type == (gguf.GGMLQuantizationType.F32 if whole
+                                         else gguf.GGMLQuantizationType.Q8_0)
+                error = np.abs(got - w.numpy()).max()
+                assert error == 0 if whole else error < np.abs(w.numpy()).max() / 200
+            vocabulary, t = field("tokenizer.ggml.tokens"), Tokenizer(path)
+            assert len(vocabulary) == model.args.vocab_size
+            assert (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")) == \
+                (t.bos_id, t.eos_id)
+            if tokenizer == "llama3":
+                assert tensors.pop("rope_freqs.weight").data.tolist()[-1] == 8
+                assert field("tokenizer.ggml.pre") == "llama-bpe"
+            elif tokenizer == "made":
+                assert field("llama.rope.scaling.factor") == 4
+            assert not tensors
+
+@pytest.mark.parametrize("kind", ["made", "llama3", "smollm2", "gpt2"])
+def test_llama_cpp_tells_the_same_story(tmp_path, kind):
+    """Where llama-cpp-python is installed: greedy text of the GGUF file, and its tokens."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from model import generate
+    path = sentencepiece_model(tmp_path / "d", kind) if kind == "made" else make_bpe(tmp_path, kind)
+    scaling = dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))
+    changes = {"llama3": {"rope_scaling": scaling}, "gpt2": {"rope_scaling": {"factor": 2.0}}}
+    t = Tokenizer(path)
+    model = checkpoint(tmp_path / "c.pt", vocab_size=t.n_words, **changes.get(kind, {})).eval()
+    run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf", "--dtype=float32",
+        f"--tokenizer={path}")
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=40, n_threads=1,
+                             n_threads_batch=1, verbose=False)
+    for text in TEXTS:
+        ids = t.encode(text, True, False)
+        if kind != "gpt2":  # llama.cpp knows no add_prefix_space there
+            assert theirs.tokenize(text.encode(), add_bos=True, special=False) == ids
+        ids = ids[:10]
+        want = generate(model, [ids], 25, temperature=0, stop_ids=[]).responses()[0]
+        got = []
+        for token in theirs.generate(ids, temp=0, top_k=1, repeat_penalty=1.0):
+            got.append(token)
+            if len(got) == 25:
+                break
+        assert got == want
+
+@pytest.mark.parametrize("n, vocab, changes", [
+    (1, 77, {"tied": False}), (2, 78, {"tied": False, "dim": 96, "hidden_dim": 104}),
+    (2, 128256, {"tied": False, "n_layers": 1, "dim": 48})])
+def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
+    """Columns of wo, w2 and, up to Llama 2, the embedding are cut; of the others rows."""
+    model = checkpoint(tmp_path / "want.pt", vocab_size=vocab, **changes)
+    state, a = model.state_dict(), model.args
+    (tmp_path / "in").mkdir()
+    for i in range(n):
+        shard = {"rope.freqs": torch.zeros(4)}
+        for name, w in state.items():
+            by_columns = name.endswith(("wo.weight", "w2.weight")) or (
+                "tok_emb" in name and vocab < 100000)
+            shard[name] = w if w.ndim == 1 else w.chunk(n, int(by_columns))[i].clone()
+        torch.save(shard, tmp_path / f"in/consolidated.{i:02}.pth")
+    params = {"dim": a.dim, "n_layers": a.n_layers, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5,
+              "vocab_size": -1, "multiple_of": 4}
+    if vocab > 100000:
+        params |= {"rope_theta": 500000.0, "use_scaled_rope": True}
+    (tmp_path / "in/params.json").write_text(json.dumps(params))
+    run(tmp_path / "ckpt.pt", f"--meta={tmp_path}/in", "--max_seq_len=40")
+    got = ours(tmp_path / "ckpt.pt")
+    assert all(torch.equal(w, state[name]) for name, w in got.state_dict().items())
+    assert (got.args.ffn_dim, got.args.rope_scaling is not None) == (a.ffn_dim, vocab > 100000)
+    if n > 1:
+        (tmp_path / "in/consolidated.00.pth").rename(tmp_path / "in/consolidated.02.pth")
+        done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
+        assert "consolidated.00.pth is missing" in done.stderr
+
+def test_version_1_is_llama2cs(tmp_path):
+    for tied in (True, False):
+        model = checkpoint(tmp_path / "ckpt.pt", tied=tied)
+        run(tmp_path / "m.bin", "--version=1", "--checkpoint", tmp_path / "ckpt.pt")
+        data = (tmp_path / "m.bin").read_bytes()
+        assert struct.unpack_from("<Ii7iB", data) == (0x616B3432, 1, 48, 52, 2, 6, 2, 77, 40, tied)
+        norms = [f"layers.{i}.{n}_norm" for n in ("attention", "ffn") for i in (0, 1)] + ["norm"]
+        rest = [f"layers.{i}.{n}" for n in export.MATRICES for i in (0, 1)]
+        at = 256
+        for name in [*norms, "tok_embeddings", *rest, *["output"] * (not tied)]:
+            w = model.state_dict()[f"{name}.weight"].numpy()
+            assert np.array_equal(np.frombuffer(data, "<f4", w.size, at).reshape(w.shape), w), name
+            at += w.nbytes
+        assert at == len(data)
+    checkpoint(tmp_path / "ckpt.pt", rope_theta=5e5)
+    for version in (0, 1, 2):
+        done = run(tmp_path / "x", f"--version={version}", f"--checkpoint={tmp_path}/ckpt.pt", ok=1)
+        assert "llama2.c computes with rope_theta 10000" in done.stderr
+
+def test_version_3_says_how_rope_is_scaled(tmp_path):
+    for scaling, want in ((None, (0, 0, 0, 0)), ({"factor": 4.0}, (4, 0, 0, 0)),
+                          (dict(zip(export.LLAMA3_SCALING, (8, 1.0, 4.0, 8192))), (8, 1, 4, 8192))):
+        checkpoint(tmp_path / "c.pt", rope_scaling=scaling)
+        run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt")
+        assert struct.unpack_from("<3fi", (tmp_path / "m.bin").read_bytes(), 112) == want
+
+# -----------------------------------------------------------------------------
+# Memory and mistakes
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is measured by /proc")
+@pytest.mark.parametrize("source", ["hf", "meta"])
+def test_peak_memory_is_about_the_models(tmp_path, source):
+    """In bf16, 100 million weights, of which a third is the embedding."""
+    torch_save = pytest.importorskip("safetensors.torch").save_file
+    args = ModelArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=16, vocab_size=32000,
+                     hidden_dim=2816, max_seq_len=64)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    half, shapes = torch.bfloat16, export.model_shapes(args)
+    weights = {name: torch.zeros(shape, dtype=half) for name, shape in shapes.items()}
+    size = sum(2 * w.numel() for w in weights.values())
+    if source == "hf":
+        (folder / "config.json").write_text(json.dumps(export.hf_config(args, half, 1, [2])))
+        torch_save({export.hf_name(n): w for n, w in weights.items()}, folder / "model.safetensors")
+    else:
+        torch.save(weights, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(
+            {"dim": 1024, "n_layers": 6, "n_heads": 16, "norm_eps": 1e-5}))
+    del weights
+    code = ("import os, resource, sys; sys.path.insert(0, sys.argv[1]); import export\n"
+            "import safetensors.torch\n"
+            "pages = open('/proc/self/statm').read().split()[1]\n"
+            "before = int(pages) * os.sysconf('SC_PAGE_SIZE')\n"
+            "export.main(sys.argv[2:])\n"
+            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "print('PEAK', peak - before)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path / "ckpt.pt"),
+                           f"--{source}={folder}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("PEAK")[1]) < 1.2 * size
+    assert (tmp_path / "ckpt.pt").stat().st_size < 1.01 * size
+
+def change(folder, name="config.json", **values):
+    config = json.loads((folder / name).read_text()) | values
+    (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not Ellipsis}))
+
+def shorten(path, n):
+    path.write_bytes(path.read_bytes()[:n])
+
+def replace_tensors(folder, f):
+    torch_io = pytest.importorskip("safetensors.torch")
+    path = folder / "model.safetensors"
+    torch_io.save_file(f(torch_io.load_file(path)), path)
+
+CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
+    "the architecture MixtralForCausalLM": dict(architectures=["MixtralForCausalLM"]),
+    "attention_bias true": dict(attention_bias=True), "mlp_bias true": dict(mlp_bias=True),
+    "hidden_act gelu": dict(hidden_act="gelu"), "sliding_window 4096": dict(sliding_window=4096),
+    "head_dim 32, not": dict(head_dim=32),
+    "the RoPE scaling yarn": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+    "partial_rotary_factor": dict(partial_rotary_factor=0.5),
+    'quantization_config {"bits": 4}': dict(quantization_config={"bits": 4}),
+    "does not say factor": dict(rope_parameters={"rope_type": "linear"}),
+    "does not say hidden_size": dict(hidden_size=...),
+    "has a wrong value": dict(hidden_size="big"),
+    "n_heads (4) must be a multiple": dict(num_key_value_heads=3),
+    "model.embed_tokens.weight has shape (600, 64), not (601, 64)": dict(vocab_size=601),
+    "lacks model.layers.2.input_layernorm.weight and 8 more": dict(num_hidden_layers=3),
+    "has model.layers.1.": dict(num_hidden_layers=1),
+    "lacks lm_head.weight": dict(tie_word_embeddings=False)}
+MISTAKES = {
+    **{says: lambda d, values=values: change(d, **values)
+       for says, values in CONFIG_MISTAKES.items()},
+    "config.json is missing": lambda d: (d / "config.json").unlink(),
+    "config.json is not JSON": lambda d: shorten(d / "config.json", 40),
+    "model.safetensors cannot be read, or is cut short":
+        lambda d: shorten(d / "model.safetensors", 20000),
+    "there is no model.safetensors": lambda d: (d / "model.safetensors").unlink(),
+    "00002-of-00002.safetensors is missing":
+        lambda d: (d / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})),
+    "has no weight_map": lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+    "is torch.int8":
+        lambda d: replace_tensors(d, lambda t: {k: w.to(torch.int8) for k, w in t.items()}),
+    "has x.bias, for which the model has no place":
+        lambda d: replace_tensors(d, lambda t: t | {"x.bias": torch.zeros(3)}),
+    "tokenizer.json has 500 tokens, the model has 600": lambda d: make_bpe(d, "llama3", 500),
+    "is not a tokenizer.json": lambda d: shorten(make_bpe(d, "llama3"), 5000)}
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    hugging_face(folder, "smollm2")
+    return folder
+
+@pytest.mark.parametrize("says", MISTAKES)
+def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
+    shutil.copytree(small_llama, tmp_path / "in")
+    MISTAKES[says](tmp_path / "in")
+    done = run(tmp_path / "ckpt.pt", f"--hf={tmp_path}/in", ok=1)
+    assert says in done.stderr and done.stderr.startswith("error:"), done.stderr
+    assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+    assert os.listdir(tmp_path) == ["in"]
+
+def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "ckpt.pt")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years")
+    ckpt = f"--checkpoint={tmp_path}/ckpt.pt"
+    assert "something else (thesis.txt)" in run(tmp_path / "mine", ckpt, "--format=hf", ok=1).stderr
+    assert "it is no folder" in run(tmp_path / "ckpt.pt", ckpt, "--format=hf", ok=1).stderr
+    for flags in (["--format=hf", "--dtype=q8_0"], ["--dtype=float32"],
+                  ["--format=gguf", "--dtype=bfloat16"]):
+        assert "is not for this format" in run(tmp_path / "x", ckpt, *flags, ok=1).stderr
+    def full(*_):
+        raise OSError(28, "No space left on device", "x")
+    for name in ("safetensors.torch", "gguf", "transformers"):  # importing costs the time
+        pytest.importorskip(name)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(export, "floats", full)
+    for fmt in ("hf", "gguf"):
+        assert "No space left" in run(tmp_path / "x", ckpt, f"--format={fmt}", ok=1).stderr
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "mine"]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "this needs the gguf library: pip install gguf" in run(
+        tmp_path / "x", ckpt, "--format=gguf", ok=1).stderr
