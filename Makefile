@@ -31,6 +31,11 @@ demo: $(DEMO)/model.bin run
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# What the tests hold the exports against; what cannot be had is skipped, and the tests say so.
+.venv/tested: tests/requirements.txt | .venv/installed
+	-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
+	touch $@
+
 # Stories: real ones if they are here or can be had, else made by tinystories.py.
 data/TinyStories_all_data/data00.json: | .venv/installed
 	$(PY) tinystories.py download --small || $(PY) tinystories.py synthesize
@@ -61,7 +66,7 @@ $(DEMO)/model.bin: $(DEMO)/aligned
 run: run.c
 	$(CC) -O3 -march=native -o $@ run.c -lm -pthread
 
-test: .venv/installed run
+test: .venv/installed .venv/tested run
 	$(PY) -m pytest -q tests
 
 # Speeds of this project alone; `tests/bench_run.py --help` says how to measure others beside it.
