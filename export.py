@@ -453,7 +453,7 @@ def open_tensors(path):
         if str(path).endswith(".safetensors"):
             with need("safetensors").safe_open(path, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
-        gc.collect()  # it leaves cycles behind, which would keep earlier maps
+        gc.collect(1)  # it leaves cycles behind, which would keep earlier maps
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # each library has errors of its own
         if isinstance(e, ValueError) and "pip install" in str(e):
