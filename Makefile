@@ -17,13 +17,23 @@ RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 # Which model `make frontier` aligns.
 CHECKPOINT = $(DEMO)/ckpt.pt
 
-.PHONY: demo frontier test bench run clean
+RLHF = out/rlhf
+RM = --batch_size=8 --max_iters=200 --learning_rate=1e-3 --warmup_iters=10 --eval_iters=25
+RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=40 --learning_rate=3e-4 \
+           --value_learning_rate=1e-3 --averaging=0.95 --init_kl_coef=0.05 --missing_eos_penalty=1 \
+           --roof_samples=16 --report_rollouts=200
+DPO = --batch_size=8 --max_iters=150 --learning_rate=3e-4 --warmup_iters=10 --eval_iters=25
+
+.PHONY: demo frontier rlhf test bench run clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/model.bin run
 	$(PY) train.py --out_dir=$(DEMO) --ppo --eval_only
 	ls -l $(DEMO)/model.bin $(DEMO)/ppo_model.bin
 	./run $(DEMO)/model.bin -t 0.8 -s 1
+
+rlhf: $(RLHF)/ppo $(RLHF)/dpo
+	$(PY) tests/rlhf.py $(RLHF)
 
 # The environment: nothing is installed outside this folder.
 .venv/installed: requirements.txt
@@ -61,6 +71,39 @@ $(DEMO)/aligned: | $(DEMO)/pretrained
 
 $(DEMO)/model.bin: $(DEMO)/aligned
 	$(PY) export.py $@ --checkpoint=$(DEMO)/ppo_ckpt.pt
+
+# From a story teller to an assistant. START: another model to start from, with tok512.model beside it.
+START = $(DEMO)/ckpt.pt
+TASK = data/task
+HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --eval_interval=1000 --log_interval=20
+
+$(TASK)/sft.jsonl: | $(if $(filter $(START),$(DEMO)/ckpt.pt),$(DEMO)/pretrained,data/tok512.model)
+	$(PY) instruct.py stories
+
+$(RLHF)/sft: $(TASK)/sft.jsonl
+	$(PY) train.py --sft --init_from=$(START) $(HOW) --data=$(TASK)/sft.jsonl \
+		--val_data=$(TASK)/val.jsonl --batch_size=16 --max_iters=1000 --optimizer=muon \
+		--learning_rate=3e-3 --muon_learning_rate=1e-2 --warmup_iters=30 --eval_iters=14
+	cp $(START) $(RLHF)/ckpt.pt
+	touch $@
+
+# The SFT model's own stories, ranked by the rule: what a person would do.
+$(RLHF)/pairs.jsonl: $(RLHF)/sft
+	$(PY) instruct.py pairs --checkpoint=$(RLHF)/sft_ckpt.pt --prompts=1500 --output=$@
+
+$(RLHF)/rm: $(RLHF)/pairs.jsonl
+	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) --data=$< $(RM)
+	touch $@
+
+$(RLHF)/ppo: $(RLHF)/rm
+	$(PY) train.py --ppo --init_from=$(RLHF)/sft_ckpt.pt --reward=$(RLHF)/rm_ckpt.pt \
+		--value_model=$(RLHF)/rm_ckpt.pt $(HOW) --data=$(TASK)/sft.jsonl \
+		--val_data=$(TASK)/val.jsonl $(RLHF_PPO)
+	touch $@
+
+$(RLHF)/dpo: $(RLHF)/pairs.jsonl
+	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) --data=$< $(DPO)
+	touch $@
 
 # C inference, for this machine. Portable: cc -O3 run.c -o run -lm -pthread
 run: run.c

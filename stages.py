@@ -474,7 +474,9 @@ def pairs(sizes):
 
 def score(model, sequences):
     """What a TransformerWithValueHead says at the last token of each of `sequences`, lists of ids:
-    (n,) in fp32, from one forward pass without padding."""
+    (n,) in fp32, from one forward pass without padding. What exceeds the context is not read: of a
+    reply that has filled it, that is the last token."""
+    sequences = [s[: model.args.max_seq_len] for s in sequences]
     device, lengths = model.value_head.weight.device, [len(s) for s in sequences]
     tokens = torch.tensor([t for s in sequences for t in s], device=device)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import alignment
+import instruct
 import model as model_module
 import ppo
+import preferences
+import rlhf
 import stages
 import tinystories
 import train
@@ -129,6 +132,13 @@ def test_score_does_not_depend_on_the_batch_or_on_padding(native, monkeypatch):
         dense = net.values(net.hidden(padded))[0, len(text) - 1]
         torch.testing.assert_close(dense, s, atol=1e-5, rtol=0)
     assert together.std() > 0.1
+
+
+def test_score_of_a_reply_that_fills_the_context():
+    """`generate` leaves one token more than a forward pass can read."""
+    text = sequences(1, 1, 9)[0] + list(range(3, 70))
+    net = critic()
+    torch.testing.assert_close(stages.score(net, [text[:65]]), stages.score(net, [text[:64]]))
 
 
 def test_pairs_of_rankings():
@@ -458,3 +468,54 @@ def test_against_reference_is_the_plain_sum():
         assert float(kl[i]) == pytest.approx(by_hand, rel=1e-4)
         by_hand = sum(float(ref[t, token]) for t, token in zip(at, r))
         assert float(logp[i]) == pytest.approx(by_hand, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------
+# what the README's tables and plots are made with
+
+
+def test_best_of_n_is_the_mean_over_all_draws():
+    proxy = torch.tensor([[0.3, 0.1, 0.9, 0.5], [5.0, 7.0, 6.0, 8.0]])
+    gold = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 2.0]])
+    for n in (1, 2, 3):
+        found, expected = rlhf.best_of(proxy, gold, n), [0.0, 0.0]
+        for p, g in zip(proxy.tolist(), gold.tolist()):
+            for draw in itertools.product(range(4), repeat=n):
+                best = max(draw, key=lambda i: p[i])
+                expected[0] += p[best] / 4**n / 2
+                expected[1] += g[best] / 4**n / 2
+        assert found == pytest.approx(expected)
+
+
+def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monkeypatch):
+    """The script of `make rlhf` on untrained models: SFT is the reference, so its KL is 0."""
+    task, rng = tmp_path / "task", random.Random(2)
+    task.mkdir()
+    words = sorted(instruct.WORDS)
+    for name in ("sft", "val"):
+        rows = [{"prompt": f"Words: {rng.choice(words)}.", "response": "It."} for _ in range(60)]
+        (task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "pairs.jsonl").write_text((home / "pairs.jsonl").read_text() * 2)
+    run(home, tmp_path, sft=True, max_iters=1, data=task / "sft.jsonl", learning_rate=0)
+    run(home, tmp_path, rm=True, max_iters=2, init_from=tmp_path / "sft_ckpt.pt")
+    (tmp_path / f"tok{VOCAB}.model").write_bytes((home / f"tok{VOCAB}.model").read_bytes())
+    line = ["rlhf.py", str(tmp_path), f"--task={task}", "--prompts=8"]
+    monkeypatch.setattr("sys.argv", line)
+    rlhf.main()
+    torch.set_grad_enabled(True)
+    row, = json.loads((tmp_path / "rlhf.json").read_text())
+    assert row["model"] == "SFT" and row["kl"] == pytest.approx(0, abs=1e-4)
+    assert "of the held-out pairs" in capsys.readouterr().out
+    more = ["--overoptimise", "--pairs=8", "--samples=4", "--iterations=2", f"--out={tmp_path}"]
+    monkeypatch.setattr("sys.argv", line + more)
+    rlhf.main()
+    curve, = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
+    assert [p["n"] for p in curve["best_of"]] == [1, 2, 4] and len(curve["ppo"]) == 2
+    assert curve["ppo"][0]["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_bag_of_words_finds_the_words(home):
+    records = instruct.read(home / "pairs.jsonl")
+    assert preferences.bag_of_words(records[:100], records[100:]) > 0.95
+    flipped = [r._replace(completions=r.completions[::-1]) for r in records[100:]]
+    assert preferences.bag_of_words(records[:100], flipped) < 0.05

@@ -1,0 +1,254 @@
+"""What each stage of `make rlhf` changed, and how far a reward model can be trusted.
+
+    python tests/rlhf.py out/rlhf                     # the table: start, SFT, PPO, DPO
+    python tests/rlhf.py out/rlhf --overoptimise      # gold and proxy against KL
+
+The gold reward is the rule of instruct.py's story task, the proxy is the reward model. The second
+command trains reward models of few and of many rankings and pushes against them: by taking the best
+of n samples, and by PPO without a price for the KL (Gao et al., "Scaling laws for reward model
+overoptimization", 2022). It writes overoptimisation.json, and the plot where matplotlib is there.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import alignment  # noqa: E402
+import instruct  # noqa: E402
+import ppo  # noqa: E402
+import train  # noqa: E402
+from model import generate, load_checkpoint, model_from_checkpoint  # noqa: E402
+from tokenizer import Tokenizer, find_tokenizer, write_atomic  # noqa: E402
+
+
+class Lab:
+    """Held-out prompts, the SFT model as the reference, the gold reward, and a proxy."""
+
+    def __init__(self, a):
+        self.args, self.folder = a, Path(a.folder)
+        self.checkpoint = load_checkpoint(self.folder / "sft_ckpt.pt")
+        self.reference = model_from_checkpoint(self.checkpoint).eval()
+        vocab = self.reference.args.vocab_size
+        self.tokenizer = Tokenizer(find_tokenizer(vocab, a.folder))
+        self.template = instruct.find_template("", self.checkpoint, self.tokenizer)
+        texts = [r.turns[-1][0] for r in instruct.read(f"{a.task}/val.jsonl")]
+        self.texts = list(dict.fromkeys(texts))[: a.prompts]
+
+    def proxy(self, path):
+        """A reward model as a function of lists of prompts and responses, both ids."""
+        template = self.checkpoint["template"]
+        scorer = alignment.load_scorer(path, self.reference.args, template)
+        model = alignment.ModelReward(scorer, "cpu", False, 64, nullcontext)
+        return lambda prompts, responses: torch.tensor(model(prompts, responses, None))
+
+    def tell(self, model, n=1):
+        """n replies to each prompt: texts, prompts and responses as ids, and who ended."""
+        texts = [t for t in self.texts for _ in range(n)]
+        prompts = [self.template.prompt(self.tokenizer, [(t, None)]) for t in texts]
+        random_numbers = torch.Generator().manual_seed(self.args.seed)
+        uniform = torch.rand(len(prompts), 300, generator=random_numbers)
+        stop = {1, 2, self.template.end(self.tokenizer)}
+        out = generate(model, prompts, 300, stop_ids=stop, uniform=uniform)
+        return texts, prompts, out.responses(), out.ended
+
+    def gold(self, texts, responses):
+        replies = [self.tokenizer.decode(r).strip() for r in responses]
+        return torch.tensor(instruct.gold(texts, replies)), replies
+
+    def table(self):
+        """One row a model: what it does on the held-out prompts."""
+        proxy, rows = self.proxy(self.folder / "rm_ckpt.pt"), []
+        for name in ("", "sft_", "ppo_", "dpo_"):
+            path = self.folder / f"{name}ckpt.pt"
+            if not path.exists():
+                continue
+            model = model_from_checkpoint(load_checkpoint(path)).eval()
+            texts, prompts, responses, ended = self.tell(model)
+            gold, replies = self.gold(texts, responses)
+            kl, _ = ppo.against_reference(model, self.reference, prompts, responses, 64)
+            parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
+            n = len(texts)
+            rows.append({
+                "model": {"": "start", "sft_": "SFT", "ppo_": "PPO", "dpo_": "DPO"}[name],
+                "all_words": sum(p[0] == 1 for p in parts) / n,
+                "words": sum(p[0] for p in parts) / n,
+                "ending": sum(p[1] for p in parts) / n,
+                "length": sum(p[2] for p in parts) / n,
+                "gold": float(gold.mean()),
+                "gold_error": float(gold.std()) / math.sqrt(n),
+                "proxy": float(proxy(prompts, responses).mean()),
+                "kl": float(kl.mean()),
+                "ended": float(ended.float().mean()),
+                "story": f"{texts[0]}\n{replies[0]}",
+            })  # fmt: skip
+        return rows
+
+
+def print_table(rows, folder, n):
+    log = [json.loads(line) for line in open(Path(folder) / "rm_log.jsonl")]
+    right = [r["rm/val/accuracy"] for r in log if "rm/val/accuracy" in r][-1]
+    print(f"\n{n} held-out prompts; the reward model agrees with the gold rule on {right:.1%} of "
+          "the held-out pairs\n")  # fmt: skip
+    print("         all words   words  ending  length    gold           proxy   KL to SFT  ended")
+    for r in rows:
+        print(
+            f"  {r['model']:6} {r['all_words']:9.1%} {r['words']:7.1%} {r['ending']:7.1%} "
+            f"{r['length']:7.1%}   {r['gold']:.3f} ±{r['gold_error']:.3f}  {r['proxy']:6.2f} "
+            f"{r['kl']:10.2f}  {r['ended']:6.1%}"
+        )
+    for r in rows[1:]:
+        print(f"\n  {r['model']}: " + " ".join(r["story"].split()))
+    print()
+
+
+# ----------------------------------------------------------------------------
+# over-optimisation
+
+
+def best_of(proxy, gold, n):
+    """Means over prompts of the proxy and the gold score of the best of n by the proxy, from
+    samples (prompts, N): one is the best of n with probability (rank^n - (rank - 1)^n) / N^n."""
+    order = proxy.argsort(1)
+    N = proxy.shape[1]
+    rank = torch.arange(1, N + 1, dtype=torch.float64) / N
+    weight = rank**n - (rank - 1 / N) ** n
+    return [float((x.double().gather(1, order) * weight).sum(1).mean()) for x in (proxy, gold)]
+
+
+def reward_model(lab, pairs):
+    """Trains a reward model on so many rankings (0: all of them); returns its path."""
+    a, out = lab.args, lab.folder / f"rm{pairs}"
+    if not (out / "rm_ckpt.pt").exists():
+        records = (lab.folder / "pairs.jsonl").read_text().splitlines(True)
+        random.Random(a.seed).shuffle(records)
+        out.mkdir(exist_ok=True)
+        (out / "pairs.jsonl").write_text("".join(records[200:][:pairs]))
+        (out / "val.jsonl").write_text("".join(records[:200]))
+        train.main([
+            "--rm", f"--out_dir={out}", f"--init_from={lab.folder}/sft_ckpt.pt", "--device=cpu",
+            f"--data={out}/pairs.jsonl", f"--val_data={out}/val.jsonl",
+            "--batch_size=8", f"--max_iters={max(pairs // 2, 30)}", "--eval_interval=1000",
+            "--learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0.1", "--warmup_iters=10",
+            "--eval_iters=20", "--log_interval=50",
+        ])  # fmt: skip
+    return out / "rm_ckpt.pt"
+
+
+def push(lab, path, iterations):
+    """PPO against the reward model alone: KL, proxy and gold of each iteration's rollouts."""
+    a = lab.args
+    args = train.flags([
+        "--ppo", f"--out_dir={path.parent}", f"--init_from={lab.folder}/sft_ckpt.pt",
+        f"--data={a.task}/sft.jsonl", f"--val_data={a.task}/val.jsonl",
+        f"--reward={path}", f"--value_model={path}", "--device=cpu", "--batch_size=50",
+        "--rollouts=200", f"--ppo_iters={iterations}", "--init_kl_coef=0", "--learning_rate=1e-3",
+        "--value_learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0", "--decay_lr=False",
+        "--roof_prompts=1", "--roof_samples=1", "--target_kl=1",
+    ])  # fmt: skip
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    proxy, points = stage.reward, []
+
+    def both(prompts, responses, ended):
+        asked = [stage.decode(p).strip() for p in prompts]
+        points.append({"gold": float(lab.gold(asked, responses)[0].mean())})
+        return proxy(prompts, responses, ended)
+
+    stage.reward = both
+    for i in range(iterations):
+        stats = stage.step(i)
+        points[-1] |= {"kl": stats["ppo/kl_ref"], "proxy": stats["ppo/reward"]}
+        print(f"{i:4d} | KL {stats['ppo/kl_ref']:6.2f} | proxy {stats['ppo/reward']:.3f} | "
+              f"gold {points[-1]['gold']:.3f}", flush=True)  # fmt: skip
+    return points
+
+
+def overoptimise(lab):
+    a = lab.args
+    texts, prompts, responses, _ = lab.tell(lab.reference, a.samples)
+    gold = lab.gold(texts, responses)[0].view(-1, a.samples)
+    mean, std = float(gold.mean()), float(gold.std()) or 1.0
+    curves = []
+    for pairs in a.pairs:
+        path = reward_model(lab, pairs)
+        log = [json.loads(line) for line in open(path.with_name("rm_log.jsonl"))]
+        proxy = lab.proxy(path)(prompts, responses).view(-1, a.samples)
+        found = []
+        for n in (2**i for i in range(a.samples.bit_length())):
+            p, g = best_of(proxy, gold, n)
+            kl = math.log(n) - (n - 1) / n
+            found.append({"n": n, "kl": kl, "proxy": p, "gold": (g - mean) / std})
+        pushed = push(lab, path, a.iterations) if pairs == a.pairs[0] else []
+        for p in pushed:
+            p["gold"] = (p["gold"] - mean) / std
+        accuracy = [r["rm/val/accuracy"] for r in log if "rm/val/accuracy" in r][-1]
+        curves.append({"rankings": pairs, "accuracy": accuracy, "best_of": found, "ppo": pushed})
+        print(f"{pairs} rankings: {accuracy:.1%} of the held-out pairs")
+    out = Path(a.out)
+    with write_atomic(out / "overoptimisation.json", "w") as f:
+        json.dump({"gold_mean": mean, "gold_std": std, "curves": curves}, f, indent=1)
+    draw(curves, out / "overoptimisation.png")
+
+
+def draw(curves, path):
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=110)
+    for i, c in enumerate(curves):
+        x = [p["kl"] for p in c["best_of"]]
+        name = f"{c['rankings']} rankings ({c['accuracy']:.0%})"
+        left.plot(x, [p["proxy"] for p in c["best_of"]], f"C{i}--")
+        left.plot(x, [p["gold"] for p in c["best_of"]], f"C{i}-", label=name)
+        if c["ppo"]:
+            x = [math.sqrt(p["kl"]) for p in c["ppo"]]
+            right.plot(x, [p["proxy"] for p in c["ppo"]], f"C{i}--", label="proxy")
+            right.plot(x, [p["gold"] for p in c["ppo"]], f"C{i}-", label="gold")
+            right.set_title(f"PPO, {name}", fontsize=9)
+    left.set_title("best of n; solid: gold, dashed: proxy", fontsize=9)
+    left.set(xlabel="KL to SFT, nats", ylabel="standard deviations above SFT")
+    right.set(xlabel="square root of the KL to SFT, nats a story")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", help="out_dir of `make rlhf`")
+    parser.add_argument("--task", default="data/task", help="folder of the story task")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out ones, at most")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--overoptimise", action="store_true")
+    parser.add_argument("--pairs", type=lambda s: [int(x) for x in s.split(",")],
+                        default=[50, 200, 800], help="rankings of the reward models; PPO is run "
+                        "against the first")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=64, help="of the SFT model for each prompt")
+    parser.add_argument("--iterations", type=int, default=40, help="of PPO")
+    parser.add_argument("--out", default="assets")
+    lab = Lab(parser.parse_args())
+    torch.set_grad_enabled(lab.args.overoptimise)
+    if lab.args.overoptimise:
+        return overoptimise(lab)
+    rows = lab.table()
+    with write_atomic(lab.folder / "rlhf.json", "w") as f:
+        json.dump(rows, f, indent=1)
+    print_table(rows, lab.folder, len(lab.texts))
+
+
+if __name__ == "__main__":
+    main()
