@@ -152,7 +152,8 @@ class Alignment:
         beginnings of stories, or instructions where --data names a file of them."""
         args, model = self.args, self.model.args
         vocab, context = model.vocab_size, model.max_seq_len
-        self.stop_ids = BOS_ID, EOS_ID, *args.kept.get("end_ids", ())
+        stops = self.tokenizer.stop_ids if self.tokenizer else (BOS_ID, EOS_ID)
+        self.stop_ids = *stops, *args.kept.get("end_ids", ())
         ptx = args.ptx_data or args.data
         if instruction_file(args.data) or config.ptx_coef and instruction_file(ptx):
             template = stage_template(args, self.tokenizer)

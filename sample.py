@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 
 from instruct import find_template
-from model import BOS_ID, EOS_ID, generate, load_checkpoint, model_from_checkpoint
+from model import generate, load_checkpoint, model_from_checkpoint
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
 
 
@@ -108,7 +108,7 @@ class Stream:
         print()
 
 
-def tell(model, tokenizer, prompts, args):
+def tell(model, tokenizer, prompts, args, end_ids=()):
     """Generates and prints num_samples continuations of each prompt; returns how many tokens."""
     tokens = [tokenizer.encode(p, bos=True, eos=False) for p in prompts]
     tokens = [t for t in tokens for _ in range(args.num_samples)]
@@ -116,7 +116,8 @@ def tell(model, tokenizer, prompts, args):
     if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
         stream = Stream(tokenizer, tokens[0])
     how = args.temperature, args.top_k, args.top_p
-    out = generate(model, tokens, args.max_new_tokens, *how, on_token=stream)
+    stops = {*tokenizer.stop_ids, *end_ids}
+    out = generate(model, tokens, args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
     if stream is None:
         for prompt, response in zip(tokens, out.responses()):
             print(tokenizer.decode(prompt + response))
@@ -140,7 +141,7 @@ def chat(model, tokenizer, template, end_ids, args):
     context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
     if args.system and not template.system:
         raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
-    stops = {BOS_ID, EOS_ID, template.end(tokenizer), *end_ids}
+    stops = {*tokenizer.stop_ids, template.end(tokenizer), *end_ids}
     turns, dropped = [], 0
     while (user := read_line("User: ")) is not None:
         if not user.strip():
@@ -189,19 +190,20 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype)
     half = dtype is not torch.float32
     context = torch.autocast(device.partition(":")[0], dtype) if half else nullcontext()
+    end_ids = checkpoint.get("end_ids") or ()
     with context:
         if args.chat:
             template = find_template(args.template, checkpoint, tokenizer)
-            return chat(model, tokenizer, template, checkpoint.get("end_ids") or (), args)
+            return chat(model, tokenizer, template, end_ids, args)
         if args.interactive:
             while (prompt := read_line("> ")) is not None:
                 try:
-                    tell(model, tokenizer, [prompt], args)
+                    tell(model, tokenizer, [prompt], args, end_ids)
                 except ValueError as e:  # a prompt too long must not end the session
                     print(f"error: {e}", file=sys.stderr)
             return
         t0 = time.perf_counter()
-        n = tell(model, tokenizer, read_prompts(args.start), args)
+        n = tell(model, tokenizer, read_prompts(args.start), args, end_ids)
         seconds = time.perf_counter() - t0
         print(f"{n} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 

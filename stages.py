@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from instruct import InstructPrompts, Instructions, Rankings, find_template
-from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
+from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
 from model import add_lora, generate, merged_state, model_from_checkpoint, native_attention
 from report import matmul_roof
 from tinystories import Windows
@@ -424,7 +424,7 @@ class FineTuning(Pretraining):
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token that is not of the reply
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
         uniform = torch.rand(1, room, generator=torch.Generator().manual_seed(self.args.seed))
-        stops = BOS_ID, self.template.end(self.tokenizer)
+        stops = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
         with self.context():
             out = generate(self.model, [prompt], room, 0.7, stop_ids=stops, uniform=uniform)
         text = f"{self.tokenizer.decode(prompt)} >>> {self.tokenizer.decode(out.responses()[0])}"
@@ -523,7 +523,7 @@ class Preferences(Pretraining):
         prompts = prompts.batch(0, min(a.reference_samples, len(prompts)))
         random = torch.Generator().manual_seed(a.seed)
         uniform = torch.rand(len(prompts), min(a.max_gen_len, context), generator=random)
-        stop = {BOS_ID, EOS_ID, self.template.end(self.tokenizer)}
+        stop = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
         with self.context():
             out = generate(model, prompts, uniform.shape[1], stop_ids=stop, uniform=uniform)
         return prompts, out.responses()

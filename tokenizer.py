@@ -85,6 +85,11 @@ class Tokenizer:
         self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
         self.pad_id = find("pad_token")
 
+    @property
+    def stop_ids(self):
+        """Ids at which a text ends: EOS, and BOS, with which another would begin."""
+        return {i for i in (self.bos_id, self.eos_id) if i >= 0}
+
     def special_id(self, text):
         """The id of a control token of a tokenizer.json by its spelling, such as <|eot_id|>."""
         if text not in self.special:
