@@ -2104,7 +2104,7 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
         if (name == BOS) id = run->model.c.bos;
         if (name == EOS) id = run->model.c.eos;
         if (name == USER) insert = turn->user;
-        if (name == SYSTEM) insert = run->system;
+        if (name == SYSTEM) insert = run->system ? run->system : "";
         if (in.size && id < 0 && name != REPLY) {
             text = append(text, &n, insert, insert == p ? 1 : strlen(insert));
             continue;

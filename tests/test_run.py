@@ -733,7 +733,7 @@ def test_chat_template(lib, build, own, request, kind):
         def encode(text):
             return own[1].encode(text, False, False)
         if kind == "its own":
-            template = {"turn": "{user}{user}\n{reply}\n ",
+            template = {"turn": "{system}{user}{user}\n{reply}\n ",
                         "system": "{system}{bos}{user}{reply}{eos}"}
             path = build / "templated.bin"
             data = own[0].read_bytes()
