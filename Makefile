@@ -18,7 +18,7 @@ RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 CHECKPOINT = $(DEMO)/ckpt.pt
 
 RLHF = out/rlhf
-RM = --batch_size=8 --max_iters=200 --learning_rate=1e-3 --warmup_iters=10 --eval_iters=25
+RM = --batch_size=16 --max_iters=200 --learning_rate=2e-3 --warmup_iters=20 --eval_iters=10
 RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=40 --learning_rate=3e-4 \
            --value_learning_rate=1e-3 --averaging=0.95 --init_kl_coef=0.05 --missing_eos_penalty=1 \
            --roof_samples=16 --report_rollouts=200
@@ -89,7 +89,8 @@ $(RLHF)/sft: $(TASK)/sft.jsonl
 
 # The SFT model's own stories, ranked by the rule: what a person would do.
 $(RLHF)/pairs.jsonl: $(RLHF)/sft
-	$(PY) instruct.py pairs --checkpoint=$(RLHF)/sft_ckpt.pt --prompts=1500 --output=$@
+	$(PY) instruct.py pairs --checkpoint=$(RLHF)/sft_ckpt.pt --prompts=3000 \
+		--margin=0.35 --output=$@
 
 $(RLHF)/rm: $(RLHF)/pairs.jsonl
 	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) --data=$< $(RM)

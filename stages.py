@@ -505,6 +505,14 @@ class Preferences(Pretraining):
 
     ddp = False
 
+    def __init__(self, args, *more):
+        super().__init__(args, *more)
+        context = self.model.args.max_seq_len
+        room = context - min(args.max_gen_len, context // 2)
+        texts = self.tokenizer, self.template
+        prompts = instructions(InstructPrompts, args, "val", *texts, room)
+        self.prompts = prompts.batch(0, min(args.reference_samples, len(prompts)))
+
     def data(self, split):
         a = self.args
         self.template = stage_template(a, self.tokenizer)
@@ -515,18 +523,13 @@ class Preferences(Pretraining):
         return samples
 
     def replies(self, model):
-        """Held-out prompts, at most --reference_samples, and a model's replies to them, the same at
-        every call."""
-        a, context = self.args, self.model.args.max_seq_len
-        room = context - min(a.max_gen_len, context // 2)
-        prompts = instructions(InstructPrompts, a, "val", self.tokenizer, self.template, room)
-        prompts = prompts.batch(0, min(a.reference_samples, len(prompts)))
-        random = torch.Generator().manual_seed(a.seed)
-        uniform = torch.rand(len(prompts), min(a.max_gen_len, context), generator=random)
+        """A model's replies to held-out prompts, the same at every call."""
+        n = min(self.args.max_gen_len, self.model.args.max_seq_len)
+        random = torch.Generator().manual_seed(self.args.seed)
+        uniform = torch.rand(len(self.prompts), n, generator=random)
         stop = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
         with self.context():
-            out = generate(model, prompts, uniform.shape[1], stop_ids=stop, uniform=uniform)
-        return prompts, out.responses()
+            return generate(model, self.prompts, n, stop_ids=stop, uniform=uniform).responses()
 
 
 class RewardModel(Preferences):
@@ -541,7 +544,7 @@ class RewardModel(Preferences):
         if "reward" in checkpoint:
             self.samples = checkpoint["reward"]["samples"]
         else:
-            self.samples = [q + r for q, r in zip(*self.replies(self.model))]
+            self.samples = [q + r for q, r in zip(self.prompts, self.replies(self.model))]
 
     def build(self, checkpoint):
         model = model_from_checkpoint(
@@ -647,16 +650,16 @@ class DPO(Preferences):
         for name in ("margin", "accuracy"):
             each = torch.cat([f[f"dpo/{name}"].float().cpu() for f in seen])
             out[f"dpo/val/{name}"] = float(gathered_over_ranks(each).mean())
-        prompts, replies = self.replies(self.model)
+        self.told = self.replies(self.model)
         with self.context():
             kl, _ = ppo.against_reference(
-                self.model, self.reference, prompts, replies, self.args.batch_size
+                self.model, self.reference, self.prompts, self.told, self.args.batch_size
             )
         return out | {"dpo/val/kl_ref": float(kl.mean())}
 
     def story(self):
-        prompts, replies = self.replies(self.model)
-        return f"{self.tokenizer.decode(prompts[0])}\n{self.tokenizer.decode(replies[0])}"
+        """The reply to the first held-out prompt, from the evaluation before."""
+        return self.tokenizer.decode(self.prompts[0] + self.told[0])
 
     def state(self):
         return super().state() | {"dpo": {"reference": self.reference.state_dict()}}

@@ -79,7 +79,7 @@ def main():
     add("--sft_iters", type=int, default=50)
     add("--rm_iters", type=int, default=200)
     add("--learning_rate", type=float, default=5e-4, help="of the reward model")
-    add("--dropout", type=float, default=0.2, help="of the models in training")
+    add("--dropout", type=float, default=0.2, help="of the reward model")
     a = parser.parse_args()
     records = instruct.read(a.data)
     held_out = usable(instruct.read(a.val_data) if a.val_data else
@@ -100,7 +100,7 @@ def main():
     command("train.py", *common, f"--data={out}", "--vocab_source=custom", "--n_layers=4",
             f"--vocab_size={a.vocab_size}", f"--dim={a.dim}", "--n_heads=8", "--n_kv_heads=4",
             f"--max_seq_len={a.max_seq_len}", "--batch_size=8", "--optimizer=muon",
-            "--learning_rate=5e-3", "--warmup_iters=20", f"--dropout={a.dropout}",
+            "--learning_rate=5e-3", "--warmup_iters=20", "--dropout=0.1",
             f"--max_iters={a.pretrain_iters}")
     command("train.py", "--sft", *common, *files, "--init_from=resume", "--batch_size=16",
             "--learning_rate=5e-4", "--warmup_iters=20", f"--max_iters={a.sft_iters}")
