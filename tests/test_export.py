@@ -18,6 +18,7 @@ import torch
 from conftest import DATA, ROOT, make_bpe
 
 import export
+import formats
 from model import (ModelArgs, Transformer, TransformerWithValueHead, add_lora, checkpoint_args,
                    load_checkpoint, model_from_checkpoint, save_checkpoint)
 from tokenizer import Tokenizer, run_main
@@ -397,10 +398,10 @@ def test_chat_templates(source, turn, system, later):
     """From Jinja to strings and back; what both write is compared with transformers' renderer."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     bos, eos = ("<|im_start|>", "<|im_end|>") if source is CHATML else ("<s>", "</s>")
-    template = export.template_from_jinja(source, bos, eos)
+    template = formats.template_from_jinja(source, bos, eos)
     assert template == {"turn": turn, "system": system, "next": later}
-    back = export.template_to_jinja(template)
-    assert export.template_from_jinja(back, bos, eos) == template
+    back = formats.template_to_jinja(template)
+    assert formats.template_from_jinja(back, bos, eos) == template
     turns = [("Hi {user}", "I am"), ("A\n\"b\"", "ok"), ("And?", None)]
     for brief in (None, "Be brief.") if source is not NO_SYSTEM else (None,):
         messages = [{"role": "system", "content": brief}] if brief else []
@@ -415,7 +416,7 @@ def test_chat_templates(source, turn, system, later):
             assert written[0] == written[1]
 
 def test_llama_3s_template_and_one_that_strings_cannot_say():
-    template = export.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
+    template = formats.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     exchange = f"{head.format('user')}{{user}}{{eos}}{head.format('assistant')}{{reply}}{{eos}}"
     assert template == {"turn": "{bos}" + exchange, "next": exchange,
@@ -423,7 +424,7 @@ def test_llama_3s_template_and_one_that_strings_cannot_say():
     for source, says in ((COUNTS, "changes earlier replies|otherwise"), ("{% if %}", "."),
                          ("{{ ''.__class__.__mro__ }}", "unsafe"), ("", "left out")):
         with pytest.raises(ValueError, match=says):
-            export.template_from_jinja(source, "<s>", "</s>")
+            formats.template_from_jinja(source, "<s>", "</s>")
 
 def test_chat_settings_come_along(tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -506,7 +507,7 @@ def test_gguf_holds_the_model(tmp_path):
                 if name == "output.weight" and model.args.tied:
                     assert "output.weight" not in tensors
                     continue
-                t = tensors.pop(export.gguf_name(name))
+                t = tensors.pop(formats.gguf_name(name))
                 got = gguf.quants.dequantize(t.data, t.tensor_type).reshape(w.shape)
                 whole = dtype == "float32" or w.ndim == 1 or w.shape[1] % 32
                 assert t.tensor_type == (gguf.GGMLQuantizationType.F32 if whole
@@ -618,20 +619,20 @@ def test_peak_memory_is_about_the_models(tmp_path, source):
                      hidden_dim=2816, max_seq_len=64)
     folder = tmp_path / "in"
     folder.mkdir()
-    half, shapes = torch.bfloat16, export.model_shapes(args)
+    half, shapes = torch.bfloat16, formats.model_shapes(args)
     weights = {name: torch.zeros(shape, dtype=half) for name, shape in shapes.items()}
     size = sum(2 * w.numel() for w in weights.values())
     if source == "hf":
-        (folder / "config.json").write_text(json.dumps(export.hf_config(args, half, 1, [2])))
-        torch_save({export.hf_name(n): w for n, w in weights.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(formats.hf_config(args, half, 1, [2])))
+        torch_save({formats.hf_name(n): w for n, w in weights.items()}, folder / "model.safetensors")
     else:
         torch.save(weights, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(
             {"dim": 1024, "n_layers": 6, "n_heads": 16, "norm_eps": 1e-5}))
     del weights
-    code = ("import re, sys; sys.path.insert(0, sys.argv[1]); import export\n"
+    code = ("import re, sys; sys.path.insert(0, sys.argv[1]); import export, formats\n"
             "import safetensors.torch\n"  # libraries count for nothing, nor what they first load
-            "export.model_shapes(export.ModelArgs(dim=8, n_heads=1, n_layers=1))\n"
+            "formats.model_shapes(export.ModelArgs(dim=8, n_heads=1, n_layers=1))\n"
             "def memory(name):\n"  # not getrusage's, which begins with that of the parent process
             "    status = open('/proc/self/status').read()\n"
             "    return 1024 * int(re.search(name + r':\\s*(\\d+) kB', status)[1])\n"
@@ -721,7 +722,7 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     for name in ("safetensors.torch", "gguf", "transformers"):  # importing costs the time
         pytest.importorskip(name)
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    monkeypatch.setattr(export, "floats", full)
+    monkeypatch.setattr(formats, "floats", full)
     for fmt in ("hf", "gguf"):
         assert "No space left" in run(tmp_path / "x", ckpt, f"--format={fmt}", ok=1).stderr
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "mine"]

@@ -1,0 +1,707 @@
+"""
+The formats of others: Hugging Face (transformers, PEFT), Meta, GGUF. For export.py, which has the
+commands.
+
+Each keeps the same tensors under other names, and Hugging Face the rows of wq and wk in another
+order. A model that comes in is read a part of a tensor at a time, so that it is in memory once; what
+its config asks for that the model here cannot do is refused by name. Libraries write: safetensors,
+gguf, transformers' own file formats; each is needed only for its format.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import re
+import shutil
+import struct
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from model import LLAMA3_SCALING, LORA_LAYERS, ModelArgs, Transformer, rope_frequencies
+from tokenizer import byte_level_blob, read_json
+
+# -----------------------------------------------------------------------------
+# What all formats share
+
+def floats(w):
+    return w.detach().to("cpu", torch.float32).numpy().astype("<f4")
+
+def special_ids(tokenizer, end_ids):
+    """BOS, EOS, and what else ends a text, as ids; llama2.c's 1 and 2 where nobody says."""
+    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (-1, -1)
+    if eos < 0:
+        eos = end_ids[0] if end_ids else 2
+    if bos < 0:
+        bos = eos if tokenizer and tokenizer.bpe else 1
+    return bos, eos, [i for i in end_ids if i not in (0, eos)]
+
+# -----------------------------------------------------------------------------
+# Hugging Face and Meta: names, rows, numbers
+
+HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+HF_LAYER = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+            "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+            "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj"}
+ROTATED = ("attention.wq", "attention.wk")
+
+def hf_name(name):
+    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
+    stem = name.removesuffix(".weight")
+    if stem in HF_NAMES:
+        return f"{HF_NAMES[stem]}.weight"
+    _, layer, matrix = stem.split(".", 2)
+    return f"model.layers.{layer}.{HF_LAYER[matrix]}.weight"
+
+# RoPE turns pairs of a head's E numbers: here, and at Meta's, neighbours (0, 1), (2, 3), ...; at
+# Hugging Face's those that are half a head apart. Their rows of wq and wk are in that order.
+
+def neighbours(w, head_dim):
+    """Rows (H * E, ...) from Hugging Face's order to ours."""
+    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+def halves(w, head_dim):
+    """Rows (H * E, ...) from our order to Hugging Face's."""
+    return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+def need(package):
+    """The module, which is optional. ValueError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise ValueError(f"this needs the {name} library: pip install {name}") from None
+
+def model_shapes(args):
+    """{name: shape} of a model's tensors; of a tied model's two only the embedding."""
+    with torch.device("meta"):
+        shapes = {name: tuple(w.shape) for name, w in Transformer(args).state_dict().items()}
+    if args.tied:
+        del shapes["output.weight"]
+    return shapes
+
+def hf_args(config, path, max_seq_len=None):
+    """
+    ModelArgs from a config.json. ValueError, naming it, for whatever the model here does not do:
+    to leave it out would give a model that runs and is wrong.
+    """
+    def refuse(what):
+        raise ValueError(f"{path}: {what} is not supported")
+    kinds = config.get("architectures") or [config.get("model_type")]
+    if kinds[0] not in ("LlamaForCausalLM", "llama"):
+        refuse(f"the architecture {kinds[0]}")
+    for name in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
+        if config.get(name):
+            refuse(f"{name} {json.dumps(config[name])}")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse(f"hidden_act {config['hidden_act']}")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+        refuse("partial_rotary_factor")
+    theta, scaling = rope.get("rope_theta", config.get("rope_theta", 10000.0)), None
+    try:
+        heads, dim = config["num_attention_heads"], config["hidden_size"]
+        if config.get("head_dim", None) not in (None, dim // heads):
+            refuse(f"head_dim {config['head_dim']}, not hidden_size / num_attention_heads,")
+        if kind == "linear":
+            scaling = {"factor": float(rope["factor"])}
+        elif kind == "llama3":
+            numbers = (rope[n] for n in (*LLAMA3_SCALING[:3], "original_max_position_embeddings"))
+            scaling = dict(zip(LLAMA3_SCALING, numbers))
+        elif kind != "default":
+            refuse(f"the RoPE scaling {kind}")
+        return ModelArgs(
+            dim=dim, n_layers=config["num_hidden_layers"], n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads"), vocab_size=config["vocab_size"],
+            hidden_dim=config["intermediate_size"], norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_seq_len=max_seq_len or config.get("max_position_embeddings", 2048),
+            rope_theta=float(theta), tied=bool(config.get("tie_word_embeddings", False)),
+            rope_scaling=scaling)
+    except KeyError as e:
+        raise ValueError(f"{path} does not say {e.args[0]}") from None
+    except (TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"{path} has a wrong value: {e}") from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+def hf_config(args, dtype, bos, ends):
+    """The config.json of a model; rope_parameters is for transformers 5, the rest for all."""
+    rope, s = {"rope_type": "default"}, args.rope_scaling
+    if s:
+        rope = {"rope_type": "llama3" if len(s) > 1 else "linear", "factor": s["factor"]}
+    if s and len(s) > 1:
+        rope |= {name: s[name] for name in LLAMA3_SCALING[1:3]}
+        rope["original_max_position_embeddings"] = s["original_max_seq_len"]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": args.vocab_size,
+        "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads, "head_dim": args.head_dim, "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len, "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta, "rope_scaling": rope if s else None,
+        "rope_parameters": {**rope, "rope_theta": args.rope_theta},
+        "tie_word_embeddings": args.tied, "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+def meta_args(params, path, shapes, n_shards, max_seq_len=None):
+    """
+    ModelArgs from a params.json and the {name: shape} of the first shard. It does not say how
+    long a context is: 2048, 4096, 8192 or 131072, as Llama 1, 2, 3 and 3.1 have it.
+    """
+    scaled = params.get("use_scaled_rope", False)
+    vocab = params.get("vocab_size", -1)
+    tied = "output.weight" not in shapes
+    try:
+        if vocab < 1:
+            vocab = shapes["tok_embeddings.weight"][0] if tied else \
+                    shapes["output.weight"][0] * n_shards
+        context = 131072 if scaled else 8192 if vocab > 100000 else \
+            4096 if params["norm_eps"] == 1e-5 else 2048
+        # Llama 3.2's small models have another factor, which only Hugging Face's config tells.
+        factor = params.get("rope_scaling_factor", 32.0 if params["dim"] < 4096 else 8.0)
+        return ModelArgs(
+            dim=params["dim"], n_layers=params["n_layers"], n_heads=params["n_heads"],
+            n_kv_heads=params.get("n_kv_heads"), vocab_size=vocab,
+            hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0] * n_shards,
+            norm_eps=params["norm_eps"], max_seq_len=max_seq_len or context, tied=tied,
+            rope_theta=float(params.get("rope_theta", 10000.0)),
+            rope_scaling=dict(zip(LLAMA3_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
+    except KeyError as e:
+        raise ValueError(f"{path}: there is no {e.args[0]}") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+# -----------------------------------------------------------------------------
+# Reading other people's weights, a part of a tensor at a time
+
+PART = 1 << 24  # numbers that are copied at a time
+
+def open_tensors(path):
+    """
+    {name: tensor} of a .safetensors, .bin or .pth file. They are mapped: a part is read when it
+    is used, and forgotten with the dictionary. OSError or ValueError if that cannot be.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        if str(path).endswith(".safetensors"):
+            with need("safetensors").safe_open(path, "pt") as f:
+                return {name: f.get_tensor(name) for name in f.keys()}
+        gc.collect(1)  # it leaves cycles behind, which would keep earlier maps
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # each library has errors of its own
+        if isinstance(e, ValueError) and "pip install" in str(e):
+            raise
+        reason = str(e).strip().split("\n")[0][:120]
+        raise ValueError(f"{path} cannot be read, or is cut short ({reason})") from None
+
+def gather(args, read, dtype=None):
+    """
+    The state dict of a model. read(name, a, b) gives rows a to b of a tensor, b - a being a
+    multiple of the head size or the whole tensor. Beside the result, little is in memory.
+    """
+    weights = {}
+    for name, shape in model_shapes(args).items():
+        out, step = None, max(1, PART // (shape[-1] * args.head_dim)) * args.head_dim
+        for a in range(0, shape[0], step):
+            b = min(a + step, shape[0])
+            part = read(name, a, b)
+            if out is None:
+                out = torch.empty(shape, dtype=dtype or part.dtype)
+            out[a:b] = part
+        weights[name] = out
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    return weights
+
+def check_shapes(args, have, where, rename=lambda name: name):
+    """ValueError unless `have`, {name: shape}, is what a model needs; `rename` gives its names."""
+    need = {rename(name): shape for name, shape in model_shapes(args).items()}
+    missing = [name for name in need if name not in have]
+    spare = [name for name in have if name not in need and not (
+        name.endswith(("inv_freq", "rope.freqs")) or args.tied and name == rename("output.weight"))]
+    if missing:
+        raise ValueError(f"{where} lacks {missing[0]}" + f" and {len(missing) - 1} more tensors"
+                         * (len(missing) > 1))
+    if spare:
+        raise ValueError(f"{where} has {spare[0]}, for which the model has no place")
+    for name, shape in need.items():
+        if tuple(have[name]) != shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(have[name])}, not {shape}")
+
+def hf_files(path):
+    """The folder of a model, and {tensor: file} where an index tells, or the one file."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    names = [os.path.basename(path)] if os.path.isfile(path) else []
+    for name in names or ("model.safetensors.index.json", "model.safetensors",
+                          "pytorch_model.bin.index.json", "pytorch_model.bin"):
+        file = os.path.join(folder, name)
+        if os.path.isfile(file) and name.endswith(".json"):
+            index = read_json(file).get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+                raise ValueError(f"{file} has no weight_map")
+            files = {tensor: os.path.join(folder, part) for tensor, part in index.items()}
+            for part in sorted(set(files.values())):
+                if not os.path.isfile(part):
+                    raise FileNotFoundError(f"{part} is missing, which {file} names")
+            return folder, files
+        if os.path.isfile(file):
+            return folder, file
+    raise FileNotFoundError(f"{path}: there is no model.safetensors and no index of its parts")
+
+def read_hf(path, dtype=None, max_seq_len=None):
+    """A folder or file of Hugging Face's -> (ModelArgs, state dict, the folder)."""
+    folder, files = hf_files(path)
+    config = os.path.join(folder, "config.json")
+    if not os.path.isfile(config):
+        raise FileNotFoundError(f"{config} is missing: it says what the weights are")
+    args = hf_args(read_json(config), config, max_seq_len)
+    parts = [files] if isinstance(files, str) else sorted(set(files.values()))
+    shapes, where = {}, {}
+    for part in parts:
+        for name, tensor in open_tensors(part).items():
+            shapes[name], where[name] = tensor.shape, part
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise ValueError(f"{part}: {name} is {tensor.dtype}: only fp32, bf16 and fp16 can "
+                                 "be read")
+    check_shapes(args, shapes, path, hf_name)
+    def read(name, a, b):
+        theirs = hf_name(name)
+        w = open_tensors(where[theirs])[theirs][a:b]
+        rotated = name.removesuffix(".weight").endswith(ROTATED)
+        return neighbours(w, args.head_dim) if rotated else w
+    return args, gather(args, read, dtype), folder
+
+def read_meta(folder, dtype=None, max_seq_len=None):
+    """A folder of Meta's, whose tensors may be cut into several files -> as read_hf."""
+    path = os.path.join(folder, "params.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: it says what the weights are")
+    files = sorted(os.path.join(folder, f) for f in os.listdir(folder)
+                   if f.startswith("consolidated.") and f.endswith(".pth"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: there is no consolidated.00.pth")
+    for i, file in enumerate(files):
+        if os.path.basename(file) != f"consolidated.{i:02}.pth":
+            raise FileNotFoundError(f"{folder}: consolidated.{i:02}.pth is missing")
+    shards = [{name: tuple(w.shape) for name, w in open_tensors(f).items()} for f in files]
+    args = meta_args(read_json(path), path, shards[0], len(files), max_seq_len)
+    want, whole, cut = model_shapes(args), {}, {}
+    for name in shards[0]:  # norms are in every file, matrices are cut by rows or by columns
+        parts = [shard.get(name) for shard in shards]
+        if None in parts:
+            raise ValueError(f"{files[parts.index(None)]} lacks {name}")
+        whole[name] = parts[0]
+        if len(files) > 1 and len(parts[0]) == 2 and name in want:
+            cut[name] = 0 if parts[0][1] == want[name][1] else 1
+            total = sum(part[cut[name]] for part in parts)
+            whole[name] = (total, parts[0][1]) if cut[name] == 0 else (parts[0][0], total)
+    check_shapes(args, whole, folder)
+    def read(name, a, b):
+        if name not in cut:
+            return open_tensors(files[0])[name][a:b]
+        parts, at = [], 0
+        for file, shard in zip(files, shards):
+            w, rows = open_tensors(file)[name], shard[name][0]
+            parts.append(w[a:b] if cut[name] else w[max(0, a - at):max(0, b - at)])
+            at += rows
+        return torch.cat(parts, cut[name])
+    return args, gather(args, read, dtype), folder
+
+# -----------------------------------------------------------------------------
+# Ways to chat: Hugging Face's are programs (Jinja), ours are strings
+
+def jinja_environment():
+    """As transformers runs chat templates; sandboxed, since they come from strangers."""
+    need("jinja2")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def refuse(message):
+        raise ValueError(message)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.globals["raise_exception"] = refuse
+    return env
+
+def write_dialogue(template, turns, system, bos, eos):
+    """A dialogue by our strings; of turns, (user, reply), the last reply may be None: a prompt."""
+    text = ""
+    for i, (user, reply) in enumerate(turns):
+        form = template["turn"] if i == 0 else template.get("next") or template["turn"]
+        if i == 0 and system:
+            form = template["system"]
+        if reply is None:
+            form, reply = form[:form.index("{reply}")], ""
+        for name, value in (("bos", bos), ("eos", eos), ("system", system or ""), ("user", user),
+                            ("reply", reply)):
+            form = form.replace(f"{{{name}}}", value)
+        text += form
+    return text
+
+def template_from_jinja(source, bos, eos):
+    """
+    Our strings for a Jinja template: it writes dialogues of marked texts, which are cut at the
+    marks. ValueError says why where that cannot be: a dialogue of three exchanges must come out
+    the same both ways, up to spaces around replies, which are the tokenizer's affair here.
+    """
+    try:
+        program = jinja_environment().from_string(source)
+        def render(turns, system=None):
+            messages = [{"role": "system", "content": system}] if system else []
+            for user, reply in turns:
+                messages.append({"role": "user", "content": user})
+                if reply is not None:
+                    messages.append({"role": "assistant", "content": reply})
+            return program.render(messages=messages, bos_token=bos, eos_token=eos, tools=None,
+                                  add_generation_prompt=turns[-1][1] is None)
+        def form(turn, system=None, before=()):
+            start = render(before, system) if before else ""
+            prompt = render([*before, (turn[0], None)], system)
+            whole = render([*before, turn], system)
+            if not (prompt.startswith(start) and whole.startswith(prompt.rstrip())):
+                raise ValueError("it changes earlier replies")
+            prompt, tail = prompt[len(start):], whole.rpartition(turn[1])[2]
+            return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
+        one, two, system = ("USER-1", "REPLY-1"), ("USER-2", "REPLY-2"), "SYSTEM-1"
+        template = {"turn": form(one), "next": form(two, None, [one])}
+        with contextlib.suppress(Exception):  # one that has no place for it may refuse
+            template["system"] = form(one, system)
+        knows_system = system in template.get("system", "")
+        if not knows_system:
+            template["system"] = template["turn"].replace(one[0], f"{system}\n\n{one[0]}")
+        for name, text in template.items():
+            for mark, value in ((eos, "{eos}"), (bos, "{bos}"), (system, "{system}"),
+                                (one[0], "{user}"), (two[0], "{user}")):
+                text = text.replace(mark, value) if mark else text
+            template[name] = text
+            if text.count("{user}") != 1 or text.count("{reply}") != 1:
+                raise ValueError("a text is left out, or written twice")
+        if template["next"] == template["turn"]:
+            template["next"] = ""
+        turns = [("Who are you?", "I am\n\na model."), ("Ünïcödé {x}", "<b>"), ("And?", "No.")]
+        def bare(text):
+            for _, reply in turns:
+                text = text.replace(f" {reply}", reply).replace(f"{reply} ", reply)
+            return text
+        for n, brief in ((1, ""), (3, ""), (3, "Be brief."))[:2 + knows_system]:
+            for last in (turns[n - 1][1], None):
+                said = [*turns[:n - 1], (turns[n - 1][0], last)]
+                ours = write_dialogue(template, said, brief, bos, eos)
+                if bare(render(said, brief)) != bare(ours):
+                    raise ValueError("a longer dialogue comes out otherwise")
+        return template
+    except Exception as e:  # a stranger's program fails as it likes
+        raise ValueError(" ".join(str(e).split())[:200]) from None
+
+def template_to_jinja(template):
+    """The Jinja template that writes what our strings write."""
+    def expression(text):
+        names = {"{bos}": "bos_token", "{eos}": "eos_token", "{system}": "ns.system",
+                 "{user}": "m['content']"}
+        parts = [p for p in re.split(r"(\{(?:bos|eos|system|user)\})", text) if p]
+        return " ~ ".join(names.get(p) or json.dumps(p, ensure_ascii=False) for p in parts) or "''"
+    first = template["turn"]
+    forms = [template.get("system") or first, first, template.get("next") or first]
+    which = ("{%- if ns.n == 0 and ns.system -%}", "{%- elif ns.n == 0 -%}", "{%- else -%}")
+    def cases(side):
+        parts = [f"{test}{{{{- {expression(form.split('{reply}')[side])} -}}}}"
+                 for test, form in zip(which, forms)]
+        return "".join(parts) + "{%- endif -%}"
+    return ("{%- set ns = namespace(system='', n=0) -%}{%- for m in messages -%}"
+            "{%- if m['role'] == 'system' -%}{%- set ns.system = m['content'] -%}"
+            f"{{%- elif m['role'] == 'user' -%}}{cases(0)}"
+            "{%- elif m['role'] == 'assistant' -%}{{- m['content'] -}}"
+            f"{cases(1)}{{%- set ns.n = ns.n + 1 -%}}{{%- endif -%}}{{%- endfor -%}}")
+
+# -----------------------------------------------------------------------------
+# Folders for transformers and PEFT
+
+@contextlib.contextmanager
+def write_folder(path, known):
+    """
+    A folder that is the old one or the whole new one: a temporary one beside it, then renamed.
+    ValueError if the old one holds a file that is none of `known`: it is something else.
+    """
+    path = os.path.abspath(path)
+    if os.path.exists(path):
+        files = os.listdir(path) if os.path.isdir(path) else ["it is no folder"]
+        others = sorted(set(files) - set(known))
+        if others:
+            raise ValueError(f"{path} is something else ({others[0]}): name a new folder")
+    temporary, old = path + ".tmp", path + ".old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+HF_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+def hf_tensors(args, weights, dtype=None):
+    """{Hugging Face's name: tensor} as safetensors writes it."""
+    tensors = {}
+    for name in model_shapes(args):
+        w = weights[name].detach().to("cpu", dtype or weights[name].dtype)
+        if name.removesuffix(".weight").endswith(ROTATED):
+            w = halves(w, args.head_dim)
+        tensors[hf_name(name)] = w.contiguous()
+    return tensors
+
+def piece_type(sp, i):
+    """1 a piece of text, 2 unknown, 3 control, 5 unused, 6 a byte: SentencePiece's numbers."""
+    return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 5 if sp.is_unused(i) else \
+        6 if sp.is_byte(i) else 1
+
+def sentencepiece_json(tokenizer):
+    """
+    A SentencePiece BPE model as a tokenizer.json. There merges have ranks, here pieces have
+    scores: the ways to make a piece of two others follow each other in the order of its score.
+    """
+    sp = tokenizer.sp
+    pieces = {sp.id_to_piece(i): i for i in range(tokenizer.n_words)}
+    text = {piece: i for piece, i in pieces.items() if piece_type(sp, i) == 1}
+    merges = [(-sp.get_score(i), text[piece[:k]], text[piece[k:]], [piece[:k], piece[k:]])
+              for piece, i in text.items() for k in range(1, len(piece))
+              if piece[:k] in text and piece[k:] in text]
+    prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
+    replace = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+               for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))]
+    squeezes = sp.encode(" a  b ") == sp.encode("a b")
+    added = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True}
+             for piece, i in pieces.items() if piece_type(sp, i) in (2, 3)]
+    bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": replace * squeezes + [
+            {"type": "Prepend", "prepend": "\u2581"}] * prefix + [
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [*first, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}} if bos
+            else {}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}] + [
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix},
+        "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()),
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                  "byte_fallback": any(map(sp.is_byte, pieces.values())), "ignore_merges": False,
+                  "vocab": pieces, "merges": [pair for *_, pair in sorted(merges)]}}
+
+def write_hf_tokenizer(folder, tokenizer, template, max_seq_len):
+    """The tokenizer's own files, and a tokenizer_config.json that says how to use them."""
+    beside = os.path.join(os.path.dirname(tokenizer.model_path), "tokenizer_config.json")
+    config = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
+    if tokenizer.sp:
+        shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.model"))
+        write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer))
+        piece = tokenizer.sp.id_to_piece
+        # LlamaTokenizer loads it too, but in transformers 5 treats a leading space in its own way
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True,
+                   "add_bos_token": True, "add_eos_token": False,
+                   "unk_token": piece(tokenizer.sp.unk_id())}
+        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        config |= {key: piece(i) for key, i in names.items() if i >= 0}
+    else:
+        shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.json"))
+        text = {i: text for text, i in tokenizer.special.items()}
+        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
+                   **{key: text[i] for key, i in names.items() if i >= 0}}
+        config = read_json(beside) or config
+    if template and not same_template(config, template):
+        config["chat_template"] = template_to_jinja(template)
+    write_json(os.path.join(folder, "tokenizer_config.json"), config)
+
+def token_text(config, name):
+    """A special token of a tokenizer_config.json, which may be a string or an object; or ""."""
+    value = config.get(name)
+    return (value.get("content") if isinstance(value, dict) else value) or ""
+
+def same_template(config, template):
+    """Whether a tokenizer_config.json has a chat template that writes what ours does."""
+    try:
+        texts = token_text(config, "bos_token"), token_text(config, "eos_token")
+        ours = template_from_jinja(config["chat_template"], *texts)
+    except (KeyError, ValueError):
+        return False
+    return {k: v for k, v in ours.items() if v} == {k: v for k, v in template.items() if v}
+
+def write_hf(path, args, weights, dtype, tokenizer, template, end_ids):
+    """The folder that transformers loads; returns the number types of its weights."""
+    save_file = need("safetensors.torch").save_file
+    tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
+    kinds = sorted({w.dtype for w in tensors.values()}, key=lambda kind: kind.itemsize)
+    bos, eos, ends = special_ids(tokenizer, end_ids)
+    with write_folder(path, HF_FILES) as folder:
+        config = hf_config(args, kinds[-1], bos, [eos, *ends])
+        write_json(os.path.join(folder, "config.json"), config)
+        write_json(os.path.join(folder, "generation_config.json"),
+                   {key: config[key] for key in ("bos_token_id", "eos_token_id")})
+        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        if tokenizer:
+            write_hf_tokenizer(folder, tokenizer, template, args.max_seq_len)
+    return ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+
+def find_adapters(path):
+    """
+    ({"rank", "alpha", "layers"}, {name: lora_a or lora_b}, head size) of a checkpoint of --sft or
+    --ppo with --lora_rank, or of a file of adapters. ValueError if it has none.
+    """
+    checkpoint = open_tensors(path)
+    lora = checkpoint.get("lora") or checkpoint
+    config, adapters = checkpoint.get("config", {}), lora.get("state")
+    if "ppo" in checkpoint:
+        adapters = {k: w for k, w in checkpoint["ppo"]["policy"].items() if ".lora_" in k}
+        lora = {name: config.get(f"lora_{name}") for name in ("rank", "alpha", "layers")}
+    if not adapters or not {"rank", "alpha", "layers"} <= lora.keys():
+        raise ValueError(f"{path} has no LoRA adapters")
+    if "model_args" not in checkpoint:
+        raise ValueError(f"{path} does not say what model it is for: give the checkpoint beside it")
+    return lora, adapters, ModelArgs(**checkpoint["model_args"]).head_dim
+
+def export_peft(args):
+    """The adapters of a checkpoint, without its weights, for peft.PeftModel.from_pretrained."""
+    save_file = need("safetensors.torch").save_file
+    lora, adapters, head_dim = find_adapters(args.checkpoint)
+    tensors = {}
+    for name, w in adapters.items():  # layers.0.attention.wq.lora_a
+        matrix, _, letter = name.rpartition(".lora_")
+        if letter == "b" and matrix.endswith(ROTATED):
+            w = halves(w, head_dim)
+        stem = hf_name(f"{matrix}.weight").removesuffix(".weight")
+        tensors[f"base_model.model.{stem}.lora_{letter.upper()}.weight"] = w.contiguous()
+    targets = [HF_LAYER[LORA_LAYERS[name]].split(".")[1] for name in lora["layers"].split(",")]
+    with write_folder(args.output, ("adapter_config.json", "adapter_model.safetensors")) as folder:
+        write_json(os.path.join(folder, "adapter_config.json"), {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+            "base_model_name_or_path": args.base, "r": lora["rank"], "lora_alpha": lora["alpha"],
+            "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": targets})
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    n = sum(w.numel() for w in tensors.values())
+    print(f"wrote {args.output}: LoRA adapters of rank {lora['rank']} for {lora['layers']}, "
+          f"{n:,} parameters")
+
+# -----------------------------------------------------------------------------
+# GGUF, for llama.cpp
+
+GGUF_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+GGUF_LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+              "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+              "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
+              "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
+
+def gguf_name(name):
+    """layers.0.attention.wq.weight -> blk.0.attn_q.weight; rows stay, it turns neighbours too."""
+    stem = name.removesuffix(".weight")
+    if stem in GGUF_NAMES:
+        return f"{GGUF_NAMES[stem]}.weight"
+    _, layer, matrix = stem.split(".", 2)
+    return f"blk.{layer}.{GGUF_LAYER[matrix]}.weight"
+
+def gguf_tokenizer(writer, tokenizer, end_ids):
+    """Puts the vocabulary into a GGUFWriter."""
+    bos, eos, _ = special_ids(tokenizer, end_ids)
+    if tokenizer.sp:
+        sp, ids = tokenizer.sp, range(tokenizer.n_words)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([sp.id_to_piece(i) for i in ids])
+        writer.add_token_scores([sp.get_score(i) for i in ids])
+        writer.add_token_types([piece_type(sp, i) for i in ids])
+        writer.add_unk_token_id(sp.unk_id())
+        prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
+        writer.add_add_space_prefix(prefix)
+    else:
+        blob = byte_level_blob(tokenizer)  # also checks that it is one of the kinds below
+        pattern, flags = struct.unpack_from("<2I", blob, 4 + 12 * struct.unpack_from("<I", blob)[0])
+        model = tokenizer.json["model"]
+        tokens = ["[unused]"] * tokenizer.n_words
+        for text, i in {**model["vocab"], **tokenizer.special}.items():
+            tokens[i] = text
+        control = set(tokenizer.special.values())
+        writer.add_tokenizer_model("gpt2")
+        kind = "llama-bpe" if pattern == 1 else "smollm" if flags & 2 else "gpt-2"
+        writer.add_tokenizer_pre(kind)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if i in control else 1 for i in range(len(tokens))])
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(eos)
+    writer.add_add_bos_token(True)
+
+def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids):
+    """
+    The model at `path`, tensor by tensor. dtype "q8_0" is int8 by groups of 32 columns, with rows
+    that are no multiple of 32, and norms, in fp32; else "float32".
+    """
+    gguf = need("gguf")
+    types = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("llama")
+    for add, value in (
+            (writer.add_context_length, args.max_seq_len), (writer.add_vocab_size, args.vocab_size),
+            (writer.add_embedding_length, args.dim), (writer.add_block_count, args.n_layers),
+            (writer.add_feed_forward_length, args.ffn_dim), (writer.add_head_count, args.n_heads),
+            (writer.add_head_count_kv, args.n_kv_heads),
+            (writer.add_rope_freq_base, args.rope_theta),
+            (writer.add_rope_dimension_count, args.head_dim),
+            (writer.add_layer_norm_rms_eps, args.norm_eps)):
+        add(value)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if dtype == "q8_0"
+                         else gguf.LlamaFileType.ALL_F32)
+    extra = {}
+    if args.rope_scaling and len(args.rope_scaling) == 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(args.rope_scaling["factor"])
+    elif args.rope_scaling:  # what each frequency is divided by
+        plain = rope_frequencies(replace(args, rope_scaling=None))
+        extra["rope_freqs.weight"] = (plain / rope_frequencies(args)).numpy()
+    if tokenizer:
+        gguf_tokenizer(writer, tokenizer, end_ids)
+    if template:
+        writer.add_chat_template(template_to_jinja(template))
+    def as_type(w):
+        return types.Q8_0 if dtype == "q8_0" and len(w) > 1 and w[-1] % 32 == 0 else types.F32
+    shapes = model_shapes(args)
+    for name, w in extra.items():
+        writer.add_tensor_info(name, w.shape, w.dtype, w.nbytes)
+    for name, shape in shapes.items():
+        kind, n = as_type(shape), int(np.prod(shape))
+        nbytes = n // 32 * 34 if kind == types.Q8_0 else 4 * n
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype("f4"), nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for w in extra.values():
+        writer.write_tensor_data(w)
+    for name, shape in shapes.items():
+        w = floats(weights[name])
+        if as_type(shape) == types.Q8_0:
+            w = gguf.quants.quantize(w, types.Q8_0)
+        writer.write_tensor_data(w)
+    writer.close()
