@@ -75,7 +75,9 @@ $(DEMO)/model.bin: $(DEMO)/aligned
 # From a story teller to an assistant. START: another model to start from, with tok512.model beside it.
 START = $(DEMO)/ckpt.pt
 TASK = data/task
-HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --eval_interval=1000 --log_interval=20
+# A story of 160 words has up to 440 tokens.
+HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --max_gen_len=440 \
+      --eval_interval=1000 --log_interval=20
 
 $(TASK)/sft.jsonl: | $(if $(filter $(START),$(DEMO)/ckpt.pt),$(DEMO)/pretrained,data/tok512.model)
 	$(PY) instruct.py stories

@@ -53,9 +53,10 @@ class Lab:
         texts = [t for t in self.texts for _ in range(n)]
         prompts = [self.template.prompt(self.tokenizer, [(t, None)]) for t in texts]
         random_numbers = torch.Generator().manual_seed(self.args.seed)
-        uniform = torch.rand(len(prompts), 300, generator=random_numbers)
+        room = model.args.max_seq_len - max(map(len, prompts))
+        uniform = torch.rand(len(prompts), room, generator=random_numbers)
         stop = {1, 2, self.template.end(self.tokenizer)}
-        out = generate(model, prompts, 300, stop_ids=stop, uniform=uniform)
+        out = generate(model, prompts, room, stop_ids=stop, uniform=uniform)
         return texts, prompts, out.responses(), out.ended
 
     def gold(self, texts, responses):
@@ -150,7 +151,7 @@ def push(lab, path, iterations):
         f"--reward={path}", f"--value_model={path}", "--device=cpu", "--batch_size=50",
         "--rollouts=200", f"--ppo_iters={iterations}", "--init_kl_coef=0", "--learning_rate=1e-3",
         "--value_learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0", "--decay_lr=False",
-        "--roof_prompts=1", "--roof_samples=1", "--target_kl=1",
+        "--roof_prompts=1", "--roof_samples=1", "--target_kl=1", "--max_gen_len=440",
     ])  # fmt: skip
     train.setup(args)
     stage, *_ = train.start(args, 0, 1)
