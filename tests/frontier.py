@@ -30,8 +30,9 @@ from tinystories import Prompts  # noqa: E402
 from tokenizer import parse_args, run_main, write_atomic  # noqa: E402
 
 PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
-FLAGS = """--ppo --batch_size=50 --rollouts=200 --value_learning_rate=1e-3 --beta2=0.99
-    --weight_decay=0 --averaging=0.95 --eval_interval=1000 --device=cpu""".split()
+FLAGS = """--ppo --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3
+    --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=1000 --report_rollouts=2048
+    --device=cpu""".split()
 
 
 def tilted(scores, beta):
@@ -70,24 +71,24 @@ def reference_scores(a):
 
 def run(a, beta, seed, kind="PPO"):
     """One run of train.py, unless it is there already; its report as a row of the table."""
-    # Without a reference to stay near the steps may be longer, and the length can be met exactly.
-    rate, iters = (3e-4, a.iters) if beta else (5e-4, a.iters * 3 // 2)
+    # Without a reference to stay near the steps may be longer; and a short horizon would end stories
+    # too early, each alike, before the critic knows better.
+    flags = [] if beta else ["--learning_rate=5e-4", "--lam=0.95", "--lam_value=1"]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report = folder / "ppo_report.json"
     if not report.exists():
         command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
-                   f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={iters}",
-                   f"--learning_rate={rate:g}", f"--init_kl_coef={beta:g}",
-                   f"--seed={seed}"]  # fmt: skip
+                   f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={a.iters}",
+                   f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
         if kind != "PPO":
             command += [f"--advantage={kind.lower()}", f"--group_size={a.group_size}"]
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: {iters} iterations, see {folder / 'output.txt'}", flush=True)
+        print(f"{folder}: {a.iters} iterations, see {folder / 'output.txt'}", flush=True)
         with open(folder / "output.txt", "w") as f:
             if subprocess.run(command, stdout=f, stderr=f).returncode:
                 raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
     found = json.loads(report.read_text())
-    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * iters, roof=found["roof"][0],
+    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * a.iters, roof=found["roof"][0],
                start=found["before"]["objective"])  # fmt: skip
     names = ("objective", "reward", "kl", "length_mean", "length_std", "ended", "ref_loss")
     return row | {name: found["after"][name] for name in names}
