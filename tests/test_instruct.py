@@ -369,7 +369,7 @@ def test_gold_by_hand():
         assert not instruct.ends(f"{last} One. Two.", ending)  # not in its last two sentences
         assert not instruct.ends(f"One. Two. {last} Then", ending)  # not finished
     one = "<s>Words: dog, cow. End: happy. Length: short.\n"  # with what a template puts around it
-    assert instruct.gold([one, one], [STORY, ""]) == [0.75, 0]
+    assert instruct.gold([one, one], [STORY, ""]) == [0.875, 0]
     for bad in "Tell me of a dog.", "Words: dog. End: never.", "Words: dog. Length: huge.":
         with pytest.raises(ValueError, match="asks for no story of this task"):
             instruct.gold([bad], [STORY])
@@ -380,7 +380,7 @@ def test_gold_is_a_reward_for_ppo():
 
     reward = ppo.load_reward(f"{instruct.__file__}:gold", 0, T.text)
     prompt, story = ([ord(c) for c in s] for s in ("Words: dog, cow.\n", STORY))
-    assert reward([prompt], [story], None) == [0.75]
+    assert reward([prompt], [story], None) == [0.875]
 
 
 @pytest.fixture(scope="module")
