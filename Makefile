@@ -18,7 +18,8 @@ RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 CHECKPOINT = $(DEMO)/ckpt.pt
 
 RLHF = out/rlhf
-RM = --batch_size=16 --max_iters=200 --learning_rate=2e-3 --warmup_iters=20 --eval_iters=10
+RM = --batch_size=16 --max_iters=1400 --learning_rate=1e-3 --weight_decay=0.1 --warmup_iters=50 \
+     --eval_iters=60
 RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=40 --learning_rate=3e-4 \
            --value_learning_rate=1e-3 --averaging=0.95 --init_kl_coef=0.05 --missing_eos_penalty=1 \
            --roof_samples=16 --report_rollouts=200
@@ -80,7 +81,7 @@ HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --max_gen_len
       --eval_interval=1000 --log_interval=20
 
 $(TASK)/sft.jsonl: | $(if $(filter $(START),$(DEMO)/ckpt.pt),$(DEMO)/pretrained,data/tok512.model)
-	$(PY) instruct.py stories
+	$(PY) instruct.py stories --margin=0.4
 
 $(RLHF)/sft: $(TASK)/sft.jsonl
 	$(PY) train.py --sft --init_from=$(START) $(HOW) --data=$(TASK)/sft.jsonl \
@@ -95,7 +96,8 @@ $(RLHF)/pairs.jsonl: $(RLHF)/sft
 		--margin=0.35 --output=$@
 
 $(RLHF)/rm: $(RLHF)/pairs.jsonl
-	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) --data=$< $(RM)
+	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(RM) \
+		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@
 
 $(RLHF)/ppo: $(RLHF)/rm
