@@ -283,7 +283,7 @@ class Pretraining:
                 with torch.no_grad(), self.context():
                     loss, _, found = self.loss(self.model, batch)
                 total += float(loss) * rows
-                seen += [found] * (rows > 0)
+                seen.append({k: v if rows else v[:0] for k, v in found.items()})
             out[name] = ppo.all_sum(torch.tensor(total, dtype=torch.float64))[0] / n
         out |= self.summary(seen)
         self.model.train()
@@ -584,7 +584,7 @@ class RewardModel(Preferences):
             "rm/val/accuracy": float(right.mean()),
             "rm/val/margin": float(margins.mean()),
             "rm/val/calibration_error": calibration_error(margins),
-            "rm/val/length_correlation": float(both.corrcoef()[0, 1]) if scores.std() else 0.0,
+            "rm/val/length_correlation": float(both.corrcoef()[0, 1]) if both.std(1).all() else 0.0,
         }
 
     def story(self):

@@ -186,6 +186,17 @@ def test_calibration_error():
     assert stages.calibration_error(x) == pytest.approx((0.38 + 0.92) / 2, abs=1e-5)
 
 
+def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
+    """A process without a share of the evaluation has nothing of each number, not no numbers."""
+    stage, _ = stage_of(stages.RewardModel, home, tmp_path, rm=True, batch_size=8)
+    monkeypatch.setattr(stage, "summary", lambda seen: seen[0])
+    stage.world, seen = 2, {}
+    monkeypatch.setattr(type(stage.val), "__len__", lambda self: 5)
+    for stage.rank in (0, 1):
+        seen[stage.rank] = stage.evaluate()
+    assert len(seen[0]["rm/score"]) == 10 and len(seen[1]["rm/score"]) == 0
+
+
 def test_reward_model_learns_and_is_normalised(home, rm):
     accuracy = records(rm, "rm_log.jsonl", "rm/val/accuracy")
     assert accuracy[0] == 0.5 and accuracy[-1] >= 0.9  # all scores are equal at the start
