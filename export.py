@@ -480,6 +480,11 @@ def main(argv=None):
     sources = [args.checkpoint, args.hf, args.meta, args.llama2c]
     if sum(source is not None for source in sources) != 1:
         parser.error("give either --checkpoint, or one of --hf, --meta and --llama2c")
+    wrong = [f"--{name}" for name in ("format", "merge_lora") if getattr(args, name)]
+    if wrong and not args.checkpoint:
+        raise ValueError(f"{wrong[0]} needs --checkpoint: an import writes a .pt")
+    if args.merge_lora and args.format == "peft":
+        raise ValueError("--format=peft writes adapters alone: it has no --merge_lora")
     if args.version != 3 and args.format:
         raise ValueError(f"version {args.version} has one format, --format is for version 3")
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(

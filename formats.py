@@ -195,7 +195,10 @@ def open_tensors(path):
             with need("safetensors").safe_open(path, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
         gc.collect(1)  # it leaves cycles behind, which would keep earlier maps
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(tensors, dict):
+            raise ValueError("it holds no tensors by name")
+        return tensors
     except Exception as e:  # each library has errors of its own
         if isinstance(e, ValueError) and "pip install" in str(e):
             raise

@@ -207,6 +207,8 @@ def test_what_a_user_can_get_wrong(tmp_path):
             (2, "--version", ["--checkpoint", ckpt, "--versoin=2"]),
             (2, "invalid choice", ["--checkpoint", ckpt, "--version=5"]),
             (1, "is for version 3", ["--checkpoint", ckpt, "--version=0", "--format=q8_0"]),
+            (1, "--format needs --checkpoint", ["--llama2c", ckpt, "--format=gguf"]),
+            (1, "--merge_lora needs", ["--hf", tmp_path, "--merge_lora", ckpt]),
             (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
             (1, "broken.pt", ["--checkpoint", tmp_path / "broken.pt"]),
             (1, "nowhere.model", ["--checkpoint", ckpt, "--tokenizer", "nowhere.model"]),
