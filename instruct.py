@@ -548,7 +548,8 @@ def tell(args, prompts, n):
     template = find_template(args.template, checkpoint, tokenizer, "plain")
     ids = [template.prompt(tokenizer, [(p, None)]) for p in prompts for _ in range(n)]
     torch.manual_seed(args.seed)
-    stops = 1, template.end(tokenizer)
+    ends = checkpoint.get("end_ids") or ()
+    stops = {*tokenizer.stop_ids, template.end(tokenizer), *ends}
     room = model.args.max_seq_len - max(map(len, ids))
     out = generate(model, ids, room, args.temperature, stop_ids=stops)
     texts = [tokenizer.decode(r).strip() for r in out.responses()]

@@ -55,7 +55,7 @@ class Lab:
         random_numbers = torch.Generator().manual_seed(self.args.seed)
         room = model.args.max_seq_len - max(map(len, prompts))
         uniform = torch.rand(len(prompts), room, generator=random_numbers)
-        stop = {1, 2, self.template.end(self.tokenizer)}
+        stop = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
         out = generate(model, prompts, room, stop_ids=stop, uniform=uniform)
         return texts, prompts, out.responses(), out.ended
 
@@ -130,12 +130,13 @@ def reward_model(lab, pairs):
         records = (lab.folder / "pairs.jsonl").read_text().splitlines(True)
         random.Random(a.seed).shuffle(records)
         out.mkdir(exist_ok=True)
-        (out / "pairs.jsonl").write_text("".join(records[200:][:pairs]))
+        kept = records[200:][: pairs or None]
+        (out / "pairs.jsonl").write_text("".join(kept))
         (out / "val.jsonl").write_text("".join(records[:200]))
         train.main([
             "--rm", f"--out_dir={out}", f"--init_from={lab.folder}/sft_ckpt.pt", "--device=cpu",
             f"--data={out}/pairs.jsonl", f"--val_data={out}/val.jsonl",
-            "--batch_size=8", f"--max_iters={max(pairs // 2, 30)}", "--eval_interval=1000",
+            "--batch_size=8", f"--max_iters={max(len(kept) // 2, 30)}", "--eval_interval=1000",
             "--learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0.1", "--warmup_iters=10",
             "--eval_iters=20", "--log_interval=50",
         ])  # fmt: skip
