@@ -20,10 +20,10 @@ CHECKPOINT = $(DEMO)/ckpt.pt
 RLHF = out/rlhf
 RM = --batch_size=16 --max_iters=1400 --learning_rate=1e-3 --weight_decay=0.1 --warmup_iters=50 \
      --eval_iters=60
-RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=40 --learning_rate=3e-4 \
+RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=30 --learning_rate=3e-4 \
            --value_learning_rate=1e-3 --averaging=0.95 --init_kl_coef=0.05 --missing_eos_penalty=1 \
            --roof_samples=16 --report_rollouts=200
-DPO = --batch_size=8 --max_iters=150 --learning_rate=3e-4 --warmup_iters=10 --eval_iters=25
+DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --eval_iters=25
 
 .PHONY: demo frontier rlhf test bench run clean
 .DELETE_ON_ERROR:
@@ -107,7 +107,8 @@ $(RLHF)/ppo: $(RLHF)/rm
 	touch $@
 
 $(RLHF)/dpo: $(RLHF)/pairs.jsonl
-	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) --data=$< $(DPO)
+	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(DPO) \
+		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@
 
 # C inference, for this machine. Portable: cc -O3 run.c -o run -lm -pthread
