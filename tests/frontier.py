@@ -88,7 +88,8 @@ def run(a, beta, seed, kind="PPO"):
             if subprocess.run(command, stdout=f, stderr=f).returncode:
                 raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
     found = json.loads(report.read_text())
-    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * a.iters, roof=found["roof"][0],
+    done = len((folder / "ppo_log.jsonl").read_text().splitlines())
+    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * done, roof=found["roof"][0],
                start=found["before"]["objective"])  # fmt: skip
     names = ("objective", "reward", "kl", "length_mean", "length_std", "ended", "ref_loss")
     return row | {name: found["after"][name] for name in names}
