@@ -487,6 +487,9 @@ def main(argv=None):
         raise ValueError("--format=peft writes adapters alone: it has no --merge_lora")
     if args.version != 3 and args.format:
         raise ValueError(f"version {args.version} has one format, --format is for version 3")
+    source = next(source for source in sources if source)
+    if os.path.exists(args.output) and os.path.samefile(args.output, source):
+        raise ValueError(f"{args.output} would overwrite what is read: name another file")
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(
         "hf" if args.hf or args.meta else args.format, ())
     if args.dtype and args.dtype not in allowed:

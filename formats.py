@@ -447,6 +447,8 @@ def write_folder(path, known):
             os.rename(path, old)
         os.rename(temporary, path)
     finally:
+        if os.path.exists(old) and not os.path.exists(path):
+            os.rename(old, path)  # interrupted between the two renames
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -303,8 +303,11 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         link(path, path.with_name(f"{stage.prefix}best.pt"))
     if args.rm:
         return  # it tells nothing
-    with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
-        write_v3(f, stage.model.args, state["model"], "fp32", stage.tokenizer, **args.kept)
+    try:
+        with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
+            write_v3(f, stage.model.args, state["model"], "fp32", stage.tokenizer, **args.kept)
+    except ValueError as e:  # a tokenizer that run.c has not: no reason to stop training
+        print(f"warning: no {stage.prefix}model.bin: {e}", file=sys.stderr)
 
 
 def link(old, new):

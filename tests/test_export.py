@@ -715,10 +715,32 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     (tmp_path / "mine/thesis.txt").write_text("years")
     ckpt = f"--checkpoint={tmp_path}/ckpt.pt"
     assert "something else (thesis.txt)" in run(tmp_path / "mine", ckpt, "--format=hf", ok=1).stderr
-    assert "it is no folder" in run(tmp_path / "ckpt.pt", ckpt, "--format=hf", ok=1).stderr
+    file = tmp_path / "file"
+    file.touch()
+    assert "it is no folder" in run(file, ckpt, "--format=hf", ok=1).stderr
+    file.unlink()
     for flags in (["--format=hf", "--dtype=q8_0"], ["--dtype=float32"],
                   ["--format=gguf", "--dtype=bfloat16"]):
         assert "is not for this format" in run(tmp_path / "x", ckpt, *flags, ok=1).stderr
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    assert "would overwrite what is read" in run(tmp_path / "ckpt.pt", ckpt, ok=1).stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    rename = os.rename
+    def interrupted(old, new):
+        if str(old).endswith(".tmp"):
+            raise KeyboardInterrupt
+        rename(old, new)
+    kept = sorted(os.listdir(tmp_path))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, "rename", interrupted)
+        with formats.write_folder(folder, ["config.json"]):
+            pass
+    assert os.listdir(folder) == ["config.json"]  # the old one is back
+    shutil.rmtree(folder)
+    assert sorted(os.listdir(tmp_path)) == kept
     def full(*_):
         raise OSError(28, "No space left on device", "x")
     for name in ("safetensors.torch", "gguf", "transformers"):  # importing costs the time

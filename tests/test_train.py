@@ -756,3 +756,14 @@ def test_ppo_with_two_processes(data, tmp_path):
     one, two = (read_log(tmp_path / d, "ppo_") for d in ("one", "two"))
     for key in ("ppo/objective", "ppo/loss/policy", "ppo/loss/value", "ppo/kl_ref"):
         np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], atol=1e-4)
+
+
+def test_trains_on_where_run_c_cannot_have_the_model(data, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ValueError("run.c knows no such tokenizer")
+
+    monkeypatch.setattr(train, "write_v3", refuse)
+    train.main(command(data, tmp_path))
+    assert "warning: no model.bin: run.c knows no such tokenizer" in capsys.readouterr().err
+    assert train.load_verified(tmp_path / "ckpt.pt")["iter_num"] > 0
+    assert not list(tmp_path.glob("*.bin*"))
