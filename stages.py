@@ -353,10 +353,12 @@ def stage_template(args, tokenizer):
 
 def instructions(kind, args, split, tokenizer, template, max_len):
     """Samples of the instruction data that the flags name, in one of instruct.py's forms."""
-    path = args.data
+    path, seed = args.data, args.seed
     if args.val_data:
-        path, split = (args.val_data if split == "val" else path), "all"
-    return kind(path, split, tokenizer, template, max_len, args.seed)
+        if split == "val":  # the same whatever the seed of the run
+            path, seed = args.val_data, 0
+        split = "all"
+    return kind(path, split, tokenizer, template, max_len, seed)
 
 
 class Packed:
