@@ -107,6 +107,10 @@ class Template(NamedTuple):
         """The id of the token that ends a reply."""
         return self.sides(tokenizer, self.turn, "")[1][0]
 
+    def stops(self, tokenizer, end_ids=()):
+        """The ids at which a reply ends: `end_ids` are those that a checkpoint adds."""
+        return {*tokenizer.stop_ids, self.end(tokenizer), *end_ids}
+
     def check(self, tokenizer):
         """The template itself; ValueError where it is malformed or the tokenizer does not fit."""
         special = tokenizer.special
@@ -548,8 +552,7 @@ def tell(args, prompts, n):
     template = find_template(args.template, checkpoint, tokenizer, "plain")
     ids = [template.prompt(tokenizer, [(p, None)]) for p in prompts for _ in range(n)]
     torch.manual_seed(args.seed)
-    ends = checkpoint.get("end_ids") or ()
-    stops = {*tokenizer.stop_ids, template.end(tokenizer), *ends}
+    stops = template.stops(tokenizer, checkpoint.get("end_ids") or ())
     room = model.args.max_seq_len - max(map(len, ids))
     out = generate(model, ids, room, args.temperature, stop_ids=stops)
     texts = [tokenizer.decode(r).strip() for r in out.responses()]

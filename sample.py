@@ -141,7 +141,7 @@ def chat(model, tokenizer, template, end_ids, args):
     context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
     if args.system and not template.system:
         raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
-    stops = {*tokenizer.stop_ids, template.end(tokenizer), *end_ids}
+    stops = template.stops(tokenizer, end_ids)
     turns, dropped = [], 0
     while (user := read_line("User: ")) is not None:
         if not user.strip():

@@ -426,7 +426,7 @@ class FineTuning(Pretraining):
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token that is not of the reply
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
         uniform = torch.rand(1, room, generator=torch.Generator().manual_seed(self.args.seed))
-        stops = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
+        stops = self.template.stops(self.tokenizer, self.args.kept.get("end_ids", ()))
         with self.context():
             out = generate(self.model, [prompt], room, 0.7, stop_ids=stops, uniform=uniform)
         text = f"{self.tokenizer.decode(prompt)} >>> {self.tokenizer.decode(out.responses()[0])}"
@@ -529,7 +529,7 @@ class Preferences(Pretraining):
         n = min(self.args.max_gen_len, self.model.args.max_seq_len)
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(self.prompts), n, generator=random)
-        stop = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
+        stop = self.template.stops(self.tokenizer, self.args.kept.get("end_ids", ()))
         with self.context():
             return generate(model, self.prompts, n, stop_ids=stop, uniform=uniform).responses()
 

@@ -55,7 +55,7 @@ class Lab:
         random_numbers = torch.Generator().manual_seed(self.args.seed)
         room = model.args.max_seq_len - max(map(len, prompts))
         uniform = torch.rand(len(prompts), room, generator=random_numbers)
-        stop = {*self.tokenizer.stop_ids, self.template.end(self.tokenizer)}
+        stop = self.template.stops(self.tokenizer, self.checkpoint.get("end_ids") or ())
         out = generate(model, prompts, room, stop_ids=stop, uniform=uniform)
         return texts, prompts, out.responses(), out.ended
 

@@ -349,6 +349,12 @@ sun. It was warm and the birds sang for them. After that, they ran home. Max and
 frog were very happy."""
 
 
+def test_a_reply_ends_where_tokenizer_template_and_checkpoint_say():
+    template = instruct.TEMPLATES["llama2"]
+    assert template.stops(T) == {*T.stop_ids, template.end(T)}
+    assert template.stops(T, [9, 11]) - template.stops(T) == {9, 11}
+
+
 def test_gold_by_hand():
     def parts(prompt, story=STORY):
         return instruct.judge(prompt, story)
