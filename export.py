@@ -37,8 +37,9 @@ import warnings
 import numpy as np
 import torch
 
-from formats import (export_peft, floats, model_shapes, open_tensors, read_hf, read_meta,
-                     special_ids, template_from_jinja, token_text, write_gguf, write_hf)
+from formats import (export_peft, floats, model_shapes, open_tensors, ranks_to_json, read_hf,
+                     read_meta, special_ids, template_from_jinja, token_text, write_gguf, write_hf,
+                     write_json)
 from model import (LLAMA3_SCALING, ModelArgs, checkpoint_args, load_adapters, load_checkpoint,
                    merged_state, model_from_checkpoint, save_checkpoint)
 from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
@@ -385,6 +386,15 @@ def imported_tokenizer(args, folder, vocab_size):
                          "with --tokenizer")
     return None
 
+def meta_ranks(path):
+    """The path of a tokenizer.model that is not SentencePiece's, as with Llama 3; else None."""
+    if path.endswith(".json") or not os.path.isfile(path):
+        return None
+    try:
+        Tokenizer(path)
+    except ValueError:
+        return path
+
 def copy_tokenizer(tokenizer, output, vocab_size, config):
     """The tokenizer's files to beside the checkpoint `output`, as find_tokenizer looks for them."""
     name = f"tok{vocab_size}.model" if tokenizer.sp else "tokenizer.json"
@@ -398,8 +408,8 @@ def copy_tokenizer(tokenizer, output, vocab_size, config):
                 f.write("\n")
         print(f"wrote {beside}")
 
-def import_model(args):
-    """--llama2c, --hf or --meta -> .pt"""
+def import_model(args, scratch):
+    """--llama2c, --hf or --meta -> .pt; `scratch` is a folder for a tokenizer that is converted."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folder = None
     if args.llama2c:
@@ -413,12 +423,20 @@ def import_model(args):
         "iter_num": args.iter_num, "best_val_loss": 1e9,
         "config": {"vocab_source": source, "vocab_size": config.vocab_size}}
     tokenizer, settings, note = None, {}, ""
+    ranks = args.meta and meta_ranks(args.tokenizer or os.path.join(folder, "tokenizer.model"))
+    if ranks:
+        args.tokenizer = os.path.join(scratch, "tokenizer.json")
+        version_31 = config.rope_scaling is not None
+        write_json(args.tokenizer, ranks_to_json(ranks, config.vocab_size, version_31))
     if folder:
         tokenizer = imported_tokenizer(args, folder, config.vocab_size)
         settings = read_json(os.path.join(folder, "tokenizer_config.json"))
         note = chat_settings(checkpoint, folder, settings, tokenizer)
     elif args.tokenizer:
         tokenizer = open_tokenizer(args.tokenizer, config.vocab_size)
+    if ranks:  # Meta's own programs end a text at these as well
+        ends = ("<|eot_id|>", "<|eom_id|>")
+        checkpoint["end_ids"] = [tokenizer.special[t] for t in ends if t in tokenizer.special]
     os.makedirs(folder_of(args.output), exist_ok=True)
     save_checkpoint(args.output, checkpoint)
     print(f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
@@ -464,10 +482,11 @@ def main(argv=None):
                         help="number type with hf and imports; without it that of the source. With "
                         "gguf float32 or, without it, q8_0")
     parser.add_argument("--tokenizer", help="SentencePiece model or tokenizer.json to embed, or to "
-                        "put beside the .pt; without it tok<V>.model or tokenizer.json beside the "
-                        "checkpoint or in data/, or the one that comes with the model")
-    parser.add_argument("--merge_lora", help="adapters (sft_lora.pt) to merge into the checkpoint's "
-                        "weights; then the output may be a .pt as well")
+                        "put beside the .pt (with --meta Llama 3's tokenizer.model too); without "
+                        "it tok<V>.model or tokenizer.json beside the checkpoint or in data/, or "
+                        "the one that comes with the model")
+    parser.add_argument("--merge_lora", help="adapters (sft_lora.pt) to merge into the "
+                        "checkpoint's weights; then the output may be a .pt as well")
     parser.add_argument("--base", default="", help="with peft: the folder or the name of the model "
                         "that the adapters are for")
     parser.add_argument("--hf", help="a folder or .safetensors of Hugging Face's, for a .pt")
@@ -497,7 +516,10 @@ def main(argv=None):
                          + f": choose from {', '.join(allowed)}" * bool(allowed))
     if args.format == "peft":
         return export_peft(args)
-    return export_model(args) if args.checkpoint else import_model(args)
+    if args.checkpoint:
+        return export_model(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        return import_model(args, scratch)
 
 if __name__ == "__main__":
     run_main(main)

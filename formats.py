@@ -3,14 +3,16 @@ The formats of others: Hugging Face (transformers, PEFT), Meta, GGUF. For export
 commands.
 
 Each keeps the same tensors under other names, and Hugging Face the rows of wq and wk in another
-order. A model that comes in is read a part of a tensor at a time, so that it is in memory once; what
-its config asks for that the model here cannot do is refused by name. Libraries write: safetensors,
-gguf, transformers' own file formats; each is needed only for its format.
+order. A model that comes in is read a part of a tensor at a time, so that it is in memory once;
+what its config asks for that the model here cannot do is refused by name. Libraries write:
+safetensors, gguf, transformers' own file formats; each is needed only for its format.
 """
 
+import base64
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from model import LLAMA3_SCALING, LORA_LAYERS, ModelArgs, Transformer, rope_frequencies
-from tokenizer import byte_level_blob, read_json
+from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, read_json
 
 # -----------------------------------------------------------------------------
 # What all formats share
@@ -50,13 +52,16 @@ HF_LAYER = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_lay
             "feed_forward.w3": "mlp.up_proj"}
 ROTATED = ("attention.wq", "attention.wk")
 
-def hf_name(name):
-    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
+def renamed(name, names, layers, in_layer):
+    """layers.0.attention.wq.weight -> `layers`.0.q.weight, `in_layer` saying attention.wq: q"""
     stem = name.removesuffix(".weight")
-    if stem in HF_NAMES:
-        return f"{HF_NAMES[stem]}.weight"
+    if stem in names:
+        return f"{names[stem]}.weight"
     _, layer, matrix = stem.split(".", 2)
-    return f"model.layers.{layer}.{HF_LAYER[matrix]}.weight"
+    return f"{layers}.{layer}.{in_layer[matrix]}.weight"
+
+def hf_name(name):
+    return renamed(name, HF_NAMES, "model.layers", HF_LAYER)
 
 # RoPE turns pairs of a head's E numbers: here, and at Meta's, neighbours (0, 1), (2, 3), ...; at
 # Hugging Face's those that are half a head apart. Their rows of wq and wk are in that order.
@@ -490,32 +495,93 @@ def sentencepiece_json(tokenizer):
     replace = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
                for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))]
     squeezes = sp.encode(" a  b ") == sp.encode("a b")
-    added = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True}
-             for piece, i in pieces.items() if piece_type(sp, i) in (2, 3)]
+    special = {piece: i for piece, i in pieces.items() if piece_type(sp, i) in (2, 3)}
     bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+    normalizer = {"type": "Sequence", "normalizers": replace * squeezes + [
+        {"type": "Prepend", "prepend": "\u2581"}] * prefix + [
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+    decoder = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"}] + [
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix}
+    return tokenizer_json(
+        special, bos, normalizer, None, decoder, unk_token=sp.id_to_piece(sp.unk_id()),
+        fuse_unk=True, byte_fallback=any(map(sp.is_byte, pieces.values())), ignore_merges=False,
+        vocab=pieces, merges=[pair for *_, pair in sorted(merges)])
+
+def tokenizer_json(special, bos, normalizer, pre_tokenizer, decoder, **model):
+    """A tokenizer.json of the BPE `model`, with control tokens {text: id}; bos goes first."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": replace * squeezes + [
-            {"type": "Prepend", "prepend": "\u2581"}] * prefix + [
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
-        "pre_tokenizer": None,
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": text, **flags, "special": True}
+                         for text, i in special.items()],
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
         "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [*first, {"Sequence": {"id": "A", "type_id": 0}},
-                     {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}} if bos
+            "type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b],
+            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}} if bos
             else {}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"}] + [
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix},
-        "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()),
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                  "byte_fallback": any(map(sp.is_byte, pieces.values())), "ignore_merges": False,
-                  "vocab": pieces, "merges": [pair for *_, pair in sorted(merges)]}}
+        "decoder": decoder,
+        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, **model}}
+
+# Llama 3's control tokens by their place; what is not named is reserved. The first ones are in all.
+LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+                9: "eot_id"}
+LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+
+def ranks_to_json(path, vocab_size, version_31):
+    """
+    Llama 3's tokenizer.model, as Meta has it, as a tokenizer.json: it is tiktoken's format, a line
+    a token, base64 and rank. There any two neighbours that make a token merge, the lowest rank
+    first; here merges are named. ValueError if it is no such file, or of another size.
+    """
+    ranks = {}
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise ValueError(f"{path} is no SentencePiece model, and its line {number} is not "
+                                 "a token in base64 and its rank") from None
+    single = all(bytes([b]) in ranks for b in range(256))
+    if not single or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} lacks ranks, or is cut short")
+    if len(ranks) + 256 != vocab_size:
+        raise ValueError(f"{path} has {len(ranks)} tokens and 256 special ones, the model has "
+                         f"{vocab_size}")
+    def parts(token):
+        """What BPE makes of a token's bytes before the token itself: two, where it gets so far."""
+        pieces = [token[i:i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            rank, i = min((ranks.get(a + b, vocab_size), i)
+                          for i, (a, b) in enumerate(zip(pieces, pieces[1:])))
+            if rank == vocab_size:
+                break
+            pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+        return pieces
+    letter = {b: c for c, b in byte_alphabet().items()}
+    def spell(token):
+        return "".join(letter[b] for b in token)
+    tokens = sorted(ranks, key=ranks.get)
+    pairs = [pair for pair in map(parts, tokens) if len(pair) == 2]
+    names = LLAMA3_NAMES | (LLAMA31_NAMES if version_31 else {})
+    spare = (f"reserved_special_token_{i}" for i in itertools.count())
+    special = {f"<|{names.get(i) or next(spare)}|>": len(ranks) + i for i in range(256)}
+    return tokenizer_json(
+        special, "<|begin_of_text|>", None,
+        {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated",
+             "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}]},
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        unk_token=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
+        vocab={spell(token): i for i, token in enumerate(tokens)},
+        merges=[[spell(a), spell(b)] for a, b in pairs])
 
 def write_hf_tokenizer(folder, tokenizer, template, max_seq_len):
     """The tokenizer's own files, and a tokenizer_config.json that says how to use them."""
@@ -620,13 +686,8 @@ GGUF_LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
               "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
               "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
 
-def gguf_name(name):
-    """layers.0.attention.wq.weight -> blk.0.attn_q.weight; rows stay, it turns neighbours too."""
-    stem = name.removesuffix(".weight")
-    if stem in GGUF_NAMES:
-        return f"{GGUF_NAMES[stem]}.weight"
-    _, layer, matrix = stem.split(".", 2)
-    return f"blk.{layer}.{GGUF_LAYER[matrix]}.weight"
+def gguf_name(name):  # rows stay: GGUF too turns neighbours
+    return renamed(name, GGUF_NAMES, "blk", GGUF_LAYER)
 
 def gguf_tokenizer(writer, tokenizer, end_ids):
     """Puts the vocabulary into a GGUFWriter."""

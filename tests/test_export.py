@@ -1,9 +1,13 @@
 """export.py: what is written is what was there, in the layout that run.c documents."""
 
+import base64
 import contextlib
+import inspect
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -583,6 +587,99 @@ def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
         done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
         assert "consolidated.00.pth is missing" in done.stderr
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("c") / "run"
+    done = subprocess.run([os.environ.get("CC", "cc"), "-O2", str(ROOT / "run.c"), "-o", str(path),
+                           "-lm", "-pthread"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return path
+
+def llama3_folder(folder, ranks, **params):
+    """A model as Meta has Llama 3, with tiktoken's tokenizer.model of these tokens, in order."""
+    model = checkpoint(folder / "model.pt", vocab_size=len(ranks) + 256).eval()
+    (folder / "in").mkdir()
+    torch.save({k: w for k, w in model.state_dict().items() if not k.startswith("output")},
+               folder / "in/consolidated.00.pth")
+    (folder / "in/params.json").write_text(json.dumps({
+        "dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5,
+        "vocab_size": len(ranks) + 256, **params}))
+    (folder / "in/tokenizer.model").write_text("".join(
+        f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    return model
+
+ODD = ["Once upon a time, there was a girl.", "안녕", "It's 12345 o'clock!\n\n  SHE'LL do\r\n\t it",
+       "안녕하세요 мир é 你好，世界", "नमस्ते ١٢٣٤ שלום สวัสดี", "   ", "xq" * 70,
+       "👩‍👩‍👧 a\u0301 \x00 <|eot_id|> aaaaaaaaaaaaa", "x = [i**2 for i in range(10)]  # 1e-5"]
+
+@pytest.mark.parametrize("kind", ["trained", "shuffled"])
+def test_metas_llama_3_tokenizer(tmp_path, kind, program):
+    """
+    A tokenizer.model of ranks gives tiktoken's ids, in Python and in C: with ranks as training
+    gives them and, since a rank alone decides there, with ranks in any order.
+    """
+    tiktoken = pytest.importorskip("tiktoken")
+    transformers = pytest.importorskip("transformers")
+    from tiktoken.load import load_tiktoken_bpe
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    vocab = json.loads(make_bpe(tmp_path / "bpe").read_text())["model"]["vocab"]
+    byte = formats.byte_alphabet()
+    ranks = [bytes(byte[c] for c in text) for text in vocab] + ["안녕".encode()]  # in no merge
+    rng = np.random.default_rng(0)
+    if kind == "shuffled":  # nearly all that two letters can spell
+        ranks += [bytes(x) for n in (2, 3, 4, 5) for x in itertools.product(b"xq", repeat=n)]
+        ranks = [ranks[i] for i in rng.permutation(len(ranks))]
+    model = llama3_folder(tmp_path, ranks, use_scaled_rope=kind == "trained", rope_theta=1e4)
+    n = len(ranks)
+    run(tmp_path / "out/ckpt.pt", f"--meta={tmp_path}/in", "--max_seq_len=40")
+    t = Tokenizer(tmp_path / "out/tokenizer.json")
+    pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    loaded = load_tiktoken_bpe(str(tmp_path / "in/tokenizer.model"))
+    oracle = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=loaded, special_tokens={})
+    texts = ODD + ["".join(x) for x in rng.choice(["x", "q"], (100, 30))]
+    for text in texts:
+        ids = t.encode(text, False, False)
+        assert ids == oracle.encode_ordinary(text) and t.decode(ids) == text
+    assert (t.n_words, t.bos_id, t.eos_id) == (n + 256, n, n + 1)
+    names = {"<|start_header_id|>": 6, "<|eot_id|>": 9, "<|reserved_special_token_1|>": 3}
+    names |= {"<|python_tag|>": 10, "<|reserved_special_token_247|>": 255} if kind == "trained" \
+        else {"<|reserved_special_token_4|>": 8, "<|reserved_special_token_250|>": 255}
+    assert {name: t.special[name] - n for name in names} == names and len(t.special) == 256
+    ends = [n + 9, n + 8] if kind == "trained" else [n + 9]
+    assert load_checkpoint(tmp_path / "out/ckpt.pt")["end_ids"] == ends
+    run(tmp_path / "hf", f"--checkpoint={tmp_path}/out/ckpt.pt", "--format=hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode(ODD[1]) == t.encode(ODD[1], True, False)
+
+    model = ours(tmp_path / "out/ckpt.pt")  # C says its loss of these texts: that of tiktoken's ids
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/out/ckpt.pt", "--format=fp32")
+    texts = [text.strip(" \n") for text in texts if text.strip(" \n")]
+    (tmp_path / "text").write_bytes("<|endoftext|>".join(texts).encode())
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "perplexity", "-i", tmp_path / "text",
+                           "-j", "1"], capture_output=True, text=True)
+    ids = torch.tensor([i for text in texts for i in (n, *oracle.encode_ordinary(text))])
+    with torch.no_grad():
+        parts = zip(ids[:-1].split(40), ids[1:].split(40))
+        loss = sum(float(model(x[None], y[None])) * len(x) for x, y in parts) / (len(ids) - 1)
+    told = re.search(r"loss ([\d.]+).* (\d+) tokens in", done.stdout)
+    assert int(told[2]) == len(ids) - 1 and abs(float(told[1]) - loss) < 1e-4
+
+@pytest.mark.parametrize("says, damage", [
+    ("its line 1 is not a token in base64", lambda data: b"\x0a" + data[1:]),
+    ("its line 301 is not a token in base64", lambda data: data[:data.index(b" 300\n") + 1]),
+    ("its line 3 is not a token in base64", lambda data: data.replace(b" 2\n", b" two\n")),
+    ("lacks ranks, or is cut short", lambda data: data[:data.index(b" 299\n") + 5] + b"YXp5 301\n"),
+    ("lacks ranks, or is cut short", lambda data: b"".join(data.splitlines(True)[:200])),
+    ("has 300 tokens and 256 special ones, the model has 560",
+     lambda data: data[:data.index(b" 299\n") + 5])])
+def test_what_can_be_wrong_with_ranks(tmp_path, says, damage):
+    llama3_folder(tmp_path, [bytes([b]) for b in range(256)] + [b"a%02d" % i for i in range(48)])
+    path = tmp_path / "in/tokenizer.model"
+    path.write_bytes(damage(path.read_bytes()))
+    done = run(tmp_path / "out.pt", f"--meta={tmp_path}/in", ok=1)
+    assert says in done.stderr and f"{path}" in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["in", "model.pt"]
+
 def test_version_1_is_llama2cs(tmp_path):
     for tied in (True, False):
         model = checkpoint(tmp_path / "ckpt.pt", tied=tied)
@@ -626,7 +723,8 @@ def test_peak_memory_is_about_the_models(tmp_path, source):
     size = sum(2 * w.numel() for w in weights.values())
     if source == "hf":
         (folder / "config.json").write_text(json.dumps(formats.hf_config(args, half, 1, [2])))
-        torch_save({formats.hf_name(n): w for n, w in weights.items()}, folder / "model.safetensors")
+        torch_save({formats.hf_name(n): w for n, w in weights.items()},
+                   folder / "model.safetensors")
     else:
         torch.save(weights, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(
