@@ -23,6 +23,7 @@ from conftest import DATA, ROOT, make_bpe
 
 import export
 import formats
+import lifted
 from model import (ModelArgs, Transformer, TransformerWithValueHead, add_lora, checkpoint_args,
                    load_checkpoint, model_from_checkpoint, save_checkpoint)
 from tokenizer import Tokenizer, run_main
@@ -705,6 +706,44 @@ def test_version_3_says_how_rope_is_scaled(tmp_path):
         checkpoint(tmp_path / "c.pt", rope_scaling=scaling)
         run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt")
         assert struct.unpack_from("<3fi", (tmp_path / "m.bin").read_bytes(), 112) == want
+
+# -----------------------------------------------------------------------------
+# A trained model in another shape: lifted.py
+
+WIDER = dict(dim=256, n_layers=7, n_heads=16, n_kv_heads=4, vocab_size=600, hidden_dim=512)
+
+def test_a_lifted_model_computes_what_it_was(stories260k_bin):
+    """Other heads, more of them, other norms and RoPE pairs, and still the same logits."""
+    args, weights = export.read_v0(stories260k_bin)
+    weights = {name: w.double() for name, w in weights.items()}
+    source = lifted.Lifted(args, weights, **WIDER)
+    large, small = Transformer(source.args).double().eval(), Transformer(args).double().eval()
+    large.load_state_dict({name: source[name] for name in formats.model_shapes(source.args)})
+    small.load_state_dict(weights)
+    ids = torch.randint(0, 512, (2, 400))
+    with torch.no_grad():
+        got, want = large(ids), small(ids)
+        assert want.std() > 5 and (got[..., :512] - want).abs().max() < 1e-4
+        assert (got[..., 512:] - want[..., lifted.NEVER, None]).abs().max() < 1e-4
+        w = large.get_parameter("layers.1.attention.wv.weight")  # of a layer that adds nothing
+        assert torch.linalg.matrix_rank(w) == 64  # but is full, and passes on what is wrong
+        w += 0.1 * w.std() * torch.randn_like(w)
+        assert (large(ids)[..., :512] - want).abs().max() > 1e-2
+
+def test_int8_of_a_lifted_model(tmp_path, program, monkeypatch, stories260k_bin, real_stories):
+    """Its perplexity in run.c is within 0.5 % of fp32's; with 5 bits it is not."""
+    monkeypatch.setattr(export, "SEARCH_LIMIT", 0)  # as for large matrices
+    def perplexity(fmt, **shape):
+        return lifted.read_by_c(DATA, tmp_path, program, fmt, 12, **shape)[1]
+    exact = perplexity("fp32", **WIDER)
+    assert exact == pytest.approx(perplexity("fp32"), rel=1e-4) and 3 < exact < 4
+    assert perplexity("q8_0", **WIDER) == pytest.approx(exact, rel=0.005)
+    quantize = export.quantize
+    def coarse(w, group, dtype):
+        q, scale = quantize(w, group, dtype)
+        return np.clip(np.rint(q / 8), -15, 15).astype(np.int8) * 8, scale
+    monkeypatch.setattr(export, "quantize", coarse)
+    assert perplexity("q8_0", **WIDER) > 1.005 * exact
 
 # -----------------------------------------------------------------------------
 # Memory and mistakes
