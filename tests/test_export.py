@@ -716,7 +716,7 @@ def test_a_lifted_model_computes_what_it_was(stories260k_bin):
     """Other heads, more of them, other norms and RoPE pairs, and still the same logits."""
     args, weights = export.read_v0(stories260k_bin)
     weights = {name: w.double() for name, w in weights.items()}
-    source = lifted.Lifted(args, weights, **WIDER)
+    source = lifted.Lifted(args, weights, idle=1.0, **WIDER)
     large, small = Transformer(source.args).double().eval(), Transformer(args).double().eval()
     large.load_state_dict({name: source[name] for name in formats.model_shapes(source.args)})
     small.load_state_dict(weights)
