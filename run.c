@@ -37,9 +37,12 @@
 
 #ifndef ISA_LEVEL // ------ all up to the kernels is compiled once
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -47,40 +50,41 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #ifdef _WIN32
+#include <io.h>
 #include <windows.h>
 #else
-#include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
+#define O_BINARY 0
 #endif
 
 // ------------------------------------------------------------------------------------------
 // Errors, memory, time, files
 
-// Formats a message and returns it. Functions that can fail return such a message, or NULL.
-static const char *fail(const char *format, ...) {
-    static char message[512];
-    char text[sizeof message]; // since an argument may be the last message
+// Whatever goes wrong ends here: one line on stderr, exit status 1.
+static _Noreturn void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return memcpy(message, text, sizeof text);
-}
-
-static void die(const char *message) {
     fflush(stdout);
-    fprintf(stderr, "error: %s\n", message);
+    fputs("error: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
     exit(1);
 }
 
-static void *need(void *block) { // for allocations that nothing hostile can enlarge
+static void *need(void *block) {
     if (!block) die("not enough memory");
     return block;
+}
+
+// Zeroed memory, from the beginning of a cache line on. It is for what stays until the program
+// ends, and is never freed. The kernel's fresh pages: what is never touched is never there.
+static void *zeros(int64_t bytes) {
+    uint8_t *p = need(calloc(1, (size_t)bytes + 64));
+    return p + -(uintptr_t)p % 64;
 }
 
 static double seconds(void) {
@@ -91,88 +95,78 @@ static double seconds(void) {
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A zeroed block for tensors, in *raw, which is to be freed; returns its first whole cache line.
-// The kernel's fresh pages: what is never touched is never there.
-static uint8_t *new_block(void **raw, int64_t bytes) {
-    *raw = calloc(1, (size_t)bytes + 64);
-    return *raw ? (uint8_t *)*raw + -(uintptr_t)*raw % 64 : NULL;
-}
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-typedef struct {
-    uint8_t *data;
+typedef struct { // some bytes, mostly of a file
+    const uint8_t *data;
     int64_t size;
-} File;
+} Span;
 
-#ifdef _WIN32 // the whole shim: files are read instead of mapped
-static const char *file_open(File *file, const char *path) {
-    FILE *f = fopen(path, "rb");
-    if (!f) return fail("cannot open %s: %s", path, strerror(errno));
-    _fseeki64(f, 0, SEEK_END);
-    file->size = _ftelli64(f);
-    rewind(f);
-    file->data = _aligned_malloc((size_t)file->size + 1, 64);
-    bool ok = file->data && fread(file->data, 1, (size_t)file->size, f) == (size_t)file->size;
-    fclose(f);
-    return ok ? NULL : fail("cannot read %s", path);
-}
-static void file_close(File *file) { _aligned_free(file->data); }
-static int cores(void) {
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return (int)info.dwNumberOfProcessors;
-}
-static void yield(void) { SwitchToThread(); }
-#else
-static const char *file_open(File *file, const char *path) {
+static Span map_file(const char *path) { // which stays mapped
     struct stat st;
-    const char *error = NULL;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) return fail("cannot open %s: %s", path, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) error = fail("%s is not a regular file", path);
-    else if (st.st_size == 0) error = fail("%s is empty", path);
-    else {
-        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (p == MAP_FAILED) error = fail("cannot map %s: %s", path, strerror(errno));
-        else *file = (File){p, st.st_size};
-#ifdef MADV_HUGEPAGE // what is read from the disk now comes in pages of 2 MB, for later runs too
-        if (!error) madvise(p, (size_t)st.st_size, MADV_HUGEPAGE);
+    int fd = open(path, O_RDONLY | O_BINARY);
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
+    if (st.st_size == 0) die("%s is empty", path);
+#ifdef _WIN32
+    HANDLE map = CreateFileMapping((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    void *p = map ? MapViewOfFile(map, FILE_MAP_READ, 0, 0, 0) : NULL;
+    if (!p) die("cannot map %s", path);
+#else
+    void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (p == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
 #endif
-    }
+#ifdef MADV_HUGEPAGE // what is read from the disk now comes in pages of 2 MB, for later runs too
+    madvise(p, (size_t)st.st_size, MADV_HUGEPAGE);
+#endif
     close(fd);
-    return error;
+    return (Span){p, st.st_size};
 }
-static void file_close(File *file) {
-    if (file->data) munmap(file->data, (size_t)file->size);
+
+// Cuts the first bytes off a span; NULL if there are not so many.
+static const uint8_t *cut(Span *from, uint64_t bytes) {
+    const uint8_t *p = from->data;
+    if (bytes > (uint64_t)from->size) return NULL;
+    from->data += bytes, from->size -= (int64_t)bytes;
+    return p;
 }
+
+static bool starts(Span s, const char *with) {
+    size_t n = strlen(with);
+    return (uint64_t)s.size >= n && !memcmp(s.data, with, n);
+}
+
+static uint32_t read_u32(const uint8_t *p) { // at any address, as the next
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static float read_f32(const uint8_t *p) {
+    float v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
 static int cores(void) { // those that this process may use
 #ifdef __linux__
     cpu_set_t set;
     if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
 #endif
+#ifdef _WIN32
+    return pthread_num_processors_np();
+#else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n > 0 ? (int)n : 1;
-}
-static void yield(void) { sched_yield(); }
 #endif
+}
 
 // ------------------------------------------------------------------------------------------
 // The model file
 //
-// Version 3, little-endian. A header of 256 bytes:
-//      0 u32 magic "ak42" = 0x616b3432     28 i32 vocab_size (V)     56 f32 rope_theta
-//      4 u32 version 3                     32 i32 max_seq_len        60 f32 norm_eps
-//      8 i32 dim (D)                       36 i32 1 q8_0, 0 fp32     64 u64 tokenizer offset
-//     12 i32 hidden_dim (F)                40 i32 group size (G)     72 u64 tokenizer bytes
-//     16 i32 n_layers                      44 i32 tied               80 u64 file size
-//     20 i32 n_heads (H)                   48 i32 bos id             88 u32 1: squeeze spaces
-//     24 i32 n_kv_heads (K)                52 i32 eos id             92 u32 tokenizer kind
-//     96 u64 template offset              104 u64 template bytes
-//    112 f32 rope factor (0: none), 116 f32 low and 120 f32 high frequency factor, 124 i32 original
-//        context: the frequencies of RoPE are divided by the factor; with low and high (Llama 3)
-//        only where their wavelength is long, against the original context
-//    128 i32[4] more ids at which generation ends (0: none); the rest zero
-// then the tensors, each at the next multiple of 64 bytes, the tokenizer and the chat template, of
-// 0 bytes if there is none, each described where it is read:
+// Version 3, little-endian: the header, which is Config; then the tensors, each at the next
+// multiple of 64 bytes; the tokenizer and the chat template, of 0 bytes if there is none, each
+// described where it is read. The tensors:
 //     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H+2K)E, D), wo (D, D),
 //     ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
 // Norms are fp32. A matrix of (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
@@ -185,30 +179,44 @@ static void yield(void) { sched_yield(); }
 
 #define MAGIC 0x616b3432
 #define HEADER 256
+#define MAX_VOCAB (1 << 22)
 #define TILE 16 // rows of a matrix that are interleaved
 #define AHEAD 8192 // bytes: prefetch across pages, at whose ends the processor's own stops
 
 enum { FP32 = 0, Q8_0 = 1 };
 
-typedef struct {
-    int dim;        // D
-    int hidden_dim; // F
-    int n_layers;
-    int n_heads;    // H query heads
-    int n_kv_heads; // K key and value heads; H / K query heads share one
-    int vocab_size; // V
-    int seq_len;    // the context: positions that the model was trained for
-    int format;     // FP32 or Q8_0
-    int group;      // G
-    int tied;       // the classifier is the token embedding
-    int bos, eos;
-    int ends[4];    // more ids that end a text; 0: none
-    float rope_theta, norm_eps;
-    float rope_factor, rope_low, rope_high; // scaling of RoPE's frequencies, 0: none
-    int rope_context;                       // that Llama 3's scaling starts from
-    int head_dim;   // E = D / H
-    int kv_dim;     // K * E
+typedef struct {        // the number is where it is in the file
+    uint32_t magic;     //  0
+    int32_t version;    //  4
+    int32_t dim;        //  8 D
+    int32_t hidden_dim; // 12 F
+    int32_t n_layers;   // 16
+    int32_t n_heads;    // 20 H query heads
+    int32_t n_kv_heads; // 24 K key and value heads; H / K query heads share one
+    int32_t vocab_size; // 28 V
+    int32_t seq_len;    // 32 the context: positions that the model was trained for
+    int32_t format;     // 36 FP32 or Q8_0
+    int32_t group;      // 40 G
+    int32_t tied;       // 44 the classifier is the token embedding
+    int32_t bos, eos;   // 48
+    float rope_theta;   // 56
+    float norm_eps;     // 60
+    uint64_t tokenizer_at, tokenizer_bytes; // 64
+    uint64_t file_bytes;                    // 80
+    int32_t squeeze;    // 88 1: the vocabulary wants no outer spaces and no runs of them
+    int32_t kind;       // 92 of tokenizer
+    uint64_t chat_at, chat_bytes; // 96
+    // The frequencies of RoPE are divided by the factor (0: they are not); with low and high
+    // (Llama 3) only where their wavelength is long, against the original context.
+    float rope_factor, rope_low, rope_high; // 112
+    int32_t rope_context;                   // 124
+    int32_t ends[4];    // 128 more ids at which generation ends, 0: none
+    int32_t head_dim;   // 144 E = D / H; zero in the file, as the rest
+    int32_t kv_dim;     // 148 K * E
+    int32_t zero[26];
 } Config;
+
+_Static_assert(sizeof(Config) == HEADER, "the file's header");
 
 typedef struct {
     uint8_t *q;    // q8_0: (tiles, cols / 4, 16, 4) weight / scale + 128
@@ -227,101 +235,23 @@ typedef struct {
     Matrix w2;       // (D, F)
 } Layer;
 
-typedef struct { // some bytes of a file
-    const uint8_t *data;
-    int64_t size;
-} Span;
-
 typedef struct {
     Config c;
-    Matrix embed;  // (V, D)
-    Layer *layers; // (n_layers,)
-    float *norm;   // (D,)
-    Matrix output; // (V, D); the embedding again if tied
-    int64_t bytes; // read for one token
-    Span tokenizer;          // empty: none
-    Span chat[3];            // the template, see render
-    int version, squeeze, kind;
-    File file;
-    void *packed; // the repacked weights of versions 0 and 2
+    Matrix embed;   // (V, D)
+    Layer *layers;  // (n_layers,)
+    float *norm;    // (D,)
+    Matrix output;  // (V, D); the embedding again if tied
+    int64_t bytes;  // read for one token
+    Span tokenizer; // empty: none
+    Span chat[3];   // the template, see render
+    const char *path;
 } Model;
 
-static int64_t place_floats(float **p, uint8_t *base, int64_t at, int n) {
-    at = round_up(at, 64);
-    if (base) *p = (float *)(void *)(base + at);
-    return at + 4 * (int64_t)n;
-}
-
-static int64_t place_matrix(Matrix *m, const Config *c, uint8_t *base, int64_t at, int64_t rows,
-                            int cols) {
-    at = round_up(at, 64);
-    *m = (Matrix){.tiles = round_up(rows, TILE) / TILE,
-                  .cols = c->format == FP32 ? cols : round_up(cols, c->group)};
-    int64_t cells = m->tiles * TILE * m->cols;
-    if (c->format == FP32) {
-        if (base) m->f = (float *)(void *)(base + at);
-        return at + 4 * cells;
-    }
-    int64_t scales = round_up(at + cells, 64);
-    if (base) m->q = base + at, m->s = (uint16_t *)(void *)(base + scales);
-    return scales + 2 * (cells / c->group);
-}
-
-// Walks over all tensors in file order, the first at byte `at`, and returns where they end. With
-// a base it also points the model at them. Within the limits of check_config nothing overflows.
-static int64_t place_tensors(Model *m, uint8_t *base, int64_t at) {
-    const Config *c = &m->c;
-    Layer scratch, *l = &scratch;
-    int64_t start = at;
-    at = place_matrix(&m->embed, c, base, at, c->vocab_size, c->dim);
-    if (!c->tied) start = at; // then a token reads only one row of it
-    for (int i = 0; i < c->n_layers; i++) {
-        if (base) l = &m->layers[i];
-        at = place_floats(&l->att_norm, base, at, c->dim);
-        at = place_matrix(&l->wqkv, c, base, at, c->dim + 2 * c->kv_dim, c->dim);
-        at = place_matrix(&l->wo, c, base, at, c->dim, c->dim);
-        at = place_floats(&l->ffn_norm, base, at, c->dim);
-        at = place_matrix(&l->w13, c, base, at, 2 * round_up(c->hidden_dim, TILE), c->dim);
-        at = place_matrix(&l->w2, c, base, at, c->dim, c->hidden_dim);
-    }
-    at = place_floats(&m->norm, base, at, c->dim);
-    if (c->tied) m->output = m->embed;
-    else at = place_matrix(&m->output, c, base, at, c->vocab_size, c->dim);
-    m->bytes = at - start;
-    return at;
-}
-
-// Numbers at any address.
-#define READER(name, type) \
-    static type name(const uint8_t *p) { \
-        type v; \
-        memcpy(&v, p, sizeof v); \
-        return v; \
-    }
-READER(read_i32, int32_t)
-READER(read_u32, uint32_t)
-READER(read_f32, float)
-READER(read_u64, uint64_t)
-
-// Cuts the first bytes off a span; NULL if there are not so many.
-static const uint8_t *cut(Span *from, uint64_t bytes) {
-    const uint8_t *p = from->data;
-    if (bytes > (uint64_t)from->size) return NULL;
-    from->data += bytes, from->size -= (int64_t)bytes;
-    return p;
-}
-
-// Cuts off a text, its length in front.
-static bool cut_text(Span *from, Span *text) {
-    const uint8_t *size = cut(from, 4);
-    text->size = size ? read_u32(size) : 0;
-    text->data = size ? cut(from, read_u32(size)) : NULL;
-    return text->data;
-}
-
 // Every number that the forward pass depends on; derives head_dim and kv_dim.
-static const char *check_config(Config *c, const char *path) {
-    int last = c->vocab_size > 0 ? c->vocab_size - 1 : 0;
+static void check_config(Model *m) {
+    Config *c = &m->c;
+    const int last = c->vocab_size > 0 ? c->vocab_size - 1 : 0;
+    const float low = c->rope_low, high = c->rope_high;
     const struct {
         const char *name;
         int value, min, max;
@@ -330,36 +260,74 @@ static const char *check_config(Config *c, const char *path) {
                   {"n_layers", c->n_layers, 1, 1 << 10},
                   {"n_heads", c->n_heads, 1, 1 << 14},
                   {"n_kv_heads", c->n_kv_heads, 1, 1 << 14},
-                  {"vocab_size", c->vocab_size, 1, 1 << 22},
+                  {"vocab_size", c->vocab_size, 1, MAX_VOCAB},
                   {"max_seq_len", c->seq_len, 1, 1 << 22},
                   {"format", c->format, FP32, Q8_0},
                   {"group size", c->group, 4, 256}, // above it 32 bits are too few for a sum
                   {"tied", c->tied, 0, 1},
+                  {"tokenizer kind", c->kind, 0, 1},
                   {"BOS id", c->bos, 0, last},
                   {"EOS id", c->eos, 0, last},
+                  {"end id 1", c->ends[0], 0, last},
+                  {"end id 2", c->ends[1], 0, last},
+                  {"end id 3", c->ends[2], 0, last},
+                  {"end id 4", c->ends[3], 0, last},
                   {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
-            return fail("%s: %s is %d, should be %d to %d", path, limits[i].name,
-                        limits[i].value, limits[i].min, limits[i].max);
-    for (int i = 0; i < 4; i++)
-        if (c->ends[i] < 0 || c->ends[i] > last) return fail("%s: end id %d", path, c->ends[i]);
+            die("%s: %s is %d, should be %d to %d", m->path, limits[i].name, limits[i].value,
+                limits[i].min, limits[i].max);
     if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
-        return fail("%s: dim %d is not %d heads of even size", path, c->dim, c->n_heads);
+        die("%s: dim %d is not %d heads of even size", m->path, c->dim, c->n_heads);
     if (c->n_heads % c->n_kv_heads)
-        return fail("%s: %d heads cannot share %d key heads", path, c->n_heads, c->n_kv_heads);
-    if (c->group % 4) return fail("%s: group size %d is no multiple of 4", path, c->group);
+        die("%s: %d heads cannot share %d key heads", m->path, c->n_heads, c->n_kv_heads);
+    if (c->group % 4) die("%s: group size %d is no multiple of 4", m->path, c->group);
     if (!(c->rope_theta > 0 && c->rope_theta < 1e30f) || !(c->norm_eps >= 0 && c->norm_eps < 1))
-        return fail("%s: rope_theta %g or norm_eps %g is absurd", path, c->rope_theta,
-                    c->norm_eps);
-    float low = c->rope_low, high = c->rope_high;
+        die("%s: rope_theta %g or norm_eps %g is absurd", m->path, c->rope_theta, c->norm_eps);
     if (!(c->rope_factor >= 0 && c->rope_factor < 1e9f)
         || !((low == 0 && high == 0) || (low > 0 && high > low && high < 1e9f && c->rope_context)))
-        return fail("%s: rope factor %g, from %g to %g of a context of %d, is absurd", path,
-                    c->rope_factor, low, high, c->rope_context);
+        die("%s: rope factor %g, from %g to %g of a context of %d, is absurd", m->path,
+            c->rope_factor, low, high, c->rope_context);
     c->head_dim = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_dim;
-    return NULL;
+}
+
+// The next tensor of a file of version 3, or, where there is no such file, memory for it.
+static void *tensor(Model *m, Span *in, int64_t bytes) {
+    const uint8_t *p = NULL;
+    m->bytes += bytes;
+    if (!in) return zeros(bytes);
+    if (cut(in, -(uintptr_t)in->data % 64)) p = cut(in, (uint64_t)bytes);
+    if (!p) die("%s: the tensors do not fit into it", m->path);
+    return (void *)p;
+}
+
+static void open_matrix(Model *m, Matrix *w, Span *in, int64_t rows, int cols) {
+    const bool fp32 = m->c.format == FP32;
+    *w = (Matrix){.tiles = round_up(rows, TILE) / TILE,
+                  .cols = fp32 ? cols : round_up(cols, m->c.group)};
+    int64_t cells = w->tiles * TILE * w->cols;
+    if (fp32) w->f = tensor(m, in, 4 * cells);
+    else w->q = tensor(m, in, cells), w->s = tensor(m, in, 2 * (cells / m->c.group));
+}
+
+// All tensors, in the file's order. Within the limits of check_config nothing overflows.
+static void open_tensors(Model *m, Span *in) {
+    const Config *c = &m->c;
+    m->layers = zeros(c->n_layers * (int64_t)sizeof *m->layers);
+    open_matrix(m, &m->embed, in, c->vocab_size, c->dim);
+    if (!c->tied) m->bytes = 0; // then a token reads only one row of it
+    for (Layer *l = m->layers; l < m->layers + c->n_layers; l++) {
+        l->att_norm = tensor(m, in, 4 * c->dim);
+        open_matrix(m, &l->wqkv, in, c->dim + 2 * c->kv_dim, c->dim);
+        open_matrix(m, &l->wo, in, c->dim, c->dim);
+        l->ffn_norm = tensor(m, in, 4 * c->dim);
+        open_matrix(m, &l->w13, in, 2 * round_up(c->hidden_dim, TILE), c->dim);
+        open_matrix(m, &l->w2, in, c->dim, c->hidden_dim);
+    }
+    m->norm = tensor(m, in, 4 * c->dim);
+    if (c->tied) m->output = m->embed;
+    else open_matrix(m, &m->output, in, c->vocab_size, c->dim);
 }
 
 // fp32 -> fp16 bits, to nearest even, clamped to the largest finite. The multiplication moves
@@ -405,206 +373,148 @@ static void pack_row(const Config *c, Matrix *m, int64_t row, const float *value
     }
 }
 
-// Where versions 0 and 2 are read from: a tensor is a run of floats, or of int8 followed by one
-// float scale for every `group` of them, counted over the flattened tensor.
-typedef struct {
-    const uint8_t *data; // NULL: only to see where it ends
-    int64_t at;
-    int version, group;
-    bool whole;          // so far every tensor was a whole number of groups
-    float *row, *scales; // one dequantized row, and its scales
-} Source;
-
-static void unpack_floats(float *out, Source *src, int64_t n) {
-    if (src->data) memcpy(out, src->data + src->at, 4 * (size_t)n);
-    src->at += 4 * n;
+static void embed_row(float *x, const Matrix *w, int token, int D, int G) { // x (D,)
+    int64_t tile = token / TILE, lane = token % TILE, cols = w->cols;
+    for (int64_t i = 0; i < D; i++)
+        x[i] = w->f ? w->f[(tile * cols + i) * TILE + lane]
+                    : (float)(w->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] - 128)
+                          * from_half(w->s[(tile * (cols / G) + i / G) * TILE + lane]);
 }
 
-// Packs the next tensor of the source, of (rows, cols), into m; row r of it goes to at + r, or,
-// with stride 2, into every second tile.
-static void unpack_matrix(const Config *c, Matrix *m, Source *src, int rows, int cols, int at,
-                          int stride) {
-    const uint8_t *p = src->data ? src->data + src->at : NULL;
-    int64_t total = (int64_t)rows * cols;
-    bool q8 = src->version == 2, same = q8 && src->group == c->group;
-    for (int64_t r = 0; r < rows && src->data; r++) {
+// Packs a tensor of version 0 or 2, of (rows, cols), into m; row r of it goes to at + r, or, with
+// stride 2, into every second tile. Version 0 has floats; version 2 int8, and after them a float
+// scale for every `group` of them, counted over the flattened tensor. Returns where it ends.
+static const uint8_t *unpack(const Config *c, Matrix *m, const uint8_t *p, int group, int rows,
+                             int cols, int at, int stride) {
+    const int64_t total = (int64_t)rows * cols;
+    float *row = need(malloc(2 * sizeof *row * (size_t)cols)), *scales = row + cols;
+    for (int64_t r = 0; r < rows; r++) {
         for (int64_t i = 0, k = r * cols; i < cols; i++, k++) {
-            float scale = q8 ? read_f32(p + total + 4 * (k / src->group)) : 1;
-            src->scales[i / c->group] = scale;
-            src->row[i] = q8 ? (float)(int8_t)p[k] * scale : read_f32(p + 4 * k);
+            float scale = c->version == 2 ? read_f32(p + total + 4 * (k / group)) : 1;
+            scales[i / c->group] = scale;
+            row[i] = c->version == 2 ? (float)(int8_t)p[k] * scale : read_f32(p + 4 * k);
         }
-        pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, src->row, cols,
-                 same ? src->scales : NULL);
+        pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, row, cols,
+                 c->version == 2 && group == c->group ? scales : NULL);
     }
-    src->at += q8 ? total + 4 * (total / src->group) : 4 * total;
-    src->whole = src->whole && (!q8 || total % src->group == 0);
+    free(row);
+    return p + (c->version == 2 ? total + 4 * (total / group) : 4 * total);
 }
 
 // Repacks a file of version 0 or 2. Both keep each kind of tensor together for all layers; the
 // letters say in which order: Embedding, attention norms, q, k, v, o, ffn norms, 1, 2, 3, the last
 // norm, version 0's unused RoPE tables, Classifier.
-static void unpack(Model *m, Source *src) {
-    const Config *c = &m->c;
-    int D = c->dim, F = c->hidden_dim, kv = c->kv_dim, V = c->vocab_size;
-    for (const char *kind = src->version == 0 ? "Eaqkvof123nrC" : "afnEqkvo123C"; *kind; kind++)
-        for (int i = 0; i < (strchr("EnrC", *kind) ? 1 : c->n_layers); i++) {
+static void open_old(Model *m, Span in) {
+    Config *c = &m->c;
+    const bool q8 = c->version == 2;
+    const uint8_t *p = in.data + (q8 ? HEADER : 28);
+    const int group = q8 ? (int)read_u32(in.data + 37) : 32;
+    memcpy(&c->dim, in.data + (q8 ? 8 : 0), 28); // up to seq_len they are the same
+    c->tied = q8 ? in.data[36] != 0 : c->vocab_size > 0; // llama2.c marks a classifier of its own
+    if (!q8 && !c->tied) c->vocab_size = (int)-(unsigned)c->vocab_size; // by a negative V
+    // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
+    // was meant, and quantized again by 32.
+    if (group < 1) die("%s: group size %d", m->path, group);
+    bool fits = group % 4 == 0 && group <= 256 && c->dim % group == 0 && c->hidden_dim % group == 0;
+    c->format = q8 ? Q8_0 : FP32, c->group = fits ? group : 32;
+    c->bos = 1, c->eos = 2, c->rope_theta = 10000, c->norm_eps = 1e-5f;
+    check_config(m);
+    const int D = c->dim, F = c->hidden_dim, kv = c->kv_dim, V = c->vocab_size, L = c->n_layers;
+    const int64_t tables = (int64_t)c->seq_len * c->head_dim, sizes[] = {V, D, kv, F};
+    const int64_t times[] = {2 - c->tied, 2 * L, 2 * L, 3 * L};
+    int64_t bytes = (q8 ? HEADER : 28 + 4 * tables) + 4 * (2 * (int64_t)L + 1) * D;
+    for (int i = 0; i < 4; i++) { // the matrices, each of a size times D
+        int64_t n = sizes[i] * D;
+        if (q8 && n % group) die("%s: group size %d divides no tensor", m->path, group);
+        bytes += times[i] * (q8 ? n + n / group * 4 : 4 * n);
+    }
+    if (bytes != in.size)
+        die("%s: %lld bytes long, its header says %lld", m->path, (long long)in.size,
+            (long long)bytes);
+    open_tensors(m, NULL);
+    for (const char *kind = q8 ? "afnEqkvo123C" : "Eaqkvof123nrC"; *kind; kind++)
+        for (int i = 0; i < (strchr("EnrC", *kind) ? 1 : L); i++) {
             Layer *l = &m->layers[i];
-            if (*kind == 'E') unpack_matrix(c, &m->embed, src, V, D, 0, 1);
-            if (*kind == 'a') unpack_floats(l->att_norm, src, D);
-            if (*kind == 'q') unpack_matrix(c, &l->wqkv, src, D, D, 0, 1);
-            if (*kind == 'k') unpack_matrix(c, &l->wqkv, src, kv, D, D, 1);
-            if (*kind == 'v') unpack_matrix(c, &l->wqkv, src, kv, D, D + kv, 1);
-            if (*kind == 'o') unpack_matrix(c, &l->wo, src, D, D, 0, 1);
-            if (*kind == 'f') unpack_floats(l->ffn_norm, src, D);
-            if (*kind == '1') unpack_matrix(c, &l->w13, src, F, D, 0, 2);
-            if (*kind == '2') unpack_matrix(c, &l->w2, src, D, F, 0, 1);
-            if (*kind == '3') unpack_matrix(c, &l->w13, src, F, D, TILE, 2);
-            if (*kind == 'n') unpack_floats(m->norm, src, D);
-            if (*kind == 'r') src->at += 4 * (int64_t)c->seq_len * c->head_dim;
-            if (*kind == 'C' && !c->tied) unpack_matrix(c, &m->output, src, V, D, 0, 1);
+            float *norm = *kind == 'a' ? l->att_norm : *kind == 'f' ? l->ffn_norm : m->norm;
+            if (strchr("afn", *kind)) memcpy(norm, p, 4 * (size_t)D), p += 4 * D;
+            if (*kind == 'E') p = unpack(c, &m->embed, p, group, V, D, 0, 1);
+            if (*kind == 'q') p = unpack(c, &l->wqkv, p, group, D, D, 0, 1);
+            if (*kind == 'k') p = unpack(c, &l->wqkv, p, group, kv, D, D, 1);
+            if (*kind == 'v') p = unpack(c, &l->wqkv, p, group, kv, D, D + kv, 1);
+            if (*kind == 'o') p = unpack(c, &l->wo, p, group, D, D, 0, 1);
+            if (*kind == '1') p = unpack(c, &l->w13, p, group, F, D, 0, 2);
+            if (*kind == '2') p = unpack(c, &l->w2, p, group, D, F, 0, 1);
+            if (*kind == '3') p = unpack(c, &l->w13, p, group, F, D, TILE, 2);
+            if (*kind == 'r') p += 4 * tables;
+            if (*kind == 'C' && !c->tied) p = unpack(c, &m->output, p, group, V, D, 0, 1);
         }
 }
 
-static const char *open_old(Model *m, const char *path) {
+static bool cut_span(Span *from, Span *part, uint64_t bytes) {
+    *part = (Span){cut(from, bytes), (int64_t)bytes};
+    return part->data;
+}
+
+static bool cut_text(Span *from, Span *text) { // its length is in front
+    const uint8_t *size = cut(from, 4);
+    return size && cut_span(from, text, read_u32(size));
+}
+
+static void open_v3(Model *m, Span in) {
     Config *c = &m->c;
-    const uint8_t *p = m->file.data;
-    int group = m->version == 2 ? read_i32(p + 37) : 32;
-    if (group < 1) return fail("%s: group size %d", path, group);
-    if (m->version == 0) { // llama2.c marks a classifier of its own by a negative V
-        c->tied = c->vocab_size > 0;
-        if (c->vocab_size < 0 && c->vocab_size > -(1 << 30)) c->vocab_size = -c->vocab_size;
-    } else c->tied = p[36] != 0;
-    c->format = m->version == 0 ? FP32 : Q8_0;
-    // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
-    // was meant, and quantized again by 32.
-    bool fits = group % 4 == 0 && group <= 256 && c->dim % group == 0 && c->hidden_dim % group == 0;
-    c->group = fits ? group : 32;
-    c->bos = 1, c->eos = 2;
-    c->rope_theta = 10000, c->norm_eps = 1e-5f;
-    const char *error = check_config(c, path);
-    if (error) return error;
-    Source src = {.at = m->version == 0 ? 28 : HEADER, .version = m->version, .group = group,
-                  .whole = true};
-    int64_t start = src.at, widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
-    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
-    if (!m->layers) return fail("%s: not enough memory", path);
-    unpack(m, &src);
-    if (!src.whole) return fail("%s: group size %d divides no tensor", path, group);
-    if (m->file.size != src.at)
-        return fail("%s: %lld bytes long, its header says %lld", path, (long long)m->file.size,
-                    (long long)src.at);
-    src.at = start, src.data = p;
-    src.row = malloc(2 * sizeof(float) * (size_t)widest);
-    uint8_t *base = new_block(&m->packed, place_tensors(m, NULL, 0));
-    if (src.row && base) {
-        src.scales = src.row + widest;
-        place_tensors(m, base, 0);
-        unpack(m, &src);
-    } else error = fail("%s: not enough memory", path);
-    free(src.row);
-    return error;
+    const Span file = in;
+    Span tensors;
+    memcpy(c, cut(&in, sizeof *c), sizeof *c);
+    check_config(m);
+    if (c->file_bytes != (uint64_t)file.size)
+        die("%s: %lld bytes long, its header says %llu", m->path, (long long)file.size,
+            (unsigned long long)c->file_bytes);
+    if (!cut_span(&in, &tensors, c->tokenizer_at - sizeof *c)
+        || !cut_span(&in, &m->tokenizer, c->tokenizer_bytes) || c->chat_bytes != (uint64_t)in.size
+        || (in.size && c->chat_at != (uint64_t)(in.data - file.data)))
+        die("%s: its parts do not fill it", m->path);
+    open_tensors(m, &tensors);
+    if (in.size && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
+                    || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
+        die("%s: the chat template does not fill its bytes", m->path);
 }
 
-static const char *open_v3(Model *m, const char *path) {
-    Config *c = &m->c;
-    const uint8_t *p = m->file.data;
-    c->format = read_i32(p + 36), c->group = read_i32(p + 40), c->tied = read_i32(p + 44);
-    c->bos = read_i32(p + 48), c->eos = read_i32(p + 52);
-    c->rope_theta = read_f32(p + 56), c->norm_eps = read_f32(p + 60);
-    m->squeeze = read_i32(p + 88) == 1, m->kind = read_i32(p + 92);
-    c->rope_factor = read_f32(p + 112), c->rope_context = read_i32(p + 124);
-    c->rope_low = read_f32(p + 116), c->rope_high = read_f32(p + 120);
-    memcpy(c->ends, p + 128, sizeof c->ends);
-    const char *error = check_config(c, path);
-    if (error) return error;
-    if (m->kind != 0 && m->kind != 1) return fail("%s: tokenizer kind %d", path, m->kind);
-    uint64_t offset = read_u64(p + 64), length = read_u64(p + 72), size = (uint64_t)m->file.size;
-    uint64_t chat = read_u64(p + 96), chat_bytes = read_u64(p + 104);
-    if (!chat_bytes) chat = size;
-    if (read_u64(p + 80) != size)
-        return fail("%s: %llu bytes long, its header says %llu", path, (unsigned long long)size,
-                    (unsigned long long)read_u64(p + 80));
-    int64_t end = place_tensors(m, NULL, HEADER);
-    if (chat > size || chat_bytes != size - chat || offset > chat || offset < (uint64_t)end
-        || length > chat - offset || (!chat_bytes && length != chat - offset))
-        return fail("%s: the tensors end at byte %lld, the file at %llu", path, (long long)end,
-                    (unsigned long long)size);
-    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
-    if (!m->layers) return fail("%s: not enough memory", path);
-    place_tensors(m, m->file.data, HEADER);
-    m->tokenizer = (Span){p + offset, (int64_t)length};
-    Span in = {p + chat, (int64_t)chat_bytes};
-    if (chat_bytes && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
-                       || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
-        return fail("%s: the chat template does not fill its bytes", path);
-    return NULL;
-}
-
-static void model_close(Model *m) {
-    free(m->layers);
-    free(m->packed);
-    file_close(&m->file);
-    memset(m, 0, sizeof *m);
-}
-
-// Makes a model of the file that m->file holds: version 0, 2 or 3.
-static const char *model_parse(Model *m, const char *path) {
-    const uint8_t *p = m->file.data;
-    bool magic = m->file.size >= 4 && read_i32(p) == MAGIC;
-    m->version = magic && m->file.size >= 8 ? read_i32(p + 4) : 0;
-    if (m->file.size < (magic ? HEADER : 28)) return fail("%s is too short for a model", path);
-    if (m->version != 0 && m->version != 2 && m->version != 3)
-        return fail("%s: version %d, this program reads 0, 2 and 3", path, m->version);
-    const uint8_t *h = magic ? p + 8 : p;
-    m->c = (Config){.dim = read_i32(h), .hidden_dim = read_i32(h + 4),
-                    .n_layers = read_i32(h + 8), .n_heads = read_i32(h + 12),
-                    .n_kv_heads = read_i32(h + 16), .vocab_size = read_i32(h + 20),
-                    .seq_len = read_i32(h + 24)};
-    return m->version == 3 ? open_v3(m, path) : open_old(m, path);
-}
-
-static const char *model_open(Model *m, const char *path) { // on error it is closed again
-    memset(m, 0, sizeof *m);
-    const char *error = file_open(&m->file, path);
-    if (!error) error = model_parse(m, path);
-    if (error) model_close(m);
-    return error;
+// Makes a model of a file, which must stay: of version 0, 2 or 3.
+static void model_open(Model *m, Span in, const char *path) {
+    const bool magic = in.size >= 8 && read_u32(in.data) == MAGIC;
+    const int version = magic ? (int)read_u32(in.data + 4) : 0;
+    *m = (Model){.c.version = version, .path = path};
+    if (in.size < (magic ? HEADER : 28)) die("%s is too short for a model", path);
+    if (version == 3) open_v3(m, in);
+    else if (version == 0 || version == 2) open_old(m, in);
+    else die("%s: version %d, this program reads 0, 2 and 3", path, version);
 }
 
 // ------------------------------------------------------------------------------------------
 // Threads: a team that runs one function together, and a barrier within it
 //
-// Members spin for the microseconds between two steps, and yield when it takes longer (another
-// process may have the core); between calls they go to sleep.
+// Members spin for the microseconds between two steps, yield when it takes longer (another process
+// may have the core), and sleep most of the time when there is nothing to do for long.
 
 typedef struct Team Team;
 typedef void Work(void *arg, Team *team, int thread);
 
-typedef struct {
-    Team *team;
-    int index;
-    pthread_t thread;
-} Member;
-
 struct Team {
-    int n;                // threads, the caller among them
-    bool pinned;          // each to a core of its own
+    int n;               // threads, the caller among them
+    bool pinned;         // each to a core of its own
 #ifdef __linux__
     cpu_set_t cores;
 #endif
-    Member *members;      // (n,), the first is the caller
-    atomic_int arrived;   // at the barrier
-    atomic_uint phase;    // how often the barrier has opened
-    atomic_uint calls;    // how often team_run was called
-    atomic_bool over;
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
+    atomic_int members;  // that have begun
+    atomic_int arrived;  // at the barrier
+    atomic_uint phase;   // how often the barrier has opened
     Work *work;
     void *arg;
 };
 
 static void pause_core(int spin) {
-    if (spin > 2000) yield();
+    if (spin > 20000) nanosleep(&(struct timespec){0, 1000000}, NULL);
+    else if (spin > 2000) sched_yield();
 #if defined __x86_64__ || defined __i386__
     __builtin_ia32_pause();
 #elif defined __aarch64__
@@ -625,12 +535,12 @@ static void barrier(Team *t) {
         pause_core(spin);
 }
 
-// On Linux, binds the calling thread to the index-th core of the team's, with -1 to all of them:
-// two members on one core, where a busy machine likes to leave them, would wait for each other.
+// On Linux, binds the calling thread to the index-th core of the team's: two members on one core,
+// where a busy machine likes to leave them, would wait for each other.
 static void pin(const Team *t, int index) {
 #ifdef __linux__
     cpu_set_t set = t->cores;
-    for (int cpu = 0, i = 0; cpu < CPU_SETSIZE && index >= 0; cpu++)
+    for (int cpu = 0, i = 0; cpu < CPU_SETSIZE; cpu++)
         if (CPU_ISSET(cpu, &t->cores) && i++ != index) CPU_CLR(cpu, &set);
     if (t->pinned) sched_setaffinity(0, sizeof set, &set);
 #else
@@ -639,64 +549,41 @@ static void pin(const Team *t, int index) {
 }
 
 static void *member_main(void *arg) {
-    Member *me = arg;
-    Team *t = me->team;
-    pin(t, me->index);
-    for (unsigned seen = 0;; seen++) {
-        for (int spin = 0; atomic_load(&t->calls) == seen && spin < 4000; spin++) pause_core(0);
-        pthread_mutex_lock(&t->lock);
-        while (atomic_load(&t->calls) == seen) pthread_cond_wait(&t->wake, &t->lock);
-        pthread_mutex_unlock(&t->lock);
-        if (atomic_load(&t->over)) return NULL;
-        t->work(t->arg, t, me->index);
-        barrier(t);
+    Team *t = arg;
+    const int index = atomic_fetch_add(&t->members, 1) + 1; // 0 is the caller
+    pin(t, index);
+    for (;; barrier(t)) {
+        barrier(t); // opens when there is work
+        t->work(t->arg, t, index);
     }
+    return NULL;
 }
 
 // Calls work(arg, team, 0 .. n-1), each in its own thread, and returns when all have returned.
 static void team_run(Team *t, Work *work, void *arg) {
-    t->work = work;
-    t->arg = arg;
-    pthread_mutex_lock(&t->lock);
-    atomic_fetch_add(&t->calls, 1);
-    pthread_cond_broadcast(&t->wake);
-    pthread_mutex_unlock(&t->lock);
-    if (work) work(arg, t, 0);
-    if (work) barrier(t);
+    t->work = work, t->arg = arg;
+    barrier(t);
+    work(arg, t, 0);
+    barrier(t);
 }
 
-static void team_close(Team *t) {
-    atomic_store(&t->over, true);
-    team_run(t, NULL, NULL);
-    for (int i = 1; i < t->n; i++) pthread_join(t->members[i].thread, NULL);
-    pin(t, -1);
-    pthread_mutex_destroy(&t->lock);
-    pthread_cond_destroy(&t->wake);
-    free(t->members);
-}
-
-// Starts n - 1 threads; fewer where the system gives no more.
-static void team_open(Team *t, int n) {
-    memset(t, 0, sizeof *t);
-    pthread_mutex_init(&t->lock, NULL);
-    pthread_cond_init(&t->wake, NULL);
-    t->members = need(calloc((size_t)n, sizeof *t->members));
+static void team_open(Team *t, int n) { // starts n - 1 threads, which stay until the program ends
+    pthread_t thread;
+    *t = (Team){.n = n};
 #ifdef __linux__
     t->pinned = n > 1 && n == cores() && !sched_getaffinity(0, sizeof t->cores, &t->cores);
 #endif
-    int made = 1;
-    for (; made < n; made++) {
-        t->members[made] = (Member){.team = t, .index = made};
-        if (pthread_create(&t->members[made].thread, NULL, member_main, &t->members[made])) break;
-    }
-    t->n = made;
+    for (int i = 1; i < n; i++)
+        if (pthread_create(&thread, NULL, member_main, t) || pthread_detach(thread))
+            die("the system gives no more than %d threads: use -j", i);
     pin(t, 0);
 }
 
-// The share of thread `thread` of `n` things: from lo to hi.
-static void share(int64_t n, int thread, const Team *t, int64_t *lo, int64_t *hi) {
-    *lo = n * thread / t->n;
-    *hi = n * (thread + 1) / t->n;
+// The share of thread `thread` of n things, which go out in units of so many: from lo to hi.
+static void share(int64_t n, int64_t unit, int thread, const Team *t, int64_t *lo, int64_t *hi) {
+    int64_t units = round_up(n, unit) / unit;
+    *lo = smaller(n, units * thread / t->n * unit);
+    *hi = smaller(n, units * (thread + 1) / t->n * unit);
 }
 
 // ------------------------------------------------------------------------------------------
@@ -708,15 +595,13 @@ typedef struct {
     int token;
     int pos;   // in its sequence
     int seq;   // which sequence's cache
-    int wants; // whether its logits are wanted
 } Row;
 
 // The input of a matrix product: B rows, as floats, or quantized by groups of G to 15 bits, in two
 // int8 digits: f is close to s * (128 * high + low). The second digit costs no memory traffic,
 // which is what decoding waits for, and leaves the weights as the only source of int8's error.
 typedef struct {
-    const float *f;     // (B, ld) normalized, or what was given
-    int64_t ld;
+    const float *f;     // (B, width) normalized, or what was given
     float *own;         // (B, width) where it is normalized to
     int8_t *high, *low; // (B, width)
     float *s;           // (B, width / 4), the first cols / G used
@@ -727,22 +612,20 @@ typedef struct {
 typedef struct {
     const Model *m;
     Team *team;
-    int max_rows, max_pos, n_seq;
     int B;              // rows of this pass
     const Row *row;     // (B,)
-    int n_logits;       // rows that want logits
-    int *wanted;        // (n_logits,) which
+    int n_logits;       // how many of the last rows want logits
     // Activations. Each row is padded with zeros to a whole number of tiles and groups.
-    float *x;           // (B, d_width) the residual stream
-    float *qkv;         // (B, qkv_width) queries, keys, values
-    float *att;         // (B, d_width) what attention returns
-    float *h13;         // (B, h13_width) tiles of w1 x and of w3 x in turn
-    float *h;           // (B, h_width) silu(w1 x) * w3 x
+    float *x;           // (B, width) the residual stream
+    float *qkv;         // (B, width) queries, keys, values
+    float *att;         // (B, width) what attention returns
+    float *h13;         // (B, width) tiles of w1 x and of w3 x in turn
+    float *h;           // (B, width) silu(w1 x) * w3 x
     float *logits;      // (n_logits, v_width)
-    int64_t d_width, qkv_width, h13_width, h_width, v_width;
+    int64_t width, v_width;
     Input *in;          // (threads,) each thread prepares its own
-    float *scores;      // (threads, max_pos)
-    float *rope;        // (max_pos, E / 2, 2) cos and sin
+    float *scores;      // (threads, T)
+    float *rope;        // (T, E / 2, 2) cos and sin
     double *frequency;  // (E / 2,) of RoPE, in radians a position
     int n_rope;         // positions whose rope is there
     // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side. fp16 when
@@ -750,63 +633,38 @@ typedef struct {
     uint8_t *keys, *values; // (seq, layer, K, T / 16, E, 16)
     int half;           // the cache is fp16
     int64_t head_bytes; // of one head's keys, or values
-    int64_t T;          // max_pos rounded up to 16
-    void *block;        // all of the above
+    int64_t T;          // positions, a multiple of 16
 } State;
 
-// Takes the next `bytes` of a block; where there is no block yet, only counts.
-static void *take(uint8_t *base, int64_t *at, int64_t bytes) {
-    void *p = base ? base + *at : NULL;
-    *at += round_up(bytes, 64);
-    return p;
-}
-
-static int64_t place_state(State *s, uint8_t *base) {
-    const Config *c = &s->m->c;
-    int64_t at = 0, B = s->max_rows, heads = (int64_t)s->n_seq * c->n_layers * c->n_kv_heads;
-    int64_t widest = (s->d_width > s->h_width ? s->d_width : s->h_width) + 256;
-    s->wanted = take(base, &at, B * (int64_t)sizeof *s->wanted);
-    s->x = take(base, &at, 4 * B * s->d_width);
-    s->qkv = take(base, &at, 4 * B * s->qkv_width);
-    s->att = take(base, &at, 4 * B * s->d_width);
-    s->h13 = take(base, &at, 4 * B * s->h13_width);
-    s->h = take(base, &at, 4 * B * s->h_width);
-    s->logits = take(base, &at, 4 * B * s->v_width);
-    s->rope = take(base, &at, 4 * s->T * c->head_dim);
-    s->frequency = take(base, &at, 4 * c->head_dim);
-    s->scores = take(base, &at, 4 * s->team->n * s->T);
-    s->keys = take(base, &at, heads * s->head_bytes);
-    s->values = take(base, &at, heads * s->head_bytes);
-    s->in = take(base, &at, s->team->n * (int64_t)sizeof *s->in);
-    for (int i = 0; i < s->team->n; i++) {
-        Input in = {.width = widest};
-        in.own = take(base, &at, 4 * B * widest);
-        in.high = take(base, &at, B * widest);
-        in.low = take(base, &at, B * widest);
-        in.s = take(base, &at, B * widest); // G is at least 4
-        in.bias = take(base, &at, B * widest);
-        if (base) s->in[i] = in;
-    }
-    return at;
-}
-
-// Prepares for n_seq sequences of up to max_pos positions, in passes of up to max_rows rows.
-static const char *state_open(State *s, const Model *m, Team *team, int n_seq, int max_pos,
-                              int max_rows) {
+// Prepares for n_seq sequences of up to max_pos positions, in passes of up to B rows.
+static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_pos, int64_t B) {
     const Config *c = &m->c;
-    *s = (State){.m = m, .team = team, .n_seq = n_seq, .max_pos = max_pos, .max_rows = max_rows};
-    s->half = c->format == Q8_0;
-    s->T = round_up(max_pos, 16);
+    const int64_t heads = (int64_t)n_seq * c->n_layers * c->n_kv_heads;
+    *s = (State){.m = m, .team = team, .T = round_up(max_pos, 16), .half = c->format == Q8_0};
     s->head_bytes = s->T * c->head_dim * (s->half ? 2 : 4);
-    s->d_width = round_up(c->dim + c->group, TILE);
-    s->qkv_width = round_up(c->dim + 2 * c->kv_dim, TILE);
-    s->h_width = round_up(c->hidden_dim + c->group, TILE);
-    s->h13_width = 2 * round_up(c->hidden_dim, TILE);
+    const int64_t qkv = c->dim + 2 * c->kv_dim, h13 = 2 * round_up(c->hidden_dim, TILE);
+    s->width = round_up((qkv > h13 ? qkv : h13) + c->group, TILE);
     s->v_width = round_up(c->vocab_size, TILE);
-    int64_t bytes = place_state(s, NULL);
-    uint8_t *base = new_block(&s->block, bytes);
-    if (!base) return fail("not enough memory for %d sequences of %d tokens", n_seq, max_pos);
-    place_state(s, base);
+    s->x = zeros(4 * B * s->width);
+    s->qkv = zeros(4 * B * s->width);
+    s->att = zeros(4 * B * s->width);
+    s->h13 = zeros(4 * B * s->width);
+    s->h = zeros(4 * B * s->width);
+    s->logits = zeros(4 * B * s->v_width);
+    s->rope = zeros(4 * s->T * c->head_dim);
+    s->scores = zeros(4 * team->n * s->T);
+    s->keys = zeros(heads * s->head_bytes);
+    s->values = zeros(heads * s->head_bytes);
+    s->in = zeros(team->n * (int64_t)sizeof *s->in);
+    for (Input *in = s->in; in < s->in + team->n; in++) {
+        in->width = s->width;
+        in->own = zeros(4 * B * s->width);
+        in->high = zeros(B * s->width);
+        in->low = zeros(B * s->width);
+        in->s = zeros(B * s->width); // G is at least 4
+        in->bias = zeros(B * s->width);
+    }
+    s->frequency = zeros(4 * c->head_dim);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double f = pow(c->rope_theta, -2.0 * i / c->head_dim), scaled = 1;
         // Llama 3: waves that turn more than `high` times in the original context stay as they
@@ -818,22 +676,26 @@ static const char *state_open(State *s, const Model *m, Team *team, int n_seq, i
         scaled = scaled < 0 ? 0 : scaled > 1 ? 1 : scaled;
         s->frequency[i] = c->rope_factor > 0 ? f * (1 - scaled + scaled / c->rope_factor) : f;
     }
-    return NULL;
 }
 
-// Sets the rows of the next pass, and RoPE's angles for positions that were not seen so far.
-static void set_rows(State *s, const Row *rows, int B) {
-    int half = s->m->c.head_dim / 2;
-    s->row = rows, s->B = B, s->n_logits = 0;
-    for (int b = 0; b < B; b++) {
-        if (rows[b].wants) s->wanted[s->n_logits++] = b;
+// Fills x from n up to a multiple of 16, which it returns, with what has no weight in a softmax.
+static int pad(float *x, int n) {
+    for (; n % 16; n++) x[n] = -INFINITY;
+    return n;
+}
+
+// Sets the rows of the next pass, the last n_logits of which want logits, and RoPE's angles for
+// positions that were not seen so far.
+static void set_rows(State *s, const Row *rows, int B, int n_logits) {
+    const int E = s->m->c.head_dim;
+    s->row = rows, s->B = B, s->n_logits = n_logits;
+    for (int b = 0; b < B; b++)
         for (; s->n_rope <= rows[b].pos; s->n_rope++)
-            for (int i = 0; i < half; i++) {
-                float *to = s->rope + 2 * ((int64_t)s->n_rope * half + i);
-                to[0] = (float)cos(s->n_rope * s->frequency[i]);
-                to[1] = (float)sin(s->n_rope * s->frequency[i]);
+            for (int i = 0; i < E; i += 2) {
+                float *to = s->rope + (int64_t)s->n_rope * E + i;
+                to[0] = (float)cos(s->n_rope * s->frequency[i / 2]);
+                to[1] = (float)sin(s->n_rope * s->frequency[i / 2]);
             }
-    }
 }
 
 typedef struct {
@@ -849,23 +711,6 @@ typedef struct {
 // Kernels and forward pass, compiled once for each instruction set
 
 #ifdef ISA_LEVEL
-#if ISA_LEVEL == 0
-#define ISA portable
-#define ISA_NAME "portable C"
-#define LANES 4 // 32-bit numbers in a register
-#elif ISA_LEVEL == 1
-#define ISA avx2
-#define ISA_NAME "AVX2"
-#define LANES 8
-#elif ISA_LEVEL == 2
-#define ISA avx512
-#define ISA_NAME "AVX-512 VNNI"
-#define LANES 16
-#else
-#define ISA neon
-#define ISA_NAME "NEON dotprod"
-#define LANES 4
-#endif
 #define PARTS (TILE / LANES) // registers for 16 lanes
 #define BLOCK (LANES == 16 ? 8 : 2) // rows of input that share one pass over a tile
 #define INLINE static inline __attribute__((always_inline))
@@ -873,30 +718,27 @@ typedef struct {
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
 #define MY(name) PASTE(name##_, ISA) // a name of this instruction set's own
-#define vf MY(vf)
-#define vi MY(vi)
-#define vb MY(vb)
-#define v4 MY(v4)
-#define load MY(load)
-#define store MY(store)
-#define fill MY(fill)
-#define pick MY(pick)
+#define vf float __attribute__((vector_size(4 * LANES)))
+#define vi int32_t __attribute__((vector_size(4 * LANES)))
+#define vb int8_t __attribute__((vector_size(LANES)))
+#define v4 float __attribute__((vector_size(16)))
+#define AT(p) (*(MY(at) *)(p)) // LANES floats from p on
+#define ALL(x) ((x) - (vf){0}) // x in every lane
+#define PICK(mask, a, b) ((vf)(((vi)(a) & (mask)) | ((vi)(b) & ~(mask))))
+
 #define larger MY(larger)
 #define sum MY(sum)
 #define largest MY(largest)
-#define dot_start MY(dot_start)
 #define dot4 MY(dot4)
 #define halves MY(halves)
 #define cached MY(cached)
 #define fast_exp MY(fast_exp)
 #define normalize MY(normalize)
-#define quantize_group MY(quantize_group)
 #define quantize MY(quantize)
+#define prepare MY(prepare)
 #define tile_q8 MY(tile_q8)
 #define tile_f32 MY(tile_f32)
 #define matmul MY(matmul)
-#define prepare MY(prepare)
-#define embed_row MY(embed_row)
 #define store_heads MY(store_heads)
 #define score MY(score)
 #define softmax MY(softmax)
@@ -904,22 +746,7 @@ typedef struct {
 #define attention MY(attention)
 #define swiglu MY(swiglu)
 
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-typedef int8_t vb __attribute__((vector_size(LANES)));
-typedef float v4 __attribute__((vector_size(16)));
-
-INLINE vf load(const float *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-
-INLINE vf fill(float x) { return x - (vf){0}; }
-
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+typedef float MY(at) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vf larger(vf a, vf b) { // b where either is NaN
 #if ISA_LEVEL == 1
@@ -927,7 +754,7 @@ INLINE vf larger(vf a, vf b) { // b where either is NaN
 #elif ISA_LEVEL == 2
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-    return pick(a > b, a, b);
+    return PICK(a > b, a, b);
 #endif
 }
 
@@ -949,9 +776,9 @@ INLINE float largest(vf v) {
 }
 
 // The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
-// with w stored as w + 128. dot_start gives the accumulator to begin a group with: vpdpbusd wants
+// with w stored as w + 128. DOT_START is the accumulator to begin a group with: vpdpbusd wants
 // one operand unsigned, so there the + 128 stays in, and bias = -128 * (sum of x) takes it out.
-INLINE vi dot_start(int32_t bias) { return (ISA_LEVEL == 2 ? bias : 0) - (vi){0}; }
+#define DOT_START(bias) ((ISA_LEVEL == 2 ? (bias) : 0) - (vi){0})
 
 INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
 #if ISA_LEVEL == 0 // the specification
@@ -991,7 +818,8 @@ INLINE vf halves(const uint16_t *p) { // LANES fp16 numbers as floats
 }
 
 INLINE vf cached(const void *p, int64_t i, int half) { // LANES numbers of a KV cache
-    return half ? halves((const uint16_t *)p + i) : load((const float *)p + i);
+    if (half) return halves((const uint16_t *)p + i);
+    return AT((const float *)p + i);
 }
 
 // exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). For x from -88,
@@ -1010,73 +838,41 @@ INLINE vf fast_exp(vf x) {
     return p * (vf)power;
 }
 
-// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum.
+// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum. Of this and the next two n
+// is a multiple of 16, see pad.
 static float MY(exps)(float *x, int n, float scale, float shift) {
-    vf total = {0}, least = fill(-88.0f); // which is also what becomes of NaN
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vf v = fast_exp(larger((load(x + i) - shift) * scale, least));
-        store(x + i, v);
-        total += v;
-    }
-    for (; i < n; i++) {
-        vf v = fast_exp(larger((fill(x[i]) - shift) * scale, least));
-        x[i] = v[0];
-        total[0] += v[0];
+    vf total = {0};
+    for (int i = 0; i < n; i += LANES) { // -88 is also what becomes of NaN
+        AT(x + i) = fast_exp(larger((AT(x + i) - shift) * scale, ALL(-88.0f)));
+        total += AT(x + i);
     }
     return sum(total);
 }
 
-static float MY(maximum)(const float *x, int n) { // -inf for none, NaNs are skipped
-    vf m[4]; // since each waits for the one before
-    int i = 0;
-    for (int j = 0; j < 4; j++) m[j] = fill(-INFINITY);
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) m[j] = larger(load(x + i + j * LANES), m[j]);
-    float best = largest(larger(larger(m[0], m[1]), larger(m[2], m[3])));
-    for (; i < n; i++) best = x[i] > best ? x[i] : best;
-    return best;
+static float MY(maximum)(const float *x, int n) { // NaNs are skipped
+    vf top = ALL(-INFINITY);
+    for (int i = 0; i < n; i += LANES) top = larger(AT(x + i), top);
+    return largest(top);
 }
 
 static float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
-    vf s[4];
-    int i = 0;
-    for (int j = 0; j < 4; j++) s[j] = (vf){0};
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) {
-            vf v = load(x + i + j * LANES);
-            s[j] += pick(v > least, v, (vf){0});
-        }
-    float total = sum((s[0] + s[1]) + (s[2] + s[3]));
-    for (; i < n; i++) total += x[i] > least ? x[i] : 0;
-    return total;
+    vf total = {0};
+    for (int i = 0; i < n; i += LANES) total += PICK(AT(x + i) > least, AT(x + i), (vf){0});
+    return sum(total);
 }
 
-// in.own[b] = x[b] * weight / rms(x[b]), of row which[b] of x where `which` is given. x (B, ld),
-// weight (n,).
-static void normalize(const Input *in, const float *x, int64_t ld, const int *which, int B,
-                      const float *weight, int n, float eps) {
-    for (int b = 0; b < B; b++) {
-        const float *from = x + (which ? which[b] : b) * ld;
-        float *to = in->own + b * in->width;
-        vf s0 = {0}, s1 = {0};
-        int i = 0;
-        for (; i + 2 * LANES <= n; i += 2 * LANES) {
-            vf v0 = load(from + i), v1 = load(from + i + LANES);
-            s0 += v0 * v0, s1 += v1 * v1;
-        }
-        float squares = sum(s0 + s1);
-        for (; i < n; i++) squares += from[i] * from[i];
-        float scale = 1.0f / sqrtf(squares / (float)n + eps);
-        for (i = 0; i < n; i++) to[i] = weight[i] * (scale * from[i]);
-    }
+// to = x * weight / rms(x), all (n,); beyond n x is zero.
+static void normalize(float *to, const float *x, const float *weight, int n, float eps) {
+    vf squares = {0};
+    for (int i = 0; i < n; i += LANES) squares += AT(x + i) * AT(x + i);
+    float scale = 1.0f / sqrtf(sum(squares) / (float)n + eps);
+    for (int i = 0; i < n; i++) to[i] = weight[i] * (scale * x[i]);
 }
 
 // Quantizes one group of G floats: 128 * high + low = round(x / s), s = max|x| / (127 * 128).
 // The maximum is taken over the bits as integers: non-negative floats order alike, and a NaN wins
 // and makes the scale NaN instead of vanishing.
-INLINE void quantize_group(const float *x, int G, int8_t *high, int8_t *low, float *s,
-                           int32_t *bias) {
+INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s, int32_t *bias) {
     vi top = {0}, total = {0};
     int32_t lane[LANES];
     float max;
@@ -1108,18 +904,25 @@ INLINE void quantize_group(const float *x, int G, int8_t *high, int8_t *low, flo
     *bias = -128 * (int32_t)sum(__builtin_convertvector(total, vf)); // exact: below 2^24
 }
 
-// Quantizes in.f (B, cols); what is beyond a row's end is zero there.
-static void quantize(const Input *in, int B, int64_t cols, int G) {
+// Makes this thread's input of the next product with w, of x (B, width): RMSNorm if there is a
+// weight, quantized if w is q8_0. Beyond a row's end x is zero.
+static void prepare(State *s, Input *in, const float *x, int B, const float *weight,
+                    const Matrix *w) {
+    const Config *c = &s->m->c;
+    const int G = c->group;
+    in->f = weight ? in->own : x;
     for (int b = 0; b < B; b++) {
-        const float *x = in->f + b * in->ld;
+        const float *f = in->f + b * in->width;
+        if (weight)
+            normalize(in->own + b * in->width, x + b * in->width, weight, c->dim, c->norm_eps);
         int8_t *high = in->high + b * in->width, *low = in->low + b * in->width;
-        float *s = in->s + b * (in->width / 4);
+        float *scale = in->s + b * (in->width / 4);
         int32_t *bias = in->bias + b * (in->width / 4);
-        for (int64_t i = 0; i < cols; i += G, s++, bias++)
-            if (G == 64) quantize_group(x + i, 64, high + i, low + i, s, bias);
-            else if (G == 32) quantize_group(x + i, 32, high + i, low + i, s, bias);
-            else if (G == 16) quantize_group(x + i, 16, high + i, low + i, s, bias);
-            else quantize_group(x + i, G, high + i, low + i, s, bias);
+        for (int64_t i = 0; i < w->cols && w->q; i += G, scale++, bias++)
+            if (G == 64) quantize(f + i, 64, high + i, low + i, scale, bias);
+            else if (G == 32) quantize(f + i, 32, high + i, low + i, scale, bias);
+            else if (G == 16) quantize(f + i, 16, high + i, low + i, scale, bias);
+            else quantize(f + i, G, high + i, low + i, scale, bias);
     }
 }
 
@@ -1140,7 +943,7 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
         vi hi[BLOCK][PARTS], lo[BLOCK][PARTS];
         for (int b = 0; b < nb; b++)
             for (int j = 0; j < PARTS; j++) {
-                lo[b][j] = dot_start(bias[b * (width / 4) + g]);
+                lo[b][j] = DOT_START(bias[b * (width / 4) + g]);
                 hi[b][j] = (vi){0};
             }
         for (int i = 0; i < G; i += 4, q += 4 * TILE)
@@ -1160,14 +963,15 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
     for (int b = 0; b < nb; b++)
         for (int j = 0; j < PARTS; j++) {
             float *to = out + (b0 + b) * ld + tile * TILE + j * LANES;
-            store(to, add ? load(to) + total[b][j] : total[b][j]);
+            if (add) total[b][j] += AT(to);
+            AT(to) = total[b][j];
         }
 }
 
 // The same for an fp32 matrix. Four partial sums, so that additions need not wait for each other.
 INLINE void tile_f32(float *out, int64_t ld, bool add, const Matrix *w, int64_t tile,
                      const Input *in, int b0, const int nb) {
-    const float *x = in->f + b0 * in->ld;
+    const float *x = in->f + b0 * in->width;
     for (int j = 0; j < PARTS; j++) {
         const float *f = w->f + tile * TILE * w->cols + j * LANES;
         vf part[BLOCK][4];
@@ -1176,13 +980,14 @@ INLINE void tile_f32(float *out, int64_t ld, bool add, const Matrix *w, int64_t 
         int64_t i = 0;
         for (; i + 4 <= w->cols; i += 4)
             for (int k = 0; k < 4; k++, f += TILE)
-                for (int b = 0; b < nb; b++) part[b][k] += load(f) * x[b * in->ld + i + k];
+                for (int b = 0; b < nb; b++) part[b][k] += AT(f) * x[b * in->width + i + k];
         for (; i < w->cols; i++, f += TILE)
-            for (int b = 0; b < nb; b++) part[b][0] += load(f) * x[b * in->ld + i];
+            for (int b = 0; b < nb; b++) part[b][0] += AT(f) * x[b * in->width + i];
         for (int b = 0; b < nb; b++) {
             float *to = out + (b0 + b) * ld + tile * TILE + j * LANES;
             vf total = (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]);
-            store(to, add ? load(to) + total : total);
+            if (add) total += AT(to);
+            AT(to) = total;
         }
     }
 }
@@ -1205,23 +1010,6 @@ static void matmul(float *out, int64_t ld, bool add, const Matrix *w, int64_t lo
     }
 }
 
-// Makes this thread's input of the next product: RMSNorm if there is a weight, int8 if q8_0.
-static void prepare(State *s, Input *in, const float *x, int64_t ld, const int *which, int B,
-                    const float *weight, const Matrix *w) {
-    if (weight) normalize(in, x, ld, which, B, weight, s->m->c.dim, s->m->c.norm_eps);
-    in->f = weight ? in->own : x;
-    in->ld = weight ? in->width : ld;
-    if (!w->f) quantize(in, B, w->cols, s->m->c.group);
-}
-
-static void embed_row(float *x, const Matrix *w, int token, int D, int G) { // x (D,)
-    int64_t tile = token / TILE, lane = token % TILE, cols = w->cols;
-    for (int64_t i = 0; i < D; i++)
-        x[i] = w->f ? w->f[(tile * cols + i) * TILE + lane]
-                    : (float)(w->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] - 128)
-                          * from_half(w->s[(tile * (cols / G) + i / G) * TILE + lane]);
-}
-
 // Of the H + K + K heads of qkv those from lo to hi: rotates queries and keys, pair by pair, by
 // the angle of their position (RoFormer, eq. 34), scales queries, caches keys and values.
 static void store_heads(State *s, int layer, int64_t lo, int64_t hi) {
@@ -1231,7 +1019,7 @@ static void store_heads(State *s, int layer, int64_t lo, int64_t hi) {
         const int64_t pos = s->row[b].pos, seq = s->row[b].seq;
         const float *rope = s->rope + pos * E;
         for (int64_t h = lo; h < hi; h++) {
-            float *v = s->qkv + b * s->qkv_width + h * E;
+            float *v = s->qkv + b * s->width + h * E;
             float scale = h < H ? 1.0f / sqrtf((float)E) : 1.0f;
             for (int i = 0; i < E && h < H + K; i += 2) {
                 float v0 = v[i] * scale, v1 = v[i + 1] * scale;
@@ -1258,26 +1046,14 @@ INLINE void score(float *scores, const float *q, const void *keys, int n, int E,
                 s0 += q[e] * cached(keys, k, half);
                 s1 += q[e + 1] * cached(keys, k + 16, half);
             }
-            store(scores + t + j, s0 + s1);
+            AT(scores + t + j) = s0 + s1;
         }
 }
 
 // scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum.
 static float softmax(float *scores, int n) {
-    vf top = fill(-INFINITY), total = {0};
-    vi index = {0};
-    for (int i = 0; i < LANES; i++) index[i] = i;
-    for (int t = 0; t < n; t += LANES) { // what is beyond n in the last tile must not count
-        vf v = pick(index < n - t, load(scores + t), fill(-INFINITY));
-        top = larger(v, top);
-    }
-    top = fill(largest(top));
-    for (int t = 0; t < round_up(n, 16); t += LANES) {
-        vf v = pick(index < n - t, fast_exp(larger(fill(-88.0f), load(scores + t) - top)), (vf){0});
-        store(scores + t, v);
-        total += v;
-    }
-    return sum(total);
+    n = pad(scores, n);
+    return MY(exps)(scores, n, 1, MY(maximum)(scores, n));
 }
 
 // out[e] = sum over t < n of weight[t] * values[e][t] / total, for nb dimensions of a head from e;
@@ -1289,7 +1065,7 @@ INLINE void mix(float *out, const float *weight, float total, const void *values
     int64_t from = 16 * (int64_t)e;
     for (int t = 0; t < n; t += 16, from += 16 * (int64_t)E)
         for (int j = 0; j < 16; j += LANES) {
-            vf w = load(weight + t + j);
+            vf w = AT(weight + t + j);
             for (int i = 0; i < nb; i++) acc[i] += w * cached(values, from + 16 * i + j, half);
         }
     float scale = 1.0f / total;
@@ -1305,8 +1081,8 @@ static void attention(State *s, int layer, int64_t lo, int64_t hi, float *scores
         int64_t head = ((int64_t)s->row[b].seq * c->n_layers + layer) * c->n_kv_heads
                        + h / (c->n_heads / c->n_kv_heads);
         const uint8_t *k = s->keys + head * s->head_bytes, *v = s->values + head * s->head_bytes;
-        const float *q = s->qkv + b * s->qkv_width + h * E;
-        float *out = s->att + b * s->d_width + h * E;
+        const float *q = s->qkv + b * s->width + h * E;
+        float *out = s->att + b * s->width + h * E;
         int n = s->row[b].pos + 1, e = 0;
         if (E == 8 && s->half) score(scores, q, k, n, 8, 1);
         else if (s->half) score(scores, q, k, n, E, 1);
@@ -1321,9 +1097,9 @@ static void attention(State *s, int layer, int64_t lo, int64_t hi, float *scores
 static void swiglu(State *s, int64_t lo, int64_t hi) {
     for (int b = 0; b < s->B; b++)
         for (int64_t i = lo * TILE; i < hi * TILE; i += LANES) {
-            const float *gate = s->h13 + b * s->h13_width + i / TILE * TILE + i;
-            vf v = load(gate), x = larger(fill(-88.0f), -larger(fill(-88.0f), v));
-            store(s->h + b * s->h_width + i, v / (1.0f + fast_exp(x)) * load(gate + TILE));
+            const float *gate = s->h13 + b * s->width + i / TILE * TILE + i;
+            vf v = AT(gate), x = larger(ALL(-88.0f), -larger(ALL(-88.0f), v));
+            AT(s->h + b * s->width + i) = v / (1.0f + fast_exp(x)) * AT(gate + TILE);
         }
 }
 
@@ -1336,61 +1112,54 @@ static void MY(forward)(void *arg, Team *team, int thread) {
     const Config *c = &m->c;
     const int B = s->B, E = c->head_dim, G = c->group, heads = c->n_heads + 2 * c->n_kv_heads;
     Input *in = &s->in[thread];
-    float *scores = s->scores + thread * s->T;
-    int64_t lo, hi;
-    // Queries, keys and values are shared out in units of whole heads and whole tiles, so that
-    // who computes a head can also rotate and cache it.
-    int64_t unit = E;
-    while (unit % TILE) unit += E;
-    const int64_t units = (heads * E + unit - 1) / unit, per_unit = unit / TILE;
+    int64_t lo, hi, unit = E; // of queries, keys and values: whole heads and whole tiles, so that
+    while (unit % TILE) unit += E; // who computes a head can also rotate and cache it
 
-    share(B, thread, team, &lo, &hi);
+    share(B, 1, thread, team, &lo, &hi);
     for (int64_t b = lo; b < hi; b++)
-        embed_row(s->x + b * s->d_width, &m->embed, s->row[b].token, c->dim, G);
+        embed_row(s->x + b * s->width, &m->embed, s->row[b].token, c->dim, G);
     barrier(team);
     for (int i = 0; i < c->n_layers; i++) {
         const Layer *l = &m->layers[i];
-        prepare(s, in, s->x, s->d_width, NULL, B, l->att_norm, &l->wqkv);
-        share(units, thread, team, &lo, &hi);
-        int64_t tiles = l->wqkv.tiles, last = hi * per_unit < tiles ? hi * per_unit : tiles;
-        matmul(s->qkv, s->qkv_width, false, &l->wqkv, lo * per_unit, last, G, in, B);
-        store_heads(s, i, lo * unit / E, hi * unit / E < heads ? hi * unit / E : heads);
+        prepare(s, in, s->x, B, l->att_norm, &l->wqkv);
+        share(l->wqkv.tiles, unit / TILE, thread, team, &lo, &hi);
+        matmul(s->qkv, s->width, false, &l->wqkv, lo, hi, G, in, B);
+        store_heads(s, i, lo * TILE / E, smaller(heads, hi * TILE / E));
         barrier(team);
 
-        share((int64_t)c->n_heads * B, thread, team, &lo, &hi);
-        attention(s, i, lo, hi, scores);
+        share((int64_t)c->n_heads * B, 1, thread, team, &lo, &hi);
+        attention(s, i, lo, hi, s->scores + thread * s->T);
         barrier(team);
 
-        prepare(s, in, s->att, s->d_width, NULL, B, NULL, &l->wo);
-        share(l->wo.tiles, thread, team, &lo, &hi);
-        matmul(s->x, s->d_width, true, &l->wo, lo, hi, G, in, B);
+        prepare(s, in, s->att, B, NULL, &l->wo);
+        share(l->wo.tiles, 1, thread, team, &lo, &hi);
+        matmul(s->x, s->width, true, &l->wo, lo, hi, G, in, B);
         barrier(team);
 
-        prepare(s, in, s->x, s->d_width, NULL, B, l->ffn_norm, &l->w13);
-        share(l->w13.tiles / 2, thread, team, &lo, &hi);
-        matmul(s->h13, s->h13_width, false, &l->w13, 2 * lo, 2 * hi, G, in, B);
-        swiglu(s, lo, hi);
+        prepare(s, in, s->x, B, l->ffn_norm, &l->w13);
+        share(l->w13.tiles, 2, thread, team, &lo, &hi);
+        matmul(s->h13, s->width, false, &l->w13, lo, hi, G, in, B);
+        swiglu(s, lo / 2, hi / 2);
         barrier(team);
 
-        prepare(s, in, s->h, s->h_width, NULL, B, NULL, &l->w2);
-        share(l->w2.tiles, thread, team, &lo, &hi);
-        matmul(s->x, s->d_width, true, &l->w2, lo, hi, G, in, B);
+        prepare(s, in, s->h, B, NULL, &l->w2);
+        share(l->w2.tiles, 1, thread, team, &lo, &hi);
+        matmul(s->x, s->width, true, &l->w2, lo, hi, G, in, B);
         barrier(team);
     }
     if (!s->n_logits) return;
-    prepare(s, in, s->x, s->d_width, s->wanted, s->n_logits, m->norm, &m->output);
-    share(m->output.tiles, thread, team, &lo, &hi);
+    prepare(s, in, s->x + (B - s->n_logits) * s->width, s->n_logits, m->norm, &m->output);
+    share(m->output.tiles, 1, thread, team, &lo, &hi);
     matmul(s->logits, s->v_width, false, &m->output, lo, hi, G, in, s->n_logits);
 }
 
-static const Kernels MY(kernels) = {ISA_NAME, MY(forward), MY(exps), MY(above), MY(maximum)};
+static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(maximum)};
 
+#undef ISA_LEVEL
 #undef ISA
-#undef ISA_NAME
+#undef NAME
 #undef LANES
-#endif // ISA_LEVEL
-
-#ifndef ISA_LEVEL // ------ the rest is compiled once
+#else // ------ the rest is compiled once
 
 #define STRING(x) #x
 #ifdef __clang__
@@ -1406,20 +1175,26 @@ static const Kernels MY(kernels) = {ISA_NAME, MY(forward), MY(exps), MY(above), 
 #endif
 
 #define ISA_LEVEL 0
+#define ISA portable
+#define NAME "portable C"
+#define LANES 4 // 32-bit numbers in a register
 #include "run.c"
-#undef ISA_LEVEL
 #if defined __x86_64__
 #include <immintrin.h>
 #define ISA_LEVEL 1
+#define ISA avx2
+#define NAME "AVX2"
+#define LANES 8
 FOR_TARGET("avx2,fma,f16c")
 #include "run.c"
 FOR_ALL
-#undef ISA_LEVEL
 #define ISA_LEVEL 2
+#define ISA avx512
+#define NAME "AVX-512 VNNI"
+#define LANES 16
 FOR_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "run.c"
 FOR_ALL
-#undef ISA_LEVEL
 // before version 16 clang's header has sdot only where it may be used everywhere
 #elif defined __aarch64__ \
     && (defined __ARM_FEATURE_DOTPROD || !defined __clang__ || __clang_major__ > 15)
@@ -1429,10 +1204,12 @@ FOR_ALL
 #include <sys/auxv.h>
 #endif
 #define ISA_LEVEL 3
+#define ISA neon
+#define NAME "NEON dotprod"
+#define LANES 4
 FOR_TARGET(DOTPROD)
 #include "run.c"
 FOR_ALL
-#undef ISA_LEVEL
 #endif
 
 // The kernels that this machine can run, the fastest first; RUN_ISA=portable (or another name's
@@ -1480,143 +1257,110 @@ static const Kernels *pick_kernels(void) {
 typedef struct {
     const uint8_t *text;
     uint32_t len;
-    bool special;
-    float score;
+    int what;    // TEXT, SPECIAL, ONE_BYTE or MERGE
+    float score; // the best is merged first
 } Piece;
 
+enum { TEXT, SPECIAL, ONE_BYTE, MERGE }; // a merge is looked up as a text of its two ids
 enum { OTHER, LETTER, NUMBER, SPACE, END };
 enum { WHOLE_WORDS = 1, SPLIT_NUMBERS = 2, PREFIX_SPACE = 4 };
 
 typedef struct {
-    Piece *piece;     // (n,)
+    Piece *piece;     // (n + n_merges,)
     int n, bos, kind;
-    int squeeze;      // strip outer spaces and collapse runs, as this vocabulary was trained
-    int32_t *table;   // (mask + 1,) hash table of ids, -1 empty
+    bool squeeze;     // strip outer spaces and collapse runs, as this vocabulary was trained
+    int32_t *table;   // (mask + 1,) hash table of indices of pieces, -1 empty
     uint32_t mask;
     int byte_id[256]; // ids of <0x00> to <0xFF>, or -1
-    // of kind 1
-    const uint8_t *ranges, *merges;
-    int32_t *merge_table; // (merge_mask + 1,) hash table of ranks by the pair of ids, -1 empty
-    uint32_t n_ranges, n_merges, merge_mask, pattern, flags, longest_special;
+    const uint8_t *ranges; // the rest is of kind 1
+    uint32_t n_ranges, n_merges, pattern, flags, longest_special;
 } Tokenizer;
 
 // The slot of a text in the hash table: where it is, or the empty one where it would be.
-static uint32_t slot_of(const Tokenizer *t, const uint8_t *text, uint32_t len, bool special) {
+static int32_t *slot_of(const Tokenizer *t, const void *text, int64_t len, int what) {
     uint32_t h = 2166136261u;
-    for (uint32_t i = 0; i < len; i++) h = (h ^ text[i]) * 16777619u;
-    for (h &= t->mask;; h = (h + 1) & t->mask) {
-        if (t->table[h] < 0) return h;
-        const Piece *p = &t->piece[t->table[h]];
-        if (p->len == len && p->special == special && !memcmp(p->text, text, len)) return h;
+    for (int64_t i = 0; i < len; i++) h = (h ^ ((const uint8_t *)text)[i]) * 16777619u;
+    for (h ^= h >> 15;; h++) {
+        int32_t *slot = &t->table[h & t->mask];
+        const Piece *p = &t->piece[*slot < 0 ? 0 : *slot];
+        if (*slot < 0 || (p->len == len && p->what == what && !memcmp(p->text, text, p->len)))
+            return slot;
     }
 }
 
-static int find_piece(const Tokenizer *t, const uint8_t *text, int64_t len) { // its id, or -1
-    return t->table[slot_of(t, text, (uint32_t)len, false)];
-}
-
-static uint32_t merge_slot(const Tokenizer *t, uint32_t left, uint32_t right) { // likewise
-    uint32_t h = (uint32_t)(((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u >> 32);
-    for (h &= t->merge_mask;; h = (h + 1) & t->merge_mask) {
-        if (t->merge_table[h] < 0) return h;
-        const uint8_t *p = t->merges + 12 * (int64_t)t->merge_table[h];
-        if (read_u32(p) == left && read_u32(p + 4) == right) return h;
-    }
-}
-
-static int32_t *new_table(uint32_t entries, uint32_t *mask) { // all empty, at most half used
-    for (*mask = 1; *mask < 2 * entries; *mask *= 2) {}
-    int32_t *table = malloc(sizeof *table * *mask);
-    if (table) memset(table, 255, sizeof *table * (*mask)--);
-    return table;
-}
-
-static int hex(uint8_t c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
-static void tokenizer_close(Tokenizer *t) {
-    free(t->piece);
-    free(t->table);
-    free(t->merge_table);
-    memset(t, 0, sizeof *t);
-}
-
-// What kind 1 has in front of its pieces.
-static const char *read_merges(Tokenizer *t, Span *in) {
-    const uint8_t *p = cut(in, 4);
-    if (p) t->n_ranges = read_u32(p), t->ranges = p = cut(in, 12 * (uint64_t)t->n_ranges);
+// What kind 1 has in front of its pieces, after the number of ranges; returns the merges.
+static const uint8_t *read_tables(Tokenizer *t, Span *in, const char *path) {
+    const uint8_t *merges = NULL, *p = t->ranges = cut(in, 12 * (uint64_t)t->n_ranges);
     if (p && (p = cut(in, 12))) {
         t->pattern = read_u32(p), t->flags = read_u32(p + 4), t->n_merges = read_u32(p + 8);
-        t->merges = cut(in, 12 * (uint64_t)t->n_merges);
+        merges = cut(in, 12 * (uint64_t)t->n_merges);
     }
-    if (!t->merges) return "the tokenizer ends within its tables";
+    if (!merges) die("%s: the tokenizer ends within its tables", path);
     if (t->pattern > 2 || t->flags > 7 || t->n_merges > 1 << 24) // 2^24: ranks are exact as floats
-        return fail("the tokenizer has pattern %u, flags %u and %u merges", t->pattern, t->flags,
-                    t->n_merges);
+        die("%s: the tokenizer has pattern %u, flags %u and %u merges", path, t->pattern, t->flags,
+            t->n_merges);
     int64_t done = -1;
     for (uint32_t i = 0; i < t->n_ranges; i++, done = read_u32(p + 4)) {
         p = t->ranges + 12 * (int64_t)i;
         if (read_u32(p) <= done || read_u32(p + 4) < read_u32(p)
             || read_u32(p + 8) < LETTER || read_u32(p + 8) > SPACE)
-            return fail("the tokenizer's Unicode range %u is wrong", i);
+            die("%s: the tokenizer's Unicode range %u is wrong", path, i);
     }
-    return (t->merge_table = new_table(t->n_merges, &t->merge_mask)) ? NULL : "not enough memory";
+    return merges;
 }
 
-static const char *read_pieces(Tokenizer *t, Span in, int eos, bool guess) {
+// Reads the tokenizer of a model, which must stay. squeeze < 0: not known, so guess: a vocabulary
+// that has a piece of two spaces has seen some.
+static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *path) {
     static uint8_t bytes[256];
-    const char *error = t->kind == 0 ? cut(&in, 4) ? NULL : "the tokenizer is empty"
-                                     : read_merges(t, &in);
-    for (int i = 0; i < t->n && !error; i++) {
-        Piece *p = &t->piece[i];
-        const uint8_t *head = cut(&in, t->kind == 0 ? 8 : 4);
-        if (head) p->len = t->kind == 0 ? read_u32(head + 4) : read_u32(head) >> 1;
-        if (!head || !(p->text = cut(&in, p->len)))
-            return fail("the tokenizer ends within piece %d of %d", i, t->n);
-        if (t->kind == 0) p->score = read_f32(head);
-        else p->special = read_u32(head) & 1;
-        if (p->special && p->len > t->longest_special) t->longest_special = p->len;
-        if (t->kind == 0 && p->len == 6 && !memcmp(p->text, "<0x", 3) && p->text[5] == '>'
-            && hex(p->text[3]) >= 0 && hex(p->text[4]) >= 0) {
-            int byte = hex(p->text[3]) * 16 + hex(p->text[4]);
-            t->byte_id[byte] = i;
-            bytes[byte] = (uint8_t)byte;
-            p->text = &bytes[byte], p->len = 1;
-        } else if (p->len && (t->kind == 1 || (i != 0 && i != t->bos && i != eos))) {
-            uint32_t slot = slot_of(t, p->text, p->len, p->special);
-            if (t->table[slot] < 0) t->table[slot] = i;
-            if (guess && p->len == 2 && !memcmp(p->text, "  ", 2)) t->squeeze = 0;
+    const uint32_t n = (uint32_t)c->vocab_size;
+    const uint8_t *p = cut(&in, 4), *merges = NULL;
+    *t = (Tokenizer){.n = (int)n, .bos = c->bos, .kind = c->kind,
+                     .squeeze = c->squeeze == 1 || c->squeeze < 0};
+    if (!p) die("%s: the tokenizer is empty", path);
+    if (t->kind == 1) t->n_ranges = read_u32(p), merges = read_tables(t, &in, path);
+    t->piece = zeros((n + t->n_merges) * (int64_t)sizeof *t->piece);
+    for (t->mask = 1; t->mask < 2 * (n + t->n_merges); t->mask *= 2) {} // at most half used
+    t->table = memset(zeros(4 * (int64_t)t->mask), 255, 4 * (size_t)t->mask);
+    t->mask--;
+    for (uint32_t i = 0; i < n; i++) {
+        Piece *piece = &t->piece[i];
+        if ((p = cut(&in, t->kind == 0 ? 8 : 4))) {
+            piece->len = t->kind == 0 ? read_u32(p + 4) : read_u32(p) >> 1;
+            piece->text = cut(&in, piece->len);
+        }
+        if (!piece->text) die("%s: the tokenizer ends within piece %u of %u", path, i, n);
+        if (t->kind == 0) piece->score = read_f32(p);
+        else piece->what = read_u32(p) & 1 ? SPECIAL : TEXT;
+        if (piece->what == SPECIAL && piece->len > t->longest_special)
+            t->longest_special = piece->len;
+        if (piece->len && (t->kind == 1 || (i && (int)i != t->bos && (int)i != c->eos))) {
+            int32_t *slot = slot_of(t, piece->text, piece->len, piece->what);
+            if (*slot < 0) *slot = (int32_t)i;
+            if (c->squeeze < 0 && piece->len == 2 && !memcmp(piece->text, "  ", 2))
+                t->squeeze = false;
         }
     }
-    if (!error && in.size)
-        error = fail("the tokenizer goes on after its %d pieces: it is another model's", t->n);
-    for (uint32_t i = 0; i < t->n_merges && !error; i++) {
-        const uint8_t *p = t->merges + 12 * (int64_t)i;
-        const uint32_t n = (uint32_t)t->n, id[3] = {read_u32(p), read_u32(p + 4), read_u32(p + 8)};
+    for (int b = 0; b < 256; b++) { // pieces that stand for a byte, if they are there
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", b);
+        int id = t->byte_id[b] = t->kind == 0 ? *slot_of(t, name, 6, TEXT) : -1;
+        bytes[b] = (uint8_t)b;
+        if (id >= 0) t->piece[id] = (Piece){&bytes[b], 1, ONE_BYTE, 0};
+    }
+    if (in.size)
+        die("%s: the tokenizer goes on after its %u pieces: it is another model's", path, n);
+    for (uint32_t i = 0; i < t->n_merges; i++, merges += 12) {
+        const uint32_t id[3] = {read_u32(merges), read_u32(merges + 4), read_u32(merges + 8)};
         const Piece *left = t->piece + id[0], *right = t->piece + id[1], *both = t->piece + id[2];
-        if (id[0] >= n || id[1] >= n || id[2] >= n || both->special
+        if (id[0] >= n || id[1] >= n || id[2] >= n || both->what == SPECIAL
             || (uint64_t)left->len + right->len != both->len
             || memcmp(both->text, left->text, left->len)
             || memcmp(both->text + left->len, right->text, right->len))
-            return fail("the tokenizer's merge %u is not the sum of its parts", i);
-        t->merge_table[merge_slot(t, id[0], id[1])] = (int32_t)i;
+            die("%s: the tokenizer's merge %u is not the sum of its parts", path, i);
+        t->piece[n + i] = (Piece){merges, 8, MERGE, -(float)i};
+        *slot_of(t, merges, 8, MERGE) = (int32_t)(n + i);
     }
-    return error;
-}
-
-// Reads a tokenizer of n pieces from memory, which must stay. squeeze < 0: not known, so guess:
-// a vocabulary that has a piece of two spaces has seen some.
-static const char *tokenizer_open(Tokenizer *t, Span in, int kind, int n, int bos, int eos,
-                                  int squeeze) {
-    *t = (Tokenizer){.n = n, .bos = bos, .kind = kind, .squeeze = squeeze < 0 ? 1 : squeeze};
-    memset(t->byte_id, 255, sizeof t->byte_id);
-    t->piece = calloc((size_t)n, sizeof *t->piece);
-    t->table = new_table((uint32_t)n, &t->mask);
-    const char *error = !t->piece || !t->table ? "not enough memory"
-                                               : read_pieces(t, in, eos, squeeze < 0);
-    if (error) tokenizer_close(t);
-    return error;
 }
 
 static int utf8_length(const uint8_t *s, int64_t left) { // of the character at s; 1 if it is none
@@ -1690,7 +1434,7 @@ typedef struct {
 
 typedef struct {
     float score;
-    int id; // of the piece that left and its neighbour become
+    int id; // of the piece that left and its neighbour become, of len bytes
     int64_t left, len;
 } Merge;
 
@@ -1706,24 +1450,24 @@ typedef struct {
     int64_t n;
 } Merger;
 
-// The piece that a symbol and its right neighbour can become, or -1.
-static int together(const Merger *m, const Symbol *left, float *score) {
-    if (left->next < 0) return -1;
+// What a symbol and its right neighbour can become; false: nothing.
+static bool together(const Merger *m, int64_t at, Merge *new) {
     const Tokenizer *t = m->t;
-    const Symbol *right = &m->symbol[left->next];
-    if (t->kind == 0) {
-        int id = find_piece(t, m->word + left->at, left->len + right->len);
-        return *score = id < 0 ? 0 : t->piece[id].score, id;
-    }
-    int rank = t->merge_table[merge_slot(t, (uint32_t)left->id, (uint32_t)right->id)];
-    *score = (float)-rank;
-    return rank < 0 ? -1 : read_i32(t->merges + 12 * (int64_t)rank + 8);
+    if (at < 0 || !m->symbol[at].len || m->symbol[at].next < 0) return false;
+    const Symbol *left = &m->symbol[at], *right = &m->symbol[left->next];
+    const int pair[2] = {left->id, right->id};
+    *new = (Merge){.left = at, .len = left->len + right->len};
+    int found = t->kind == 0 ? *slot_of(t, m->word + left->at, new->len, TEXT)
+                             : *slot_of(t, pair, 8, MERGE);
+    if (found < 0) return false;
+    new->score = t->piece[found].score;
+    new->id = t->kind == 0 ? found : (int)read_u32(t->piece[found].text + 8);
+    return true;
 }
 
 static void consider(Merger *m, int64_t left) { // puts it on the heap if it can be merged
-    Merge new = {.left = left};
-    if (left < 0 || (new.id = together(m, &m->symbol[left], &new.score)) < 0) return;
-    new.len = m->symbol[left].len + m->symbol[m->symbol[left].next].len;
+    Merge new;
+    if (!together(m, left, &new)) return;
     int64_t i = m->n++;
     for (; i > 0 && before(&new, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
@@ -1747,22 +1491,19 @@ static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *i
     const Tokenizer *t = m->t;
     Symbol *symbol = m->symbol;
     int64_t n = 0, count = 0;
-    if (t->flags & WHOLE_WORDS && (*ids = find_piece(t, word, bytes)) >= 0) return 1;
+    if (t->flags & WHOLE_WORDS && (*ids = *slot_of(t, word, bytes, TEXT)) >= 0) return 1;
     for (int64_t at = 0, len; at < bytes; at += len) {
         len = t->kind == 0 ? utf8_length(word + at, bytes - at) : 1;
-        int id = find_piece(t, word + at, len);
+        int id = *slot_of(t, word + at, len, TEXT);
         if (id >= 0 || t->kind == 0) symbol[n] = (Symbol){at, len, n - 1, n + 1, id}, n++;
     }
     if (n) symbol[n - 1].next = -1;
     m->word = word;
     for (int64_t i = 0; i < n; i++) consider(m, i);
     while (m->n) {
-        Merge best = take_best(m);
-        Symbol *left = &symbol[best.left], *right = &symbol[left->next < 0 ? 0 : left->next];
-        // stale if one of the two has changed: what they become now is something else
-        float score;
-        if (!left->len || left->next < 0 || left->len + right->len != best.len
-            || together(m, left, &score) != best.id) continue;
+        Merge best = take_best(m), now; // stale if one of the two has changed since
+        if (!together(m, best.left, &now) || now.id != best.id || now.len != best.len) continue;
+        Symbol *left = &symbol[best.left], *right = &symbol[left->next];
         *left = (Symbol){left->at, best.len, left->prev, right->next, best.id};
         right->len = 0;
         if (left->next >= 0) symbol[left->next].prev = best.left;
@@ -1795,39 +1536,35 @@ static int64_t normalize_text(const Tokenizer *t, const uint8_t *text, int64_t l
     return n;
 }
 
-// Encodes len bytes of text, after BOS if `bos`. Returns the ids, to be freed, or NULL without
-// memory, and their number in *count.
+// Encodes len bytes of text, after BOS if `bos`. Returns the ids, to be freed, their number in
+// *count.
 static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos, int *count) {
     const uint8_t *text = (const uint8_t *)string;
     const int64_t size = (int64_t)len;
-    if (len > 1u << 29) return NULL;
-    uint8_t *buffer = malloc(len + 1);
-    int *ids = malloc(sizeof *ids * 2 * (len + 1)); // with PREFIX_SPACE each byte can become two
-    Merger m = {t, NULL, malloc(sizeof(Symbol) * (len + 1)), malloc(sizeof(Merge) * 3 * (len + 1)),
-                0}; // a heap of three: each merge adds at most two
-    *count = 0;
-    if (buffer && ids && m.symbol && m.heap) {
-        int64_t n = 0, used;
-        if (bos) ids[n++] = t->bos;
-        if (t->kind == 0 && (used = normalize_text(t, text, size, buffer)))
-            n += encode_word(&m, buffer, used, ids + n);
-        for (int64_t at = 0, end; at < size && t->kind == 1; at = end) {
-            int step, number = class_of(t, text, at, size, &step) == NUMBER;
-            for (end = t->flags & SPLIT_NUMBERS ? at + step : size; end < size && !number;
-                 end += step)
-                if (class_of(t, text, end, size, &step) == NUMBER) break;
-            used = 0;
-            if (t->flags & PREFIX_SPACE && text[at] != ' ') buffer[used++] = ' ';
-            memcpy(buffer + used, text + at, (size_t)(end - at));
-            used += end - at;
-            for (int64_t word = 0, stop; word < used; word = stop) {
-                stop = word_end(t, buffer, word, used);
-                n += encode_word(&m, buffer + word, stop - word, ids + n);
-            }
+    if (len > 1u << 29) die("a text of %lld bytes is too long", (long long)size);
+    uint8_t *buffer = need(malloc(len + 1));
+    int *ids = need(malloc(sizeof *ids * 2 * (len + 1))); // PREFIX_SPACE makes two of a byte
+    Merger m = {.t = t, .symbol = need(malloc(sizeof(Symbol) * (len + 1))),
+                .heap = need(malloc(sizeof(Merge) * 3 * (len + 1)))}; // a merge adds at most two
+    int64_t n = 0, used;
+    if (bos) ids[n++] = t->bos;
+    if (t->kind == 0 && (used = normalize_text(t, text, size, buffer)))
+        n += encode_word(&m, buffer, used, ids + n);
+    for (int64_t at = 0, end; at < size && t->kind == 1; at = end) {
+        int step, number = class_of(t, text, at, size, &step) == NUMBER;
+        for (end = t->flags & SPLIT_NUMBERS ? at + step : size; end < size && !number; end += step)
+            if (class_of(t, text, end, size, &step) == NUMBER) break;
+        used = 0;
+        if (t->flags & PREFIX_SPACE && text[at] != ' ') buffer[used++] = ' ';
+        memcpy(buffer + used, text + at, (size_t)(end - at));
+        used += end - at;
+        for (int64_t word = 0, stop; word < used; word = stop) {
+            stop = word_end(t, buffer, word, used);
+            n += encode_word(&m, buffer + word, stop - word, ids + n);
         }
-        *count = (int)n;
-    } else free(ids), ids = NULL;
+    }
     free(buffer), free(m.symbol), free(m.heap);
+    *count = (int)n;
     return ids;
 }
 
@@ -1837,7 +1574,7 @@ static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi) {
     for (; lo < hi; lo++) {
         const Piece *p = &t->piece[ids[lo]];
         uint32_t i = t->kind == 0 && lo > 0 && ids[lo - 1] == t->bos && p->len && *p->text == ' ';
-        for (; i < p->len && !p->special; i++)
+        for (; i < p->len && p->what != SPECIAL; i++)
             if (p->text[i] >= 32 ? p->text[i] != 127 : p->text[i] >= 9 && p->text[i] <= 13)
                 putchar(p->text[i]);
     }
@@ -1866,19 +1603,20 @@ static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
     return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
 }
 
+#define SKIP 256 // that many numbers have one sum
+
 // Draws one of the x (n,) that are larger than least, each with probability x / total. sums are
-// those of the x that are larger than least, for each `skip` of them.
-static int draw(const float *x, int n, float least, const float *sums, int skip, float total,
-                uint64_t *rng) {
+// those of the x that are larger than least, for each SKIP of them.
+static int draw(const float *x, int n, float least, const float *sums, float total, uint64_t *rng) {
     float r = random_float(rng) * total;
     int last = -1; // where rounding errors lead beyond the end
-    for (int i = 0; i < n; i += skip, sums++) {
-        if (*sums <= r && i + skip < n) {
+    for (int i = 0; i < n; i += SKIP, sums++) {
+        if (*sums <= r && i + SKIP < n) {
             r -= *sums;
             if (*sums > 0) last = i;
             continue;
         }
-        for (int j = i; j < i + skip && j < n; j++)
+        for (int j = i; j < i + SKIP && j < n; j++)
             if (x[j] > least) {
                 last = j;
                 if ((r -= x[j]) < 0) return j;
@@ -1888,25 +1626,26 @@ static int draw(const float *x, int n, float least, const float *sums, int skip,
     return last;
 }
 
-// The next token, from logits (n,), which it overwrites; -1 if none of them is a finite number.
+// The next token, from logits (n, in room for a multiple of 16), which it overwrites; -1 if none of
+// them is a finite number.
 // Top-p (nucleus) sampling draws from the smallest set of most probable tokens whose probabilities
 // exceed p. A token is in it if those that are more probable sum to p at most. So nothing has to
 // be sorted: draw from all; if the token is not in the set, draw again from the more probable
 // ones. It is in the set with probability p or more, so one or two passes do.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
-    const int skip = (int)round_up(n / 256 + 1, 256); // that many have one sum
-    float max = k->maximum(x, n), least = 0, all = 0, left, sums[257], *sum = sums;
+    n = pad(x, n);
+    float max = k->maximum(x, n), least = 0, all = 0, left, sums[MAX_VOCAB / SKIP], *sum = sums;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
     for (int i = 0; i < n && s->temperature < 1e-30f; i++)
         if (x[i] == max) return i;
-    for (int i = 0; i < n; i += skip)
-        all += *sum++ = k->exps(x + i, n - i < skip ? n - i : skip, 1 / s->temperature, max);
+    for (int i = 0; i < n; i += SKIP)
+        all += *sum++ = k->exps(x + i, (int)smaller(SKIP, n - i), 1 / s->temperature, max);
     for (left = all;;) {
-        int drawn = draw(x, n, least, sums, skip, left, &s->rng);
+        int drawn = draw(x, n, least, sums, left, &s->rng);
         if (drawn < 0 || s->topp <= 0 || s->topp >= 1) return drawn;
         least = x[drawn], left = 0, sum = sums;
-        for (int i = 0; i < n; i += skip)
-            left += *sum++ = k->above(x + i, n - i < skip ? n - i : skip, least);
+        for (int i = 0; i < n; i += SKIP)
+            left += *sum++ = k->above(x + i, (int)smaller(SKIP, n - i), least);
         if (left <= s->topp * all) return drawn;
     }
 }
@@ -1917,20 +1656,20 @@ static int sample(Sampler *s, const Kernels *k, float *x, int n) {
 typedef struct {
     Model model;
     Tokenizer tokenizer;
-    File tokenizer_file;
     Team team;
     State state;
     const Kernels *kernels;
     float temperature, topp;
     uint64_t seed;
     int steps, stories;
-    Span chat[3]; // the template
-    int stop;     // what it has after a reply, or -1
+    int stop;   // what the chat template has after a reply, or -1
+    int met;    // see render
     const char *prompt, *system;
+    float *memory; // what bench reads
 } Run;
 
-static void forward(Run *run, const Row *rows, int B) {
-    set_rows(&run->state, rows, B);
+static void forward(Run *run, const Row *rows, int B, int n_logits) {
+    set_rows(&run->state, rows, B, n_logits);
     team_run(&run->team, run->kernels->forward, &run->state);
 }
 
@@ -1939,14 +1678,13 @@ static void prefill(Run *run, const int *ids, int n, int pos) {
     Row rows[MAX_ROWS];
     for (int i = 0; i < n; i += MAX_ROWS) {
         int B = n - i < MAX_ROWS ? n - i : MAX_ROWS;
-        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], pos + i + b, 0, i + b == n - 1};
-        forward(run, rows, B);
+        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], pos + i + b, 0};
+        forward(run, rows, B, i + B == n);
     }
 }
 
-static void state_or_die(Run *run, int n_seq, int max_pos, int max_rows) {
-    const char *error = state_open(&run->state, &run->model, &run->team, n_seq, max_pos, max_rows);
-    if (error) die(error);
+static Sampler new_sampler(const Run *run, int story) {
+    return (Sampler){run->temperature, run->topp, seed_rng(run->seed + (uint64_t)story)};
 }
 
 static int sample_or_die(Run *run, Sampler *s, float *logits) {
@@ -1964,9 +1702,8 @@ static bool is_end(const Run *run, int id) { // whether a text ends where this i
 
 // Bytes read from the KV cache for one token, when it holds n.
 static double cache_bytes(const Run *run, int n) {
-    const State *s = &run->state;
-    return (double)run->model.c.n_layers * run->model.c.n_kv_heads * n
-           * 2 * run->model.c.head_dim * (s->half ? 2 : 4);
+    const Config *c = &run->model.c;
+    return 2.0 * (run->state.half ? 2 : 4) * c->n_layers * c->kv_dim * n;
 }
 
 typedef struct {
@@ -1982,65 +1719,56 @@ static void generate(Run *run) {
     const Tokenizer *t = &run->tokenizer;
     const char *prompt = run->prompt ? run->prompt : "";
     State *s = &run->state;
-    int n, N = run->stories, active = N, front = 0, told = 0;
-    int *ids = need(encode(t, prompt, strlen(prompt), true, &n));
+    int n, N = run->stories, B = N, front = 0, told = 0;
+    int *ids = encode(t, prompt, strlen(prompt), true, &n);
     if (n > run->steps)
-        die(fail("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
-                 ? "the model's context is" : "the limit (-n) is", run->steps));
-    state_or_die(run, N, run->steps, N > MAX_ROWS ? N : MAX_ROWS);
-    Story *story = need(calloc((size_t)N, sizeof *story));
-    Row *rows = need(calloc((size_t)N, sizeof *rows));
+        die("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
+            ? "the model's context is" : "the limit (-n) is", run->steps);
+    state_open(s, &run->model, &run->team, N, run->steps, N > MAX_ROWS ? N : MAX_ROWS);
+    Story *story = need(malloc(sizeof *story * (size_t)N));
+    Row *rows = need(malloc(sizeof *rows * (size_t)N));
     double start = seconds(), flushed = start, bytes = 0;
     prefill(run, ids, n, 0);
     double prompt_time = seconds() - start;
     int64_t heads = (int64_t)c->n_layers * c->n_kv_heads;
-    size_t used = (size_t)(round_up(n, 16) * c->head_dim * (s->half ? 2 : 4)); // of a head's cache
+    size_t used = (size_t)(s->head_bytes / s->T * round_up(n, 16)); // of a head's cache
     for (int i = 0; i < N; i++) { // every story starts from the same prompt
-        uint64_t rng = seed_rng(run->seed + (uint64_t)i);
-        story[i].sampler = (Sampler){run->temperature, run->topp, rng};
-        story[i].ids = need(malloc(sizeof(int) * (size_t)(run->steps + 1)));
-        memcpy(story[i].ids, ids, sizeof *ids * (size_t)n);
-        story[i].n = n;
-        if (i == 0) continue;
-        memcpy(s->logits + i * s->v_width, s->logits, sizeof(float) * (size_t)c->vocab_size);
-        for (int64_t h = 0; h < heads; h++) {
+        int *own = need(malloc(sizeof *own * (size_t)(run->steps + 1)));
+        memcpy(own, ids, sizeof *ids * (size_t)n);
+        story[i] = (Story){new_sampler(run, i), own, n, false};
+        memmove(s->logits + i * s->v_width, s->logits, sizeof(float) * (size_t)c->vocab_size);
+        for (int64_t h = 0; h < heads && i > 0; h++) {
             int64_t from = h * s->head_bytes, to = from + i * heads * s->head_bytes;
             memcpy(s->keys + to, s->keys + from, used);
             memcpy(s->values + to, s->values + from, used);
         }
     }
     print_pieces(t, ids, 1, n);
-    start = seconds();
-    while (active) {
-        float *logits = s->logits; // of the last pass, in the order of the active stories
+    for (start = seconds(); B;) {
+        float *logits = s->logits; // of the last pass, in the order of the unfinished stories
+        B = 0;
         for (int i = 0; i < N; i++) {
             Story *y = &story[i];
             if (y->done) continue;
             int id = sample_or_die(run, &y->sampler, logits);
-            logits += s->v_width;
-            bool end = is_end(run, id);
-            if (!end) y->ids[y->n++] = id;
-            if (!end && i == front) print_pieces(t, y->ids, y->n - 1, y->n);
-            y->done = end || y->n > run->steps;
-            active -= y->done;
-            told++;
+            logits += s->v_width, told++;
+            if (!is_end(run, id)) {
+                y->ids[y->n++] = id;
+                if (i == front) print_pieces(t, y->ids, y->n - 1, y->n);
+            }
+            y->done = is_end(run, id) || y->n > run->steps;
+            if (y->done) continue;
+            rows[B++] = (Row){id, y->n - 1, i};
+            bytes += cache_bytes(run, y->n);
         }
         for (; front < N && story[front].done; front++) {
-            printf("\n");
-            if (front + 1 == N) continue;
-            printf("\n");
-            print_pieces(t, story[front + 1].ids, 1, story[front + 1].n);
+            printf(front + 1 < N ? "\n\n" : "\n");
+            if (front + 1 < N) print_pieces(t, story[front + 1].ids, 1, story[front + 1].n);
         }
         // A write for each token would cost more than the token; a hundredth of a second is soon.
         double now = seconds();
         if (now - flushed > 0.01) fflush(stdout), flushed = now;
-        int B = 0;
-        for (int i = 0; i < N; i++)
-            if (!story[i].done) {
-                rows[B++] = (Row){story[i].ids[story[i].n - 1], story[i].n - 1, i, 1};
-                bytes += cache_bytes(run, story[i].n);
-            }
-        if (B) forward(run, rows, B), bytes += (double)run->model.bytes;
+        if (B) forward(run, rows, B, B), bytes += (double)run->model.bytes;
     }
     double time = seconds() - start;
     fflush(stdout);
@@ -2067,11 +1795,11 @@ static char *read_line(FILE *in) {
 // first exchange after a system prompt, and all but the first (may be absent: as the first).
 // {user}, {system} and {reply} stand for what was said, {bos} and {eos} for those tokens; of a
 // byte-level tokenizer special tokens may be spelled out. Llama 2's, where the file has none:
-static const char *const llama2_chat[2] = {
-    "{bos}[INST] {user} [/INST]{reply}{eos}",
-    "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"};
 enum { BOS, EOS, SYSTEM, USER, REPLY, NO_NAME };
 static const char *const names[NO_NAME] = {"{bos}", "{eos}", "{system}", "{user}", "{reply}"};
+static const char *const llama2_chat[3] = {
+    "{bos}[INST] {user} [/INST]{reply}{eos}",
+    "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}", ""};
 
 typedef struct {
     char *user;
@@ -2085,31 +1813,31 @@ static void *append(void *block, size_t *n, const void *more, size_t bytes) {
     return block;
 }
 
-// Appends a turn to ids; an unfinished one ends where its reply would begin. The template is cut
-// at tokens before anything is inserted, so what a user types never becomes a control token.
+// Appends a turn to the ids, of *size bytes; an unfinished one ends where its reply would begin.
+// The template is cut at tokens before anything is inserted, so what a user types never becomes a
+// control token. Returns the ids, and in run->met the bits of the names that it has met.
 static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *size) {
     const Tokenizer *t = &run->tokenizer;
     char *text = NULL;
     for (size_t used = 0, n = 0;; cut(&in, used)) {
-        const char *p = (const char *)in.data, *insert = p;
-        size_t left = (size_t)in.size;
+        const char *insert = (const char *)in.data;
         int name = 0, id = -1, count;
-        for (; name < NO_NAME; name++)
-            if (strlen(names[name]) <= left && !memcmp(p, names[name], strlen(names[name]))) break;
-        used = name < NO_NAME ? strlen(names[name]) : left < t->longest_special ? left
-                                                                          : t->longest_special;
+        while (name < NO_NAME && !starts(in, names[name])) name++;
+        run->met |= 1 << name;
+        used = name < NO_NAME ? strlen(names[name])
+                              : (size_t)smaller(in.size, t->longest_special);
         for (; name == NO_NAME && used && id < 0; used -= id < 0)
-            id = t->table[slot_of(t, in.data, (uint32_t)used, true)];
+            id = *slot_of(t, in.data, (int64_t)used, SPECIAL);
         if (id < 0 && name == NO_NAME) used = 1;
         if (name == BOS) id = run->model.c.bos;
         if (name == EOS) id = run->model.c.eos;
         if (name == USER) insert = turn->user;
         if (name == SYSTEM) insert = run->system ? run->system : "";
         if (in.size && id < 0 && name != REPLY) {
-            text = append(text, &n, insert, insert == p ? 1 : strlen(insert));
+            text = append(text, &n, insert, name == NO_NAME ? 1 : strlen(insert));
             continue;
         }
-        int *more = need(encode(t, text, n, false, &count));
+        int *more = encode(t, text, n, false, &count);
         ids = append(ids, size, more, sizeof *ids * (size_t)count);
         n = 0;
         free(more);
@@ -2123,50 +1851,42 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
 
 // The ids of the turns from `first` to `last`, the last without its reply; to be freed.
 static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) {
+    const Span *chat = run->model.chat;
     int *ids = NULL;
     size_t size = 0;
     for (int i = first; i <= last; i++)
-        ids = render(run, run->chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
+        ids = render(run, chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
                      &size);
     *n = (int)(size / sizeof *ids);
     return ids;
 }
 
-// Finds the templates, and the token that the model was taught to end a reply with.
-static const char *open_templates(Run *run) {
-    const Model *m = &run->model;
+// Checks the templates, and finds the token that the model was taught to end a reply with.
+static void open_templates(Run *run) {
     const Turn nothing = {.user = (char[]){""}};
+    Span *chat = run->model.chat;
+    const bool none = !chat[0].data;
     size_t before = 0, after = 0;
-    for (int i = 0; i < 3; i++) {
-        run->chat[i] = m->chat[i];
-        if (!m->chat[0].data && i < 2)
-            run->chat[i] = (Span){(const uint8_t *)llama2_chat[i], (int64_t)strlen(llama2_chat[i])};
-    }
-    if (!run->chat[2].size) run->chat[2] = run->chat[0];
-    const Span in = run->chat[run->system != NULL];
-    for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++) {
-        Span rest = in;
-        while (rest.size >= (int64_t)strlen(names[name])
-               && memcmp(rest.data, names[name], strlen(names[name]))) cut(&rest, 1);
-        if (rest.size < (int64_t)strlen(names[name]))
-            return fail("this model's chat template has no place for %s", names[name]);
-    }
-    free(render(run, in, &nothing, false, NULL, &before));
-    int *ids = render(run, in, &nothing, true, NULL, &after);
+    for (int i = 0; i < 3 && none; i++)
+        chat[i] = (Span){(const uint8_t *)llama2_chat[i], (int64_t)strlen(llama2_chat[i])};
+    if (!chat[2].size) chat[2] = chat[0];
+    free(render(run, chat[run->system != NULL], &nothing, false, NULL, &before));
+    int *ids = render(run, chat[run->system != NULL], &nothing, true, NULL, &after);
     run->stop = after > before ? ids[before / sizeof *ids] : -1;
     free(ids);
-    return NULL;
+    for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++)
+        if (!(run->met >> name & 1))
+            die("this model's chat template has no place for %s", names[name]);
 }
 
 // A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
 // and computes only what differs from it, also after the oldest turns had to go.
 static void chat(Run *run) {
     const int context = run->model.c.seq_len;
-    const char *error = open_templates(run);
-    if (error) die(error);
-    state_or_die(run, 1, context, MAX_ROWS);
-    Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
+    Sampler sampler = new_sampler(run, 0);
     Turn *turn = NULL;
+    open_templates(run);
+    state_open(&run->state, &run->model, &run->team, 1, context, MAX_ROWS);
     int *seen = need(malloc(sizeof *seen * (size_t)context)), n_seen = 0, first = 0, n, last = 0;
     for (;; last++) {
         turn = need(realloc(turn, sizeof *turn * (size_t)(last + 1)));
@@ -2207,7 +1927,7 @@ static void chat(Run *run) {
                 break;
             }
             seen[n_seen] = id;
-            forward(run, &(Row){id, n_seen++, 0, 1}, 1);
+            forward(run, &(Row){id, n_seen++, 0}, 1, 1);
         }
         printf("\n");
         free(ids);
@@ -2219,6 +1939,7 @@ static void chat(Run *run) {
 
 // -log softmax(logits)[target]; overwrites the logits.
 static double cross_entropy(const Kernels *k, float *logits, int n, int target) {
+    n = pad(logits, n);
     float max = k->maximum(logits, n), at_target = logits[target];
     return log(k->exps(logits, n, 1, max)) + max - at_target;
 }
@@ -2228,34 +1949,30 @@ static double cross_entropy(const Kernels *k, float *logits, int n, int target) 
 static void perplexity(Run *run) {
     const char *separator = "<|endoftext|>";
     const Config *c = &run->model.c;
-    File file;
-    const char *error = run->prompt ? file_open(&file, run->prompt) : "give the file with -i";
-    if (error) die(error);
-    const char *text = (const char *)file.data, *end = text + file.size;
     int *ids = NULL, count;
-    int64_t n = 0, mark = (int64_t)strlen(separator);
-    for (const char *stop = text; text < end; text = stop += mark) {
-        while (stop < end && (end - stop < mark || memcmp(stop, separator, (size_t)mark))) stop++;
-        const char *last = stop;
+    size_t size = 0;
+    if (!run->prompt) die("give the file with -i");
+    for (Span in = map_file(run->prompt); in.size; cut(&in, strlen(separator))) {
+        const char *text = (const char *)in.data;
+        while (in.size && !starts(in, separator)) cut(&in, 1);
+        const char *last = (const char *)in.data;
         while (text < last && (*text == '\n' || *text == ' ')) text++;
         while (last > text && (last[-1] == '\n' || last[-1] == ' ')) last--;
         if (last == text) continue;
-        int *more = need(encode(&run->tokenizer, text, (size_t)(last - text), true, &count));
-        ids = need(realloc(ids, sizeof *ids * (size_t)(n + count)));
-        memcpy(ids + n, more, sizeof *ids * (size_t)count);
-        n += count;
+        int *more = encode(&run->tokenizer, text, (size_t)(last - text), true, &count);
+        ids = append(ids, &size, more, sizeof *ids * (size_t)count);
         free(more);
     }
-    file_close(&file);
-    if (n < 2) die(fail("%s: there is nothing to predict", run->prompt));
-    state_or_die(run, 1, c->seq_len, MAX_ROWS);
+    const int64_t n = (int64_t)(size / sizeof *ids);
+    if (n < 2) die("%s: there is nothing to predict", run->prompt);
+    state_open(&run->state, &run->model, &run->team, 1, c->seq_len, MAX_ROWS);
     double loss = 0, start = seconds();
     Row rows[MAX_ROWS];
     for (int64_t i = 0, B; i + 1 < n; i += B) {
         int pos = (int)(i % c->seq_len);
         for (B = 0; B < MAX_ROWS && pos + B < c->seq_len && i + B + 1 < n; B++)
-            rows[B] = (Row){ids[i + B], pos + (int)B, 0, 1};
-        forward(run, rows, (int)B);
+            rows[B] = (Row){ids[i + B], pos + (int)B, 0};
+        forward(run, rows, (int)B, (int)B);
         for (int b = 0; b < B; b++)
             loss += cross_entropy(run->kernels, run->state.logits + b * run->state.v_width,
                                   c->vocab_size, ids[i + b + 1]);
@@ -2266,46 +1983,24 @@ static void perplexity(Run *run) {
     free(ids);
 }
 
-typedef struct {
-    uint64_t *data;
-    int64_t n;
-    atomic_ullong total; // so that the reading is not optimized away
-} Reading;
+#define MEMORY (1 << 28) // bytes, more than a cache has
 
-static void read_share(void *arg, Team *team, int thread) {
-    Reading *r = arg;
-    uint64_t t[16] = {0}, all = 0;
+static void read_memory(void *arg, Team *team, int thread) { // maximum() does nothing but that
+    Run *run = arg;
     int64_t lo, hi;
-    share(r->n / 16, thread, team, &lo, &hi);
-    for (int64_t i = 16 * lo; i < 16 * hi; i += 16)
-        for (int j = 0; j < 16; j++) t[j] += r->data[i + j];
-    for (int j = 0; j < 16; j++) all += t[j];
-    atomic_fetch_add(&r->total, all);
+    share(MEMORY / 4, 16, thread, team, &lo, &hi);
+    run->kernels->maximum(run->memory + lo, (int)(hi - lo));
 }
 
-// Read bandwidth of the team in bytes/s, the best of some passes over a block of memory.
-static double bandwidth(Team *team, int64_t bytes) {
-    void *raw;
-    Reading r = {need(new_block(&raw, bytes)), bytes / 8, 0};
-    double best = 1e9;
-    memset(r.data, 1, (size_t)bytes);
-    for (int i = 0; i < 10; i++) {
-        double start = seconds();
-        team_run(team, read_share, &r);
-        if (seconds() - start < best) best = seconds() - start;
-    }
-    free(raw);
-    return (double)bytes / best;
-}
-
-// The best time of some passes over ids, as a prompt or token by token.
-static double best_time(Run *run, const int *ids, int n, bool prompt) {
+// The best time of some passes: over memory, over ids as a prompt, or over ids token by token.
+static double best_time(Run *run, char what, const int *ids, int n) {
     double best = 1e9, begin = seconds();
     for (int tries = 0; tries < 2 || (tries < 200 && seconds() - begin < 3); tries++) {
         double start = seconds();
-        if (prompt) prefill(run, ids, n, 0);
-        for (int i = 0; i < n && !prompt; i++) forward(run, &(Row){ids[i], i, 0, 1}, 1);
-        if (seconds() - start < best) best = seconds() - start;
+        if (what == 'm') team_run(&run->team, read_memory, run);
+        if (what == 'p') prefill(run, ids, n, 0);
+        for (int i = 0; i < n && what == 'd'; i++) forward(run, &(Row){ids[i], i, 0}, 1, 1);
+        best = fmin(best, seconds() - start);
     }
     return best;
 }
@@ -2315,19 +2010,20 @@ static void bench(Run *run) {
     const Config *c = &run->model.c;
     int n = run->steps < c->seq_len ? run->steps : c->seq_len;
     int *ids = need(malloc(sizeof *ids * (size_t)n));
-    state_or_die(run, 1, n, MAX_ROWS);
+    state_open(&run->state, &run->model, &run->team, 1, n, MAX_ROWS);
     for (int i = 0; i < n; i++) ids[i] = (int)((unsigned)i * 2654435761u % (unsigned)c->vocab_size);
-    double roof = bandwidth(&run->team, 256 << 20), bytes = 0, sampling = 0;
+    run->memory = memset(zeros(MEMORY), 1, MEMORY);
+    double roof = MEMORY / best_time(run, 'm', NULL, 0), bytes = 0, sampling = 0;
     for (int i = 0; i < n; i++) bytes += cache_bytes(run, i + 1) + (double)run->model.bytes;
     printf("%s, %d thread%s, weights %.1f MB, read bandwidth %.1f GB/s\n", run->kernels->name,
            run->team.n, run->team.n == 1 ? "" : "s", (double)run->model.bytes * 1e-6, roof * 1e-9);
-    printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best_time(run, ids, n, true));
-    double best = best_time(run, ids, n, false);
+    printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best_time(run, 'p', ids, n));
+    double best = best_time(run, 'd', ids, n);
     printf("decode   %d tokens: %.1f tokens/s, %.1f GB/s, %.0f %% of the bandwidth\n", n, n / best,
            bytes / best * 1e-9, 100 * bytes / best / roof);
-    Sampler sampler = {run->temperature, run->topp, seed_rng(run->seed)};
+    Sampler sampler = new_sampler(run, 0);
     for (int i = 0; i < 50; i++) {
-        forward(run, &(Row){ids[i % n], 0, 0, 1}, 1);
+        forward(run, &(Row){ids[i % n], 0, 0}, 1, 1);
         double start = seconds();
         sample_or_die(run, &sampler, run->state.logits);
         sampling += (seconds() - start) / 50;
@@ -2370,13 +2066,13 @@ static double number(char flag, const char *text, double min, double max, bool w
 }
 
 int main(int argc, char **argv) {
-    Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1, .stop = -1,
-               .seed = (uint64_t)time(NULL), .kernels = pick_kernels()};
-    const char *tokenizer = NULL, *mode = "generate", *path = argc > 1 ? argv[1] : "-h", *error;
+    static Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1, .stop = -1};
+    const char *tokenizer = NULL, *mode = "generate", *path = argc > 1 ? argv[1] : "-h";
     int threads = 0, n_cores = cores();
+    run.seed = (uint64_t)time(NULL), run.kernels = pick_kernels();
     if (!strcmp(path, "-h") || !strcmp(path, "--help")) usage(stdout, argc > 1 ? 0 : 2);
     for (int i = 2; i < argc; i += 2) {
-        char flag = argv[i][0] == '-' && argv[i][1] && !argv[i][2] ? argv[i][1] : 0;
+        const char flag = argv[i][0] == '-' && argv[i][1] && !argv[i][2] ? argv[i][1] : 0;
         const char *value = argv[i + 1];
         if (!flag || !strchr("tpsnizmybj", flag) || !value) {
             fprintf(stderr, "error: %s: %s\n", argv[i],
@@ -2394,18 +2090,14 @@ int main(int argc, char **argv) {
         if (flag == 'm') mode = value;
         if (flag == 'y') run.system = *value ? value : NULL;
     }
-    if ((error = model_open(&run.model, path))) die(error);
-    const Model *m = &run.model;
-    if (tokenizer) {
-        if ((error = file_open(&run.tokenizer_file, tokenizer))) die(error);
-        Span all = {run.tokenizer_file.data, run.tokenizer_file.size};
-        error = tokenizer_open(&run.tokenizer, all, 0, m->c.vocab_size, m->c.bos, m->c.eos, -1);
-        if (error) die(fail("%s: %s", tokenizer, error));
-    } else if (m->tokenizer.size) {
-        error = tokenizer_open(&run.tokenizer, m->tokenizer, m->kind, m->c.vocab_size, m->c.bos,
-                               m->c.eos, m->squeeze);
-        if (error) die(fail("%s: %s", path, error));
-    } else if (strcmp(mode, "bench")) die("the model brings no tokenizer: give one with -z");
+    Model *m = &run.model;
+    model_open(m, map_file(path), path);
+    if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
+        Config c = m->c;
+        c.kind = 0, c.squeeze = -1;
+        tokenizer_open(&run.tokenizer, map_file(tokenizer), &c, tokenizer);
+    } else if (m->tokenizer.size) tokenizer_open(&run.tokenizer, m->tokenizer, &m->c, path);
+    else if (strcmp(mode, "bench")) die("the model brings no tokenizer: give one with -z");
     if (run.steps == 0) run.steps = m->c.seq_len;
     if (run.steps > m->c.seq_len && strcmp(mode, "chat")) {
         if (run.steps != 256)
@@ -2424,12 +2116,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(mode, "chat")) chat(&run);
     else if (!strcmp(mode, "perplexity")) perplexity(&run);
     else if (!strcmp(mode, "bench")) bench(&run);
-    else die(fail("-m %s: it is generate, chat, perplexity or bench", mode));
-    free(run.state.block);
-    team_close(&run.team);
-    tokenizer_close(&run.tokenizer);
-    file_close(&run.tokenizer_file);
-    model_close(&run.model);
+    else die("-m %s: it is generate, chat, perplexity or bench", mode);
     return 0;
 }
 #endif // RUN_NO_MAIN

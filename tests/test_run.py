@@ -29,9 +29,7 @@ GOLDEN_START = ("Once upon a time, there was a little girl named Lily. She loved
 GOLDEN_END = "You are a good friend."
 
 WRAPPERS = r"""
-#pragma GCC diagnostic ignored "-Wunused-function"
-#define RUN_NO_MAIN
-#include "run.c"
+#include "tests/run_lib.h"
 static const Kernels *kernels[3];
 const char *isa_name(int i) {
     int n = 0;
@@ -45,29 +43,27 @@ const char *isa_name(int i) {
 }
 int half_of(float x) { return to_half(x); }
 float of_half(int h) { return from_half((uint16_t)h); }
-float exps(int isa, float *x, int n) { return kernels[isa]->exps(x, n, 1, 0); }
-float above(int isa, float *x, int n, float least) { return kernels[isa]->above(x, n, least); }
-float maximum(int isa, float *x, int n) { return kernels[isa]->maximum(x, n); }
+// x (n,) has room for a multiple of 16
+float exps(int isa, float *x, int n) { return kernels[isa]->exps(x, pad(x, n), 1, 0); }
+float above(int isa, float *x, int n, float least) {
+    return kernels[isa]->above(x, pad(x, n), least);
+}
+float maximum(int isa, float *x, int n) { return kernels[isa]->maximum(x, pad(x, n)); }
 
 // out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; seen: w and x as the kernel has them
 void product(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
              float *seen_w, float *seen_x) {
-    Config c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f};
-    Model m = {.c = c};
+    Model m = {.c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f}};
     State s = {.m = &m};
     Matrix a;
-    void *raw, *raw_in, *raw_x;
-    uint8_t *base = new_block(&raw, place_matrix(&a, &c, NULL, 0, rows, cols));
-    place_matrix(&a, &c, base, 0, rows, cols);
-    for (int r = 0; r < rows; r++) pack_row(&c, &a, r, w + r * cols, cols, NULL);
+    open_matrix(&m, &a, NULL, rows, cols);
+    for (int r = 0; r < rows; r++) pack_row(&m.c, &a, r, w + r * cols, cols, NULL);
     int64_t width = round_up(a.cols, 64) + 64;
-    Input in = {.width = width};
-    uint8_t *p = new_block(&raw_in, 10 * B * width);
-    in.high = (int8_t *)p, in.low = in.high + B * width, in.s = (float *)(p + 2 * B * width);
-    in.bias = (int32_t *)(p + 6 * B * width);
-    float *padded = (float *)new_block(&raw_x, 4 * B * width);
+    Input in = {.width = width, .high = zeros(B * width), .low = zeros(B * width),
+                .s = zeros(B * width), .bias = zeros(B * width)};
+    float *padded = zeros(4 * B * width);
     for (int b = 0; b < B; b++) memcpy(padded + b * width, x + b * cols, 4 * cols);
-#define DO(name) prepare_##name(&s, &in, padded, width, NULL, B, NULL, &a), \
+#define DO(name) prepare_##name(&s, &in, padded, B, NULL, &a), \
         matmul_##name(out, a.tiles * 16, false, &a, 0, a.tiles, G, &in, B)
     if (kernels[isa] == &kernels_portable) DO(portable);
 #ifdef __x86_64__
@@ -75,43 +71,46 @@ void product(int isa, int format, int G, float *w, int rows, int cols, float *x,
     else if (kernels[isa] == &kernels_avx512) DO(avx512);
 #endif
     for (int r = 0; r < rows && format == Q8_0; r++)
-        embed_row_portable(seen_w + r * cols, &a, r, cols, G);
+        embed_row(seen_w + r * cols, &a, r, cols, G);
     for (int b = 0; b < B && format == Q8_0; b++)
         for (int i = 0; i < cols; i++)
             seen_x[b * cols + i] = in.s[b * (width / 4) + i / G]
                                    * (128 * in.high[b * width + i] + in.low[b * width + i]);
-    free(raw), free(raw_in), free(raw_x);
+    free_all();
 }
 
-// logits (n, V) of one sequence, `block` rows at a time, on so many threads
-const char *logits_of(const char *path, int isa, int threads, int block, int *ids, int n,
-                      float *out) {
-    Model m;
-    Team team;
-    State s;
-    const char *error = model_open(&m, path);
-    if (error) return error;
-    team_open(&team, threads);
-    if ((error = state_open(&s, &m, &team, 1, n, block))) return error;
-    for (int i = 0; i < n; i += block) {
-        Row rows[64];
-        int B = n - i < block ? n - i : block;
-        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], i + b, 0, 1};
-        set_rows(&s, rows, B);
-        team_run(&team, kernels[isa]->forward, &s);
-        for (int b = 0; b < s.B; b++)
-            memcpy(out + (i + b) * m.c.vocab_size, s.logits + b * s.v_width, 4 * m.c.vocab_size);
+// logits (n, V) of one sequence, `block` rows at a time, on so many threads; 0, or 1 if that fails
+int logits_of(const char *path, int isa, int threads, int block, int *ids, int n, float *out) {
+    static Model m;
+    static State s;
+    static Span file;
+    int failed = setjmp(died);
+    if (!failed) {
+        model_open(&m, file = map_file(path), path);
+        state_open(&s, &m, team_of(threads), 1, n, block);
+        for (int i = 0; i < n; i += block) {
+            Row rows[64];
+            int B = n - i < block ? n - i : block;
+            for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], i + b, 0};
+            set_rows(&s, rows, B, B);
+            team_run(s.team, kernels[isa]->forward, &s);
+            for (int b = 0; b < B; b++)
+                memcpy(out + (i + b) * m.c.vocab_size, s.logits + b * s.v_width,
+                       4 * m.c.vocab_size);
+        }
+        munmap((void *)file.data, (size_t)file.size);
     }
-    team_close(&team);
-    free(s.block);
-    model_close(&m);
-    return NULL;
+    free_all();
+    return failed;
 }
 
 static Tokenizer tokenizer;
-const char *open_tok(const uint8_t *data, int size, int kind, int n, int squeeze) {
-    tokenizer_close(&tokenizer);
-    return tokenizer_open(&tokenizer, (Span){data, size}, kind, n, 1, 2, squeeze);
+int open_tok(const uint8_t *data, int size, int kind, int n, int squeeze) {
+    const Config c = {.kind = kind, .vocab_size = n, .bos = 1, .eos = 2, .squeeze = squeeze};
+    free_all();
+    int failed = setjmp(died);
+    if (!failed) tokenizer_open(&tokenizer, (Span){data, size}, &c, "test");
+    return failed;
 }
 int encode_into(const char *text, int len, int bos, int *out) {
     int n, *ids = encode(&tokenizer, text, (size_t)len, bos, &n);
@@ -122,39 +121,39 @@ int encode_into(const char *text, int len, int bos, int *out) {
 // the ids of a chat's exchanges, the last without its reply; *stop: what ends a reply
 int chat_into(const char *path, char *system, int n, char **users, int **replies, int *sizes,
               int *out, int *stop) {
-    Run run = {.system = system, .stop = -1};
+    static Run run;
     Turn turn[8];
-    int count;
-    if (model_open(&run.model, path)) return -1;
-    const Model *m = &run.model;
-    if (tokenizer_open(&run.tokenizer, m->tokenizer, m->kind, m->c.vocab_size, m->c.bos, m->c.eos,
-                       m->squeeze)) return -2;
-    if (open_templates(&run)) return -3;
-    for (int i = 0; i < n; i++) turn[i] = (Turn){users[i], replies[i], sizes[i]};
-    int *ids = render_all(&run, turn, 0, n - 1, &count);
-    memcpy(out, ids, sizeof *ids * (size_t)count);
-    *stop = run.stop;
-    free(ids);
-    tokenizer_close(&run.tokenizer);
-    model_close(&run.model);
+    int count = -1;
+    run = (Run){.system = system, .stop = -1};
+    if (!setjmp(died)) {
+        model_open(&run.model, map_file(path), path);
+        tokenizer_of(&run.tokenizer, &run.model);
+        open_templates(&run);
+        for (int i = 0; i < n; i++) turn[i] = (Turn){users[i], replies[i], sizes[i]};
+        int *ids = render_all(&run, turn, 0, n - 1, &count);
+        memcpy(out, ids, sizeof *ids * (size_t)count);
+        *stop = run.stop;
+        free(ids);
+    }
+    free_all();
     return count;
 }
 // the residual stream (D,) after one token, without the classifier, whose rows may be many
-const char *stream_of(const char *path, int token, float *out) {
-    Model m;
-    Team team;
-    State s;
-    const char *error = model_open(&m, path);
-    if (error) return error;
-    team_open(&team, 1);
-    if ((error = state_open(&s, &m, &team, 1, 1, 1))) return error;
-    set_rows(&s, &(Row){token, 0, 0, 0}, 1);
-    team_run(&team, kernels[0]->forward, &s);
-    memcpy(out, s.x, sizeof(float) * (size_t)m.c.dim);
-    team_close(&team);
-    free(s.block);
-    model_close(&m);
-    return NULL;
+int stream_of(const char *path, int token, float *out) {
+    static Model m;
+    static State s;
+    static Span file;
+    int failed = setjmp(died);
+    if (!failed) {
+        model_open(&m, file = map_file(path), path);
+        state_open(&s, &m, team_of(1), 1, 1, 1);
+        set_rows(&s, &(Row){token, 0, 0}, 1, 0);
+        team_run(s.team, kernels[0]->forward, &s);
+        memcpy(out, s.x, sizeof(float) * (size_t)m.c.dim);
+        munmap((void *)file.data, (size_t)file.size);
+    }
+    free_all();
+    return failed;
 }
 int bytes_of(int id, uint8_t *out) {
     memcpy(out, tokenizer.piece[id].text, tokenizer.piece[id].len);
@@ -162,7 +161,7 @@ int bytes_of(int id, uint8_t *out) {
 }
 void samples(float *logits, int n, float t, float p, int seed, int *out, int count) {
     Sampler s = {t, p, seed_rng((uint64_t)seed)};
-    float *x = malloc(sizeof *x * (size_t)n);
+    float *x = malloc(sizeof *x * (size_t)(n + 15));
     for (int i = 0; i < count; i++) {
         memcpy(x, logits, sizeof *x * (size_t)n);
         out[i] = sample(&s, pick_kernels(), x, n);
@@ -189,8 +188,7 @@ def lib(build):
     (build / "lib.c").write_text(WRAPPERS)
     so = compile_c(build / "lib.c", build / "lib.so", "-O2", "-shared", "-fPIC")
     library = ctypes.CDLL(str(so))
-    for name in ("isa_name", "logits_of", "open_tok", "stream_of"):
-        getattr(library, name).restype = ctypes.c_char_p
+    library.isa_name.restype = ctypes.c_char_p
     for name in ("of_half", "exps", "above", "maximum"):
         getattr(library, name).restype = ctypes.c_float
     library.isas = []
@@ -265,9 +263,9 @@ def torch_logits(model, ids):
 def c_logits(lib, path, ids, vocab, isa=-1, threads=1, block=64):
     out = np.zeros((len(ids), vocab), np.float32)
     isa = isa % len(lib.isas)
-    error = lib.logits_of(str(path).encode(), isa, threads, block, pointer(np.array(ids, np.int32)),
-                          len(ids), pointer(out))
-    assert error is None, error
+    failed = lib.logits_of(str(path).encode(), isa, threads, block,
+                           pointer(np.array(ids, np.int32)), len(ids), pointer(out))
+    assert not failed
     return out
 
 @pytest.fixture(scope="session")
@@ -322,16 +320,17 @@ def test_half_is_ieee(lib):
 def test_exp_sum_and_maximum(lib):
     for isa in range(len(lib.isas)):
         for n in (1, 3, 16, 63, 64, 65, 1000):
-            x = floats(np.random.default_rng(n).uniform(-30, 5, n))
+            padded = floats(np.random.default_rng(n).uniform(-30, 5, n + 15))
+            x = padded[:n]
             want = np.exp(x.astype(np.float64))
-            assert lib.maximum(isa, pointer(x), n) == x.max()
-            total = lib.exps(isa, pointer(x), n)
+            assert lib.maximum(isa, pointer(padded), n) == x.max()
+            total = lib.exps(isa, pointer(padded), n)
             assert np.abs(x / want - 1).max() < 3e-7
-            assert abs(total / want.sum() - 1) < 1e-5
+            assert abs(total / want.sum() - 1) < 1e-5 and not padded[n:-(-n // 16) * 16].any()
             least = float(np.median(x))
-            above = lib.above(isa, pointer(x), n, ctypes.c_float(least))
+            above = lib.above(isa, pointer(padded), n, ctypes.c_float(least))
             assert abs(above - x[x > np.float32(least)].sum(dtype=np.float64)) < 1e-5 * want.sum()
-        x = floats([1, np.nan, -np.inf, 2] * 9)
+        x = floats([1, np.nan, -np.inf, 2] * 12)
         assert lib.maximum(isa, pointer(x), len(x)) == 2
         lib.exps(isa, pointer(x), len(x))
         assert x[1] == 0 and x[2] < 1e-37 and abs(x[3] - np.exp(2)) < 1e-5
@@ -443,8 +442,8 @@ def test_file_of_more_than_4_gib(lib, build):
             pytest.skip("this file system writes holes")
         for token in range(17):
             a, b = np.zeros(D, np.float32), np.zeros(D, np.float32)
-            assert lib.stream_of(str(small).encode(), token, pointer(a)) is None
-            assert lib.stream_of(str(huge).encode(), V - 32 + token, pointer(b)) is None
+            assert lib.stream_of(str(small).encode(), token, pointer(a)) == 0
+            assert lib.stream_of(str(huge).encode(), V - 32 + token, pointer(b)) == 0
             assert a.any() and np.array_equal(a, b)
     finally:
         huge.unlink(missing_ok=True)
@@ -525,7 +524,7 @@ def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
     blob = export.tokenizer_blob(tokenizer)
     squeeze = tokenizer.encode(" a  b ", False, False) == tokenizer.encode("a b", False, False)
     for flag in {int(squeeze), *flags}:  # told by the header, or guessed
-        assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, flag) is None
+        assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, flag) == 0
         for text in strings:
             data = text.encode()
             out = np.zeros(len(data) + 3, np.int32)
@@ -657,7 +656,7 @@ def test_byte_level_ids_are_the_librarys(lib, byte_level):
     strings = ODD + scripts_text(1000, 2) + [GOLDEN_START, "x'ſab 'LLab 'Llab 'vEab 'llab 'tab",
                                              "a\r\n \n  b \t\tc!\r\n\n", "12345 1234567", " \n"]
     for name, (tk, blob, n) in byte_level.items():
-        assert lib.open_tok(blob, len(blob), 1, n, 0) is None
+        assert lib.open_tok(blob, len(blob), 1, n, 0) == 0
         for text in strings:
             data, want = text.encode(), tk.encode(text, add_special_tokens=False).ids
             if any(s in text for s in SPECIAL):
@@ -1025,5 +1024,5 @@ def test_fuzz_a_little(build):
     except AssertionError as e:
         pytest.skip(f"libFuzzer does not link here: {str(e)[-200:]}")
     (build / "corpus").mkdir()
-    call(target, "-runs=20000", "-seed=1", "-max_len=8192", "-max_total_time=6", build / "corpus",
-         ROOT / "tests/fuzz_corpus")
+    call(target, "-runs=20000", "-seed=1", "-max_len=8192", "-max_total_time=6",
+         "-close_fd_mask=3", build / "corpus", ROOT / "tests/fuzz_corpus")
