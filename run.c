@@ -843,8 +843,8 @@ INLINE vf fast_exp(vf x) {
 static float MY(exps)(float *x, int n, float scale, float shift) {
     vf total = {0};
     for (int i = 0; i < n; i += LANES) { // -88 is also what becomes of NaN
-        AT(x + i) = fast_exp(larger((AT(x + i) - shift) * scale, ALL(-88.0f)));
-        total += AT(x + i);
+        vf v = fast_exp(larger((AT(x + i) - shift) * scale, ALL(-88.0f)));
+        total += AT(x + i) = v;
     }
     return sum(total);
 }
