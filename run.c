@@ -1633,8 +1633,9 @@ static int draw(const float *x, int n, float least, const float *sums, float tot
 // be sorted: draw from all; if the token is not in the set, draw again from the more probable
 // ones. It is in the set with probability p or more, so one or two passes do.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
+    static float sums[MAX_VOCAB / SKIP];
     n = pad(x, n);
-    float max = k->maximum(x, n), least = 0, all = 0, left, sums[MAX_VOCAB / SKIP], *sum = sums;
+    float max = k->maximum(x, n), least = 0, all = 0, left, *sum = sums;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
     for (int i = 0; i < n && s->temperature < 1e-30f; i++)
         if (x[i] == max) return i;
