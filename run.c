@@ -1888,7 +1888,7 @@ static void chat(Run *run) {
     Turn *turn = NULL;
     open_templates(run);
     state_open(&run->state, &run->model, &run->team, 1, context, MAX_ROWS);
-    int *seen = need(malloc(sizeof *seen * (size_t)context)), n_seen = 0, first = 0, n, last = 0;
+    int *seen = NULL, n_seen = 0, first = 0, n, last = 0;
     for (;; last++) {
         turn = need(realloc(turn, sizeof *turn * (size_t)(last + 1)));
         turn[last] = (Turn){NULL, need(malloc(sizeof(int) * (size_t)context)), 0};
@@ -1914,8 +1914,8 @@ static void chat(Run *run) {
         int same = 0;
         while (same < n_seen && same < n - 1 && seen[same] == ids[same]) same++;
         prefill(run, ids + same, n - same, same);
-        memcpy(seen, ids, sizeof *seen * (size_t)n);
-        n_seen = n;
+        free(seen);
+        seen = need(realloc(ids, sizeof *seen * (size_t)context)), n_seen = n;
         printf("Assistant:%s", run->tokenizer.kind == 0 ? "" : " "); // the other brings its own
         for (int said = 0; said < run->steps; said++) {
             int id = sample_or_die(run, &sampler, run->state.logits);
@@ -1931,7 +1931,6 @@ static void chat(Run *run) {
             forward(run, &(Row){id, n_seen++, 0}, 1, 1);
         }
         printf("\n");
-        free(ids);
     }
     for (int i = 0; i <= last; i++) free(turn[i].user), free(turn[i].reply);
     free(turn), free(seen);
