@@ -18,8 +18,8 @@ RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 CHECKPOINT = $(DEMO)/ckpt.pt
 
 RLHF = out/rlhf
-RM = --batch_size=16 --max_iters=1400 --learning_rate=1e-3 --weight_decay=0.1 --warmup_iters=50 \
-     --eval_iters=60
+RM = --batch_size=16 --max_iters=700 --optimizer=muon --learning_rate=1e-3 \
+     --muon_learning_rate=3e-3 --weight_decay=0.1 --warmup_iters=50 --eval_interval=100 --eval_iters=60
 RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=30 --learning_rate=3e-4 \
            --value_learning_rate=1e-3 --averaging=0.95 --init_kl_coef=0.05 --missing_eos_penalty=1 \
            --roof_samples=16 --report_rollouts=200

@@ -77,8 +77,10 @@ def main():
     add("--max_seq_len", type=int, default=128)
     add("--pretrain_iters", type=int, default=200)
     add("--sft_iters", type=int, default=50)
-    add("--rm_iters", type=int, default=200)
-    add("--learning_rate", type=float, default=5e-4, help="of the reward model")
+    add("--rm_iters", type=int, default=300)
+    add("--learning_rate", type=float, default=1e-3, help="of the reward model")
+    add("--muon_learning_rate", type=float, default=5e-3, help="of its matrices")
+    add("--seed", type=int, default=1337, help="of the reward model")
     add("--dropout", type=float, default=0.2, help="of the reward model")
     a = parser.parse_args()
     records = instruct.read(a.data)
@@ -106,9 +108,10 @@ def main():
             "--learning_rate=5e-4", "--warmup_iters=20", f"--max_iters={a.sft_iters}")
     sft = f"--init_from={out}/sft_ckpt.pt"
     command("train.py", "--rm", *common, *files, sft, "--batch_size=16", "--warmup_iters=20",
-            f"--learning_rate={a.learning_rate}", f"--max_iters={a.rm_iters}",
-            f"--dropout={a.dropout}", "--eval_interval=50", "--reference_samples=64",
-            "--max_gen_len=64")
+            "--optimizer=muon", f"--learning_rate={a.learning_rate}",
+            f"--muon_learning_rate={a.muon_learning_rate}", f"--max_iters={a.rm_iters}",
+            f"--dropout={a.dropout}", f"--seed={a.seed}", "--eval_interval=100",
+            "--reference_samples=64", "--max_gen_len=64")
     command("train.py", "--dpo", *common, *files, sft, "--batch_size=16", "--warmup_iters=5",
             "--learning_rate=3e-4", "--max_iters=20", "--eval_interval=20",
             "--reference_samples=64", "--max_gen_len=64")

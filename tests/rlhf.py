@@ -136,9 +136,10 @@ def reward_model(lab, pairs):
         train.main([
             "--rm", f"--out_dir={out}", f"--init_from={lab.folder}/sft_ckpt.pt", "--device=cpu",
             f"--data={out}/pairs.jsonl", f"--val_data={out}/val.jsonl",
-            "--batch_size=8", f"--max_iters={max(len(kept) // 2, 30)}", "--eval_interval=1000",
-            "--learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0.1", "--warmup_iters=10",
-            "--eval_iters=20", "--log_interval=50",
+            "--batch_size=8", f"--max_iters={max(len(kept) // 2, 100)}", "--eval_interval=1000",
+            "--optimizer=muon", "--learning_rate=1e-3", "--muon_learning_rate=3e-3",
+            "--beta2=0.99", "--weight_decay=0.1", "--warmup_iters=10", "--eval_iters=20",
+            "--log_interval=50",
         ])  # fmt: skip
     return out / "rm_ckpt.pt"
 
@@ -237,7 +238,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--overoptimise", action="store_true")
     parser.add_argument("--pairs", type=lambda s: [int(x) for x in s.split(",")],
-                        default=[50, 200, 800], help="rankings of the reward models; PPO is run "
+                        default=[100, 400, 1600], help="rankings of the reward models; PPO is run "
                         "against the first")  # fmt: skip
     parser.add_argument("--samples", type=int, default=64, help="of the SFT model for each prompt")
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
