@@ -167,11 +167,10 @@ class Alignment:
             )
             self.text = Packed(instructions(Instructions, args, "val", *texts, context))
         else:
-            self.prompts, self.held_out = (
-                Prompts(args.data, split, args.start_len, vocab, args.seed)
-                for split in ("train", "val")
-            )
-            self.text = Windows(args.data, "val", min(context, 256), vocab, args.seed)
+            self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed)
+            # The same whatever the seed, so that runs can be held against each other.
+            self.held_out = Prompts(args.data, "val", args.start_len, vocab)
+            self.text = Windows(args.data, "val", min(context, 256), vocab)
         if config.ptx_coef:
             if self.world > 1:
                 raise ValueError("--ptx_coef works with one process only")

@@ -71,9 +71,10 @@ def reference_scores(a):
 
 def run(a, beta, seed, kind="PPO"):
     """One run of train.py, unless it is there already; its report as a row of the table."""
-    # Without a reference to stay near the steps may be longer; and a short horizon would end stories
-    # too early, each alike, before the critic knows better.
-    flags = [] if beta else ["--learning_rate=5e-4", "--lam=0.95", "--lam_value=1"]
+    # Without a reference to stay near the steps may be longer and more; and a short horizon would
+    # end stories too early, each alike, before the critic knows better.
+    flags = ["--learning_rate=5e-4", "--batch_size=25", "--lam=0.95", "--lam_value=1"]
+    flags = [] if beta else flags
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report = folder / "ppo_report.json"
     if not report.exists():

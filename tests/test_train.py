@@ -389,6 +389,20 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
 
 
+def test_seeds_share_their_held_out_prompts(data, tmp_path):
+    """Else the J of two runs would differ by their prompts."""
+    train.main(command(data, tmp_path))
+    stages = []
+    for seed in (1, 2):
+        args = train.flags(command(data, tmp_path, init_from="resume", seed=seed, **PPO))
+        train.setup(args)
+        stages.append(train.start(args, 0, 1)[0])
+    one, two = (stage.held_out.batch(0, 16) for stage in stages)
+    assert one == two
+    one, two = (stage.prompts.batch(0, 16) for stage in stages)
+    assert one != two
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_ppo_in_half_precision(data, tmp_path, dtype):
     """The first update sees a KL of 0 and nearly float32's entropy; the next ones stay finite."""
