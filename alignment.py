@@ -282,8 +282,9 @@ class Alignment:
         a, c = self.args, self.trainer.config
         reference = self.trainer.reference.parameters()
         weights = float(sum(p.cpu().double().abs().sum() for p in reference))
-        key = [a.reward, a.target_len, a.start_len, a.roof_prompts, a.roof_samples, a.seed, a.data]
-        key += [c.max_gen_len, c.temperature, weights, a.val_data]
+        prompts = self.held_out.batch(0, a.roof_prompts)
+        key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
+        key += [c.max_gen_len, c.temperature, weights]
         if a.reward != "length":  # FILE.py:FUNCTION or FILE.pt: the file may change under its name
             path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
             key.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
@@ -294,7 +295,6 @@ class Alignment:
         except (OSError, ValueError, KeyError):
             scores = None
         if scores is None:
-            prompts = self.held_out.batch(0, a.roof_prompts)
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
             with borrowed(self.trainer.reference, self.ref_device, a.offload) as reference:
                 responses, ended = self.sample(reference, prompts)

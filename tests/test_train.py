@@ -389,6 +389,26 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
 
 
+def test_roof_is_kept_until_the_text_changes(data, tmp_path, monkeypatch):
+    mine, out, calls = tmp_path / "data", tmp_path / "out", []
+    shutil.copytree(data, mine)
+    train.main(command(mine, out))
+    sample = train.Alignment.sample
+    count = lambda *args: calls.append(0) or sample(*args)  # noqa: E731
+    monkeypatch.setattr(train.Alignment, "sample", count)
+
+    def samples_of_a_start():
+        calls.clear()
+        args = train.flags(command(mine, out, init_from="resume", **PPO))
+        train.setup(args)
+        train.start(args, 0, 1)
+        return len(calls)
+
+    assert [samples_of_a_start() for _ in range(2)] == [1, 0]
+    shutil.copy(mine / f"tok{VOCAB}" / "data01.bin", mine / f"tok{VOCAB}" / "data00.bin")
+    assert samples_of_a_start() == 1
+
+
 def test_seeds_share_their_held_out_prompts(data, tmp_path):
     """Else the J of two runs would differ by their prompts."""
     train.main(command(data, tmp_path))
