@@ -118,8 +118,12 @@ def draw(rows, path):
         mine = [r for r in rows if r["kind"] == kind and r["kl"] < 8]
         style = "-" if kind == "optimum" else "o"
         axes.plot([r["kl"] for r in mine], [r["reward"] for r in mine], style, label=kind)
+        seen = set()  # of several seeds only one is named
         for r in mine if kind != "optimum" else ():
             name = f"n={r['n']}" if "n" in r else f"β={r['beta']:g}" if "beta" in r else ""
+            if name in seen:
+                continue
+            seen.add(name)
             axes.annotate(name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8),
                           textcoords="offset points")  # fmt: skip
     axes.set(xlabel="KL to the reference, nats a story", ylabel="reward", xlim=(0, 8))
