@@ -12,14 +12,10 @@ Letters in the comments: B batch, T time, N packed tokens, D dim, H heads, K kv 
 V vocabulary, L layers.
 """
 
-import ctypes
 import functools
 import logging
 import math
 import os
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +24,8 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
+
+import kernels
 
 BOS_ID, EOS_ID = 1, 2
 
@@ -126,56 +123,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
-
-class OneDNNProduct(torch.autograd.Function):
-    """x (M, K) times w (N, K) transposed, (M, N), through oneDNN. PyTorch gives fp32 products to
-    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (tests/SPEED.md)."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return onednn_product(x, w)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, w), grad = ctx.saved_tensors, grad.contiguous()
-        need_x, need_w = ctx.needs_input_grad
-        return (
-            onednn_product(grad, w.T) if need_x else None,
-            onednn_product(grad.T, x.T) if need_w else None,
-        )
-
-
-def onednn_product(x, w):
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return kernels.rms_norm(x.float(), self.weight.float(), self.eps).type_as(x)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias; on a CPU, in fp32 and for many rows through oneDNN."""
+    """nn.Linear without bias, whose product is kernels.py's."""
 
     def forward(self, x):
-        return multiply(x, self.weight)
-
-
-def multiply(x, w):
-    """x (..., K) times w (N, K) transposed: (..., N)."""
-    rows = x.numel() // x.shape[-1]
-    if rows < 256 or not onednn_is_for(x, w):  # for few rows MKL is as fast and compiles nothing
-        return F.linear(x, w)
-    flat = x.reshape(rows, -1)
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        return OneDNNProduct.apply(flat, w).view(*x.shape[:-1], -1)
-    # oneDNN compiles for each number of rows anew, and a generating batch shrinks row by row.
-    out = onednn_product(F.pad(flat, (0, 0, 0, -rows % 64)), w)[:rows]
-    return out.view(*x.shape[:-1], -1)
-
-
-def onednn_is_for(x, w):
-    plain = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
-    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() \
-        and torch.backends.mkldnn.is_available()
+        return kernels.multiply(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -205,7 +160,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -334,7 +289,7 @@ class LoRALinear(nn.Linear):
         return self.product(x) + F.linear(low, self.lora_b) * self.scale
 
     def product(self, x):
-        return multiply(x, self.weight)
+        return kernels.multiply(x, self.weight)
 
     def merged(self):
         return self.weight + self.scale * self.lora_b @ self.lora_a
@@ -464,10 +419,10 @@ def apply_rope(x, cos, sin):
 def dense_attention(q, k, v, cos, sin):
     """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E), causal."""
     B, T, H, E = q.shape
-    if native_attention(q):
+    if kernels.native_attention(q):
         starts = torch.arange(0, B * T + 1, T)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return NativeAttention.apply(q, k, v, starts, cos, sin).view(B, T, H, E)
+        return kernels.Attention.apply(q, k, v, starts, cos, sin).view(B, T, H, E)
     q, k = (apply_rope(x, cos[:T], sin[:T]) for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
     gqa = q.shape[1] != k.shape[1]
@@ -480,8 +435,8 @@ def packed_attention(lengths, cos, sin):
     B, T = len(lengths), max(lengths, default=0)
 
     def attend(q, k, v):
-        if native_attention(q):
-            return NativeAttention.apply(q, k, v, starts, cos, sin)
+        if kernels.native_attention(q):
+            return kernels.Attention.apply(q, k, v, starts, cos, sin)
         # Padding on the right is after everything in the causal order, so it changes no number.
         at = padded_index(lengths, T).to(q.device)  # (N,) into B * T
         q, k, v = (x.new_zeros(B * T, *x.shape[1:]).index_copy(0, at, x) for x in (q, k, v))
@@ -499,15 +454,18 @@ def padded_index(lengths, T):
 class KVCache:
     """Rotated keys and values of the first `rows` of B sequences that grow by one token a step.
 
-    k, v    (L, B, K, E, T) where attention.c runs, which reads them E-major, else (L, B, K, T, E)
+    k, v    (L, B, K, T, E), or where kernels.c runs (L, B, K, T / W, E, W): blocks of as many tokens
+            W as its vectors are wide
     length  (B,) tokens held by each row; rows may differ
     """
 
     def __init__(self, model, batch, max_len):
         a, weight = model.args, model.output.weight
-        self.native = native_attention(weight.new_empty(0, 1, a.head_dim))
-        self.capacity = -(-max_len // 16) * 16  # attention.c reads whole vectors of 16 keys
-        last = (a.head_dim, self.capacity) if self.native else (self.capacity, a.head_dim)
+        self.native = kernels.native_attention(weight.new_empty(0, 1, a.head_dim))
+        self.width = kernels.library().attention_lanes() if self.native else 1
+        self.capacity = -(-max_len // self.width) * self.width
+        blocks = self.capacity // self.width, a.head_dim, self.width
+        last = blocks if self.native else (self.capacity, a.head_dim)
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
@@ -524,8 +482,10 @@ class KVCache:
         pos = torch.cat([torch.arange(n) for n in lengths])
         new, pos = new.to(q.device), pos.to(q.device)
         for store, x in (self.k, apply_rope(k, cos[pos], sin[pos])), (self.v, v):
-            store = store[layer].transpose(-1, -2) if self.native else store[layer]
-            store[new, :, pos] = x.to(store.dtype)  # (N, K, E)
+            if self.native:
+                store[layer][new, :, pos // self.width, :, pos % self.width] = x  # (N, K, E)
+            else:
+                store[layer][new, :, pos] = x.to(store.dtype)
         return attend(q, k, v)
 
     def step(self, layer, cos, sin, q, k, v):
@@ -534,7 +494,7 @@ class KVCache:
         keys, values = self.k[layer, :B], self.v[layer, :B]
         pos = self.length[:B]
         if self.native:
-            return native_decode(q, k, v, keys, values, pos, cos, sin)
+            return kernels.decode(q, k, v, keys, values, pos, cos, sin)
         q, k = (apply_rope(x, cos[pos], sin[pos]) for x in (q, k))
         row = torch.arange(B, device=q.device)
         keys[row, :, pos], values[row, :, pos] = k.to(keys.dtype), v.to(keys.dtype)
@@ -567,106 +527,6 @@ class KVCache:
         self.length[holes] = self.length[movers]
         self.rows = n
         return order
-
-
-# ----------------------------------------------------------------------------
-# attention.c: compiled on first use, called through ctypes
-
-
-@functools.cache
-def attention_library():
-    """The compiled attention.c, or None where that cannot be had: no compiler, or NATIVE_ATTENTION=0.
-
-    It is kept beside the source, under a name that changes with source and processor flags, and
-    arrives there by a rename: several processes may start at once."""
-    if os.environ.get("NATIVE_ATTENTION") == "0" or sys.platform == "win32":
-        return None
-    source = Path(__file__).with_name("attention.c")
-    try:
-        import hashlib
-        import platform
-
-        key = hashlib.sha256(source.read_bytes() + platform.processor().encode()).hexdigest()[:12]
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():  # -march=native code must not follow a shared folder to an older machine
-            flags = [x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))]
-            key = hashlib.sha256((key + flags[0] if flags else key).encode()).hexdigest()[:12]
-        folder = source.parent / "build"
-        if not os.access(source.parent, os.W_OK):
-            folder = Path(tempfile.gettempdir()) / f"attention-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        target = folder / f"attention-{key}.so"
-        if not target.exists():
-            temporary = target.with_suffix(f".{os.getpid()}")
-            command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-shared", "-fPIC"]
-            openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-            command += [*openmp, str(source), "-o", str(temporary), "-lm"]
-            subprocess.run(command, check=True, capture_output=True)
-            temporary.rename(target)
-        keep_memory()
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def keep_memory():
-    """Has glibc keep large buffers that PyTorch frees. By default each is given back to the system and
-    its next use faults in every page anew: a tenth of a training step of a small model."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        except (OSError, AttributeError):
-            pass  # another C library
-
-
-def native_attention(x):
-    """Whether attention.c handles a tensor like x (..., E): fp32 on the CPU, small heads."""
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] <= 16
-    small = small and not isinstance(x, FakeTensor)  # has no memory: train.py --plan
-    return small and not torch.is_autocast_enabled("cpu") and attention_library() is not None
-
-
-def call_native(name, *args):
-    """Calls a function of attention.c; tensors go as pointers to their contiguous fp32 or int64."""
-    pointers = [
-        ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else ctypes.c_int(x) for x in args
-    ]
-    if getattr(attention_library(), name)(*pointers):
-        raise MemoryError("no memory for attention")
-
-
-class NativeAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention of packed sequences: q (N, H, E), k and v (N, K, E),
-    starts (S + 1) int64 -> (N, H, E)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, starts, cos, sin):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
-        call_native("attention_forward", out, lse, q, k, v, starts, cos, sin, *sizes)
-        ctx.save_for_backward(out, lse, q, k, v, starts, cos, sin)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        out, lse, q, k, v, starts, cos, sin = ctx.saved_tensors
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
-        args = (*grads, dout.contiguous(), out, lse, q, k, v, starts, cos, sin)
-        call_native("attention_backward", *args, *sizes)
-        return *grads, None, None, None
-
-
-def native_decode(q, k, v, keys, values, pos, cos, sin):
-    """KVCache.step in attention.c: q (B, H, E), k and v (B, K, E), caches (B, K, E, T), pos (B,)."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty_like(q)
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[-1])
-    call_native("attention_decode", out, keys, values, q, k, v, pos, cos, sin, *sizes)
-    return out
 
 
 # ----------------------------------------------------------------------------

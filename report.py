@@ -13,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from model import Transformer, multiply
+from kernels import multiply
+from model import Transformer
 from tokenizer import write_atomic
 
 

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 import ppo
 from instruct import InstructPrompts, Instructions, Rankings, find_template
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
-from model import add_lora, generate, merged_state, model_from_checkpoint, native_attention
+from kernels import native_attention
+from model import add_lora, generate, merged_state, model_from_checkpoint
 from report import matmul_roof
 from tinystories import Windows
 
@@ -172,7 +173,7 @@ class Pretraining:
         if args.compile and native:
             args.compile = False
             if rank == 0:
-                print("not compiled: here attention.c is faster than what torch.compile makes")
+                print("not compiled: here kernels.c is faster than what torch.compile makes")
         self.forward = torch.compile(self.model) if args.compile else self.model
         if world > 1 and self.ddp and not args.fsdp:
             self.forward = DistributedDataParallel(self.forward)

@@ -271,7 +271,7 @@ class Interrupt:
 def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
-    names = ("model.py", "attention.c", "ppo.py", "train.py", "stages.py", "alignment.py",
+    names = ("model.py", "kernels.py", "kernels.c", "ppo.py", "train.py", "stages.py", "alignment.py",
              "tinystories.py", "instruct.py")  # fmt: skip
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 

@@ -1,7 +1,7 @@
 """Times one PPO iteration, part by part: python tests/bench_ppo.py --checkpoint=... --data=...
 
 The work is that of the published run: 400 rollouts of at most 300 tokens after prompts of 1 to 30
-tokens, 4 epochs in minibatches of 50. The first iteration, which compiles attention.c and warms
+tokens, 4 epochs in minibatches of 50. The first iteration, which compiles kernels.c and warms
 the allocator, is not counted.
 """
 

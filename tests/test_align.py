@@ -12,7 +12,7 @@ import torch
 
 import alignment
 import instruct
-import model as model_module
+import kernels
 import ppo
 import preferences
 import rlhf
@@ -121,7 +121,7 @@ def test_score_does_not_depend_on_the_batch_or_on_padding(native, monkeypatch):
     """Alone, beside others of any length, and at the end of a dense row: the same score, which is
     that of the last token."""
     if not native:
-        monkeypatch.setattr(model_module, "native_attention", lambda x: False)
+        monkeypatch.setattr(kernels, "native_attention", lambda x: False)
     net, texts = critic(), sequences(9, 1)
     together = stages.score(net, texts)
     alone = torch.cat([stages.score(net, [t]) for t in texts])

@@ -1,17 +1,23 @@
 """The model against independent oracles: PyTorch autograd in float64, one sequence at a time,
 exact distributions."""
 
+import ctypes
+import functools
 import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 import model as M
 from model import (
     KVCache,
     ModelArgs,
-    NativeAttention,
     Transformer,
     TransformerWithValueHead,
     generate,
@@ -73,20 +79,44 @@ def naive_logits(model, tokens):
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
-BACKENDS = ["native", "torch"]
+NARROW = {"8 lanes": "-mno-avx512f", "4 lanes": "-mno-avx"}  # kernels.c for lesser processors
+BACKENDS = ["native", *NARROW, "torch"]
+
+
+@functools.cache
+def narrow_library(flag):
+    """kernels.c with narrower vectors than this processor's, or None where there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "attention.so"
+        command = [os.environ.get("CC", "cc"), "-O1", "-march=native", flag, "-shared", "-fPIC"]
+        command += [str(Path(kernels.__file__).with_name("kernels.c")), "-o", str(target), "-lm"]
+        done = subprocess.run(command, capture_output=True)
+        return None if done.returncode else ctypes.CDLL(str(target))
+
+
+def use_backend(name, monkeypatch):
+    library = narrow_library(NARROW[name]) if name in NARROW else kernels.library()
+    if name == "torch":
+        library = None
+    elif library is None:
+        pytest.skip("kernels.c cannot be compiled so here")
+    monkeypatch.setattr(kernels, "library", lambda: library)
+    return name
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Runs a test with attention.c and with PyTorch's attention."""
-    if request.param == "torch":
-        monkeypatch.setattr(M, "attention_library", lambda: None)
-    elif M.attention_library() is None:
-        pytest.skip("attention.c cannot be compiled here")
-    return request.param
+    """Runs a test with kernels.c, of all widths of vectors, and with PyTorch's attention."""
+    return use_backend(request.param, monkeypatch)
 
 
-SHAPES = [  # heads, kv heads, head dim: all the cases of attention.c, and one beyond it
+@pytest.fixture(params=BACKENDS[:-1])
+def native(request, monkeypatch):
+    """Runs a test with kernels.c, of all widths of vectors."""
+    return use_backend(request.param, monkeypatch)
+
+
+SHAPES = [  # heads, kv heads, head dim: all the cases of kernels.c, and one beyond it
     (4, 4, 8), (4, 2, 8), (6, 2, 4), (8, 1, 16), (3, 1, 6), (2, 2, 2), (4, 2, 12), (2, 1, 20),
 ]  # fmt: skip
 
@@ -106,9 +136,8 @@ def test_untied_classifier_and_theta(backend):
     torch.testing.assert_close(model(tokens[None])[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(M.attention_library() is None, reason="attention.c cannot be compiled here")
 @pytest.mark.parametrize("H,K,E", [s for s in SHAPES if s[2] <= 16])
-def test_native_attention_gradients(H, K, E):
+def test_native_attention_gradients(native, H, K, E):
     """Outputs and all gradients against autograd through PyTorch's attention in float64, for
     lengths around the vector width."""
     lengths = [1, 15, 16, 17, 33, 2]
@@ -116,7 +145,7 @@ def test_native_attention_gradients(H, K, E):
     q, k, v = (torch.randn(N, h, E, requires_grad=True) for h in (H, K, K))
     angles = torch.outer(torch.arange(40.0), 1e4 ** -(torch.arange(0, E, 2) / E))
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    out = NativeAttention.apply(q, k, v, starts, angles.cos(), angles.sin())
+    out = kernels.Attention.apply(q, k, v, starts, angles.cos(), angles.sin())
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     q2, k2, v2 = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -139,14 +168,64 @@ def test_native_attention_gradients(H, K, E):
         torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(M.attention_library() is None, reason="attention.c cannot be compiled here")
-def test_native_attention_extreme_scores():
+def test_native_attention_extreme_scores(native):
     """Scores of ±1e4 neither overflow nor lose the softmax."""
     q = torch.tensor([[[1e4, 0.0]], [[1e4, 0.0]]])
     k, v = torch.tensor([[[1.0, 0]], [[-1.0, 0]]]), torch.tensor([[[3.0, 4]], [[5.0, 6]]])
     one, zero = torch.ones(2, 1), torch.zeros(2, 1)
-    out = NativeAttention.apply(q, k, v, torch.tensor([0, 2]), one, zero)
+    out = kernels.Attention.apply(q, k, v, torch.tensor([0, 2]), one, zero)
     torch.testing.assert_close(out, torch.tensor([[[3.0, 4]], [[3.0, 4]]]))
+
+
+def test_a_nan_is_not_hidden_and_stays_in_its_place(native):
+    """A key that is not a number spoils all queries that see it, and none before it."""
+    q, k, v = torch.randn(3, 40, 2, 8)
+    k[20, 0] = math.nan
+    angles = torch.ones(40, 4)
+    out = kernels.Attention.apply(q, k, v, torch.tensor([0, 40]), angles, angles)
+    spoilt = torch.zeros(40, 2, 8, dtype=torch.bool)
+    spoilt[20:, 0] = True
+    assert torch.equal(out.isnan(), spoilt)
+
+
+def against_float64(function, oracle, *inputs):
+    """Values and gradients of a function of fp32 tensors, and of its oracle in float64."""
+    found = []
+    for f, dtype in (function, torch.float32), (oracle, torch.float64):
+        x = [i.to(dtype).requires_grad_() for i in inputs]
+        out = f(*x)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), x)])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got.double(), want, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 300, 1025])
+@pytest.mark.parametrize("width", [16, 64, 48, 20])  # the last is left to PyTorch
+def test_rms_norm(native, rows, width):
+    x, weight = torch.randn(rows, width) * 3, torch.randn(width)
+    x[0] *= 1e-3  # eps matters
+
+    def equation(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    against_float64(lambda x, w: kernels.rms_norm(x, w, 1e-5), equation, x, weight)
+
+
+@pytest.mark.parametrize("rows,width", [(1, 15), (1, 16), (3, 7), (151, 172)])
+def test_swiglu(native, rows, width):
+    """Also where the sigmoid is all but 0 or 1, and e^-x would overflow."""
+    a, b = torch.linspace(-200, 200, rows * width).view(rows, width), torch.randn(rows, width)
+    against_float64(kernels.swiglu, lambda a, b: a / (1 + (-a).exp()) * b, a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 511, 1300])
+@pytest.mark.parametrize("n,k", [(4, 16), (20, 48), (36, 80), (172, 64), (64, 172), (10, 64), (12, 12)])
+def test_gradient_of_a_weight(native, rows, n, k):
+    """As it lies, with the two operands exchanged, and left to oneDNN where neither fits."""
+    g, x = torch.randn(rows, n), torch.randn(rows, k)
+    want = g.double().T @ x.double()
+    torch.testing.assert_close(kernels.transposed_product(g, x).double(), want, atol=1e-4, rtol=1e-5)
 
 
 def test_packed_equals_one_at_a_time(backend):
@@ -159,9 +238,9 @@ def test_packed_equals_one_at_a_time(backend):
 
 
 def test_gradients_agree_between_backends(monkeypatch):
-    """The whole model's gradient with attention.c is that with PyTorch's attention."""
-    if M.attention_library() is None:
-        pytest.skip("attention.c cannot be compiled here")
+    """The whole model's gradient with kernels.c is that with PyTorch's attention."""
+    if kernels.library() is None:
+        pytest.skip("kernels.c cannot be compiled here")
     model = small()
     lengths, tokens = [9, 20], torch.randint(0, 48, (29,))
 
@@ -171,7 +250,7 @@ def test_gradients_agree_between_backends(monkeypatch):
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
     native = gradient()
-    monkeypatch.setattr(M, "attention_library", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda: None)
     for name, grad in gradient().items():
         torch.testing.assert_close(native[name], grad, atol=1e-5, rtol=1e-3)
 
@@ -548,8 +627,9 @@ def test_rope_scaling_is_the_papers():
 @pytest.mark.parametrize("shape", [(300, 64), (2, 151, 48)])
 def test_products_and_their_gradients_against_float64(shape, monkeypatch):
     used = []
-    product = M.onednn_product
-    monkeypatch.setattr(M, "onednn_product", lambda *a: used.append(1) or product(*a))
+    product = kernels.onednn
+    monkeypatch.setattr(kernels, "library", lambda: None)  # test_gradient_of_a_weight is its
+    monkeypatch.setattr(kernels, "onednn", lambda *a: used.append(1) or product(*a))
     torch.manual_seed(1)
     layer = M.Linear(shape[-1], 72, bias=False)
     x = torch.randn(shape, requires_grad=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import export
+import kernels
 import model as M
 import sample
 import stages
@@ -76,8 +77,8 @@ def one_by_one(model, samples):
 
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_packed_is_one_by_one_in_loss_and_gradient(base, native, monkeypatch):
-    monkeypatch.setenv("NATIVE_ATTENTION", native)
-    M.attention_library.cache_clear()
+    monkeypatch.setenv("NATIVE_KERNELS", native)
+    kernels.library.cache_clear()
     t = Tokenizer(base / "tok290.model")
     data = Instructions(f"{base}/data.jsonl", "train", t, TEMPLATES["plain"], 64)
     model = model_from_checkpoint(load_checkpoint(base / "ckpt.pt"))
@@ -93,7 +94,7 @@ def test_packed_is_one_by_one_in_loss_and_gradient(base, native, monkeypatch):
         grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    M.attention_library.cache_clear()
+    kernels.library.cache_clear()
 
 
 def test_each_token_counts_the_same_in_any_split(base, tmp_path):

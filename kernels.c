@@ -1,0 +1,582 @@
+/* What a small Llama needs on a CPU and PyTorch does slowly: causal attention with rotary embeddings
+ * for small heads (forward, backward, and one decoding step over a KV cache), RMSNorm, SwiGLU, and the
+ * gradient of a weight matrix. model.py compiles this file on first use and calls it through ctypes;
+ * where there is no compiler it uses PyTorch's own, which is also the oracle of the tests.
+ *
+ * Why it exists. PyTorch's attention puts the head dimension in the lanes of a vector register. With
+ * the 8 wide heads of a 260K-parameter model most of each register, and of the time, is empty:
+ * more than half of a training step went there. Here the lanes are *queries*, so that the softmaxes of
+ * up to 16 queries lie side by side and no sum runs across a register; a decoding step, which has one
+ * query a head, has keys in them. Sequences are packed one after the other, so that ragged batches (PPO
+ * rollouts) cost nothing for padding. The rest is one pass over memory where PyTorch makes several.
+ *
+ * Letters as in model.py: N packed tokens, D dim, S sequences, H query heads, K key/value heads (H / K
+ * queries share one), E head dimension (even, at most MAX_E), T cache capacity. All tensors are
+ * float32, row-major and contiguous. Every output element is written by one thread in a fixed order:
+ * the numbers do not depend on the number of threads.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#if defined __AVX512F__                           /* floats in a vector: what the processor has */
+#define LANES 16
+#elif defined __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define MAX_E 16                                  /* wider heads suit PyTorch's own kernels */
+#define MAX_R 2                                   /* queries that decode together */
+#define LOG2_E 1.44269504f
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef int64_t lvec __attribute__((vector_size(4 * LANES)));
+typedef int64_t pair __attribute__((may_alias));  /* two floats, moved as one */
+
+#define LOAD(p) (*(const vec_unaligned *)(p))
+#define STORE(p, v) (*(vec_unaligned *)(p) = (v))
+/* Constants R and E reach the innermost loops only where everything is inlined. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* a[i], b[i], a[i + 1], b[i + 1], ... as many as fill a vector. */
+#define HALF (LANES / 2)
+#define TWO(i) i, i + LANES, i + 1, i + 1 + LANES
+#if LANES == 16
+#define ORDER(i) TWO(i), TWO(i + 2), TWO(i + 4), TWO(i + 6)
+#elif LANES == 8
+#define ORDER(i) TWO(i), TWO(i + 2)
+#else
+#define ORDER(i) TWO(i)
+#endif
+#ifdef __clang__
+#define INTERLEAVE(a, b, i) __builtin_shufflevector(a, b, ORDER(i))
+#else
+#define INTERLEAVE(a, b, i) __builtin_shuffle(a, b, (ivec){ORDER(i)})
+#endif
+
+INLINE vec choose(ivec mask, vec a, vec b) {                  /* mask lane is 0 or -1 */
+    return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+}
+
+/* a > b ? a : b, so b where one is a NaN. */
+INLINE vec larger(vec a, vec b) {
+#if LANES == 16                                   /* one instruction; choose() waits longer for itself */
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+INLINE float maximum(vec v) {
+    float a[LANES];
+    STORE(a, v);
+    for (int half = HALF; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    return a[0];
+}
+
+INLINE float sum(vec v) {
+    float a[LANES];
+    STORE(a, v);
+    for (int half = HALF; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+
+/* Lane i is the sum of the lanes of v[i], for LANES vectors, which it overwrites. */
+INLINE vec sums(vec *v) {
+    for (int half = HALF; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            v[i] = INTERLEAVE(v[i], v[i + half], 0) + INTERLEAVE(v[i], v[i + half], HALF);
+    return v[0];
+}
+
+INLINE ivec lane_numbers(void) {
+    ivec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes;
+}
+
+/* 2^x for x <= 0, relative error below 2e-7; 2^-126 for all that is less, a NaN for a NaN.
+ * x = n + r, n whole and |r| <= 1/2: 2^r by its polynomial of least error, 2^n through the exponent. */
+INLINE vec exp2_nonpositive(vec x) {
+    x = larger((vec){0} - 126.0f, x);
+    vec shifted = x + 12582912.0f;                /* 1.5 * 2^23: rounds, and the last bits are n */
+    vec r = x - (shifted - 12582912.0f);
+    vec p = r * 1.326472604e-3f + 9.671512722e-3f;
+    p = p * r + 5.550733747e-2f;
+    p = p * r + 2.402224208e-1f;
+    p = p * r + 6.931469776e-1f;
+    p = p * r + 1.0f;
+    return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+/* Rotates the pairs (x[0], x[1]), (x[2], x[3]), ... of a row x (E) by the angles of its position: RoPE.
+ * direction is +1, or -1 for the inverse, which is also the backward pass. */
+INLINE void rotate(float *out, const float *x, const float *cosine, const float *sine,
+                   float direction, const int E) {
+    for (int i = 0; i < E / 2; i++) {
+        float c = cosine[i], s = direction * sine[i], a = x[2 * i], b = x[2 * i + 1];
+        out[2 * i] = a * c - b * s;
+        out[2 * i + 1] = a * s + b * c;
+    }
+}
+
+/* The same of LANES rows at once, x (E), c and s (E / 2) vectors with a row in each lane. */
+INLINE void rotate_tile(vec *x, const vec *c, const vec *s, float direction, const int E) {
+    for (int i = 0; i < E / 2; i++) {
+        vec a = x[2 * i], b = x[2 * i + 1], sine = s[i] * direction;
+        x[2 * i] = a * c[i] - b * sine;
+        x[2 * i + 1] = a * sine + b * c[i];
+    }
+}
+
+/* Up to LANES rows of x, stride floats apart, to E vectors with a row in each lane; where there is no
+ * row the lane is 0. */
+INLINE void load_tile(vec *tile, const float *x, int64_t stride, int rows, const int E) {
+    float a[MAX_E][LANES];
+    if (rows < LANES) memset(a, 0, sizeof a);
+    for (int i = 0; i < rows; i++)
+        for (int e = 0; e < E; e++) a[e][i] = x[i * stride + e];
+    for (int e = 0; e < E; e++) tile[e] = LOAD(a[e]);
+}
+
+INLINE void store_tile(float *x, const vec *tile, int64_t stride, int rows, const int E) {
+    float a[MAX_E][LANES];
+    for (int e = 0; e < E; e++) STORE(a[e], tile[e]);
+    for (int i = 0; i < rows; i++)
+        for (int e = 0; e < E; e++) x[i * stride + e] = a[e][i];
+}
+
+/* The keys of one head, rotated, as rows of E: x has n rows, stride floats apart. */
+INLINE void rotate_keys(float *keys, const float *x, int64_t stride, int n, const float *cosine,
+                        const float *sine, const int E) {
+    for (int j = 0; j < n; j++)
+        rotate(keys + j * E, x + j * stride, cosine + j * (E / 2), sine + j * (E / 2), 1, E);
+}
+
+/* Lanes of x whose query, first + lane, is before key j, become `hidden`. */
+INLINE vec hide(vec x, float hidden, int first, int j) {
+    return j > first ? choose(lane_numbers() < j - first, (vec){0} + hidden, x) : x;
+}
+
+/* LANES queries at positions `first` and on, rotated and scaled by LOG2_E / sqrt(E), against n keys:
+ * out (E) = softmax(q k) v, the highest score of each, and 1 / sum of 2^(score - highest). */
+INLINE void forward_tile(vec *out, vec *highest, vec *inverse, const vec *q, const float *keys,
+                         const float *v, int64_t stride, int first, int n, vec *scores, const int E) {
+    vec top = (vec){0} - INFINITY, total = {0}, acc[MAX_E];
+    for (int j = 0; j < n; j++) {
+        vec s = q[0] * keys[j * E];
+        for (int e = 1; e < E; e++) s += q[e] * keys[j * E + e];
+        scores[j] = s = hide(s, -INFINITY, first, j);
+        top = larger(s, top);
+    }
+    for (int e = 0; e < E; e++) acc[e] = (vec){0};
+    for (int j = 0; j < n; j++) {
+        vec p = hide(exp2_nonpositive(scores[j] - top), 0, first, j);
+        total += p;
+        for (int e = 0; e < E; e++) acc[e] += p * v[j * stride + e];
+    }
+    *highest = top;
+    *inverse = 1.0f / total;
+    for (int e = 0; e < E; e++) out[e] = acc[e] * *inverse;
+}
+
+/* Backward of the same queries q (E). dout (E) is times `inverse`, so that 2^(score - highest) may stand
+ * for the probability, and delta = sum_j p_j dp_j = dout . out. Writes dq (E) / scale, and adds each
+ * key's gradients to dkv, W vectors a key: dk[0], dv[0], dk[1], dv[1], ... rows has what they are sums
+ * of, W vectors a query: q[0], dout[0], q[1], ... */
+INLINE void backward_tile(vec *dq, float *dkv, const vec *dout, vec delta, vec highest, const vec *q,
+                          const float *rows, const float *keys, const float *v, int64_t stride,
+                          int first, int n, const int W, const int E) {
+    vec acc[MAX_E], ds[LANES];
+    float weights[LANES][2 * LANES];              /* of a key: ds, p of query 0, of query 1, ... */
+    for (int e = 0; e < E; e++) acc[e] = (vec){0};
+    for (int from = 0; from < n; from += LANES) { /* three loops, each with few enough registers */
+        int count = n - from < LANES ? n - from : LANES;
+        for (int j = 0; j < count; j++) {
+            const float *key = keys + (from + j) * E, *value = v + (from + j) * stride;
+            vec s = q[0] * key[0], dp = dout[0] * value[0];
+            for (int e = 1; e < E; e++) {
+                s += q[e] * key[e];
+                dp += dout[e] * value[e];
+            }
+            vec p = hide(exp2_nonpositive(s - highest), 0, first, from + j);
+            ds[j] = p * (dp - delta);
+            STORE(weights[j], INTERLEAVE(ds[j], p, 0));
+            STORE(weights[j] + LANES, INTERLEAVE(ds[j], p, HALF));
+        }
+        for (int j = 0; j < count; j++)
+            for (int e = 0; e < E; e++) acc[e] += ds[j] * keys[(from + j) * E + e];
+        for (int j = 0; j < count; j++)
+            for (int w = 0; w < W; w++) {
+                float *to = dkv + ((from + j) * W + w) * LANES;
+                vec even = LOAD(to), odd = {0};
+                for (int i = 0; i < LANES; i += 2) {
+                    const pair *both = (const pair *)(weights[j] + 2 * i);
+                    even += (vec)((lvec){0} + both[0]) * LOAD(rows + (i * W + w) * LANES);
+                    odd += (vec)((lvec){0} + both[1]) * LOAD(rows + ((i + 1) * W + w) * LANES);
+                }
+                STORE(to, even + odd);
+            }
+    }
+    for (int e = 0; e < E; e++) dq[e] = acc[e];
+}
+
+/* The three entry points' bodies for one sequence and one kv head (or row and kv head), made once for
+ * each constant E so that their loops unroll. */
+INLINE void forward_head(float *out, float *softmax, const float *q, const float *k, const float *v,
+                         const float *cosine, const float *sine, int n, int H, int K, int kh,
+                         float *work, const int E) {
+    vec *scores = (vec *)work;
+    float *keys = work + (int64_t)n * LANES;
+    rotate_keys(keys, k + kh * E, K * E, n, cosine, sine, E);
+    for (int i = 0; i < n; i += LANES) {
+        int rows = n - i < LANES ? n - i : LANES;
+        vec c[MAX_E / 2], s[MAX_E / 2], x[MAX_E], y[MAX_E], norm[2];
+        load_tile(c, cosine + i * (E / 2), E / 2, rows, E / 2);
+        load_tile(s, sine + i * (E / 2), E / 2, rows, E / 2);
+        for (int h = kh * (H / K); h < (kh + 1) * (H / K); h++) {
+            int64_t at = (int64_t)i * H + h;
+            load_tile(x, q + at * E, H * E, rows, E);
+            rotate_tile(x, c, s, 1, E);
+            for (int e = 0; e < E; e++) x[e] *= LOG2_E / sqrtf((float)E);
+            forward_tile(y, norm, norm + 1, x, keys, v + kh * E, K * E, i, i + rows, scores, E);
+            store_tile(out + at * E, y, H * E, rows, E);
+            store_tile(softmax + at * 2, norm, H * 2, rows, 2);
+        }
+    }
+}
+
+INLINE void backward_head(float *dq, float *dk, float *dv, const float *dout, const float *out,
+                          const float *softmax, const float *q, const float *k, const float *v,
+                          const float *cosine, const float *sine, int n, int H, int K, int kh,
+                          float *work, const int E) {
+    const int W = (2 * E + LANES - 1) / LANES;
+    const float scale = 1.0f / sqrtf((float)E);
+    float *dkv = work, *keys = work + (int64_t)n * W * LANES;
+    rotate_keys(keys, k + kh * E, K * E, n, cosine, sine, E);
+    memset(dkv, 0, sizeof(float) * n * W * LANES);
+    for (int i = 0; i < n; i += LANES) {
+        int count = n - i < LANES ? n - i : LANES;
+        vec c[MAX_E / 2], s[MAX_E / 2], x[MAX_E], d[MAX_E], y[MAX_E], norm[2];
+        load_tile(c, cosine + i * (E / 2), E / 2, count, E / 2);
+        load_tile(s, sine + i * (E / 2), E / 2, count, E / 2);
+        for (int h = kh * (H / K); h < (kh + 1) * (H / K); h++) {
+            int64_t at = (int64_t)i * H + h;
+            float rows[LANES * 2 * MAX_E] = {0};
+            vec delta = {0};
+            load_tile(x, q + at * E, H * E, count, E);
+            load_tile(d, dout + at * E, H * E, count, E);
+            load_tile(y, out + at * E, H * E, count, E);
+            load_tile(norm, softmax + at * 2, H * 2, count, 2);
+            rotate_tile(x, c, s, 1, E);
+            for (int e = 0; e < E; e++) {
+                x[e] *= scale;
+                d[e] *= norm[1];
+                delta += d[e] * y[e];
+            }
+            for (int r = 0; r < count; r++)
+                for (int e = 0; e < E; e++) {
+                    rows[r * W * LANES + 2 * e] = x[e][r];
+                    rows[r * W * LANES + 2 * e + 1] = d[e][r];
+                }
+            for (int e = 0; e < E; e++) x[e] *= LOG2_E;
+            backward_tile(y, dkv, d, delta, norm[0], x, rows, keys, v + kh * E, K * E, i, i + count,
+                          W, E);
+            for (int e = 0; e < E; e++) y[e] *= scale;
+            rotate_tile(y, c, s, -1, E);
+            store_tile(dq + at * E, y, H * E, count, E);
+        }
+    }
+    for (int j = 0; j < n; j++) {
+        float grad[MAX_E];
+        int64_t at = ((int64_t)j * K + kh) * E;
+        for (int e = 0; e < E; e++) {
+            grad[e] = dkv[j * W * LANES + 2 * e];
+            dv[at + e] = dkv[j * W * LANES + 2 * e + 1];
+        }
+        rotate(dk + at, grad, cosine + j * (E / 2), sine + j * (E / 2), -1, E);
+    }
+}
+
+/* R queries of one kv head, q (R, E), rotated and scaled, against n keys: out (R, E). keys and values
+ * lie in blocks of positions, (n / LANES, E, LANES), those of the next head `next` floats on: too much
+ * for a cache, so they are asked for while this one works. R queries at once share their loads. */
+INLINE void decode_queries(float *out, const float *q, const float *keys, const float *values, int n,
+                           int64_t next, vec *scores, const int R, const int E) {
+    vec top[MAX_R], total[LANES] = {{0}}, acc[MAX_R * MAX_E];
+    float highest[MAX_R], numerators[MAX_R * MAX_E], denominators[LANES];
+    for (int r = 0; r < R; r++) top[r] = (vec){0} - INFINITY;
+    for (int j = 0; j < n; j += LANES)
+        for (int r = 0; r < R; r++) {
+            vec s = {0};
+            for (int e = 0; e < E; e++) {
+                if (r == 0) __builtin_prefetch(keys + next + j * E + e * LANES);
+                s += q[r * E + e] * LOAD(keys + j * E + e * LANES);
+            }
+            if (n - j < LANES) s = choose(lane_numbers() < n - j, s, (vec){0} - INFINITY);
+            scores[j / LANES * R + r] = s;
+            top[r] = larger(s, top[r]);
+        }
+    for (int r = 0; r < R; r++) highest[r] = maximum(top[r]);
+    for (int i = 0; i < MAX_R * MAX_E; i++) acc[i] = (vec){0};
+    for (int j = 0; j < n; j += LANES)
+        for (int r = 0; r < R; r++) {
+            vec p = exp2_nonpositive(scores[j / LANES * R + r] - highest[r]);
+            if (n - j < LANES) p = choose(lane_numbers() < n - j, p, (vec){0});
+            total[r] += p;
+            for (int e = 0; e < E; e++) {
+                if (r == 0) __builtin_prefetch(values + next + j * E + e * LANES);
+                acc[r * E + e] += p * LOAD(values + j * E + e * LANES);
+            }
+        }
+    for (int i = 0; i < R * E; i += LANES) STORE(numerators + i, sums(acc + i));
+    STORE(denominators, sums(total));
+    for (int i = 0; i < R * E; i++) out[i] = numerators[i] / denominators[i / E];
+}
+
+INLINE void decode_head(float *out, float *keys, float *values, const float *q, const float *k,
+                        const float *v, const float *cosine, const float *sine, int position, int G,
+                        int64_t next, vec *scores, const int R, const int E) {
+    float rotated[MAX_R * MAX_E];
+    int at = position / LANES * LANES * E + position % LANES;
+    rotate(rotated, k, cosine, sine, 1, E);
+    for (int e = 0; e < E; e++) {
+        keys[at + e * LANES] = rotated[e];
+        values[at + e * LANES] = v[e];
+    }
+    for (int g = 0; g < G; g += R) {
+        for (int r = 0; r < R; r++) rotate(rotated + r * E, q + (g + r) * E, cosine, sine, 1, E);
+        for (int i = 0; i < R * E; i++) rotated[i] *= LOG2_E / sqrtf((float)E);
+        decode_queries(out + g * E, rotated, keys, values, position + 1, next, scores, R, E);
+    }
+}
+
+/* Calls BODY(E), or BODY(R, E), with constants where there is a case for them: pairs of queries where
+ * an even number of heads shares a kv head; other even head dimensions take the general loop. */
+#define FOR_E(BODY) \
+    switch (E) { case 4: BODY(4); break; case 8: BODY(8); break; case 16: BODY(16); break; \
+                 default: BODY(E); }
+#define FOR_R_E(BODY) \
+    if (H / K % 2 == 0) \
+        switch (E) { case 4: BODY(2, 4); break; case 8: BODY(2, 8); break; default: BODY(2, E); } \
+    else \
+        switch (E) { case 4: BODY(1, 4); break; case 8: BODY(1, 8); break; default: BODY(1, E); }
+
+static void *vectors(int64_t floats) {
+    return aligned_alloc(sizeof(vec), (floats / LANES + 1) * sizeof(vec));
+}
+
+/* q (N, H, E), k and v (N, K, E), unrotated; starts (S + 1) token offsets of the sequences; cosine and
+ * sine (max position, E / 2) -> out (N, H, E), and for the backward pass softmax (N, H, 2): highest
+ * score, in bits, and 1 / sum of 2^(score - highest). Returns 0, or -1 without memory. */
+int attention_forward(float *out, float *softmax, const float *q, const float *k, const float *v,
+                      const int64_t *starts, const float *cosine, const float *sine, int S, int H,
+                      int K, int E) {
+    int failed = 0;
+    #pragma omp parallel for schedule(dynamic)
+    for (int job = 0; job < S * K; job++) {
+        int64_t from = starts[job / K];
+        int n = (int)(starts[job / K + 1] - from);
+        float *work = vectors((int64_t)n * (LANES + E));
+        if (!work) { failed = -1; continue; }
+        #define FORWARD(E) forward_head(out + from * H * E, softmax + from * H * 2, q + from * H * E, \
+            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
+        FOR_E(FORWARD)
+        free(work);
+    }
+    return failed;
+}
+
+/* Gradients of attention_forward's inputs, of the same shapes, from dout and its two outputs. */
+int attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
+                       const float *softmax, const float *q, const float *k, const float *v,
+                       const int64_t *starts, const float *cosine, const float *sine, int S, int H,
+                       int K, int E) {
+    int failed = 0;
+    #pragma omp parallel for schedule(dynamic)
+    for (int job = 0; job < S * K; job++) {
+        int64_t from = starts[job / K];
+        int n = (int)(starts[job / K + 1] - from);
+        float *work = vectors((int64_t)n * (2 * MAX_E + E));
+        if (!work) { failed = -1; continue; }
+        #define BACKWARD(E) backward_head(dq + from * H * E, dk + from * K * E, dv + from * K * E, \
+            dout + from * H * E, out + from * H * E, softmax + from * H * 2, q + from * H * E, \
+            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
+        FOR_E(BACKWARD)
+        free(work);
+    }
+    return failed;
+}
+
+int attention_lanes(void) { return LANES; }
+
+/* One new token a row: writes its key and value at positions[b] of the two caches (B, K, T / LANES, E,
+ * LANES) and attends to all up to it. q (B, H, E), k and v (B, K, E) -> out (B, H, E). */
+int attention_decode(float *out, float *k_cache, float *v_cache, const float *q, const float *k,
+                     const float *v, const int64_t *positions, const float *cosine, const float *sine,
+                     int B, int H, int K, int E, int T) {
+    int failed = 0, G = H / K;
+    #pragma omp parallel if (B * K >= 64)                     /* a thread costs a few rows */
+    {
+        vec *scores = vectors((int64_t)T * MAX_R);
+        if (!scores) failed = -1;
+        #pragma omp for schedule(static)
+        for (int job = 0; job < B * K; job++) {
+            int64_t position = positions[job / K], cache = (int64_t)job * E * T;
+            const float *c = cosine + position * (E / 2), *s = sine + position * (E / 2);
+            if (!scores) continue;
+            #define DECODE(R, E) decode_head(out + (int64_t)job * G * E, k_cache + cache, \
+                v_cache + cache, q + (int64_t)job * G * E, k + (int64_t)job * E, \
+                v + (int64_t)job * E, c, s, (int)position, G, (int64_t)E * T, scores, R, E)
+            FOR_R_E(DECODE)
+        }
+        free(scores);
+    }
+    return failed;
+}
+
+/* ---- RMSNorm, SwiGLU, and the gradient of a weight */
+
+/* out (N, D) = x / rms(x) * weight, and inverse (N) = 1 / rms. D is a multiple of LANES. */
+int rms_norm_forward(float *out, float *inverse, const float *x, const float *weight, int N, int D,
+                     float eps) {
+    #pragma omp parallel for schedule(static) if (N >= 256)
+    for (int n = 0; n < N; n++) {
+        vec squares = {0};
+        for (int d = 0; d < D; d += LANES) {
+            vec v = LOAD(x + (int64_t)n * D + d);
+            squares += v * v;
+        }
+        float r = inverse[n] = 1 / sqrtf(sum(squares) / D + eps);
+        for (int d = 0; d < D; d += LANES)
+            STORE(out + (int64_t)n * D + d, LOAD(x + (int64_t)n * D + d) * r * LOAD(weight + d));
+    }
+    return 0;
+}
+
+/* With y = x inverse: dx = inverse (g w - y mean(g w y)), and dweight (D) = sum of g y over all rows. */
+int rms_norm_backward(float *dx, float *dweight, const float *g, const float *x, const float *inverse,
+                      const float *weight, int N, int D) {
+    const int rows = 256, blocks = (N + rows - 1) / rows;     /* a partial sum each */
+    float *partial = calloc((size_t)blocks * D + 1, sizeof(float));
+    if (!partial) return -1;
+    #pragma omp parallel for schedule(static)
+    for (int b = 0; b < blocks; b++)
+        for (int n = b * rows; n < N && n < (b + 1) * rows; n++) {
+            const float *gn = g + (int64_t)n * D, *xn = x + (int64_t)n * D;
+            vec dots = {0};
+            for (int d = 0; d < D; d += LANES) {
+                vec gy = LOAD(gn + d) * LOAD(xn + d) * inverse[n];
+                STORE(partial + b * D + d, LOAD(partial + b * D + d) + gy);
+                dots += gy * LOAD(weight + d);
+            }
+            float mean = sum(dots) / D * inverse[n];
+            for (int d = 0; d < D; d += LANES)
+                STORE(dx + (int64_t)n * D + d,
+                      (LOAD(gn + d) * LOAD(weight + d) - LOAD(xn + d) * mean) * inverse[n]);
+        }
+    for (int d = 0; d < D; d++) {
+        dweight[d] = 0;
+        for (int b = 0; b < blocks; b++) dweight[d] += partial[b * D + d];
+    }
+    free(partial);
+    return 0;
+}
+
+INLINE vec sigmoid(vec x) {                       /* by e^-|x|, which does not overflow */
+    vec e = exp2_nonpositive(choose(x > 0.0f, -x, x) * LOG2_E);
+    return choose(x > 0.0f, (vec){0} + 1.0f, e) / (e + 1.0f);
+}
+
+INLINE void swiglu(float *out, const float *a, const float *b) {
+    vec x = LOAD(a);
+    STORE(out, x * sigmoid(x) * LOAD(b));
+}
+
+INLINE void swiglu_gradient(float *da, float *db, const float *g, const float *a, const float *b) {
+    vec x = LOAD(a), s = sigmoid(x);
+    STORE(da, LOAD(g) * LOAD(b) * s * (x * (1.0f - s) + 1.0f));
+    STORE(db, LOAD(g) * x * s);
+}
+
+/* out = silu(a) b, all of n floats, at least LANES; silu(a) = a sigmoid(a). The last vector overlaps the
+ * one before where n is no multiple. */
+int swiglu_forward(float *out, const float *a, const float *b, int n) {
+    #pragma omp parallel for schedule(static) if (n >= 16384)
+    for (int i = 0; i < n / LANES * LANES; i += LANES) swiglu(out + i, a + i, b + i);
+    swiglu(out + n - LANES, a + n - LANES, b + n - LANES);
+    return 0;
+}
+
+int swiglu_backward(float *da, float *db, const float *g, const float *a, const float *b, int n) {
+    #pragma omp parallel for schedule(static) if (n >= 16384)
+    for (int i = 0; i < n / LANES * LANES; i += LANES)
+        swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
+    int i = n - LANES;
+    swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
+    return 0;
+}
+
+/* Adds to 4 rows of dw, some vectors of each, what M rows of g and x give. */
+INLINE void gradient_tile(float *dw, const float *g, const float *x, int M, int N, int D,
+                          const int vectors) {
+    vec acc[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < vectors; c++) acc[r][c] = (vec){0};
+    for (int m = 0; m < M; m++, g += N, x += D)
+        for (int c = 0; c < vectors; c++) {
+            vec v = LOAD(x + c * LANES);
+            for (int r = 0; r < 4; r++) acc[r][c] += g[r] * v;
+        }
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < vectors; c++) {
+            float *to = dw + (int64_t)r * D + c * LANES;
+            STORE(to, LOAD(to) + acc[r][c]);
+        }
+}
+
+/* dw (N, D) = g^T x of g (M, N) and x (M, D), neither turned in memory; N is a multiple of 4, D of
+ * LANES. A job is a chunk of rows of g and x, for a sum of its own, and of columns of g. */
+int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int D) {
+    const int chunk = 1024, block = 256, columns = 256;       /* a block stays in the cache */
+    const int width = LANES == 16 ? 4 : 2;                    /* half of the registers are sums */
+    const int chunks = (M + chunk - 1) / chunk, parts = (N + columns - 1) / columns;
+    const int64_t size = (int64_t)N * D;
+    float *partial = calloc(chunks * size + 1, sizeof(float));
+    if (!partial) return -1;
+    #pragma omp parallel for schedule(dynamic)
+    for (int job = 0; job < chunks * parts; job++) {
+        int first = job % parts * columns, end = first + columns < N ? first + columns : N;
+        int from = job / parts * chunk, to = from + chunk < M ? from + chunk : M;
+        float *sum = partial + job / parts * size;
+        for (int m = from; m < to; m += block)
+            for (int n = first; n < end; n += 4)
+                for (int d = 0; d < D; d += width * LANES) {
+                    int rows = to - m < block ? to - m : block, left = (D - d) / LANES;
+                    #define GRADIENT(vectors) gradient_tile(sum + (int64_t)n * D + d, \
+                        g + (int64_t)m * N + n, x + (int64_t)m * D + d, rows, N, D, vectors)
+                    switch (left < width ? left : width) {
+                        case 1: GRADIENT(1); break; case 2: GRADIENT(2); break;
+                        case 3: GRADIENT(3); break; default: GRADIENT(4);
+                    }
+                }
+    }
+    #pragma omp parallel for schedule(static) if (size >= 16384)
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec sum = {0};
+        for (int c = 0; c < chunks; c++) sum += LOAD(partial + c * size + i);
+        STORE(dw + i, sum);
+    }
+    free(partial);
+    return 0;
+}

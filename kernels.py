@@ -1,0 +1,229 @@
+"""What a CPU computes here better than PyTorch does by itself, and PyTorch's own where it does not.
+
+kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN. Both
+are for fp32 on a CPU without autocast. Everything else, and every machine without a C compiler, takes
+PyTorch's functions, which the tests hold these against. Letters as in model.py.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@functools.cache
+def library():
+    """The compiled kernels.c, or None where that cannot be had: no compiler, or NATIVE_KERNELS=0.
+
+    It is kept beside the source, under a name that changes with source and processor flags, and
+    arrives there by a rename: several processes may start at once."""
+    if os.environ.get("NATIVE_KERNELS") == "0" or sys.platform == "win32":
+        return None
+    source = Path(__file__).with_name("kernels.c")
+    try:
+        key = hashlib.sha256(source.read_bytes() + platform.processor().encode()).hexdigest()[:12]
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():  # -march=native code must not follow a shared folder to an older machine
+            flags = [x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))]
+            key = hashlib.sha256((key + flags[0] if flags else key).encode()).hexdigest()[:12]
+        folder = source.parent / "build"
+        if not os.access(source.parent, os.W_OK):
+            folder = Path(tempfile.gettempdir()) / f"kernels-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        target = folder / f"kernels-{key}.so"
+        if not target.exists():
+            temporary = target.with_suffix(f".{os.getpid()}")
+            command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-shared", "-fPIC"]
+            openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+            command += [*openmp, str(source), "-o", str(temporary), "-lm"]
+            subprocess.run(command, check=True, capture_output=True)
+            temporary.rename(target)
+        keep_memory()
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def keep_memory():
+    """Has glibc keep large buffers that PyTorch frees. By default each is given back to the system and
+    its next use faults in every page anew: a tenth of a training step of a small model."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        except (OSError, AttributeError):
+            pass  # another C library
+
+
+def call(name, *args):
+    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64."""
+    numbers = {int: ctypes.c_int, float: ctypes.c_float}
+    args = (numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr()) for x in args)
+    if getattr(library(), name)(*args):
+        raise MemoryError("no memory for a kernel")
+
+
+def plain(x):
+    """Whether x is what kernels.c and oneDNN are for: fp32 on a CPU, not traced and not mixed."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 \
+        and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling() \
+        and not torch.is_autocast_enabled("cpu")  # a FakeTensor has no memory: train.py --plan
+
+
+def native(x, multiple=16):
+    """Whether kernels.c takes x (..., D), D a multiple of the widest vector's lanes."""
+    return plain(x) and x.shape[-1] % multiple == 0 and library() is not None
+
+
+# ----------------------------------------------------------------------------
+# products
+
+
+def multiply(x, w):
+    """x (..., K) times w (N, K) transposed: (..., N)."""
+    rows = x.numel() // x.shape[-1]
+    # For few rows MKL is as fast as oneDNN and compiles nothing.
+    if rows < 256 or not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
+        return F.linear(x, w)
+    flat = x.reshape(rows, -1)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return Product.apply(flat, w).view(*x.shape[:-1], -1)
+    # oneDNN compiles for each number of rows anew, and a generating batch shrinks row by row.
+    out = onednn(F.pad(flat, (0, 0, 0, -rows % 64)), w)[:rows]
+    return out.view(*x.shape[:-1], -1)
+
+
+def onednn(x, w):
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """x (M, K) times w (N, K) transposed, (M, N), through oneDNN. PyTorch gives fp32 products to
+    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (tests/SPEED.md)."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return onednn(x, w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, w), grad = ctx.saved_tensors, grad.contiguous()
+        need_x, need_w = ctx.needs_input_grad
+        return onednn(grad, w.T) if need_x else None, transposed_product(grad, x) if need_w else None
+
+
+def transposed_product(g, x):
+    """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half of
+    the time where one of them is narrow."""
+    (rows, n), k = g.shape, x.shape[1]
+    if k <= 128 and native(x) and n % 4 == 0:
+        out = x.new_empty(n, k)
+        call("weight_gradient", out, g, x, rows, n, k)
+        return out
+    if n <= 128 and native(g) and k % 4 == 0:
+        return transposed_product(x, g).T
+    return onednn(g.T, x.T)
+
+
+# ----------------------------------------------------------------------------
+# RMSNorm and SwiGLU
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight over the last dimension."""
+    if native(x) and plain(weight):
+        return RMSNormalize.apply(x.contiguous(), weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class RMSNormalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        call("rms_norm_forward", out, inverse, x, weight, inverse.numel(), x.shape[-1], eps)
+        ctx.save_for_backward(x, inverse, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse, weight = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.empty_like(weight)
+        sizes = inverse.numel(), x.shape[-1]
+        call("rms_norm_backward", dx, dw, grad.contiguous(), x, inverse, weight, *sizes)
+        return dx, dw, None
+
+
+def swiglu(a, b):
+    """silu(a) * b, of two tensors of the same shape."""
+    if plain(a) and plain(b) and a.numel() >= 16 and library() is not None:
+        return SwiGLU.apply(a.contiguous(), b.contiguous())
+    return F.silu(a) * b
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        out = torch.empty_like(a)
+        call("swiglu_forward", out, a, b, a.numel())
+        ctx.save_for_backward(a, b)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        da, db = torch.empty_like(a), torch.empty_like(b)
+        call("swiglu_backward", da, db, grad.contiguous(), a, b, a.numel())
+        return da, db
+
+
+# ----------------------------------------------------------------------------
+# attention
+
+
+def native_attention(x):
+    """Whether kernels.c does the attention of a tensor like x (..., E): small heads."""
+    return x.shape[-1] <= 16 and native(x, 2)
+
+
+class Attention(torch.autograd.Function):
+    """Rotary embedding and causal attention of packed sequences: q (N, H, E), k and v (N, K, E),
+    starts (S + 1) int64 -> (N, H, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, starts, cos, sin):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, softmax = torch.empty_like(q), q.new_empty(*q.shape[:2], 2)
+        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
+        call("attention_forward", out, softmax, q, k, v, starts, cos, sin, *sizes)
+        ctx.save_for_backward(out, softmax, q, k, v, starts, cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        out, softmax, q, k, v, starts, cos, sin = ctx.saved_tensors
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
+        args = (*grads, dout.contiguous(), out, softmax, q, k, v, starts, cos, sin)
+        call("attention_backward", *args, *sizes)
+        return *grads, None, None, None
+
+
+def decode(q, k, v, keys, values, pos, cos, sin):
+    """The next token of every row: q (B, H, E), k and v (B, K, E), caches (B, K, T / W, E, W), which
+    get k and v at pos (B,) -> (B, H, E)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[2] * keys.shape[4])
+    call("attention_decode", out, keys, values, q, k, v, pos, cos, sin, *sizes)
+    return out
