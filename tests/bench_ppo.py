@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402
 from model import (  # noqa: E402
+    Transformer,
     TransformerWithValueHead,
     load_checkpoint,
     model_from_checkpoint,
@@ -29,16 +30,19 @@ def main():
     parser.add_argument("--data", default="data")
     parser.add_argument("--rollouts", type=int, default=400)
     parser.add_argument("--ppo_epochs", type=int, default=4)
+    parser.add_argument("--value_model", default="separate", choices=("separate", "shared"))
     parser.add_argument("--iterations", type=int, default=2, help="timed ones")
     a = parser.parse_args()
     checkpoint = load_checkpoint(a.checkpoint)
-    policy = model_from_checkpoint(checkpoint)
+    shared = a.value_model == "shared"  # one model for policy and values, as in the original
+    policy = model_from_checkpoint(checkpoint, TransformerWithValueHead if shared else Transformer)
     reference = model_from_checkpoint(checkpoint).requires_grad_(False)
-    critic = model_from_checkpoint(checkpoint, TransformerWithValueHead)
+    critic = None if shared else model_from_checkpoint(checkpoint, TransformerWithValueHead)
     config = ppo.PPOConfig(
-        rollouts=a.rollouts, ppo_epochs=a.ppo_epochs, early_stopping=False, critic_warmup=0
-    )
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4) for m in (policy, critic)]
+        rollouts=a.rollouts, ppo_epochs=a.ppo_epochs, early_stopping=False, critic_warmup=0,
+        value_model=a.value_model,
+    )  # fmt: skip
+    optimizers = [m and torch.optim.Adam(m.parameters(), lr=1e-4) for m in (policy, critic)]
     trainer = ppo.PPOTrainer(config, policy, reference, critic, *optimizers, nullcontext)
     prompts = Prompts(a.data, "train", 30, policy.args.vocab_size)
     reward = ppo.LengthReward(200)

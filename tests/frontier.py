@@ -71,9 +71,11 @@ def reference_scores(a):
 
 def run(a, beta, seed, kind="PPO"):
     """One run of train.py, unless it is there already; its report as a row of the table."""
-    # Without a reference to stay near the steps may be longer and more; and a short horizon would
-    # end stories too early, each alike, before the critic knows better.
+    # Without a reference to stay near the steps may be longer and more; a short horizon would end
+    # stories too early, each alike, before the critic knows better; and without some entropy a story
+    # becomes the same few words again and again, which can end only where these do.
     flags = ["--learning_rate=5e-4", "--batch_size=25", "--lam=0.95", "--lam_value=1"]
+    flags += ["--entropy_coef=0.003"]
     flags = [] if beta else flags
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report = folder / "ppo_report.json"
