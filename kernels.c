@@ -34,7 +34,7 @@
 #define MAX_R 2                                   /* queries that decode together */
 #define LOG2_E 1.44269504f
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int64_t lvec __attribute__((vector_size(4 * LANES)));
 typedef int64_t pair __attribute__((may_alias));  /* two floats, moved as one */
@@ -197,8 +197,7 @@ INLINE void forward_tile(vec *out, vec *highest, vec *inverse, const vec *q, con
 INLINE void backward_tile(vec *dq, float *dkv, const vec *dout, vec delta, vec highest, const vec *q,
                           const float *rows, const float *keys, const float *v, int64_t stride,
                           int first, int n, const int W, const int E) {
-    vec acc[MAX_E], ds[LANES];
-    float weights[LANES][2 * LANES];              /* of a key: ds, p of query 0, of query 1, ... */
+    vec acc[MAX_E], ds[LANES], weights[LANES][2]; /* weights of a key: ds, p of query 0, of query 1, ... */
     for (int e = 0; e < E; e++) acc[e] = (vec){0};
     for (int from = 0; from < n; from += LANES) { /* three loops, each with few enough registers */
         int count = n - from < LANES ? n - from : LANES;
@@ -211,8 +210,8 @@ INLINE void backward_tile(vec *dq, float *dkv, const vec *dout, vec delta, vec h
             }
             vec p = hide(exp2_nonpositive(s - highest), 0, first, from + j);
             ds[j] = p * (dp - delta);
-            STORE(weights[j], INTERLEAVE(ds[j], p, 0));
-            STORE(weights[j] + LANES, INTERLEAVE(ds[j], p, HALF));
+            weights[j][0] = INTERLEAVE(ds[j], p, 0);
+            weights[j][1] = INTERLEAVE(ds[j], p, HALF);
         }
         for (int j = 0; j < count; j++)
             for (int e = 0; e < E; e++) acc[e] += ds[j] * keys[(from + j) * E + e];
@@ -221,7 +220,7 @@ INLINE void backward_tile(vec *dq, float *dkv, const vec *dout, vec delta, vec h
                 float *to = dkv + ((from + j) * W + w) * LANES;
                 vec even = LOAD(to), odd = {0};
                 for (int i = 0; i < LANES; i += 2) {
-                    const pair *both = (const pair *)(weights[j] + 2 * i);
+                    const pair *both = (const pair *)weights[j] + i;
                     even += (vec)((lvec){0} + both[0]) * LOAD(rows + (i * W + w) * LANES);
                     odd += (vec)((lvec){0} + both[1]) * LOAD(rows + ((i + 1) * W + w) * LANES);
                 }
@@ -509,21 +508,21 @@ INLINE void swiglu_gradient(float *da, float *db, const float *g, const float *a
     STORE(db, LOAD(g) * x * s);
 }
 
-/* out = silu(a) b, all of n floats, at least LANES; silu(a) = a sigmoid(a). The last vector overlaps the
- * one before where n is no multiple. */
-int swiglu_forward(float *out, const float *a, const float *b, int n) {
+/* out = silu(a) b, all (N, D), at least LANES floats; silu(a) = a sigmoid(a). The last vector overlaps
+ * the one before where the number of floats is no multiple. */
+int swiglu_forward(float *out, const float *a, const float *b, int N, int D) {
+    const int64_t n = (int64_t)N * D, last = n - LANES;
     #pragma omp parallel for schedule(static) if (n >= 16384)
-    for (int i = 0; i < n / LANES * LANES; i += LANES) swiglu(out + i, a + i, b + i);
-    swiglu(out + n - LANES, a + n - LANES, b + n - LANES);
+    for (int64_t i = 0; i <= last; i += LANES) swiglu(out + i, a + i, b + i);
+    swiglu(out + last, a + last, b + last);
     return 0;
 }
 
-int swiglu_backward(float *da, float *db, const float *g, const float *a, const float *b, int n) {
+int swiglu_backward(float *da, float *db, const float *g, const float *a, const float *b, int N, int D) {
+    const int64_t n = (int64_t)N * D, last = n - LANES;
     #pragma omp parallel for schedule(static) if (n >= 16384)
-    for (int i = 0; i < n / LANES * LANES; i += LANES)
-        swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
-    int i = n - LANES;
-    swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
+    for (int64_t i = 0; i <= last; i += LANES) swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
+    swiglu_gradient(da + last, db + last, g + last, a + last, b + last);
     return 0;
 }
 

@@ -175,7 +175,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         out = torch.empty_like(a)
-        call("swiglu_forward", out, a, b, a.numel())
+        call("swiglu_forward", out, a, b, a.numel() // a.shape[-1], a.shape[-1])
         ctx.save_for_backward(a, b)
         return out
 
@@ -183,7 +183,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         da, db = torch.empty_like(a), torch.empty_like(b)
-        call("swiglu_backward", da, db, grad.contiguous(), a, b, a.numel())
+        sizes = a.numel() // a.shape[-1], a.shape[-1]
+        call("swiglu_backward", da, db, grad.contiguous(), a, b, *sizes)
         return da, db
 
 
