@@ -395,7 +395,7 @@ static const uint8_t *unpack(const Config *c, Matrix *m, const uint8_t *p, int g
             row[i] = c->version == 2 ? (float)(int8_t)p[k] * scale : read_f32(p + 4 * k);
         }
         pack_row(c, m, at + r / TILE * TILE * stride + r % TILE, row, cols,
-                 c->version == 2 && group == c->group ? scales : NULL);
+                 c->version == 2 && group == c->group && cols % group == 0 ? scales : NULL);
     }
     free(row);
     return p + (c->version == 2 ? total + 4 * (total / group) : 4 * total);

@@ -398,6 +398,29 @@ def test_logits_are_pytorchs(lib, build, shape):
             got = c_logits(lib, path, ids, V, isa)
             assert np.abs(got - want).max() < tolerance * max(1, np.abs(want).max())
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_groups_that_straddle_rows(lib, build, group):
+    """Where the hidden size, 172, is no multiple of the group, as llama2.c may write version 2."""
+    model = make("plain")
+    twin, V = Transformer(model.args).eval(), model.args.vocab_size
+    state, data = dict(model.state_dict()), save(model, build / "straddle.bin", 2).read_bytes()
+    data = patched(data[:256], 37, "<i", group)
+    data += b"".join(export.floats(w).tobytes() for w in export.norms(model.args, state))
+    for name, w in model.named_parameters():
+        if w.ndim == 2:
+            q, scale = export.quantize(w.detach().numpy().reshape(1, -1), group, "<f4")
+            state[name] = torch.from_numpy((q.reshape(-1, group) * scale.reshape(-1, 1))
+                                           .reshape(w.shape))
+    twin.load_state_dict(state)
+    for w in export.matrices(model.args, model.state_dict()):
+        q, scale = export.quantize(export.floats(w).reshape(1, -1), group, "<f4")
+        data += q.tobytes() + scale.tobytes()
+    (build / "straddle.bin").write_bytes(data)
+    ids = np.random.default_rng(5).integers(0, V, 40).tolist()
+    want = torch_logits(twin, ids)
+    wrong = c_logits(lib, build / "straddle.bin", ids, V) - want
+    assert np.square(wrong).mean() ** 0.5 < 0.03 * want.std()
+
 def test_threads_and_blocks_change_nothing(lib, build):
     for shape, fmt in (("plain", "q8_0"), ("odd", "q8_0"), ("plain", "fp32"), ("wide", "q8_0")):
         model = make(shape)
