@@ -1905,8 +1905,9 @@ static void chat(Run *run) {
         if (first > dropped)
             fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
                     context, first);
-        if (n >= context) {
-            fprintf(stderr, "(that has %d tokens, the context is %d: too long)\n", n, context);
+        if (!n || n >= context) {
+            fprintf(stderr, "(that has %d tokens, the context is %d: too %s)\n", n, context,
+                    n ? "long" : "short");
             free(ids), free(turn[last].user), free(turn[last].reply);
             last--;
             continue;

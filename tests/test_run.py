@@ -826,6 +826,8 @@ def test_damaged_byte_level_files(program, llama3, build):
     path.write_bytes(with_tail(data, 1, data[at:chat], {"turn": "{user}{reply}", "system": ""}))
     assert "{system}" in call(program, path, "-m", "chat", "-y", "be", ok=1).err
     call(program, path, "-m", "chat", "-n", 3, "-i", "x")
+    done = call(program, path, "-m", "chat", "-n", 1000, "-s", 1, "-i", "", stdin="x\n")
+    assert "(that has 0 tokens" in done.err and done.text.count("Assistant:") == 1
 
 # -----------------------------------------------------------------------------
 # The sampler
