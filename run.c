@@ -733,6 +733,7 @@ typedef struct {
 #define halves MY(halves)
 #define cached MY(cached)
 #define fast_exp MY(fast_exp)
+#define exp_sum MY(exp_sum)
 #define normalize MY(normalize)
 #define quantize MY(quantize)
 #define prepare MY(prepare)
@@ -838,21 +839,30 @@ INLINE vf fast_exp(vf x) {
     return p * (vf)power;
 }
 
-// x = exp((x - shift) * scale), but 0 where x is NaN; returns the sum. Of this and the next two n
-// is a multiple of 16, see pad.
-static float MY(exps)(float *x, int n, float scale, float shift) {
-    vf total = {0};
-    for (int i = 0; i < n; i += LANES) { // -88 is also what becomes of NaN
-        vf v = fast_exp(larger((AT(x + i) - shift) * scale, ALL(-88.0f)));
+// x = exp((x - shift) * scale); returns the sum. What is NaN stays so if `keep`, else it becomes 0.
+// Of this and the next three n is a multiple of 16, see pad.
+INLINE float exp_sum(float *x, int n, float scale, float shift, bool keep) {
+    vf total = {0}, least = ALL(-88.0f);
+    for (int i = 0; i < n; i += LANES) {
+        vf v = (AT(x + i) - shift) * scale;
+        v = fast_exp(keep ? larger(least, v) : larger(v, least));
         total += AT(x + i) = v;
     }
     return sum(total);
 }
 
+static float MY(exps)(float *x, int n, float scale, float shift) {
+    return exp_sum(x, n, scale, shift, false);
+}
+
 static float MY(maximum)(const float *x, int n) { // NaNs are skipped
-    vf top = ALL(-INFINITY);
-    for (int i = 0; i < n; i += LANES) top = larger(AT(x + i), top);
-    return largest(top);
+    vf top[4]; // since each waits for the one before
+    int i = 0;
+    for (int j = 0; j < 4; j++) top[j] = ALL(-INFINITY);
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) top[j] = larger(AT(x + i + j * LANES), top[j]);
+    for (; i < n; i += LANES) top[0] = larger(AT(x + i), top[0]);
+    return largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
 static float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
@@ -1050,10 +1060,11 @@ INLINE void score(float *scores, const float *q, const void *keys, int n, int E,
         }
 }
 
-// scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum.
+// scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum. A score
+// that is NaN, of a damaged model, stays so, for the logits to tell.
 static float softmax(float *scores, int n) {
     n = pad(scores, n);
-    return MY(exps)(scores, n, 1, MY(maximum)(scores, n));
+    return exp_sum(scores, n, 1, MY(maximum)(scores, n), true);
 }
 
 // out[e] = sum over t < n of weight[t] * values[e][t] / total, for nb dimensions of a head from e;
