@@ -512,7 +512,7 @@ struct Team {
     void *arg;
 };
 
-static void pause_core(int spin) {
+static void pause_core(unsigned spin) { // which may wrap: a chat can wait for weeks
     if (spin > 20000) nanosleep(&(struct timespec){0, 1000000}, NULL);
     else if (spin > 2000) sched_yield();
 #if defined __x86_64__ || defined __i386__
@@ -531,7 +531,7 @@ static void barrier(Team *t) {
         atomic_store_explicit(&t->phase, phase + 1, memory_order_release);
         return;
     }
-    for (int spin = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; spin++)
+    for (unsigned spin = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; spin++)
         pause_core(spin);
 }
 
