@@ -66,10 +66,11 @@ def keep_memory():
 
 
 def call(name, *args):
-    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64."""
+    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64. args
+    itself stays until the end: it may be all that holds a tensor."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
-    args = (numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr()) for x in args)
-    if getattr(library(), name)(*args):
+    values = [numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr()) for x in args]
+    if getattr(library(), name)(*values):
         raise MemoryError("no memory for a kernel")
 
 
@@ -129,7 +130,7 @@ def transposed_product(g, x):
     (rows, n), k = g.shape, x.shape[1]
     if k <= 128 and native(x) and n % 4 == 0:
         out = x.new_empty(n, k)
-        call("weight_gradient", out, g, x, rows, n, k)
+        call("weight_gradient", out, g.contiguous(), x.contiguous(), rows, n, k)
         return out
     if n <= 128 and native(g) and k % 4 == 0:
         return transposed_product(x, g).T
@@ -151,7 +152,7 @@ class RMSNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        call("rms_norm_forward", out, inverse, x, weight, inverse.numel(), x.shape[-1], eps)
+        call("rms_norm_forward", out, inverse, x, weight, inverse.numel(), x.shape[-1], float(eps))
         ctx.save_for_backward(x, inverse, weight)
         return out
 

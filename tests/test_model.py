@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ BACKENDS = ["native", *NARROW, "torch"]
 def narrow_library(flag):
     """kernels.c with narrower vectors than this processor's, or None where there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "attention.so"
+        target = Path(folder) / "kernels.so"
         command = [os.environ.get("CC", "cc"), "-O1", "-march=native", flag, "-shared", "-fPIC"]
         command += [str(Path(kernels.__file__).with_name("kernels.c")), "-o", str(target), "-lm"]
         done = subprocess.run(command, capture_output=True)
@@ -212,6 +213,11 @@ def test_rms_norm(native, rows, width):
     against_float64(lambda x, w: kernels.rms_norm(x, w, 1e-5), equation, x, weight)
 
 
+def test_rms_norm_takes_a_whole_number_for_eps(native):
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1), F.rms_norm(x, (16,), weight, 1.0))
+
+
 @pytest.mark.parametrize("rows,width", [(1, 15), (1, 16), (3, 7), (151, 172)])
 def test_swiglu(native, rows, width):
     """Also where the sigmoid is all but 0 or 1, and e^-x would overflow."""
@@ -226,6 +232,37 @@ def test_gradient_of_a_weight(native, rows, n, k):
     g, x = torch.randn(rows, n), torch.randn(rows, k)
     want = g.double().T @ x.double()
     torch.testing.assert_close(kernels.transposed_product(g, x).double(), want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("view", [
+    lambda x: x[:, :64], lambda x: x[:1, :64].expand(300, 64), lambda x: x.view(64, 600)[:, :300].T,
+])  # fmt: skip
+def test_gradient_of_a_weight_from_a_view(native, view):
+    """Rows that do not lie one after the other in memory."""
+    x, w = view(torch.randn(300, 128)), torch.randn(32, 64, requires_grad=True)
+    g = torch.randn(300, 32)
+    kernels.multiply(x, w).backward(g)
+    torch.testing.assert_close(w.grad.double(), g.double().T @ x.double(), atol=1e-4, rtol=1e-5)
+
+
+def test_arguments_of_a_kernel_live_until_it_returns(monkeypatch):
+    """Also a tensor that nobody but the call knows."""
+    alive = []
+
+    class Library:
+        def kernel(self, pointer, number):
+            alive.append(temporary() is not None)
+
+    def tensor():
+        nonlocal temporary
+        x = torch.zeros(4)
+        temporary = weakref.ref(x)
+        return x
+
+    temporary = None
+    monkeypatch.setattr(kernels, "library", Library)
+    kernels.call("kernel", tensor(), 3)
+    assert alive == [True]
 
 
 def test_packed_equals_one_at_a_time(backend):
