@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -118,6 +119,7 @@ class Product(torch.autograd.Function):
         return onednn(x, w)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, w), grad = ctx.saved_tensors, grad.contiguous()
         need_x, need_w = ctx.needs_input_grad
@@ -157,6 +159,7 @@ class RMSNormalize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, inverse, weight = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
@@ -181,6 +184,7 @@ class SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         da, db = torch.empty_like(a), torch.empty_like(b)
@@ -212,6 +216,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         out, softmax, q, k, v, starts, cos, sin = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

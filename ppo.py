@@ -211,12 +211,12 @@ class TokenTerms(torch.autograd.Function):
             p = lp.exp()
             entropy[rows] = -torch.linalg.vecdot(p, lp)
             if ref_logits is not None:
-                ref = ref_logits[rows].float()
-                kl[rows] = ref.logsumexp(-1) - entropy[rows] - torch.linalg.vecdot(p, ref)
+                kl[rows] = torch.linalg.vecdot(p, lp - ref_logits[rows].float().log_softmax(-1))
         ctx.save_for_backward(logp, target, ref_logits, entropy, kl)
         return logp.gather(1, target[:, None]).squeeze(1), entropy, kl
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, of_logprob, of_entropy, of_kl):
         logp, target, ref_logits, entropy, kl = ctx.saved_tensors
         grad = torch.empty_like(logp)

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from instruct import InstructPrompts, Instructions, Rankings, find_template
-from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
 from kernels import native_attention
+from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
 from model import add_lora, generate, merged_state, model_from_checkpoint
 from report import matmul_roof
 from tinystories import Windows

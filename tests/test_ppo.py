@@ -158,7 +158,6 @@ def test_token_terms_and_their_gradients(with_reference, monkeypatch):
     torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-5)
 
 
-
 def test_clipped_policy_loss():
     ratios, advantages = [0.5, 0.9, 1.0, 1.1, 1.25, 1.5], [1.0, -2.0]
     for ratio, a in itertools.product(ratios, advantages):
