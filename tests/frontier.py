@@ -74,9 +74,8 @@ def run(a, beta, seed, kind="PPO"):
     # Without a reference to stay near the steps may be longer and more; a short horizon would end
     # stories too early, each alike, before the critic knows better; and without some entropy a story
     # becomes the same few words again and again, which can end only where these do.
-    flags = ["--learning_rate=5e-4", "--batch_size=25", "--lam=0.95", "--lam_value=1"]
-    flags += ["--entropy_coef=0.003"]
-    flags = [] if beta else flags
+    free = "--learning_rate=5e-4 --batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.003"
+    flags = [] if beta else free.split()
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report = folder / "ppo_report.json"
     if not report.exists():
