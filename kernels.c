@@ -1,7 +1,7 @@
 /* What a small Llama needs on a CPU and PyTorch does slowly: causal attention with rotary embeddings
- * for small heads (forward, backward, and one decoding step over a KV cache), RMSNorm, SwiGLU, and the
- * gradient of a weight matrix. model.py compiles this file on first use and calls it through ctypes;
- * where there is no compiler it uses PyTorch's own, which is also the oracle of the tests.
+ * for small heads (forward and backward), RMSNorm, SwiGLU, the gradient of a weight matrix, and one
+ * decoding step of a whole block over a KV cache. kernels.py compiles this file on first use and calls
+ * it through ctypes; where there is no compiler model.py takes PyTorch's own, the oracle of the tests.
  *
  * Why it exists. PyTorch's attention puts the head dimension in the lanes of a vector register. With
  * the 8 wide heads of a 260K-parameter model most of each register, and of the time, is empty:
@@ -76,19 +76,14 @@ INLINE vec larger(vec a, vec b) {
 }
 
 INLINE float maximum(vec v) {
-    float a[LANES];
-    STORE(a, v);
     for (int half = HALF; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-    return a[0];
+        v = larger(INTERLEAVE(v, v, 0), INTERLEAVE(v, v, HALF));
+    return v[0];
 }
 
 INLINE float sum(vec v) {
-    float a[LANES];
-    STORE(a, v);
-    for (int half = HALF; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
-    return a[0];
+    for (int half = HALF; half; half /= 2) v = INTERLEAVE(v, v, 0) + INTERLEAVE(v, v, HALF);
+    return v[0];
 }
 
 /* Lane i is the sum of the lanes of v[i], for LANES vectors, which it overwrites. */
@@ -312,8 +307,8 @@ INLINE void backward_head(float *dq, float *dk, float *dv, const float *dout, co
  * for a cache, so they are asked for while this one works. R queries at once share their loads. */
 INLINE void decode_queries(float *out, const float *q, const float *keys, const float *values, int n,
                            int64_t next, vec *scores, const int R, const int E) {
-    vec top[MAX_R], total[LANES] = {{0}}, acc[MAX_R * MAX_E];
-    float highest[MAX_R], numerators[MAX_R * MAX_E], denominators[LANES];
+    vec top[MAX_R], total[MAX_R] = {{0}}, acc[MAX_R * MAX_E];
+    float highest[MAX_R], numerators[MAX_R * MAX_E], denominators[MAX_R];
     for (int r = 0; r < R; r++) top[r] = (vec){0} - INFINITY;
     for (int j = 0; j < n; j += LANES)
         for (int r = 0; r < R; r++) {
@@ -327,7 +322,7 @@ INLINE void decode_queries(float *out, const float *q, const float *keys, const 
             top[r] = larger(s, top[r]);
         }
     for (int r = 0; r < R; r++) highest[r] = maximum(top[r]);
-    for (int i = 0; i < MAX_R * MAX_E; i++) acc[i] = (vec){0};
+    for (int i = 0; i < R * E || i % LANES; i++) acc[i] = (vec){0};
     for (int j = 0; j < n; j += LANES)
         for (int r = 0; r < R; r++) {
             vec p = exp2_nonpositive(scores[j / LANES * R + r] - highest[r]);
@@ -339,7 +334,7 @@ INLINE void decode_queries(float *out, const float *q, const float *keys, const 
             }
         }
     for (int i = 0; i < R * E; i += LANES) STORE(numerators + i, sums(acc + i));
-    STORE(denominators, sums(total));
+    for (int r = 0; r < R; r++) denominators[r] = sum(total[r]);
     for (int i = 0; i < R * E; i++) out[i] = numerators[i] / denominators[i / E];
 }
 
@@ -418,31 +413,6 @@ int attention_backward(float *dq, float *dk, float *dv, const float *dout, const
 }
 
 int attention_lanes(void) { return LANES; }
-
-/* One new token a row: writes its key and value at positions[b] of the two caches (B, K, T / LANES, E,
- * LANES) and attends to all up to it. q (B, H, E), k and v (B, K, E) -> out (B, H, E). */
-int attention_decode(float *out, float *k_cache, float *v_cache, const float *q, const float *k,
-                     const float *v, const int64_t *positions, const float *cosine, const float *sine,
-                     int B, int H, int K, int E, int T) {
-    int failed = 0, G = H / K;
-    #pragma omp parallel if (B * K >= 64)                     /* a thread costs a few rows */
-    {
-        vec *scores = vectors((int64_t)T * MAX_R);
-        if (!scores) failed = -1;
-        #pragma omp for schedule(static)
-        for (int job = 0; job < B * K; job++) {
-            int64_t position = positions[job / K], cache = (int64_t)job * E * T;
-            const float *c = cosine + position * (E / 2), *s = sine + position * (E / 2);
-            if (!scores) continue;
-            #define DECODE(R, E) decode_head(out + (int64_t)job * G * E, k_cache + cache, \
-                v_cache + cache, q + (int64_t)job * G * E, k + (int64_t)job * E, \
-                v + (int64_t)job * E, c, s, (int)position, G, (int64_t)E * T, scores, R, E)
-            FOR_R_E(DECODE)
-        }
-        free(scores);
-    }
-    return failed;
-}
 
 /* ---- RMSNorm, SwiGLU, and the gradient of a weight */
 
@@ -578,4 +548,100 @@ int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int
     }
     free(partial);
     return 0;
+}
+
+/* ---- A block of the model for one new token of each of B rows of a batch
+ *
+ * LANES rows go through a whole block together, each in a lane, so that no sum runs across lanes, and
+ * weights lie as they are: one is a number for all lanes. Their activations stay in the first cache. A
+ * row's numbers do not depend on its neighbours. */
+
+/* Adds w (rows, K) times x (K) to out (rows). */
+INLINE void product_rows(vec *out, const float *w, const vec *x, int K, const int rows) {
+    vec acc[8];
+    for (int r = 0; r < rows; r++) acc[r] = out[r];
+    for (int k = 0; k < K; k++)
+        for (int r = 0; r < rows; r++) acc[r] += w[(int64_t)r * K + k] * x[k];
+    for (int r = 0; r < rows; r++) out[r] = acc[r];
+}
+
+static void tile_product(vec *out, const float *w, const vec *x, int N, int K) {
+    int n = 0;
+    for (; n + 8 <= N; n += 8) product_rows(out + n, w + (int64_t)n * K, x, K, 8);
+    for (; n < N; n++) product_rows(out + n, w + (int64_t)n * K, x, K, 1);
+}
+
+static void tile_norm(vec *out, const vec *x, const float *weight, int D, float eps) {
+    vec squares = {0}, inverse = {0};
+    for (int d = 0; d < D; d++) squares += x[d] * x[d];
+    for (int i = 0; i < LANES; i++) inverse[i] = 1 / sqrtf(squares[i] / D + eps);
+    for (int d = 0; d < D; d++) out[d] = x[d] * inverse * weight[d];
+}
+
+typedef struct {                                  /* of one block, each (out, in) */
+    const float *attention_norm, *wq, *wk, *wv, *wo, *ffn_norm, *w1, *w2, *w3;
+} Block;
+
+/* Up to LANES rows of x (rows, D), in and out, whose caches (rows, K, T / LANES, E, LANES) get the key
+ * and value of positions (rows). */
+static void block_tile(float *x, float *k_cache, float *v_cache, const Block *w, const int64_t *positions,
+                       const float *cosine, const float *sine, int rows, int F, int H, int K, int E, int T,
+                       float eps, vec *work) {
+    const int D = H * E, M = (H + 2 * K) * E, G = H / K;
+    vec *tile = work, *normed = tile + D, *qkv = normed + D, *gate = qkv + M, *up = gate + F;
+    vec *scores = up + F;
+    float *flat = (float *)(scores + (int64_t)T * MAX_R), *out = flat + (int64_t)M * LANES;
+    for (int d = 0; d < D; d += E) load_tile(tile + d, x + d, D, rows, E);
+    tile_norm(normed, tile, w->attention_norm, D, eps);
+    memset(qkv, 0, M * sizeof(vec));
+    tile_product(qkv, w->wq, normed, D, D);
+    tile_product(qkv + D, w->wk, normed, K * E, D);
+    tile_product(qkv + D + K * E, w->wv, normed, K * E, D);
+    for (int i = 0; i < M; i += E) store_tile(flat + i, qkv + i, M, rows, E);
+    for (int job = 0; job < rows * K; job++) {
+        const int r = job / K, h = job % K, position = (int)positions[r];
+        const int64_t cache = (int64_t)job * E * T, angle = (int64_t)position * (E / 2);
+        const float *q = flat + r * M + h * G * E, *k = flat + r * M + D + h * E;
+        #define DECODE(R, E) decode_head(out + r * D + h * G * E, k_cache + cache, v_cache + cache, q, k, \
+            k + K * E, cosine + angle, sine + angle, position, G, (int64_t)E * T, scores, R, E)
+        FOR_R_E(DECODE)
+    }
+    for (int d = 0; d < D; d += E) load_tile(normed + d, out + d, D, rows, E);
+    tile_product(tile, w->wo, normed, D, D);
+    tile_norm(normed, tile, w->ffn_norm, D, eps);
+    memset(gate, 0, 2 * F * sizeof(vec));
+    tile_product(gate, w->w1, normed, F, D);
+    tile_product(up, w->w3, normed, F, D);
+    for (int f = 0; f < F; f++) gate[f] *= sigmoid(gate[f]) * up[f];
+    tile_product(tile, w->w2, gate, D, F);
+    for (int d = 0; d < D; d += E) store_tile(x + d, tile + d, D, rows, E);
+}
+
+/* x (B, D), D = H E, becomes what the block makes of it: attention to all tokens of the row up to
+ * positions (B), at which the row's caches (B, K, T / LANES, E, LANES) get its key and value, and the
+ * feed-forward layer of width F, each after its RMSNorm and added to its input. Returns 0, -1 without
+ * memory, or -2 where a position is outside the cache. */
+int block_decode(float *x, float *k_cache, float *v_cache, const float *attention_norm, const float *wq,
+                 const float *wk, const float *wv, const float *wo, const float *ffn_norm,
+                 const float *w1, const float *w2, const float *w3, const int64_t *positions,
+                 const float *cosine, const float *sine, int B, int F, int H, int K, int E, int T,
+                 float eps) {
+    const Block w = {attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3};
+    const int64_t D = H * E, M = D + 2 * K * E, cache = (int64_t)K * E * T;
+    int failed = 0;
+    for (int b = 0; b < B; b++)
+        if (positions[b] < 0 || positions[b] >= T) return -2;
+    #pragma omp parallel if (B > LANES)
+    {
+        vec *work = vectors((3 * D + 2 * M + 2 * F + T * MAX_R) * LANES);
+        if (!work) failed = -1;
+        #pragma omp for schedule(dynamic)
+        for (int b = 0; b < B; b += LANES) {
+            if (!work) continue;
+            block_tile(x + b * D, k_cache + b * cache, v_cache + b * cache, &w, positions + b,
+                       cosine, sine, B - b < LANES ? B - b : LANES, F, H, K, E, T, eps, work);
+        }
+        free(work);
+    }
+    return failed;
 }

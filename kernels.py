@@ -71,8 +71,9 @@ def call(name, *args):
     itself stays until the end: it may be all that holds a tensor."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
     values = [numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr()) for x in args]
-    if getattr(library(), name)(*values):
-        raise MemoryError("no memory for a kernel")
+    failed = getattr(library(), name)(*values)
+    if failed:
+        raise ValueError("the KV cache is full") if failed == -2 else MemoryError("no memory for a kernel")
 
 
 def plain(x):
@@ -226,11 +227,12 @@ class Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def decode(q, k, v, keys, values, pos, cos, sin):
-    """The next token of every row: q (B, H, E), k and v (B, K, E), caches (B, K, T / W, E, W), which
-    get k and v at pos (B,) -> (B, H, E)."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty_like(q)
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], keys.shape[2] * keys.shape[4])
-    call("attention_decode", out, keys, values, q, k, v, pos, cos, sin, *sizes)
+def decode(x, weights, keys, values, pos, cos, sin, eps):
+    """A block of the model for the next token of every row, x (B, D) -> (B, D): attention over caches
+    (B, K, T / W, E, W), which get a key and a value at pos (B,), and feed-forward layer. weights: those
+    of attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    B, K, blocks, E, W = keys.shape
+    sizes = B, weights[6].shape[0], x.shape[1] // E, K, E, blocks * W
+    call("block_decode", out, keys, values, *weights, pos, cos, sin, *sizes, float(eps))
     return out

@@ -230,6 +230,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             if cache is None:
                 x = layer(x, attend)
+            elif lengths is None and cache.native:
+                x = cache.block(i, x, cos, sin)
             elif lengths is None:
                 x = layer(x, functools.partial(cache.step, i, cos, sin))
             else:
@@ -451,6 +453,17 @@ def padded_index(lengths, T):
     return torch.cat([torch.arange(n) + b * T for b, n in enumerate(lengths)])
 
 
+def block_weights(layer):
+    """The weights of a TransformerBlock as kernels.decode wants them, adapters merged."""
+    a, f = layer.attention, layer.feed_forward
+    matrices = [
+        w.merged() if isinstance(w, LoRALinear) else w.weight
+        for w in (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3)
+    ]
+    norms = layer.attention_norm.weight, layer.ffn_norm.weight
+    return [x.detach().contiguous() for x in (norms[0], *matrices[:4], norms[1], *matrices[4:])]
+
+
 class KVCache:
     """Rotated keys and values of the first `rows` of B sequences that grow by one token a step.
 
@@ -475,6 +488,8 @@ class KVCache:
         )
         self.length = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.rows = 0
+        self.eps = a.norm_eps
+        self.weights = [block_weights(layer) for layer in model.layers] if self.native else None
 
     def prefill(self, layer, lengths, attend, cos, sin, q, k, v):
         """Appends len(lengths) new rows, packed, and attends within each."""
@@ -493,8 +508,6 @@ class KVCache:
         B, H, E = q.shape
         keys, values = self.k[layer, :B], self.v[layer, :B]
         pos = self.length[:B]
-        if self.native:
-            return kernels.decode(q, k, v, keys, values, pos, cos, sin)
         q, k = (apply_rope(x, cos[pos], sin[pos]) for x in (q, k))
         row = torch.arange(B, device=q.device)
         keys[row, :, pos], values[row, :, pos] = k.to(keys.dtype), v.to(keys.dtype)
@@ -504,6 +517,11 @@ class KVCache:
             q.unsqueeze(2), keys, values, attn_mask=mask[:, None, None], enable_gqa=gqa
         )
         return out.squeeze(2)
+
+    def block(self, layer, x, cos, sin):
+        """What a TransformerBlock makes of x (B, D), the next token of every row, in one pass."""
+        keys, values, pos = self.k[layer, : len(x)], self.v[layer, : len(x)], self.length[: len(x)]
+        return kernels.decode(x, self.weights[layer], keys, values, pos, cos, sin, self.eps)
 
     def advance(self, lengths=None):
         """After a forward pass: `lengths` is that of a prefill, None that of a step."""

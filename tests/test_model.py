@@ -308,6 +308,33 @@ def test_cached_steps_equal_full_forward(backend):
                 torch.testing.assert_close(logits[i], full, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("H,K,E", SHAPES)
+def test_cached_steps_of_many_rows(backend, H, K, E):
+    """More rows than a vector has lanes, of all lengths; widths that fill no vector; with adapters."""
+    model = small(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, n_layers=1)
+    M.add_lora(model, rank=2, layers="q,v,o,gate")
+    for name, p in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p)
+    rows = [torch.randint(0, 48, (n + 2,)) for n in range(19)]
+    cache = KVCache(model, 21, 21)
+    with torch.no_grad():
+        model.hidden(torch.cat([r[:-2] for r in rows]), [len(r) - 2 for r in rows], cache)
+        for step in (-2, -1):
+            logits = model(torch.stack([r[step] for r in rows]), cache=cache)
+            for got, r in zip(logits, rows):
+                full = model(r[None, : len(r) + step + 1])[0, -1]
+                torch.testing.assert_close(got, full, atol=1e-4, rtol=1e-3)
+
+
+def test_a_full_cache_is_refused(native):
+    model = small()
+    cache = KVCache(model, 1, 3)
+    model.hidden(torch.zeros(cache.capacity, dtype=torch.long), [cache.capacity], cache)
+    with pytest.raises(ValueError, match="full"):
+        model(torch.tensor([1]), cache=cache)
+
+
 def test_cache_rows_can_leave(backend):
     """drop keeps the others' contents, in the order it returns."""
     model = small()
