@@ -5,6 +5,7 @@ import ctypes
 import functools
 import math
 import os
+import shutil
 import subprocess
 import tempfile
 import weakref
@@ -712,3 +713,63 @@ def test_products_and_their_gradients_against_float64(shape, monkeypatch):
     layer(x).sum().backward()
     assert layer.weight.grad is not None and len(used) == 6
     assert layer(x[..., :10, :] if x.dim() == 2 else x[:, :10]).shape[-1] == 72 and len(used) == 6
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
+    reason="needs gcc-aarch64-linux-gnu and qemu-user",
+)
+def test_kernels_on_arm64(tmp_path, monkeypatch):
+    """All that training and generating call, with the same tensors, on an emulated arm64."""
+    use_backend("4 lanes", monkeypatch)
+    calls, real = {}, kernels.call
+
+    def tensors(args):
+        return [x.detach().clone() for x in args if torch.is_tensor(x)]
+
+    def record(name, *args):
+        before = tensors(args)
+        real(name, *args)
+        calls[name] = args, before, tensors(args)
+
+    monkeypatch.setattr(kernels, "call", record)
+    model = small()
+    tokens = torch.randint(0, 48, (5, 60))
+    model(tokens, tokens.roll(-1, 1)).backward()
+    generate(model, [[1, 2], [3]] * 3, 4)
+    assert calls.keys() == {
+        "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward",
+        "attention_forward", "attention_backward", "weight_gradient", "block_decode",
+    }  # fmt: skip
+    body, given = "", b""
+    for name, (args, before, _) in calls.items():
+        sizes = [x.numel() * x.element_size() for x in before]
+        given += b"".join(x.contiguous().numpy().tobytes() for x in before)
+        places = iter(range(len(sizes)))
+        values = [f"t{next(places)}" if torch.is_tensor(x) else str(x) for x in args]
+        body += "{" + "".join(f"void *t{i} = take({n});\n" for i, n in enumerate(sizes))
+        body += f"if ({name}({', '.join(values)})) return 1;\n"
+        body += "".join(f"fwrite(t{i}, 1, {n}, stdout);\n" for i, n in enumerate(sizes)) + "}"
+    source = Path(kernels.__file__).with_name("kernels.c")
+    program = tmp_path / "kernels_arm.c"
+    program.write_text(
+        f"""#include "{source}"
+        #include <stdio.h>
+        static void *take(size_t n) {{
+            void *p = malloc(n);
+            if (fread(p, 1, n, stdin) != n) exit(2);
+            return p;
+        }}
+        int main(void) {{ {body} return 0; }}"""
+    )
+    compiler = ["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, program, "-o", tmp_path / "arm", "-lm"], check=True)
+    command = ["qemu-aarch64", "-cpu", "max", tmp_path / "arm"]
+    got = subprocess.run(command, input=given, stdout=subprocess.PIPE, check=True).stdout
+    for name, (_, _, after) in calls.items():
+        for want in after:
+            size = want.numel() * want.element_size()
+            found = torch.frombuffer(bytearray(got[:size]), dtype=want.dtype).view_as(want)
+            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+            got = got[size:]
+    assert not got
