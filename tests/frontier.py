@@ -71,19 +71,22 @@ def reference_scores(a):
 
 def run(a, beta, seed, kind="PPO"):
     """One run of train.py, unless it is there already; its report as a row of the table."""
-    # Without a reference to stay near the steps may be longer and more; a short horizon would end
-    # stories too early, each alike, before the critic knows better; and without some entropy a story
-    # becomes the same few words again and again, which can end only where these do.
-    free = "--learning_rate=5e-4 --batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.003"
-    flags = [] if beta else free.split()
+    # Without a reference to stay near, a short horizon would end stories too early, each alike, before
+    # the critic knows better; and without some entropy a story becomes the same few words again and
+    # again, which can end only where these do. Without a critic a step is noisier, so it is shorter.
+    flags = []
+    if not beta:
+        flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
+    elif kind != "PPO":
+        rate = "3e-5" if kind == "GRPO" else "5e-5"
+        flags = [f"--advantage={kind.lower()}", "--batch_size=100", f"--learning_rate={rate}"]
+        flags += [f"--group_size={a.group_size}"]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report = folder / "ppo_report.json"
     if not report.exists():
         command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
                    f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={a.iters}",
                    f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
-        if kind != "PPO":
-            command += [f"--advantage={kind.lower()}", f"--group_size={a.group_size}"]
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{folder}: {a.iters} iterations, see {folder / 'output.txt'}", flush=True)
         with open(folder / "output.txt", "w") as f:
