@@ -5,7 +5,7 @@ PY = .venv/bin/python
 CC = cc
 DEMO = out/demo
 ITERS = 1500
-PPO_ITERS = 30
+PPO_ITERS = 60
 # The model of llama2.c's stories260K. A context of 512 holds the longest story that PPO asks for.
 MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 \
         --multiple_of=4 --max_seq_len=512
