@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, data_file
 
+import grammar
 import tinystories
 from tinystories import BOS, Dealer, Prompts, Windows, open_shards, permute
 from tokenizer import Tokenizer
@@ -185,7 +186,7 @@ def test_synthesize(told, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out and stories_in(told) == shards
 
 def test_grammar():
-    assert len(tinystories.PLANS) >= 30
+    assert len(grammar.PLANS) >= 30
     words = collections.Counter()
     rng = np.random.default_rng(0)
     used = set()
@@ -195,11 +196,11 @@ def test_grammar():
                 used.update([part[1]] if part[0] == "$" else [])
                 for option in part[1] if part[0] != "$" else []:
                     names(option)
-    for text in [*tinystories.PLANS, *tinystories.RULES.values()]:
+    for text in [*grammar.PLANS, *grammar.RULES.values()]:
         names(text)
-    assert used >= set(tinystories.RULES) | set(tinystories.SLOTS) - {"at"}  # no dead entry
+    assert used >= set(grammar.RULES) | set(grammar.SLOTS) - {"at"}  # no dead entry
     for _ in range(5000):
-        story = tinystories.tell_story(rng.random)
+        story = grammar.tell_story(rng.random)
         # nothing of the notation is left; sentences begin and end as they should
         assert not re.search(r"[\[\]<>|$/{}]|  |\n\n| [.,!?\n]|\n |\.\.|,\.|\bi\b|\ba [aeiou]",
                              story), story
