@@ -211,7 +211,6 @@ def progress(title, total=None, unit="B", items=None, **options):
     """A progress bar with rate and time left, on a terminal only."""
     return tqdm(items, desc=title, total=total, unit=unit, unit_scale=True, disable=None, **options)
 
-
 def synthesize(data_dir, n, seed):
     """n stories, no two equal, the same for the same seed on any machine."""
     folder = os.path.join(data_dir, "TinyStories_all_data")
