@@ -20,6 +20,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+# oneDNN and PyTorch each keep the 1,024 last products that they compiled, one for each number of rows.
+# Packed batches hardly ever repeat one: after hundreds of iterations of PPO it was 5 GB with the holes
+# between them. Read at the first product.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "128")
+
 
 @functools.cache
 def library():

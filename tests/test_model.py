@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -687,6 +688,36 @@ def test_rope_scaling_is_the_papers():
 
 # ----------------------------------------------------------------------------
 # products through oneDNN
+
+
+def test_products_of_many_sizes_do_not_pile_up():
+    """Packed batches hardly ever have the same number of tokens twice; oneDNN compiles a product for
+    each, and what it keeps of them must have an end. Measured in a process of its own."""
+    program = """if True:
+        import ctypes, sys
+        import kernels, torch
+        class Info(ctypes.Structure):  # struct mallinfo2 of glibc
+            _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)] \\
+                + [(name, ctypes.c_size_t) for name in "ij"]
+        info = getattr(ctypes.CDLL(None), "mallinfo2", None)
+        if info is None or not torch.backends.mkldnn.is_available():
+            sys.exit(print("skip"))
+        info.restype = Info
+        def run(sizes):
+            w = torch.randn(72, 64, requires_grad=True)
+            for rows in sizes:
+                kernels.multiply(torch.randn(rows, 64, requires_grad=True), w).sum().backward()
+            return info().used
+        before = run(range(1000, 1300))
+        print(run(range(1300, 1900)) - before)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(kernels.__file__).parent, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    if out.stdout.strip() == "skip":
+        pytest.skip("no glibc that counts its memory, or no oneDNN")
+    assert int(out.stdout) < 5e6
 
 
 @pytest.mark.parametrize("shape", [(300, 64), (2, 151, 48)])
