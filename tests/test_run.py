@@ -298,7 +298,7 @@ def own(build):
         byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
     tokenizer = Tokenizer(build / "own.model")
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=400, hidden_dim=64,
                                   max_seq_len=64))
     return save(model, build / "own.bin", 3, tokenizer=tokenizer), tokenizer
@@ -419,7 +419,9 @@ def test_groups_that_straddle_rows(lib, build, group):
     ids = np.random.default_rng(5).integers(0, V, 40).tolist()
     want = torch_logits(twin, ids)
     wrong = c_logits(lib, build / "straddle.bin", ids, V) - want
-    assert np.square(wrong).mean() ** 0.5 < 0.03 * want.std()
+    # Quantized anew, row by row: an error of the size of that of the file's own quantization.
+    assert np.square(wrong).mean() < 4 * np.square(want - torch_logits(model, ids)).mean()
+
 
 def test_threads_and_blocks_change_nothing(lib, build):
     for shape, fmt in (("plain", "q8_0"), ("odd", "q8_0"), ("plain", "fp32"), ("wide", "q8_0")):
@@ -484,17 +486,21 @@ def test_long_context_takes_no_memory_until_it_is_used(program, own, build):
     assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 20_000
     assert int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) > 290_000
 
-def test_more_end_ids(program, own, build):
+def test_more_end_ids(program, own, lib, build):
     args = ["-t", 0, "-n", 30, "-i", "balo mi"]
     whole = call(program, own[0], *args)
-    ids = own[1].encode(whole.text.rstrip("\n"), True, False)
-    n = len(own[1].encode("balo mi", True, False))
+    ids = own[1].encode("balo mi", True, False)
+    story = []
+    for _ in range(20):
+        story.append(int(c_logits(lib, own[0], ids + story, 400)[-1].argmax()))
+    last = max(map(story.index, story))  # of the tokens that are no repetition
+    assert last > 1
     for slot in range(4):
         path = build / "ends.bin"
-        path.write_bytes(patched(own[0].read_bytes(), 128 + 4 * slot, "<i", ids[n + 3]))
+        path.write_bytes(patched(own[0].read_bytes(), 128 + 4 * slot, "<i", story[last]))
         done = call(program, path, *args)
         told = int(re.search(r"story: (\d+) tokens", done.err)[1])
-        assert told == ids[n:].index(ids[n + 3]) + 1 < 20 and whole.text.startswith(done.text[:-1])
+        assert told == last + 1 and whole.text.startswith(done.text[:-1])
 
 def test_golden_story(program, stories, build):
     """The known greedy story, letter for letter: fp32, int8, all versions, all instruction sets."""
