@@ -394,8 +394,6 @@ def starting_point(args, rank):
             if rank == 0:
                 print(f"the PPO run there had other flags ({changed}): a new one starts")
         state = newest(base)
-    if not args.eval_only:
-        move_aside(mine, rank)
     return state, False
 
 
@@ -489,6 +487,8 @@ def train(args, rank, world):
     first, report = iter_num, Path(args.out_dir) / "ppo_report.json"
     if args.ppo and args.eval_only:
         return stage.report() if rank == 0 else None
+    if not resumed and not args.eval_only:  # only now: a mistake in the flags loses nothing
+        move_aside(Path(args.out_dir) / f"{stage.prefix}ckpt.pt", rank)
     if args.ppo and not resumed and rank == 0:
         report.unlink(missing_ok=True)  # of another run
     for left in Path(args.out_dir).glob(".*ckpt.pt.*.tmp") if rank == 0 else ():
