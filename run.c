@@ -1596,7 +1596,8 @@ static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi) {
 
 typedef struct {
     float temperature; // 0: the most likely token, always
-    float topp;        // the smallest set of tokens with more than this probability; off at 0, 1
+    int topk;          // the k most likely tokens and their equals; off at 0
+    float topp;        // of these the smallest set with more than this probability; off at 0, 1
     uint64_t rng;
 } Sampler;
 
@@ -1637,6 +1638,29 @@ static int draw(const float *x, int n, float least, const float *sums, float tot
     return last;
 }
 
+// The sums of those of the x (n,) that are larger than least, for each SKIP of them, and of all.
+static float sums_above(const Kernels *k, const float *x, int n, float least, float *sums) {
+    float all = 0;
+    for (int i = 0; i < n; i += SKIP)
+        all += *sums++ = k->above(x + i, (int)smaller(SKIP, n - i), least);
+    return all;
+}
+
+// What only the k largest of the x (n,), from 0 to 1, and their equals are larger than; 0 if fewer
+// are above it. Floats that are not negative have the order of their bits, over which it bisects.
+static float below_largest(const float *x, int n, int k) {
+    float least = 0, try;
+    for (uint32_t bits = 0, bit = 1u << 29; bit; bit /= 2) {
+        const uint32_t more = bits | bit;
+        int larger = 0;
+        memcpy(&try, &more, 4);
+        for (int i = 0; i < n; i++) larger += x[i] > try;
+        if (larger >= k) bits = more, least = try;
+        if (larger == k) break;
+    }
+    return least;
+}
+
 // The next token, from logits (n, in room for a multiple of 16), which it overwrites; -1 if none of
 // them is a finite number.
 // Top-p (nucleus) sampling draws from the smallest set of most probable tokens whose probabilities
@@ -1652,12 +1676,14 @@ static int sample(Sampler *s, const Kernels *k, float *x, int n) {
         if (x[i] == max) return i;
     for (int i = 0; i < n; i += SKIP)
         all += *sum++ = k->exps(x + i, (int)smaller(SKIP, n - i), 1 / s->temperature, max);
+    if (s->topk > 0 && s->topk < n) {
+        least = below_largest(x, n, s->topk);
+        all = sums_above(k, x, n, least, sums);
+    }
     for (left = all;;) {
         int drawn = draw(x, n, least, sums, left, &s->rng);
         if (drawn < 0 || s->topp <= 0 || s->topp >= 1) return drawn;
-        least = x[drawn], left = 0, sum = sums;
-        for (int i = 0; i < n; i += SKIP)
-            left += *sum++ = k->above(x + i, (int)smaller(SKIP, n - i), least);
+        left = sums_above(k, x, n, least = x[drawn], sums);
         if (left <= s->topp * all) return drawn;
     }
 }
@@ -1672,6 +1698,7 @@ typedef struct {
     State state;
     const Kernels *kernels;
     float temperature, topp;
+    int topk;
     uint64_t seed;
     int steps, stories;
     int stop;   // what the chat template has after a reply, or -1
@@ -1696,7 +1723,7 @@ static void prefill(Run *run, const int *ids, int n, int pos) {
 }
 
 static Sampler new_sampler(const Run *run, int story) {
-    return (Sampler){run->temperature, run->topp, seed_rng(run->seed + (uint64_t)story)};
+    return (Sampler){run->temperature, run->topk, run->topp, seed_rng(run->seed + (uint64_t)story)};
 }
 
 static int sample_or_die(Run *run, Sampler *s, float *logits) {
@@ -2054,6 +2081,7 @@ static void usage(FILE *out, int status) {
           "  -i TEXT    the prompt; with -m perplexity: the text file\n"
           "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256\n"
           "  -t T       temperature; 0: always the most likely token; default 1.0\n"
+          "  -k K       sample from the K most likely tokens; default 0: all\n"
           "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
           "  -s SEED    of the random numbers; default: the time\n"
           "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
@@ -2086,12 +2114,13 @@ int main(int argc, char **argv) {
     for (int i = 2; i < argc; i += 2) {
         const char flag = argv[i][0] == '-' && argv[i][1] && !argv[i][2] ? argv[i][1] : 0;
         const char *value = argv[i + 1];
-        if (!flag || !strchr("tpsnizmybj", flag) || !value) {
+        if (!flag || !strchr("tkpsnizmybj", flag) || !value) {
             fprintf(stderr, "error: %s: %s\n", argv[i],
                     value ? "there is no such option" : "a value is missing, or no such option");
             usage(stderr, 2);
         }
         if (flag == 't') run.temperature = (float)number(flag, value, 0, 1e6, false);
+        if (flag == 'k') run.topk = (int)number(flag, value, 0, 1e9, true);
         if (flag == 'p') run.topp = (float)number(flag, value, 0, 1, false);
         if (flag == 's') run.seed = (uint64_t)number(flag, value, 0, 1e15, true);
         if (flag == 'n') run.steps = (int)number(flag, value, 0, 1e9, true);

@@ -30,7 +30,7 @@ static void use(uint8_t options, const char *prompt, size_t prompt_size, Span fi
     // A valid model may ask for more than a fuzzer has: one small matrix can belong to a header
     // with thousands of heads and layers.
     if (c->vocab_size >= 4096 || c->dim >= 4096 || c->hidden_dim >= 4096) return;
-    Sampler sampler = {0.7f, 0.9f, seed_rng(1)};
+    Sampler sampler = {0.7f, 50, 0.9f, seed_rng(1)};
     Row rows[3];
     int n = 0, last = c->vocab_size - 1, max_pos = c->seq_len < 3 ? c->seq_len : 3;
     int *ids = t->n ? encode(t, prompt, prompt_size, true, &n) : NULL;

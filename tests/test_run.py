@@ -159,8 +159,8 @@ int bytes_of(int id, uint8_t *out) {
     memcpy(out, tokenizer.piece[id].text, tokenizer.piece[id].len);
     return (int)tokenizer.piece[id].len;
 }
-void samples(float *logits, int n, float t, float p, int seed, int *out, int count) {
-    Sampler s = {t, p, seed_rng((uint64_t)seed)};
+void samples(float *logits, int n, float t, int k, float p, int seed, int *out, int count) {
+    Sampler s = {t, k, p, seed_rng((uint64_t)seed)};
     float *x = malloc(sizeof *x * (size_t)(n + 15));
     for (int i = 0; i < count; i++) {
         memcpy(x, logits, sizeof *x * (size_t)n);
@@ -838,9 +838,12 @@ def test_damaged_byte_level_files(program, llama3, build):
 # -----------------------------------------------------------------------------
 # The sampler
 
-def nucleus(logits, t, p):
-    """The exact distribution: softmax of logits / t, cut to the smallest set that exceeds p."""
+def nucleus(logits, t, k, p):
+    """The exact distribution: softmax of logits / t, cut to the k most probable, and to the smallest
+    set of these that exceeds p."""
     q = np.exp((logits - logits.max()) / t)
+    if k:
+        q[q < np.sort(q)[-k]] = 0
     q /= q.sum()
     if 0 < p < 1:
         order = np.argsort(-q, kind="stable")
@@ -848,13 +851,15 @@ def nucleus(logits, t, p):
         q[order[more > p]] = 0
     return q / q.sum()
 
-@pytest.mark.parametrize("t,p", [(1, 1), (1, 0), (0.7, 0.9), (1.5, 0.5), (1, 0.01), (0.3, 0.99)])
-def test_sampling_is_exact(lib, t, p):
+@pytest.mark.parametrize("t,k,p", [
+    (1, 0, 1), (1, 0, 0), (0.7, 0, 0.9), (1.5, 0, 0.5), (1, 0, 0.01), (0.3, 0, 0.99),
+    (1, 1, 1), (1.2, 7, 1), (1.2, 150, 0), (2, 20, 0.6), (1, 299, 0.9), (1, 300, 1)])
+def test_sampling_is_exact(lib, t, k, p):
     """Chi-square against the exact distribution, at a fixed seed."""
     logits = floats(np.random.default_rng(8).normal(size=300) * 2)
-    want, count = nucleus(logits.astype(np.float64), t, p), 20000
+    want, count = nucleus(logits.astype(np.float64), t, k, p), 20000
     out = np.zeros(count, np.int32)
-    lib.samples(pointer(logits), 300, ctypes.c_float(t), ctypes.c_float(p), 7, pointer(out), count)
+    lib.samples(pointer(logits), 300, ctypes.c_float(t), k, ctypes.c_float(p), 7, pointer(out), count)
     seen = np.bincount(out, minlength=300)
     assert seen[want == 0].sum() == 0
     often = want * count >= 5
@@ -863,9 +868,9 @@ def test_sampling_is_exact(lib, t, p):
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
 
 def test_sampling_edges(lib):
-    def draw(logits, t, p, count=200):
+    def draw(logits, t, p, count=200, k=0):
         out, logits = np.zeros(count, np.int32), floats(logits)
-        lib.samples(pointer(logits), len(logits), ctypes.c_float(t), ctypes.c_float(p), 1,
+        lib.samples(pointer(logits), len(logits), ctypes.c_float(t), k, ctypes.c_float(p), 1,
                     pointer(out), count)
         return set(out.tolist())
     nan, inf = float("nan"), float("inf")
@@ -875,7 +880,9 @@ def test_sampling_edges(lib):
     assert draw([nan, 1, nan], 1, 0.9) == {1} == draw([nan, 1, nan], 0, 0.9)
     assert draw([-inf, 1, -inf], 1, 1) == {1}
     assert draw([nan, nan], 1, 0.9) == {-1} == draw([inf, 1], 1, 0.9)
-    assert draw([5], 1, 0.5) == {0}
+    assert draw([5], 1, 0.5) == {0} == draw([5], 1, 1, k=1) == draw([5], 1, 1, k=9)
+    assert draw([2, 1, 2, 2, 0], 1, 1, k=2) == {0, 2, 3}  # equals stay together
+    assert draw([-inf, 1, nan, -80, -90], 3, 1, 9999, k=3) == {1}  # fewer are at all possible
 
 # -----------------------------------------------------------------------------
 # The program
@@ -907,9 +914,10 @@ def test_bench_prints_its_roof(program, own):
 
 BAD_CALLS = [
     (["-n", "12x"], 2, "-n 12x"), (["-n", "-3"], 2, "-n -3"), (["-t", "nan"], 2, "-t nan"),
-    (["-t", ""], 2, "-t"), (["-p", "1.5"], 2, "-p 1.5"), (["-s", "1.5"], 2, "-s 1.5"),
-    (["-b", "0"], 2, "-b 0"), (["-q", "1"], 2, "no such option"), (["-n"], 2, "value is missing"),
-    (["--steps", "5"], 2, "no such option"), (["-m", "sing"], 1, "generate, chat"),
+    (["-t", ""], 2, "-t"), (["-p", "1.5"], 2, "-p 1.5"), (["-k", "-1"], 2, "-k -1"),
+    (["-s", "1.5"], 2, "-s 1.5"), (["-b", "0"], 2, "-b 0"), (["-q", "1"], 2, "no such option"),
+    (["-n"], 2, "value is missing"), (["--steps", "5"], 2, "no such option"),
+    (["-m", "sing"], 1, "generate, chat"),
     (["-i", "balo " * 300], 1, "context is 64"),
     (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
     (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"), (["-m", "perplexity"], 1, "give the file"),
