@@ -222,6 +222,26 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
             ppo.load_reward(wrong, 0, decode)
 
 
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ("return [1 / 0 for r in responses]", "line 2: ZeroDivisionError: division by zero"),
+        ("pass", "TypeError: 'NoneType' object is not iterable"),
+        ("return [1.0]", "gave 1 scores for 2 responses"),
+        ("return ['good', 'bad']", "gave 'good' as a score, not a finite number"),
+        ("return [1.0, float('nan')]", "gave nan as a score, not a finite number"),
+        ("return [[1.0, 2.0], [0.0, None]]", "gave None as a score, not a finite number"),
+        ("(", "SyntaxError: '(' was never closed"),
+    ],
+)
+def test_mistakes_in_a_reward_are_one_line(tmp_path, body, says):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def f(prompts, responses):\n    {body}\n")
+    with pytest.raises(ValueError) as error:
+        ppo.load_reward(f"{file}:f", 0, str)([[1], [1]], [[3, 4], [5]], None)
+    assert str(error.value).startswith(f"--reward={file}:f") and says in str(error.value)
+
+
 def test_scores_become_token_rewards():
     trainer = make_trainer(missing_eos_penalty=0.5, reward_clip=2.0)
     counts, ended = torch.tensor([2, 3]), torch.tensor([True, False])
