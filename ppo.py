@@ -98,6 +98,9 @@ class PPOConfig:
         for name in ("ppo_epochs", "group_size", "max_gen_len", "mini_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("gamma", "lam", "lam_value"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.whiten_rewards and self.kl_in != "reward":
             raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import json
+import math
 import os
 import struct
 import sys
@@ -293,6 +294,9 @@ def parse_args(parser, argv=None):
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.5)
         hint = f", did you mean {known[near[0]]}?" if near else ""
         parser.error(f"unknown argument {flag}{hint}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name}: expected a finite number, not {value}")
     return args
 
 def boolean(text):

@@ -195,13 +195,18 @@ def setup(args):
                  "start_len", "reference_samples"):  # fmt: skip
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name, value in vars(args).items():
+        signed = name in ("entropy_coef", "missing_eos_penalty")
+        if isinstance(value, (int, float)) and value < 0 and not signed:
+            raise ValueError(f"--{name} must not be negative, not {value}")
+    for name in ("beta1", "beta2", "averaging"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
     args.device = choose_device(args.device)
     for name in (args.ref_device, args.reward_device):
         choose_device(name)
     kind = args.device.partition(":")[0]
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
-    if args.lora_rank < 0:
-        raise ValueError(f"--lora_rank must not be negative, not {args.lora_rank}")
     if args.lora_rank and (args.rm or args.dpo):
         raise ValueError("--lora_rank is for --sft and --ppo")
     if not 0 <= args.dpo_label_smoothing < 0.5:

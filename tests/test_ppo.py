@@ -700,6 +700,8 @@ def test_refuses_numbers_that_are_not_finite():
         dict(kl_penalty="k4"),
         dict(advantage="rloo"),
         dict(temperature=0.0),
+        dict(lam=1.5),
+        dict(gamma=-0.1),
         dict(rollouts=10, group_size=4, advantage="grpo"),
     ],
 )

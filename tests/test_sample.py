@@ -174,6 +174,7 @@ def test_errors(tiny, tmp_path, capsys, tok512_model):
         ((here, "--temprature=1"), 2, "did you mean --temperature?"),
         ((here, "--temperature=warm"), 2, "invalid float value"),
         ((here, "--temperature=-1"), 1, "must not be negative"),
+        ((here, "--temperature=nan"), 2, "--temperature: expected a finite number"),
         ((here, "--top_p=1.5"), 1, "top_p must be in [0, 1]"),
         ((here, "--num_samples=0"), 1, "at least 1"),
         ((here, "--device=tpu"), 1, "expected cpu, cuda"),
