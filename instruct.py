@@ -334,7 +334,9 @@ class Samples:
                 if sample is not None:
                     self.samples.append(sample)
         if not self.samples:
-            raise ValueError(f"{self.summary()}: nothing to use for {split}")
+            raise ValueError(self.summary() + (
+                ": too few to hold some out: name others with --val_data" if split == "val"
+                else ": nothing to use"))
         # validation is the same whatever the seed of the run
         self.dealer = Dealer([[len(self.samples)]], [1.0], 0 if split == "val" else seed)
 

@@ -315,6 +315,8 @@ def test_rankings(tmp_path):
                                 {"shortened: fewer completions": 1})  # fmt: skip
     with pytest.raises(ValueError, match="nothing to use"):
         found([rest[0][0]])
+    with pytest.raises(ValueError, match="0 samples: too few to hold some out: .* --val_data"):
+        Rankings(write(tmp_path / "x.json", [three]), "val", T, PLAIN, 99)
     chat = SHAPES[5][0]
     n = len("-A\nB--C\nE\n\nE-")
     assert found([chat], n)[0] == [("<s>A\nB</s><s>C\n", ["D</s>", "E\n\nE</s>"])]
