@@ -3,7 +3,7 @@ Instructions and preferences: read them, put them into a template, deal them to 
 that is made here, from any stories, of which it is known what is right:
 
     python instruct.py stories                              # data/task/{sft,val,pairs}.jsonl
-    python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # pairs.jsonl of that model's stories
+    python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # own_pairs.jsonl, of its stories
     python instruct.py judge --checkpoint=out/sft_ckpt.pt   # how well does a model obey?
 
 A file is JSON (a list) or JSONL (an object a line); its records may have any of these shapes:
@@ -576,7 +576,10 @@ def make_pairs(args):
                 ranking.append((score, story))
         if len(ranking) > 1:
             rankings.append({"prompt": prompt, "completions": [story for _, story in ranking]})
-    write_jsonl(args.output or f"{args.data_dir}/task/pairs.jsonl", rankings)
+    if not rankings:
+        raise ValueError(f"{args.checkpoint} told no two stories for a prompt that both ended and "
+                         f"were {args.margin} apart")
+    write_jsonl(args.output or f"{args.data_dir}/task/own_pairs.jsonl", rankings)
 
 def print_judgement(args):
     """How well models obey, on held-out prompts."""
@@ -610,7 +613,7 @@ def main(argv=None):
     add("--prompts", type=int, default=500, help="of pairs and judge")
     add("--completions", type=int, default=4, help="stories told for each prompt, for pairs")
     add("--margin", type=float, default=0.1, help="least difference of rewards in a pair")
-    add("--output", default="", help="of pairs; default: task/pairs.jsonl in the data folder")
+    add("--output", default="", help="of pairs; default: task/own_pairs.jsonl in the data folder")
     add("--temperature", type=float, default=1.0, help="of the stories that are told")
     add("--seed", type=int, default=1337, help="of all choices")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")

@@ -442,5 +442,11 @@ def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch
     for r in rankings:
         scores = instruct.gold([r.turns[0][0]] * len(r.completions), r.completions)
         assert all(a - b >= 0.1 for a, b in zip(scores, scores[1:]))
+    before = (task / "task/pairs.jsonl").read_bytes()  # those of `stories`
+    instruct.main(["pairs", f"--data_dir={task}", "--prompts=50"])
+    assert (task / "task/own_pairs.jsonl").read_bytes() == out.read_bytes()
+    assert (task / "task/pairs.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="told no two stories"):
+        instruct.main(["pairs", f"--data_dir={task}", "--completions=1"])
     instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a,b"])
     assert capsys.readouterr().out.count("100.0%") == 2
