@@ -484,6 +484,8 @@ static void model_open(Model *m, Span in, const char *path) {
     const bool magic = in.size >= 8 && read_u32(in.data) == MAGIC;
     const int version = magic ? (int)read_u32(in.data + 4) : 0;
     *m = (Model){.c.version = version, .path = path};
+    if (starts(in, "PK\3\4")) // PyTorch's are zip files
+        die("%s is a checkpoint: export.py makes a model for this program of it", path);
     if (in.size < (magic ? HEADER : 28)) die("%s is too short for a model", path);
     if (version == 3) open_v3(m, in);
     else if (version == 0 || version == 2) open_old(m, in);

@@ -993,6 +993,8 @@ def test_tokenizer_of_another_model(program, own, build):
 def test_missing_file_and_help(program, build):
     assert "cannot open" in call(program, build / "none.bin", ok=1).err
     assert "not a regular file" in call(program, build, ok=1).err
+    torch.save({"model": {}}, build / "ckpt.pt")
+    assert "is a checkpoint: export.py" in call(program, build / "ckpt.pt", ok=1).err
     assert "usage" in call(program, "--help").text and "usage" in call(program, ok=2).text
 
 def test_model_that_is_not_a_number(program, build, own):
