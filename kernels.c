@@ -310,12 +310,13 @@ INLINE void decode_queries(float *out, const float *q, const float *keys, const 
     vec top[MAX_R], total[MAX_R] = {{0}}, acc[MAX_R * MAX_E];
     float highest[MAX_R], numerators[MAX_R * MAX_E], denominators[MAX_R];
     for (int r = 0; r < R; r++) top[r] = (vec){0} - INFINITY;
-    for (int j = 0; j < n; j += LANES)
+    const float *ahead = keys + next;
+    for (int j = 0; j < n; j += LANES, keys += E * LANES, ahead += E * LANES)
         for (int r = 0; r < R; r++) {
             vec s = {0};
             for (int e = 0; e < E; e++) {
-                if (r == 0) __builtin_prefetch(keys + next + j * E + e * LANES);
-                s += q[r * E + e] * LOAD(keys + j * E + e * LANES);
+                if (r == 0) __builtin_prefetch(ahead + e * LANES);
+                s += q[r * E + e] * LOAD(keys + e * LANES);
             }
             if (n - j < LANES) s = choose(lane_numbers() < n - j, s, (vec){0} - INFINITY);
             scores[j / LANES * R + r] = s;
@@ -323,14 +324,15 @@ INLINE void decode_queries(float *out, const float *q, const float *keys, const 
         }
     for (int r = 0; r < R; r++) highest[r] = maximum(top[r]);
     for (int i = 0; i < R * E || i % LANES; i++) acc[i] = (vec){0};
-    for (int j = 0; j < n; j += LANES)
+    ahead = values + next;
+    for (int j = 0; j < n; j += LANES, values += E * LANES, ahead += E * LANES)
         for (int r = 0; r < R; r++) {
             vec p = exp2_nonpositive(scores[j / LANES * R + r] - highest[r]);
             if (n - j < LANES) p = choose(lane_numbers() < n - j, p, (vec){0});
             total[r] += p;
             for (int e = 0; e < E; e++) {
-                if (r == 0) __builtin_prefetch(values + next + j * E + e * LANES);
-                acc[r * E + e] += p * LOAD(values + j * E + e * LANES);
+                if (r == 0) __builtin_prefetch(ahead + e * LANES);
+                acc[r * E + e] += p * LOAD(values + e * LANES);
             }
         }
     for (int i = 0; i < R * E; i += LANES) STORE(numerators + i, sums(acc + i));

@@ -548,11 +548,11 @@ class KVCache:
 # generation
 
 
-def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Log-probabilities (B, V) that tokens are drawn from: logits / temperature, cut to the top_k
-    most likely (0: all) and to the smallest set with probability above top_p (1: all), the most
-    likely token always in it; normalised. Tokens outside have -inf. temperature > 0."""
-    logits = logits.float() / temperature
+def sampling_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Probabilities (B, V) that tokens are drawn with: logits / temperature, cut to the top_k most
+    likely (0: all) and to the smallest set with probability above top_p (1: all), the most likely
+    token always in it; normalised. temperature > 0."""
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -561,7 +561,7 @@ def sampling_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
         outside = (before >= top_p).index_fill(-1, torch.tensor([0], device=logits.device), False)
         logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
-    return logits.log_softmax(-1)
+    return logits.softmax(-1)
 
 
 class Generation(NamedTuple):
@@ -640,17 +640,17 @@ def generate(
         logits = model(current, cache=cache)  # (A, V)
         at = lengths[row]
         if temperature == 0:
-            logp = logits.float().log_softmax(-1)
-            current = logp.argmax(-1)
+            probabilities = logits.float().softmax(-1)
+            current = logits.argmax(-1)
         else:
-            logp = sampling_logits(logits, temperature, top_k, top_p)
+            probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
             # Inverse of the distribution function; the last token of positive probability catches
             # a number that rounding left above the sum.
-            mass = logp.exp().cumsum(-1)
+            mass = probabilities.cumsum(-1)
             current = torch.searchsorted(mass, uniform[row, at, None] * mass[:, -1:], right=True)
             current = current.squeeze(1).clamp_max(logits.shape[-1] - 1)
         tokens[row, at] = current
-        logprobs[row, at] = logp.gather(1, current[:, None]).squeeze(1)
+        logprobs[row, at] = probabilities.gather(1, current[:, None]).squeeze(1).log()
         lengths[row] += 1
         if on_token is not None:
             for r, token in zip(row.tolist(), current.tolist()):

@@ -26,7 +26,7 @@ from model import (
     generate,
     load_checkpoint,
     model_from_checkpoint,
-    sampling_logits,
+    sampling_probabilities,
     save_checkpoint,
 )
 
@@ -424,8 +424,8 @@ def test_sampling_frequencies(temperature, top_k, top_p):
 def test_sampling_edges():
     logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf]])
     for kw in (dict(top_p=0.0), dict(top_k=1), dict(top_p=1e-9)):
-        assert sampling_logits(logits, **kw).exp().tolist() == [[0, 1, 0, 0]]
-    torch.testing.assert_close(sampling_logits(logits, top_k=4, top_p=1.0).exp(), logits.softmax(-1))
+        assert sampling_probabilities(logits, **kw).tolist() == [[0, 1, 0, 0]]
+    torch.testing.assert_close(sampling_probabilities(logits, top_k=4, top_p=1.0), logits.softmax(-1))
     assert generate(small(), [[1]], 0).lengths.tolist() == [0]
     assert generate(small(), [], 5).tokens.shape == (0, 5)
 
