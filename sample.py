@@ -90,7 +90,6 @@ class Stream:
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.tokens, self.shown = tokenizer, list(prompt), ""
-        self.show(tokenizer.decode(prompt))
 
     def __call__(self, row, token):
         self.tokens.append(token)

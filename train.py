@@ -1,4 +1,4 @@
-"""The training loop: pretraining, supervised fine-tuning with --sft, PPO with --ppo.
+"""The training loop: pretraining, and with --sft, --rm, --dpo or --ppo the stages after it.
 
     python train.py --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8
     python train.py --sft --data=data/task/sft.jsonl              # out/ckpt.pt learns to obey

@@ -22,6 +22,7 @@ from model import (  # noqa: E402
     model_from_checkpoint,
 )
 from tinystories import Prompts  # noqa: E402
+from tokenizer import parse_args, run_main  # noqa: E402
 
 
 def main():
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--ppo_epochs", type=int, default=4)
     parser.add_argument("--value_model", default="separate", choices=("separate", "shared"))
     parser.add_argument("--iterations", type=int, default=2, help="timed ones")
-    a = parser.parse_args()
+    a = parse_args(parser)
     checkpoint = load_checkpoint(a.checkpoint)
     shared = a.value_model == "shared"  # one model for policy and values, as in the original
     policy = model_from_checkpoint(checkpoint, TransformerWithValueHead if shared else Transformer)
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import instruct  # noqa: E402
+from tokenizer import parse_args, run_main  # noqa: E402
 
 
 def words(text):
@@ -82,7 +83,7 @@ def main():
     add("--muon_learning_rate", type=float, default=5e-3, help="of its matrices")
     add("--seed", type=int, default=1337, help="of the reward model")
     add("--dropout", type=float, default=0.2, help="of the reward model")
-    a = parser.parse_args()
+    a = parse_args(parser)
     records = instruct.read(a.data)
     held_out = usable(instruct.read(a.val_data) if a.val_data else
                       [r for r in records if instruct.held_out(r)])  # fmt: skip
@@ -128,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,7 +25,7 @@ import instruct  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
 from model import generate, load_checkpoint, model_from_checkpoint  # noqa: E402
-from tokenizer import Tokenizer, find_tokenizer, write_atomic  # noqa: E402
+from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic  # noqa: E402
 
 
 class Lab:
@@ -243,7 +243,7 @@ def main():
     parser.add_argument("--samples", type=int, default=64, help="of the SFT model for each prompt")
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
     parser.add_argument("--out", default="assets")
-    lab = Lab(parser.parse_args())
+    lab = Lab(parse_args(parser))
     torch.set_grad_enabled(lab.args.overoptimise)
     if lab.args.overoptimise:
         return overoptimise(lab)
@@ -254,4 +254,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -85,7 +85,7 @@ def test_interactive(stories260k, capsys, monkeypatch):
     tell(stories260k, "--interactive", "--temperature=0", "--max_new_tokens=400")
     out = capsys.readouterr()
     assert out.out.startswith(GOLDEN) and out.out.count(GOLDEN) == 2  # with the prompt and without
-    assert "\nTom" in out.out
+    assert "\nTom" in out.out and "xxx" not in out.out
     assert out.err.startswith("error: a prompt has") and out.err.count("\n") == 1
 
 
