@@ -661,7 +661,7 @@ def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
     assert (tmp_path / "ckpt.replaced.pt").read_bytes() == before
     assert "of an earlier run" in capsys.readouterr().out
     there = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for mistake in (dict(learning_rate=math.nan), dict(data="nowhere"), dict(dim=15)):
+    for mistake in (dict(learning_rate=-1.0), dict(data="nowhere"), dict(dim=15)):
         with pytest.raises((ValueError, FileNotFoundError)):
             train.main(command(**dict(data=data, out=tmp_path) | mistake))
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == there, mistake
