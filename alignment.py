@@ -309,8 +309,8 @@ class Alignment:
         a, c, t0 = self.args, self.trainer.config, time.perf_counter()
         for o in self.optimizers:
             o.param_groups[0]["scale"] = schedule(iteration, a, self.first, warmup=0)
-        prompts = self.prompts.batch(self.position, c.rollouts // c.group_size)
-        self.position += len(prompts)
+        n_prompts = c.rollouts // c.group_size
+        prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
         queries, responses, logprobs, ended = self.trainer.rollout(prompts, a.seed + iteration)
         t1 = time.perf_counter()
@@ -318,6 +318,7 @@ class Alignment:
         self.last = queries[0], responses[0], scores[0]
         with borrowed(self.trainer.reference, self.ref_device, a.offload):
             stats = self.trainer.step(queries, responses, logprobs, scores, ended)
+        self.position += n_prompts  # only now: after a mistake in the reward they come again
         return stats | {
             "ppo/objective_roof": self.roof[0],
             "time/ppo/rollout": t1 - t0,

@@ -524,7 +524,14 @@ def train(args, rank, world):
         while iter_num < args.max_iters and not args.eval_only:
             if iter_num % args.eval_interval == 0:
                 evaluate_and_save()
-            stats = stage.step(iter_num)
+            try:
+                stats = stage.step(iter_num)
+            except ValueError as e:  # a mistake in the user's reward, before any weight has changed
+                if world > 1 or iter_num == first:
+                    raise
+                save(args, stage, iter_num, best_val_loss, False, rank)
+                raise ValueError(f"{e}; iteration {iter_num} is saved: when it is mended, go on with "
+                                 "the same command and --init_from=resume") from None  # fmt: skip
             log.scalars(iter_num, stats)
             if iter_num % args.log_interval == 0:
                 log.line(stage.line(iter_num, stats))

@@ -466,6 +466,24 @@ def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
     assert reports[0] == reports[1]
 
 
+def test_a_mistake_in_the_reward_loses_no_iteration(data, tmp_path):
+    """It shows itself in the third iteration; mended, the run ends as one that never had it."""
+    reward = tmp_path / "reward.py"
+    right = "def f(p, r):\n    return [float(len(x)) for x in r]\nf.tokens = True\n"
+    flags = PPO | dict(reward=f"{reward}:f", init_from="resume", eval_interval=100)
+    for name in ("whole", "stopped"):
+        train.main(command(data, tmp_path / name))
+    reward.write_text(right)
+    train.main(command(data, tmp_path / "whole", **flags))
+    wrong = "    calls.append(1)\n    if len(calls) > 3:\n        raise KeyError('a word')\n    return"
+    reward.write_text("calls = []\n" + right.replace("    return", wrong))
+    with pytest.raises(ValueError, match=r"line 5: KeyError: 'a word'; iteration 14 is saved"):
+        train.main(command(data, tmp_path / "stopped", **flags))
+    reward.write_text(right)
+    train.main(command(data, tmp_path / "stopped", **flags))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "ppo_")
+
+
 def test_killed_twenty_times(data, tmp_path):
     """SIGKILL before a random file operation, in the middle of writing a checkpoint, and at random
     times: the run that is started again each time ends as the run that was never killed."""
