@@ -291,7 +291,7 @@ def parse_args(parser, argv=None):
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = {o.lstrip("-"): o for a in parser._actions for o in a.option_strings}
-        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
         hint = f", did you mean {known[near[0]]}?" if near else ""
         parser.error(f"unknown argument {flag}{hint}")
     for name, value in vars(args).items():
