@@ -1,7 +1,7 @@
 /* What a small Llama needs on a CPU and PyTorch does slowly: causal attention with rotary embeddings
- * for small heads (forward and backward), RMSNorm, SwiGLU, the gradient of a weight matrix, and one
- * decoding step of a whole block over a KV cache. kernels.py compiles this file on first use and calls
- * it through ctypes; where there is no compiler model.py takes PyTorch's own, the oracle of the tests.
+ * for small heads (forward and backward), RMSNorm, SwiGLU, the gradient of a weight matrix, and
+ * decoding over a KV cache. kernels.py compiles this file on first use and calls it through ctypes;
+ * where there is no compiler model.py takes PyTorch's own, the oracle of the tests.
  *
  * Why it exists. PyTorch's attention puts the head dimension in the lanes of a vector register. With
  * the 8 wide heads of a 260K-parameter model most of each register, and of the time, is empty:
@@ -552,11 +552,27 @@ int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int
     return 0;
 }
 
-/* ---- A block of the model for one new token of each of B rows of a batch
+/* ---- Decoding: the whole model for one new token, or several, of each of B rows of a batch
  *
- * LANES rows go through a whole block together, each in a lane, so that no sum runs across lanes, and
- * weights lie as they are: one is a number for all lanes. Their activations stay in the first cache. A
- * row's numbers do not depend on its neighbours. */
+ * LANES rows go through all layers together, each in a lane, so that no sum runs across lanes, and
+ * weights lie as they are: one is a number for all lanes. Activations stay in the first cache of the
+ * processor, and the rows' keys and values in its last one while they draw several tokens. A row's
+ * numbers do not depend on its neighbours. */
+
+typedef struct {
+    const float *weights;  /* for each layer attention_norm (D), wq|wk|wv (D + 2 K E, D), wo (D, D),
+                              ffn_norm (D), w1|w3 (2 F, D), w2 (D, F) */
+    const float *cosine, *sine;
+    float *keys, *values;  /* (L, capacity, K, T / LANES, E, LANES) */
+    int64_t capacity;      /* rows */
+    int L, D, F, H, K, E, T;
+    float eps;
+} Stack;
+
+typedef struct {           /* of one thread */
+    vec *x, *normed, *qkv, *gate, *scores, *logits;
+    float *flat, *out;     /* qkv and the heads' outputs, a row after the other */
+} Work;
 
 /* Adds w (rows, K) times x (K) to out (rows). */
 INLINE void product_rows(vec *out, const float *w, const vec *x, int K, const int rows) {
@@ -567,83 +583,161 @@ INLINE void product_rows(vec *out, const float *w, const vec *x, int K, const in
     for (int r = 0; r < rows; r++) out[r] = acc[r];
 }
 
-static void tile_product(vec *out, const float *w, const vec *x, int N, int K) {
+/* Adds w (N, K) times x (K) to out (N); returns what lies behind w. */
+static const float *tile_product(vec *out, const float *w, const vec *x, int N, int K) {
     int n = 0;
     for (; n + 8 <= N; n += 8) product_rows(out + n, w + (int64_t)n * K, x, K, 8);
     for (; n < N; n++) product_rows(out + n, w + (int64_t)n * K, x, K, 1);
+    return w + (int64_t)N * K;
 }
 
-static void tile_norm(vec *out, const vec *x, const float *weight, int D, float eps) {
+static const float *tile_norm(vec *out, const vec *x, const float *weight, int D, float eps) {
     vec squares = {0}, inverse = {0};
     for (int d = 0; d < D; d++) squares += x[d] * x[d];
     for (int i = 0; i < LANES; i++) inverse[i] = 1 / sqrtf(squares[i] / D + eps);
     for (int d = 0; d < D; d++) out[d] = x[d] * inverse * weight[d];
+    return weight + D;
 }
 
-typedef struct {                                  /* of one block, each (out, in) */
-    const float *attention_norm, *wq, *wk, *wv, *wo, *ffn_norm, *w1, *w2, *w3;
-} Block;
-
-/* Up to LANES rows of x (rows, D), in and out, whose caches (rows, K, T / LANES, E, LANES) get the key
- * and value of positions (rows). */
-static void block_tile(float *x, float *k_cache, float *v_cache, const Block *w, const int64_t *positions,
-                       const float *cosine, const float *sine, int rows, int F, int H, int K, int E, int T,
-                       float eps, vec *work) {
-    const int D = H * E, M = (H + 2 * K) * E, G = H / K;
-    vec *tile = work, *normed = tile + D, *qkv = normed + D, *gate = qkv + M, *up = gate + F;
-    vec *scores = up + F;
-    float *flat = (float *)(scores + (int64_t)T * MAX_R), *out = flat + (int64_t)M * LANES;
-    for (int d = 0; d < D; d += E) load_tile(tile + d, x + d, D, rows, E);
-    tile_norm(normed, tile, w->attention_norm, D, eps);
-    memset(qkv, 0, M * sizeof(vec));
-    tile_product(qkv, w->wq, normed, D, D);
-    tile_product(qkv + D, w->wk, normed, K * E, D);
-    tile_product(qkv + D + K * E, w->wv, normed, K * E, D);
-    for (int i = 0; i < M; i += E) store_tile(flat + i, qkv + i, M, rows, E);
-    for (int job = 0; job < rows * K; job++) {
-        const int r = job / K, h = job % K, position = (int)positions[r];
-        const int64_t cache = (int64_t)job * E * T, angle = (int64_t)position * (E / 2);
-        const float *q = flat + r * M + h * G * E, *k = flat + r * M + D + h * E;
-        #define DECODE(R, E) decode_head(out + r * D + h * G * E, k_cache + cache, v_cache + cache, q, k, \
-            k + K * E, cosine + angle, sine + angle, position, G, (int64_t)E * T, scores, R, E)
-        FOR_R_E(DECODE)
+/* w->x (D), up to LANES rows, becomes what all layers make of it. They are the rows `first` and on of
+ * the caches, which get their keys and values of positions (rows), -1 for a row that is left out. */
+static void stack_tile(const Stack *s, const Work *w, int64_t first, const int64_t *positions, int rows) {
+    const int D = s->D, F = s->F, K = s->K, H = s->H, E = s->E, M = D + 2 * K * E, G = H / K;
+    const int64_t head = (int64_t)E * s->T;
+    const float *p = s->weights;
+    for (int layer = 0; layer < s->L; layer++) {
+        p = tile_norm(w->normed, w->x, p, D, s->eps);
+        memset(w->qkv, 0, M * sizeof(vec));
+        p = tile_product(w->qkv, p, w->normed, M, D);
+        for (int i = 0; i < M; i += E) store_tile(w->flat + i, w->qkv + i, M, rows, E);
+        for (int job = 0; job < rows * K; job++) {
+            const int r = job / K, h = job % K, position = (int)positions[r];
+            if (position < 0) continue;
+            const int64_t at = ((layer * s->capacity + first) * K + job) * head;
+            const int64_t angle = (int64_t)position * (E / 2);
+            const float *q = w->flat + r * M + h * G * E, *k = w->flat + r * M + D + h * E;
+            #define DECODE(R, E) decode_head(w->out + r * D + h * G * E, s->keys + at, s->values + at, \
+                q, k, k + K * E, s->cosine + angle, s->sine + angle, position, G, head, w->scores, R, E)
+            FOR_R_E(DECODE)
+        }
+        for (int d = 0; d < D; d += E) load_tile(w->normed + d, w->out + d, D, rows, E);
+        p = tile_product(w->x, p, w->normed, D, D);
+        p = tile_norm(w->normed, w->x, p, D, s->eps);
+        memset(w->gate, 0, 2 * F * sizeof(vec));
+        p = tile_product(w->gate, p, w->normed, 2 * F, D);
+        for (int f = 0; f < F; f++) w->gate[f] *= sigmoid(w->gate[f]) * w->gate[F + f];
+        p = tile_product(w->x, p, w->gate, D, F);
     }
-    for (int d = 0; d < D; d += E) load_tile(normed + d, out + d, D, rows, E);
-    tile_product(tile, w->wo, normed, D, D);
-    tile_norm(normed, tile, w->ffn_norm, D, eps);
-    memset(gate, 0, 2 * F * sizeof(vec));
-    tile_product(gate, w->w1, normed, F, D);
-    tile_product(up, w->w3, normed, F, D);
-    for (int f = 0; f < F; f++) gate[f] *= sigmoid(gate[f]) * up[f];
-    tile_product(tile, w->w2, gate, D, F);
-    for (int d = 0; d < D; d += E) store_tile(x + d, tile + d, D, rows, E);
 }
 
-/* x (B, D), D = H E, becomes what the block makes of it: attention to all tokens of the row up to
- * positions (B), at which the row's caches (B, K, T / LANES, E, LANES) get its key and value, and the
- * feed-forward layer of width F, each after its RMSNorm and added to its input. Returns 0, -1 without
- * memory, or -2 where a position is outside the cache. */
-int block_decode(float *x, float *k_cache, float *v_cache, const float *attention_norm, const float *wq,
-                 const float *wk, const float *wv, const float *wo, const float *ffn_norm,
-                 const float *w1, const float *w2, const float *w3, const int64_t *positions,
-                 const float *cosine, const float *sine, int B, int F, int H, int K, int E, int T,
-                 float eps) {
-    const Block w = {attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3};
-    const int64_t D = H * E, M = D + 2 * K * E, cache = (int64_t)K * E * T;
+/* Points into one block of memory, to be freed as w.x; NULL if there is none. V logits, or 0. */
+static Work new_work(const Stack *s, int V) {
+    const int64_t M = s->D + 2 * s->K * s->E;
+    Work w = {.x = vectors((3 * s->D + 2 * M + 2 * s->F + (int64_t)s->T * MAX_R + V) * LANES)};
+    if (!w.x) return w;
+    w.normed = w.x + s->D;
+    w.qkv = w.normed + s->D;
+    w.gate = w.qkv + M;
+    w.scores = w.gate + 2 * s->F;
+    w.logits = w.scores + (int64_t)s->T * MAX_R;
+    w.flat = (float *)(w.logits + V);
+    w.out = w.flat + M * LANES;
+    return w;
+}
+
+/* x (B, D), D = H E, the embeddings of a token each, becomes what all layers make of it: the first B
+ * rows of the caches get its key and value at positions (B). Returns 0, -1 without memory, or -2 where a
+ * position is outside the caches. */
+int decode_hidden(float *x, float *keys, float *values, const int64_t *positions, const float *weights,
+                  const float *cosine, const float *sine, int B, int capacity, int L, int F, int H, int K,
+                  int E, int T, float eps) {
+    const Stack s = {weights, cosine, sine, keys, values, capacity, L, H * E, F, H, K, E, T, eps};
     int failed = 0;
     for (int b = 0; b < B; b++)
         if (positions[b] < 0 || positions[b] >= T) return -2;
     #pragma omp parallel if (B > LANES)
     {
-        vec *work = vectors((3 * D + 2 * M + 2 * F + T * MAX_R) * LANES);
-        if (!work) failed = -1;
+        Work w = new_work(&s, 0);
+        if (!w.x) failed = -1;
         #pragma omp for schedule(dynamic)
         for (int b = 0; b < B; b += LANES) {
-            if (!work) continue;
-            block_tile(x + b * D, k_cache + b * cache, v_cache + b * cache, &w, positions + b,
-                       cosine, sine, B - b < LANES ? B - b : LANES, F, H, K, E, T, eps, work);
+            const int rows = B - b < LANES ? B - b : LANES;
+            float *to = x + (int64_t)b * s.D;
+            if (!w.x) continue;
+            for (int d = 0; d < s.D; d += E) load_tile(w.x + d, to + d, s.D, rows, E);
+            stack_tile(&s, &w, b, positions + b, rows);
+            for (int d = 0; d < s.D; d += E) store_tile(to + d, w.x + d, s.D, rows, E);
         }
-        free(work);
+        free(w.x);
+    }
+    return failed;
+}
+
+/* A token of each row from softmax(logits / temperature), by its number u in [0, 1): the first at which
+ * the sum of the probabilities exceeds u. Overwrites the logits (V); *probability becomes theirs. */
+INLINE ivec draw(vec *logits, vec *probability, int V, vec u, float temperature) {
+    vec top = (vec){0} - INFINITY, total = {0}, sum = {0};
+    ivec id = {0};
+    for (int v = 0; v < V; v++) top = larger(logits[v], top);
+    for (int v = 0; v < V; v++) {
+        logits[v] = exp2_nonpositive((logits[v] - top) * (LOG2_E / temperature));
+        total += logits[v];
+    }
+    for (int v = 0; v < V - 1; v++) {             /* the last one, where rounding leads beyond the end */
+        sum += logits[v];
+        id -= sum <= u * total;
+    }
+    for (int i = 0; i < LANES; i++) (*probability)[i] = logits[id[i]][i] / total[i];
+    return id;
+}
+
+/* Draws up to `steps` tokens for each of B rows, the first of the caches. Row b continues prompt row[b],
+ * for which lengths (N) of tokens (N, max_new) are there, with probabilities, and random numbers uniform
+ * of the same shape. current (B) is its newest token, not yet in the caches, which hold positions (B). It
+ * ends with one of stops (n_stops), after max_new tokens, or where the caches hold `context`. Returns 0,
+ * -1 without memory, or -2 where a position is outside the caches. */
+int decode_tokens(int64_t *tokens, float *probabilities, int64_t *lengths, int64_t *current,
+                  int64_t *positions, const float *uniform, const int64_t *row, const int64_t *stops,
+                  float *keys, float *values, const float *embedding, const float *weights,
+                  const float *norm, const float *output, const float *cosine, const float *sine, int B,
+                  int steps, int max_new, int n_stops, int context, int V, int capacity, int L, int F,
+                  int H, int K, int E, int T, float eps, float temperature) {
+    const Stack s = {weights, cosine, sine, keys, values, capacity, L, H * E, F, H, K, E, T, eps};
+    int failed = 0;
+    #pragma omp parallel for schedule(dynamic) if (B > LANES)
+    for (int first = 0; first < B; first += LANES) {
+        const int rows = B - first < LANES ? B - first : LANES;
+        int64_t at[LANES];                        /* -1: ended */
+        Work w = new_work(&s, V);
+        if (!w.x) failed = -1;
+        for (int r = 0; r < rows; r++) at[r] = positions[first + r];
+        for (int step = 0, alive = rows; step < steps && alive && !failed; step++) {
+            vec u = {0}, probability;
+            for (int r = 0; r < rows; r++) {
+                const int64_t i = row[first + r];
+                if (at[r] >= T) failed = -2, at[r] = -1;
+                if (at[r] < 0) continue;
+                u[r] = uniform[i * max_new + lengths[i]];
+                memcpy(w.out + r * s.D, embedding + current[first + r] * s.D, s.D * sizeof(float));
+            }
+            for (int d = 0; d < s.D; d += E) load_tile(w.x + d, w.out + d, s.D, rows, E);
+            stack_tile(&s, &w, first, at, rows);
+            tile_norm(w.normed, w.x, norm, s.D, eps);
+            memset(w.logits, 0, V * sizeof(vec));
+            tile_product(w.logits, output, w.normed, V, s.D);
+            const ivec id = draw(w.logits, &probability, V, u, temperature);
+            for (int r = 0; r < rows; r++) {
+                const int64_t i = row[first + r], to = i * max_new + lengths[i];
+                if (at[r] < 0) continue;
+                tokens[to] = current[first + r] = id[r];
+                probabilities[to] = probability[r];
+                positions[first + r] = ++at[r];
+                int ended = ++lengths[i] >= max_new || at[r] >= context;
+                for (int j = 0; j < n_stops; j++) ended |= id[r] == stops[j];
+                if (ended) at[r] = -1, alive--;
+            }
+        }
+        free(w.x);
     }
     return failed;
 }

@@ -233,12 +233,12 @@ class Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def decode(x, weights, keys, values, pos, cos, sin, eps):
-    """A block of the model for the next token of every row, x (B, D) -> (B, D): attention over caches
-    (B, K, T / W, E, W), which get a key and a value at pos (B,), and feed-forward layer. weights: those
-    of attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    B, K, blocks, E, W = keys.shape
-    sizes = B, weights[6].shape[0], x.shape[1] // E, K, E, blocks * W
-    call("block_decode", out, keys, values, *weights, pos, cos, sin, *sizes, float(eps))
-    return out
+def decode_weights(model):
+    """The weights of all layers as kernels.c's Stack has them, flat; adapters merged."""
+    parts = []
+    for layer in model.layers:
+        a, f = layer.attention, layer.feed_forward
+        for w in (layer.attention_norm, a.wq, a.wk, a.wv, a.wo, layer.ffn_norm, f.w1, f.w3, f.w2):
+            weight = w.merged() if hasattr(w, "merged") else w.weight
+            parts.append(weight.detach().flatten())
+    return torch.cat(parts)

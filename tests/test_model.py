@@ -335,6 +335,11 @@ def test_a_full_cache_is_refused(native):
     model.hidden(torch.zeros(cache.capacity, dtype=torch.long), [cache.capacity], cache)
     with pytest.raises(ValueError, match="full"):
         model(torch.tensor([1]), cache=cache)
+    text = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4), torch.zeros(1, dtype=torch.long)
+    row = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="full"):
+        cache.draw(model, 4, *text, row + 1, torch.rand(1, 4), row, row[:0], 1.0)
+    assert text[0].tolist() == [[0] * 4] and text[2].tolist() == [0]
 
 
 def test_cache_rows_can_leave(backend):
@@ -440,12 +445,73 @@ def test_greedy_is_argmax():
         tokens.append(t)
 
 
-def test_uniform_numbers_at_the_ends():
-    """0 and the largest number below 1 draw tokens of positive probability."""
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_uniform_numbers_at_the_ends(backend, top_k):
+    """0 and the largest numbers below 1 draw tokens of positive probability, also the one that is 1 in
+    single precision."""
     model = small()
-    for u in (0.0, 1 - 2**-24):
-        out = generate(model, [[1]], 4, top_k=3, uniform=torch.full((1, 4), u), stop_ids=())
-        assert torch.isfinite(out.logprobs).all() and out.logprobs.exp().min() > 0
+    for u in (0.0, 1 - 2**-24, 1 - 2**-40):
+        uniform = torch.full((1, 4), u, dtype=torch.double)
+        out = generate(model, [[1]], 4, top_k=top_k, uniform=uniform, stop_ids=())
+        assert torch.isfinite(out.logprobs).all() and out.logprobs.exp().min() > 1e-8
+
+
+def test_a_very_low_temperature_is_greedy(backend):
+    """Differences of thousands between logits overflow nothing."""
+    prompts = [[1, i] for i in range(3, 23)]
+    greedy, cold = (generate(small(), prompts, 9, temperature=t, stop_ids=()) for t in (0, 1e-4))
+    assert torch.equal(greedy.tokens, cold.tokens) and cold.logprobs.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_uniform_numbers_draw_by_the_distribution_function(backend, temperature):
+    """A number just below the sum of the first tokens' probabilities draws the last of them, one just
+    above it the next."""
+    model = small()
+    p = exact_distribution(naive_logits(model, torch.tensor([1, 7]))[-1], temperature, 0, 1)
+    ids = [i for i in range(47) if p[i] > 1e-3 and p[i + 1] > 1e-3]
+    sums = p.cumsum(0)[ids].float()
+    uniform = torch.stack([sums - 1e-4, sums + 1e-4], 1).view(-1, 1)
+    out = generate(model, [[1, 7]] * len(uniform), 1, temperature, uniform=uniform, stop_ids=())
+    assert len(ids) > 5 and out.tokens.view(-1, 2).tolist() == [[i, i + 1] for i in ids]
+
+
+@pytest.mark.parametrize("H,K,E", SHAPES)
+def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H, K, E):
+    """Rows of all lengths that end at a stop token, at the number asked for or at the context, each
+    with its random numbers, with adapters: with kernels.c, with it a token at a time, and without."""
+    kw = dict(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, tied=False)
+    model = small(**kw)
+    M.add_lora(model, rank=2, layers="k,down")
+    for name, p in model.named_parameters():
+        if name.endswith(("lora_b", "norm.weight")):
+            torch.nn.init.normal_(p, std=0.5)
+    prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in range(33)]
+    uniform = torch.rand(33, 45)
+    args = model, prompts, 45, 0.8
+    many = generate(*args, uniform=uniform, max_batch=21)
+    single = generate(*args, uniform=uniform, on_token=lambda row, token: None)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    oracle = generate(*args, uniform=uniform)
+    ends = [(len(p) + n, n) for p, n in zip(prompts, oracle.lengths.tolist())]
+    assert oracle.ended.any() and any(n == 45 for _, n in ends) and any(total == 65 for total, _ in ends)
+    for got in many, single:
+        assert got.responses() == oracle.responses() and torch.equal(got.ended, oracle.ended)
+        assert torch.equal(got.tokens, oracle.tokens)
+        torch.testing.assert_close(got.logprobs, oracle.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_generating_with_a_nan_shows_it(backend):
+    model = small()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    out = generate(model, [[1, 7]] * 20, 3, stop_ids=())
+    assert out.logprobs.isnan().all() and 0 <= int(out.tokens.min()) <= int(out.tokens.max()) < 48
+
+
+def test_uniform_numbers_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 5\), not \(2, 4\)"):
+        generate(small(), [[1], [2]], 5, uniform=torch.rand(2, 4))
 
 
 def test_rows_are_independent(backend):
@@ -767,10 +833,11 @@ def test_kernels_on_arm64(tmp_path, monkeypatch):
     model = small()
     tokens = torch.randint(0, 48, (5, 60))
     model(tokens, tokens.roll(-1, 1)).backward()
-    generate(model, [[1, 2], [3]] * 3, 4)
+    for temperature in (0, 1):
+        generate(model, [[1, 2], [3]] * 3, 4, temperature)
     assert calls.keys() == {
         "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward",
-        "attention_forward", "attention_backward", "weight_gradient", "block_decode",
+        "attention_forward", "attention_backward", "weight_gradient", "decode_hidden", "decode_tokens",
     }  # fmt: skip
     body, given = "", b""
     for name, (args, before, _) in calls.items():
