@@ -812,44 +812,20 @@ def test_products_and_their_gradients_against_float64(shape, monkeypatch):
     assert layer(x[..., :10, :] if x.dim() == 2 else x[:, :10]).shape[-1] == 72 and len(used) == 6
 
 
-@pytest.mark.skipif(
-    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
-    reason="needs gcc-aarch64-linux-gnu and qemu-user",
-)
-def test_kernels_on_arm64(tmp_path, monkeypatch):
-    """All that training and generating call, with the same tensors, on an emulated arm64."""
-    use_backend("4 lanes", monkeypatch)
-    calls, real = {}, kernels.call
-
-    def tensors(args):
-        return [x.detach().clone() for x in args if torch.is_tensor(x)]
-
-    def record(name, *args):
-        before = tensors(args)
-        real(name, *args)
-        calls[name] = args, before, tensors(args)
-
-    monkeypatch.setattr(kernels, "call", record)
-    model = small()
-    tokens = torch.randint(0, 48, (5, 60))
-    model(tokens, tokens.roll(-1, 1)).backward()
-    for temperature in (0, 1):
-        generate(model, [[1, 2], [3]] * 3, 4, temperature)
-    assert calls.keys() == {
-        "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward",
-        "attention_forward", "attention_backward", "weight_gradient", "decode_hidden", "decode_tokens",
-    }  # fmt: skip
+def replay(calls, compiler, emulator, tmp_path):
+    """Compiles kernels.c into a program that makes the recorded calls, each tensor in memory of its
+    own, and compares what they leave in the tensors."""
     body, given = "", b""
-    for name, (args, before, _) in calls.items():
+    for name, args, before, _ in calls:
         sizes = [x.numel() * x.element_size() for x in before]
         given += b"".join(x.contiguous().numpy().tobytes() for x in before)
         places = iter(range(len(sizes)))
         values = [f"t{next(places)}" if torch.is_tensor(x) else str(x) for x in args]
         body += "{" + "".join(f"void *t{i} = take({n});\n" for i, n in enumerate(sizes))
         body += f"if ({name}({', '.join(values)})) return 1;\n"
-        body += "".join(f"fwrite(t{i}, 1, {n}, stdout);\n" for i, n in enumerate(sizes)) + "}"
+        body += "".join(f"fwrite(t{i}, 1, {n}, stdout); free(t{i});\n" for i, n in enumerate(sizes)) + "}"
     source = Path(kernels.__file__).with_name("kernels.c")
-    program = tmp_path / "kernels_arm.c"
+    program = tmp_path / "replay.c"
     program.write_text(
         f"""#include "{source}"
         #include <stdio.h>
@@ -860,14 +836,62 @@ def test_kernels_on_arm64(tmp_path, monkeypatch):
         }}
         int main(void) {{ {body} return 0; }}"""
     )
-    compiler = ["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*compiler, program, "-o", tmp_path / "arm", "-lm"], check=True)
-    command = ["qemu-aarch64", "-cpu", "max", tmp_path / "arm"]
-    got = subprocess.run(command, input=given, stdout=subprocess.PIPE, check=True).stdout
-    for name, (_, _, after) in calls.items():
+    subprocess.run([*compiler, program, "-o", tmp_path / "replay", "-lm"], check=True)
+    done = subprocess.run([*emulator, tmp_path / "replay"], input=given, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    got = done.stdout
+    for name, _, _, after in calls:
         for want in after:
             size = want.numel() * want.element_size()
-            found = torch.frombuffer(bytearray(got[:size]), dtype=want.dtype).view_as(want)
+            found = torch.frombuffer(bytearray(got[:size] or b"0"), dtype=want.dtype).view_as(want)
             torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
             got = got[size:]
     assert not got
+
+
+def record_calls(monkeypatch, *models):
+    """(name, arguments, their tensors before and after) of all calls of kernels.c in training a
+    model and generating with it."""
+    calls, real = [], kernels.call
+
+    def tensors(args):
+        return [x.detach().clone() for x in args if torch.is_tensor(x)]
+
+    def record(name, *args):
+        before = tensors(args)
+        real(name, *args)
+        calls.append((name, args, before, tensors(args)))
+
+    monkeypatch.setattr(kernels, "call", record)
+    for model in models:
+        tokens = torch.randint(0, 48, (5, 60))
+        model(tokens, tokens.roll(-1, 1)).backward()
+        for temperature in (0, 1):
+            generate(model, [[1, 2], [3]] * 9, 4, temperature)
+    assert {name for name, *_ in calls} == {
+        "rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward",
+        "attention_forward", "attention_backward", "weight_gradient", "decode_hidden", "decode_tokens",
+    }  # fmt: skip
+    return calls
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
+    reason="needs gcc-aarch64-linux-gnu and qemu-user",
+)
+def test_kernels_on_arm64(tmp_path, monkeypatch):
+    """All that training and generating call, with the same tensors, on an emulated arm64."""
+    use_backend("4 lanes", monkeypatch)
+    compiler = ["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    replay(record_calls(monkeypatch, small()), compiler, ["qemu-aarch64", "-cpu", "max"], tmp_path)
+
+
+def test_kernels_under_sanitizers(native, tmp_path, monkeypatch):
+    """The same, of two shapes, where a step outside a tensor, or an overflow, ends the program."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = [os.environ.get("CC", "cc"), *flags, "-x", "c", "-", "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, input=b"int main(void) { return 0; }", capture_output=True).returncode:
+        pytest.skip("this compiler has no -fsanitize=address,undefined")
+    calls = record_calls(monkeypatch, small(), small(dim=48, n_heads=3, n_kv_heads=3, multiple_of=1))
+    compiler = [probe[0], "-O0", "-g", "-march=native", *flags]
+    replay(calls, compiler + ([NARROW[native]] if native in NARROW else []), [], tmp_path)
