@@ -43,6 +43,11 @@ typedef int64_t pair __attribute__((may_alias));  /* two floats, moved as one */
 #define STORE(p, v) (*(vec_unaligned *)(p) = (v))
 /* Constants R and E reach the innermost loops only where everything is inlined. */
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define OUT_OF_LINE __attribute__((noinline))
+#else                                             /* gcc 12 makes slower code of a copy for constants */
+#define OUT_OF_LINE __attribute__((noinline, noclone))
+#endif
 
 /* a[i], b[i], a[i + 1], b[i + 1], ... as many as fill a vector. */
 #define HALF (LANES / 2)
@@ -416,26 +421,51 @@ int attention_backward(float *dq, float *dk, float *dv, const float *dout, const
 
 int attention_lanes(void) { return LANES; }
 
-/* ---- RMSNorm, SwiGLU, and the gradient of a weight */
+/* ---- RMSNorm, the gradient of a weight, and the feed-forward layer */
 
-/* out (N, D) = x / rms(x) * weight, and inverse (N) = 1 / rms. D is a multiple of LANES. */
+/* out (D) = x / rms(x) * weight; returns 1 / rms. D is a multiple of LANES, here and below. */
+INLINE float norm_row(float *out, const float *x, const float *weight, int D, float eps) {
+    vec squares = {0};
+    for (int d = 0; d < D; d += LANES) squares += LOAD(x + d) * LOAD(x + d);
+    const float inverse = 1 / sqrtf(sum(squares) / D + eps);
+    for (int d = 0; d < D; d += LANES) STORE(out + d, LOAD(x + d) * inverse * LOAD(weight + d));
+    return inverse;
+}
+
+/* With y = x inverse: dx = inverse (g w - y mean(g w y)); adds g y to dweight. dx may be g. */
+INLINE void norm_row_gradient(float *dx, float *dweight, const float *g, const float *x, float inverse,
+                              const float *weight, int D) {
+    vec dots = {0};
+    for (int d = 0; d < D; d += LANES) {
+        vec gy = LOAD(g + d) * LOAD(x + d) * inverse;
+        STORE(dweight + d, LOAD(dweight + d) + gy);
+        dots += gy * LOAD(weight + d);
+    }
+    const float mean = sum(dots) / D * inverse;
+    for (int d = 0; d < D; d += LANES)
+        STORE(dx + d, (LOAD(g + d) * LOAD(weight + d) - LOAD(x + d) * mean) * inverse);
+}
+
+/* out (n) = the sum of `parts` partial sums, stride floats apart, in their order. */
+static void add_up(float *out, const float *partial, int64_t n, int64_t parts, int64_t stride) {
+    #pragma omp parallel for schedule(static) if (n >= 16384)
+    for (int64_t i = 0; i < n; i += 1024) {
+        const int64_t count = n - i < 1024 ? n - i : 1024;
+        memcpy(out + i, partial + i, count * sizeof(float));
+        for (int64_t p = 1; p < parts; p++)
+            for (int64_t j = i; j < i + count; j++) out[j] += partial[p * stride + j];
+    }
+}
+
+/* out (N, D) = x / rms(x) * weight, and inverse (N) = 1 / rms. */
 int rms_norm_forward(float *out, float *inverse, const float *x, const float *weight, int N, int D,
                      float eps) {
     #pragma omp parallel for schedule(static) if (N >= 256)
-    for (int n = 0; n < N; n++) {
-        vec squares = {0};
-        for (int d = 0; d < D; d += LANES) {
-            vec v = LOAD(x + (int64_t)n * D + d);
-            squares += v * v;
-        }
-        float r = inverse[n] = 1 / sqrtf(sum(squares) / D + eps);
-        for (int d = 0; d < D; d += LANES)
-            STORE(out + (int64_t)n * D + d, LOAD(x + (int64_t)n * D + d) * r * LOAD(weight + d));
-    }
+    for (int64_t n = 0; n < N; n++) inverse[n] = norm_row(out + n * D, x + n * D, weight, D, eps);
     return 0;
 }
 
-/* With y = x inverse: dx = inverse (g w - y mean(g w y)), and dweight (D) = sum of g y over all rows. */
+/* dweight (D) is the sum over all rows. */
 int rms_norm_backward(float *dx, float *dweight, const float *g, const float *x, const float *inverse,
                       const float *weight, int N, int D) {
     const int rows = 256, blocks = (N + rows - 1) / rows;     /* a partial sum each */
@@ -443,23 +473,9 @@ int rms_norm_backward(float *dx, float *dweight, const float *g, const float *x,
     if (!partial) return -1;
     #pragma omp parallel for schedule(static)
     for (int b = 0; b < blocks; b++)
-        for (int n = b * rows; n < N && n < (b + 1) * rows; n++) {
-            const float *gn = g + (int64_t)n * D, *xn = x + (int64_t)n * D;
-            vec dots = {0};
-            for (int d = 0; d < D; d += LANES) {
-                vec gy = LOAD(gn + d) * LOAD(xn + d) * inverse[n];
-                STORE(partial + b * D + d, LOAD(partial + b * D + d) + gy);
-                dots += gy * LOAD(weight + d);
-            }
-            float mean = sum(dots) / D * inverse[n];
-            for (int d = 0; d < D; d += LANES)
-                STORE(dx + (int64_t)n * D + d,
-                      (LOAD(gn + d) * LOAD(weight + d) - LOAD(xn + d) * mean) * inverse[n]);
-        }
-    for (int d = 0; d < D; d++) {
-        dweight[d] = 0;
-        for (int b = 0; b < blocks; b++) dweight[d] += partial[b * D + d];
-    }
+        for (int64_t n = b * rows; n < N && n < (b + 1) * rows; n++)
+            norm_row_gradient(dx + n * D, partial + b * D, g + n * D, x + n * D, inverse[n], weight, D);
+    add_up(dweight, partial, D, blocks, D);
     free(partial);
     return 0;
 }
@@ -469,87 +485,187 @@ INLINE vec sigmoid(vec x) {                       /* by e^-|x|, which does not o
     return choose(x > 0.0f, (vec){0} + 1.0f, e) / (e + 1.0f);
 }
 
-INLINE void swiglu(float *out, const float *a, const float *b) {
-    vec x = LOAD(a);
-    STORE(out, x * sigmoid(x) * LOAD(b));
+/* Adds a (8, K) times b (K, some vectors) to 8 rows of c. Element (r, k) of a is a[r * a_row + k * a_col]:
+ * a matrix or its transpose. */
+INLINE void product_block(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
+                          const float *b, int64_t b_row, int K, const int vectors) {
+    vec acc[8][2];
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < vectors; v++) acc[r][v] = LOAD(c + r * c_row + v * LANES);
+    for (int k = 0; k < K; k++, a += a_col, b += b_row)
+        for (int r = 0; r < 8; r++)
+            for (int v = 0; v < vectors; v++) acc[r][v] += a[r * a_row] * LOAD(b + v * LANES);
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < vectors; v++) STORE(c + r * c_row + v * LANES, acc[r][v]);
 }
 
-INLINE void swiglu_gradient(float *da, float *db, const float *g, const float *a, const float *b) {
-    vec x = LOAD(a), s = sigmoid(x);
-    STORE(da, LOAD(g) * LOAD(b) * s * (x * (1.0f - s) + 1.0f));
-    STORE(db, LOAD(g) * x * s);
+/* Adds a (M, K) times b (K, N) to c (M, N), M a multiple of 8 and N of LANES. For what stays in a cache. */
+OUT_OF_LINE static void product(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
+                                const float *b, int64_t b_row, int M, int N, int K) {
+    int n = 0;
+    for (; n + 2 * LANES <= N && LANES != 8; n += 2 * LANES)  /* 8 lanes have 16 registers */
+        for (int m = 0; m < M; m += 8)
+            product_block(c + m * c_row + n, c_row, a + m * a_row, a_row, a_col, b + n, b_row, K, 2);
+    for (; n < N; n += LANES)
+        for (int m = 0; m < M; m += 8)
+            product_block(c + m * c_row + n, c_row, a + m * a_row, a_row, a_col, b + n, b_row, K, 1);
 }
 
-/* out = silu(a) b, all (N, D), at least LANES floats; silu(a) = a sigmoid(a). The last vector overlaps
- * the one before where the number of floats is no multiple. */
-int swiglu_forward(float *out, const float *a, const float *b, int N, int D) {
-    const int64_t n = (int64_t)N * D, last = n - LANES;
-    #pragma omp parallel for schedule(static) if (n >= 16384)
-    for (int64_t i = 0; i <= last; i += LANES) swiglu(out + i, a + i, b + i);
-    swiglu(out + last, a + last, b + last);
-    return 0;
-}
-
-int swiglu_backward(float *da, float *db, const float *g, const float *a, const float *b, int N, int D) {
-    const int64_t n = (int64_t)N * D, last = n - LANES;
-    #pragma omp parallel for schedule(static) if (n >= 16384)
-    for (int64_t i = 0; i <= last; i += LANES) swiglu_gradient(da + i, db + i, g + i, a + i, b + i);
-    swiglu_gradient(da + last, db + last, g + last, a + last, b + last);
-    return 0;
-}
-
-/* Adds to 4 rows of dw, some vectors of each, what M rows of g and x give. */
-INLINE void gradient_tile(float *dw, const float *g, const float *x, int M, int N, int D,
-                          const int vectors) {
-    vec acc[4][4];
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < vectors; c++) acc[r][c] = (vec){0};
-    for (int m = 0; m < M; m++, g += N, x += D)
-        for (int c = 0; c < vectors; c++) {
-            vec v = LOAD(x + c * LANES);
-            for (int r = 0; r < 4; r++) acc[r][c] += g[r] * v;
-        }
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < vectors; c++) {
-            float *to = dw + (int64_t)r * D + c * LANES;
-            STORE(to, LOAD(to) + acc[r][c]);
-        }
-}
-
-/* dw (N, D) = g^T x of g (M, N) and x (M, D), neither turned in memory; N is a multiple of 4, D of
- * LANES. A job is a chunk of rows of g and x, for a sum of its own, and of columns of g. */
+/* dw (N, D) = g^T x of g (M, N) and x (M, D), neither turned in memory; N is a multiple of 8. A job is a
+ * chunk of rows of g and x, for a sum of its own, and of columns of g. */
 int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int D) {
     const int chunk = 1024, block = 256, columns = 256;       /* a block stays in the cache */
-    const int width = LANES == 16 ? 4 : 2;                    /* half of the registers are sums */
     const int chunks = (M + chunk - 1) / chunk, parts = (N + columns - 1) / columns;
     const int64_t size = (int64_t)N * D;
     float *partial = calloc(chunks * size + 1, sizeof(float));
     if (!partial) return -1;
     #pragma omp parallel for schedule(dynamic)
     for (int job = 0; job < chunks * parts; job++) {
-        int first = job % parts * columns, end = first + columns < N ? first + columns : N;
-        int from = job / parts * chunk, to = from + chunk < M ? from + chunk : M;
-        float *sum = partial + job / parts * size;
-        for (int m = from; m < to; m += block)
-            for (int n = first; n < end; n += 4)
-                for (int d = 0; d < D; d += width * LANES) {
-                    int rows = to - m < block ? to - m : block, left = (D - d) / LANES;
-                    #define GRADIENT(vectors) gradient_tile(sum + (int64_t)n * D + d, \
-                        g + (int64_t)m * N + n, x + (int64_t)m * D + d, rows, N, D, vectors)
-                    switch (left < width ? left : width) {
-                        case 1: GRADIENT(1); break; case 2: GRADIENT(2); break;
-                        case 3: GRADIENT(3); break; default: GRADIENT(4);
-                    }
-                }
+        const int first = job % parts * columns, n = N - first < columns ? N - first : columns;
+        const int from = job / parts * chunk, to = from + chunk < M ? from + chunk : M;
+        for (int64_t m = from; m < to; m += block)
+            product(partial + job / parts * size + first * D, D, g + m * N + first, 1, N, x + m * D, D,
+                    n, D, to - m < block ? to - m : block);
     }
-    #pragma omp parallel for schedule(static) if (size >= 16384)
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec sum = {0};
-        for (int c = 0; c < chunks; c++) sum += LOAD(partial + c * size + i);
-        STORE(dw + i, sum);
-    }
+    add_up(dw, partial, size, chunks, size);
     free(partial);
     return 0;
+}
+
+/* The feed-forward layer w2 (silu(w1 n) * w3 n), n = norm(x): FEED_ROWS rows go through all of it while
+ * they are in the cache, forward and again backward, so that nothing but x is kept in between. P is F
+ * rounded up to 16; what is beyond F is 0. */
+#define FEED_ROWS 64
+
+typedef struct {
+    const float *norm, *w1, *w3; /* (D), (F, D), (F, D) */
+    float *w1_t, *w3_t;          /* (D, P) */
+    float *w2_t, *w2;            /* (F, D), (D, P) */
+    int D, F, P;
+    float eps;
+} Feed;
+
+/* Weights as the products want them; to be freed as w1_t, NULL without memory. */
+static Feed new_feed(const float *norm, const float *w1, const float *w2, const float *w3, int D, int F,
+                     float eps) {
+    const int P = (F + 15) / 16 * 16;
+    const int64_t size = (int64_t)D * P;
+    Feed f = {norm, w1, w3, .D = D, .F = F, .P = P, .eps = eps};
+    if (!(f.w1_t = vectors(4 * size))) return f;
+    memset(f.w1_t, 0, 4 * size * sizeof(float));
+    f.w3_t = f.w1_t + size;
+    f.w2_t = f.w3_t + size;
+    f.w2 = f.w2_t + size;
+    for (int64_t d = 0; d < D; d++)
+        for (int64_t i = 0; i < F; i++) {
+            f.w1_t[d * P + i] = w1[i * D + d];
+            f.w3_t[d * P + i] = w3[i * D + d];
+            f.w2_t[i * D + d] = f.w2[d * P + i] = w2[d * F + i];
+        }
+    return f;
+}
+
+/* n (rows, D) = norm(x), gate and up (rows, P) = w1 n and w3 n; rows of n up to the next multiple of 8,
+ * which it returns, are 0. */
+static int feed_gates(const Feed *f, float *n, float *inverse, float *gate, float *up, const float *x,
+                      int rows) {
+    const int D = f->D, P = f->P, M = (rows + 7) / 8 * 8;
+    for (int r = 0; r < rows; r++) inverse[r] = norm_row(n + r * D, x + r * D, f->norm, D, f->eps);
+    memset(n + rows * D, 0, (M - rows) * D * sizeof(float));
+    memset(gate, 0, M * P * sizeof(float));
+    memset(up, 0, M * P * sizeof(float));
+    product(gate, P, n, D, 1, f->w1_t, P, M, P, D);
+    product(up, P, n, D, 1, f->w3_t, P, M, P, D);
+    return M;
+}
+
+/* x and out (N, D), norm (D), w1 and w3 (F, D), w2 (D, F). */
+int feed_forward(float *out, const float *x, const float *norm, const float *w1, const float *w2,
+                 const float *w3, int N, int D, int F, float eps) {
+    const Feed f = new_feed(norm, w1, w2, w3, D, F, eps);
+    int failed = f.w1_t ? 0 : -1;
+    #pragma omp parallel if (N > FEED_ROWS)
+    {
+        float *n = vectors(FEED_ROWS * (2 * D + 2 * f.P)), inverse[FEED_ROWS];
+        float *y = n + FEED_ROWS * D, *gate = y + FEED_ROWS * D, *up = gate + FEED_ROWS * f.P;
+        if (!n) failed = -1;
+        #pragma omp for schedule(dynamic)
+        for (int64_t from = 0; from < N; from += FEED_ROWS) {
+            const int rows = N - from < FEED_ROWS ? N - from : FEED_ROWS;
+            if (!n || !f.w1_t) continue;
+            const int M = feed_gates(&f, n, inverse, gate, up, x + from * D, rows);
+            for (int i = 0; i < M * f.P; i += LANES)
+                STORE(gate + i, LOAD(gate + i) * sigmoid(LOAD(gate + i)) * LOAD(up + i));
+            memset(y, 0, M * D * sizeof(float));
+            product(y, D, gate, f.P, 1, f.w2_t, D, M, D, F);
+            memcpy(out + from * D, y, rows * D * sizeof(float));
+        }
+        free(n);
+    }
+    free(f.w1_t);
+    return failed;
+}
+
+/* Rows to a sum of their own in the backward pass: enough sums for many threads, too few to fill memory. */
+static int feed_chunk(int N) {
+    const int tiles = (N / 32 + FEED_ROWS - 1) / FEED_ROWS;
+    return FEED_ROWS * (tiles > 8 ? tiles : 8);
+}
+
+/* Gradients of feed_forward's inputs, of the same shapes, from g (N, D). */
+int feed_forward_backward(float *dx, float *dnorm, float *dw1, float *dw2, float *dw3, const float *g,
+                          const float *x, const float *norm, const float *w1, const float *w2,
+                          const float *w3, int N, int D, int F, float eps) {
+    const Feed f = new_feed(norm, w1, w2, w3, D, F, eps);
+    const int P = f.P, chunk = feed_chunk(N), chunks = (N + chunk - 1) / chunk;
+    const int64_t size = D + 3 * (int64_t)D * P;              /* a sum for each chunk */
+    float *partial = calloc(chunks * size + 1, sizeof(float));
+    int failed = f.w1_t && partial ? 0 : -1;
+    #pragma omp parallel if (N > FEED_ROWS)
+    {
+        float *n = vectors(FEED_ROWS * (3 * D + 3 * P)), inverse[FEED_ROWS];
+        float *y = n + FEED_ROWS * D, *dn = y + FEED_ROWS * D;
+        float *gate = dn + FEED_ROWS * D, *up = gate + FEED_ROWS * P, *h = up + FEED_ROWS * P;
+        if (!n) failed = -1;
+        #pragma omp for schedule(dynamic)
+        for (int c = 0; c < chunks; c++) {
+            float *sum = partial + c * size, *sum1 = sum + D, *sum3 = sum1 + D * P, *sum2 = sum3 + D * P;
+            const int64_t end = N - c * chunk < chunk ? N : (int64_t)(c + 1) * chunk;
+            for (int64_t from = (int64_t)c * chunk; from < end && n && f.w1_t && partial; from += FEED_ROWS) {
+                const int rows = end - from < FEED_ROWS ? end - from : FEED_ROWS;
+                const int M = feed_gates(&f, n, inverse, gate, up, x + from * D, rows);
+                memcpy(y, g + from * D, rows * D * sizeof(float));
+                memset(y + rows * D, 0, (M - rows) * D * sizeof(float));
+                memset(h, 0, M * P * sizeof(float));
+                product(h, P, y, D, 1, f.w2, P, M, P, D);
+                for (int i = 0; i < M * P; i += LANES) {
+                    const vec a = LOAD(gate + i), b = LOAD(up + i), dh = LOAD(h + i), s = sigmoid(a);
+                    STORE(h + i, a * s * b);
+                    STORE(gate + i, dh * b * s * (a * (1.0f - s) + 1.0f));
+                    STORE(up + i, dh * a * s);
+                }
+                product(sum2, P, y, 1, D, h, P, D, P, rows);
+                product(sum1, D, gate, 1, P, n, D, P, D, rows);
+                product(sum3, D, up, 1, P, n, D, P, D, rows);
+                memset(dn, 0, M * D * sizeof(float));
+                product(dn, D, gate, P, 1, w1, D, M, D, F);
+                product(dn, D, up, P, 1, w3, D, M, D, F);
+                for (int r = 0; r < rows; r++)
+                    norm_row_gradient(dx + (from + r) * D, sum, dn + r * D, x + (from + r) * D, inverse[r],
+                                      norm, D);
+            }
+        }
+        free(n);
+    }
+    if (!failed) {
+        add_up(dnorm, partial, D, chunks, size);
+        add_up(dw1, partial + D, (int64_t)F * D, chunks, size);
+        add_up(dw3, partial + D + D * P, (int64_t)F * D, chunks, size);
+        for (int d = 0; d < D; d++)
+            add_up(dw2 + d * F, partial + D + 2 * D * P + d * P, F, chunks, size);
+    }
+    free(partial), free(f.w1_t);
+    return failed;
 }
 
 /* ---- Decoding: the whole model for one new token, or several, of each of B rows of a batch

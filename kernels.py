@@ -137,17 +137,17 @@ def transposed_product(g, x):
     """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half of
     the time where one of them is narrow."""
     (rows, n), k = g.shape, x.shape[1]
-    if k <= 128 and native(x) and n % 4 == 0:
+    if k <= 128 and native(x) and n % 8 == 0:
         out = x.new_empty(n, k)
         call("weight_gradient", out, g.contiguous(), x.contiguous(), rows, n, k)
         return out
-    if n <= 128 and native(g) and k % 4 == 0:
+    if n <= 128 and native(g) and k % 8 == 0:
         return transposed_product(x, g).T
     return onednn(g.T, x.T)
 
 
 # ----------------------------------------------------------------------------
-# RMSNorm and SwiGLU
+# RMSNorm and the feed-forward layer
 
 
 def rms_norm(x, weight, eps):
@@ -175,29 +175,32 @@ class RMSNormalize(torch.autograd.Function):
         return dx, dw, None
 
 
-def swiglu(a, b):
-    """silu(a) * b, of two tensors of the same shape."""
-    if plain(a) and plain(b) and a.numel() >= 16 and library() is not None:
-        return SwiGLU.apply(a.contiguous(), b.contiguous())
-    return F.silu(a) * b
+def native_feed_forward(x, *weights):
+    """Whether FeedForward takes x (..., D): many rows, which stay in the cache from end to end, and no
+    weights so wide that nothing else does."""
+    rows = x.numel() // x.shape[-1]
+    return rows >= 256 and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
 
-class SwiGLU(torch.autograd.Function):
+class FeedForward(torch.autograd.Function):
+    """w2 (silu(w1 n) * w3 n), n = rms_norm(x, norm, eps): x (..., D), w1 and w3 (F, D), w2 (D, F)."""
+
     @staticmethod
-    def forward(ctx, a, b):
-        out = torch.empty_like(a)
-        call("swiglu_forward", out, a, b, a.numel() // a.shape[-1], a.shape[-1])
-        ctx.save_for_backward(a, b)
+    def forward(ctx, x, norm, w1, w2, w3, eps):
+        inputs = [t.contiguous() for t in (x, norm, w1, w2, w3)]
+        out = torch.empty_like(inputs[0])
+        ctx.sizes = x.numel() // x.shape[-1], x.shape[-1], len(w1), float(eps)
+        call("feed_forward", out, *inputs, *ctx.sizes)
+        ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        da, db = torch.empty_like(a), torch.empty_like(b)
-        sizes = a.numel() // a.shape[-1], a.shape[-1]
-        call("swiglu_backward", da, db, grad.contiguous(), a, b, *sizes)
-        return da, db
+        inputs = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in inputs]
+        call("feed_forward_backward", *grads, grad.contiguous(), *inputs, *ctx.sizes)
+        return *grads, None
 
 
 # ----------------------------------------------------------------------------
