@@ -668,6 +668,65 @@ int feed_forward_backward(float *dx, float *dnorm, float *dw1, float *dw2, float
     return failed;
 }
 
+/* ---- What a loss needs of a distribution over the vocabulary */
+
+/* The highest of a row x (V), and the log of the sum of e^(x - highest): each is exact where log softmax
+ * is all but 0 and x is large. */
+INLINE void softmax_norm(float norm[2], const float *x, int V) {
+    vec top = LOAD(x), total = {0};
+    for (int v = 0; v < V; v += LANES) top = larger(LOAD(x + v), top);
+    norm[0] = maximum(top);
+    for (int v = 0; v < V; v += LANES) total += exp2_nonpositive((LOAD(x + v) - norm[0]) * LOG2_E);
+    norm[1] = logf(sum(total));
+}
+
+/* Of each row of logits (N, V), V a multiple of LANES: log-probability of its target (N), 0 where that
+ * is -1; entropy (N); KL to softmax(ref) (N), 0 where ref is NULL; and, for the backward pass, the norms
+ * of logits and of ref (N, 4). Returns 0, or -3 if a target is none. */
+int token_terms(float *logprob, float *entropy, float *kl, float *norms, const float *logits,
+                const float *ref, const int64_t *target, int N, int V) {
+    int failed = 0;
+    #pragma omp parallel for schedule(static) if (N >= 64)
+    for (int64_t n = 0; n < N; n++) {
+        const float *x = logits + n * V, *y = ref ? ref + n * V : x;
+        float *norm = norms + 4 * n;
+        vec h = {0}, d = {0};
+        softmax_norm(norm, x, V);
+        if (ref) softmax_norm(norm + 2, y, V);
+        else memcpy(norm + 2, norm, 2 * sizeof(float));
+        for (int v = 0; v < V; v += LANES) {
+            const vec logp = LOAD(x + v) - norm[0] - norm[1], logq = LOAD(y + v) - norm[2] - norm[3];
+            const vec p = exp2_nonpositive(logp * LOG2_E);
+            h -= p * logp;
+            d += p * (logp - logq);
+        }
+        entropy[n] = sum(h);
+        kl[n] = sum(d);
+        if (target[n] < -1 || target[n] >= V) failed = -3;
+        else logprob[n] = target[n] < 0 ? 0 : x[target[n]] - norm[0] - norm[1];
+    }
+    return failed;
+}
+
+/* Gradient of the logits (N, V) from those of the three; the formula is in kernels.py. */
+int token_terms_backward(float *dlogits, const float *of_logprob, const float *of_entropy,
+                         const float *of_kl, const float *entropy, const float *kl, const float *norms,
+                         const float *logits, const float *ref, const int64_t *target, int N, int V) {
+    #pragma omp parallel for schedule(static) if (N >= 64)
+    for (int64_t n = 0; n < N; n++) {
+        const float *x = logits + n * V, *y = ref ? ref + n * V : x, *norm = norms + 4 * n;
+        const float of_target = target[n] < 0 ? 0 : of_logprob[n], of_ref = ref ? of_kl[n] : 0;
+        const float constant = of_target + of_entropy[n] * entropy[n] + of_ref * kl[n];
+        for (int v = 0; v < V; v += LANES) {
+            const vec logp = LOAD(x + v) - norm[0] - norm[1], logq = LOAD(y + v) - norm[2] - norm[3];
+            const vec g = logp * (of_ref - of_entropy[n]) - logq * of_ref - constant;
+            STORE(dlogits + n * V + v, g * exp2_nonpositive(logp * LOG2_E));
+        }
+        if (target[n] >= 0) dlogits[n * V + target[n]] += of_target;
+    }
+    return 0;
+}
+
 /* ---- Decoding: the whole model for one new token, or several, of each of B rows of a batch
  *
  * LANES rows go through all layers together, each in a lane, so that no sum runs across lanes, and

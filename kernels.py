@@ -73,13 +73,15 @@ def keep_memory():
 
 
 def call(name, *args):
-    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64. args
-    itself stays until the end: it may be all that holds a tensor."""
+    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64, None as
+    NULL. args itself stays until the end: it may be all that holds a tensor."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
-    values = [numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr()) for x in args]
+    values = [numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr())
+              if x is not None else None for x in args]  # fmt: skip
     failed = getattr(library(), name)(*values)
     if failed:
-        raise ValueError("the KV cache is full") if failed == -2 else MemoryError("no memory for a kernel")
+        raise {-1: MemoryError("no memory for a kernel"), -2: ValueError("the KV cache is full"),
+               -3: IndexError("a target is outside the vocabulary")}[failed]  # fmt: skip
 
 
 def plain(x):
@@ -201,6 +203,62 @@ class FeedForward(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in inputs]
         call("feed_forward_backward", *grads, grad.contiguous(), *inputs, *ctx.sizes)
         return *grads, None
+
+
+# ----------------------------------------------------------------------------
+# distributions over the vocabulary
+
+
+class TokenTerms(torch.autograd.Function):
+    """What a loss needs of each token's distribution π = softmax(logits), logits (A, V): log π of the
+    target (A,), 0 if that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits), 0 if
+    that is None. All (A,) in fp32.
+
+    With H the entropy and D the KL, their gradients in the logits are, v over the vocabulary,
+        1[v = target] − π_v,    −π_v (log π_v + H),    π_v (log π_v − log ref_v − D):
+    written down, the backward pass is a sweep over (A, V) where autograd makes a dozen."""
+
+    @staticmethod
+    def forward(ctx, logits, target, ref_logits=None):
+        A, V = ctx.sizes = logits.shape
+        terms, norms = logits.new_zeros(3, A, dtype=torch.float32), None
+        if native(logits) and (ref_logits is None or plain(ref_logits)):
+            norms, logits, target = logits.new_empty(A, 4), logits.contiguous(), target.contiguous()
+            ref_logits = None if ref_logits is None else ref_logits.contiguous()
+            call("token_terms", *terms, norms, logits, ref_logits, target, A, V)
+        else:  # logits become log-probabilities
+            logits = logits.float().log_softmax(-1)
+            p = logits.exp()
+            terms[0] = logits.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
+            terms[1] = -torch.linalg.vecdot(p, logits)
+            if ref_logits is not None:
+                ref_logits = ref_logits.float().log_softmax(-1)
+                terms[2] = torch.linalg.vecdot(p, logits - ref_logits)
+        ctx.save_for_backward(logits, ref_logits, target, norms, *terms[1:])
+        return tuple(terms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *of_terms):
+        logits, ref_logits, target, norms, entropy, kl = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        if norms is not None:
+            of_terms = [x.contiguous() for x in of_terms]
+            inputs = norms, logits, ref_logits, target
+            call("token_terms_backward", grad, *of_terms, entropy, kl, *inputs, *ctx.sizes)
+            return grad, None, None
+        of_logprob, of_entropy, of_kl = of_terms
+        of_logprob = of_logprob * (target >= 0)
+        constant = -of_logprob - of_entropy * entropy
+        if ref_logits is not None:
+            constant -= of_kl * kl
+            of_entropy = of_entropy - of_kl
+        torch.mul(logits, -of_entropy[:, None], out=grad)
+        if ref_logits is not None:
+            grad.addcmul_(ref_logits, of_kl[:, None], value=-1)
+        grad.add_(constant[:, None]).mul_(logits.exp())
+        grad.scatter_add_(1, target.clamp(min=0)[:, None], of_logprob[:, None])
+        return grad, None, None
 
 
 # ----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import kernels
 from model import BOS_ID, EOS_ID, generate
 
 # ----------------------------------------------------------------------------
@@ -208,57 +209,6 @@ def kl_estimate(logprob, ref_logprob, kind):
     raise ValueError(f"unknown KL estimate {kind!r}")
 
 
-def exact_kl(logp, ref_logp):
-    """KL(π ‖ ref) of whole distributions: log-probabilities (A, V) -> (A,)."""
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
-
-
-class TokenTerms(torch.autograd.Function):
-    """What the loss needs of each action's distribution π = softmax(logits), logits (A, V): log π of
-    the target (A,), the entropy of π, and KL(π ‖ ref), ref = softmax(ref_logits); 0 if that is None.
-
-    With H the entropy and D the KL, their gradients in the logits are, v over the vocabulary,
-        1[v = target] − π_v,    −π_v (log π_v + H),    π_v (log π_v − log ref_v − D):
-    written down, the backward pass is a few sweeps over (A, V) where autograd makes a dozen. Rows are
-    taken in groups that stay in a processor's cache."""
-
-    @staticmethod
-    def forward(ctx, logits, target, ref_logits):
-        logp = torch.empty_like(logits, dtype=torch.float32)
-        ref_logp = None if ref_logits is None else torch.empty_like(logp)
-        entropy, kl = logp.new_zeros(2, len(logp))
-        for rows in row_groups(logp):
-            lp = torch.log_softmax(logits[rows].float(), -1, out=logp[rows])
-            p = lp.exp()
-            entropy[rows] = -torch.linalg.vecdot(p, lp)
-            if ref_logits is not None:
-                ref = torch.log_softmax(ref_logits[rows].float(), -1, out=ref_logp[rows])
-                kl[rows] = torch.linalg.vecdot(p, lp - ref)
-        ctx.save_for_backward(logp, target, ref_logp, entropy, kl)
-        return logp.gather(1, target[:, None]).squeeze(1), entropy, kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_logprob, of_entropy, of_kl):
-        logp, target, ref_logp, entropy, kl = ctx.saved_tensors
-        grad = torch.empty_like(logp)
-        of_kl = of_kl if ref_logp is not None else torch.zeros_like(of_kl)
-        constant = -of_logprob - of_entropy * entropy - of_kl * kl
-        for rows in row_groups(logp):
-            g = torch.mul(logp[rows], (of_kl - of_entropy)[rows, None], out=grad[rows])
-            if ref_logp is not None:
-                g.addcmul_(ref_logp[rows], of_kl[rows, None], value=-1)
-            g.add_(constant[rows, None]).mul_(logp[rows].exp())
-        grad.scatter_add_(1, target[:, None], of_logprob[:, None])
-        return grad, None, None
-
-
-def row_groups(x):
-    """Slices of the rows of x (A, V): on a CPU of 2 MB each."""
-    size = 2**19 // x.shape[1] + 1 if x.device.type == "cpu" else max(len(x), 1)
-    return [slice(i, i + size) for i in range(0, len(x), size)]
-
-
 def over_tokens(x, counts):
     """One number a rollout (B,) -> one an action (A,), counts (B,): [5, 7], [2, 1] -> [5, 5, 7]."""
     return x.repeat_interleave(counts.to(x.device))
@@ -404,15 +354,14 @@ def against_reference(policy, reference, queries, responses, size, temperature=1
     kls, ref_logprobs = [], []
     for i in range(0, len(queries), size):
         both = []
-        for model in (policy, reference):
+        for model in (reference, policy):
             p = pack(queries[i : i + size], responses[i : i + size], model.output.weight.device)
-            logits = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float()
-            both.append((logits / temperature).log_softmax(-1).to(policy.output.weight.device))
-        logp, ref = both
+            logits = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float() / temperature
+            both.append(logits.to(policy.output.weight.device))
+        ref, logits = both
         counts = torch.tensor([len(r) for r in responses[i : i + size]])
-        target = p.target[:, None].to(ref.device)
-        kls.append(sum_by_rollout(exact_kl(logp, ref), counts))
-        ref_logprobs.append(sum_by_rollout(ref.gather(1, target).squeeze(1), counts))
+        kls.append(sum_by_rollout(kernels.TokenTerms.apply(logits, p.target, ref)[2], counts))
+        ref_logprobs.append(sum_by_rollout(kernels.TokenTerms.apply(ref, p.target)[0], counts))
     return torch.cat(kls), torch.cat(ref_logprobs)
 
 
@@ -501,9 +450,6 @@ class PPOTrainer:
     def scaled(self, logits):
         return logits if self.config.temperature == 1 else logits.float() / self.config.temperature
 
-    def log_softmax(self, logits):
-        return self.scaled(logits).float().log_softmax(-1)
-
     def values(self, p):
         model = self.critic or self.policy
         return model.values(model.hidden(p.tokens, p.lengths)[p.action])
@@ -518,15 +464,15 @@ class PPOTrainer:
         size, kind = self.config.mini_batch_size, self.config.kl_penalty
         for i in range(0, len(queries), size):
             p = pack(queries[i : i + size], responses[i : i + size], self.device)
-            target = p.target[:, None]
             with self.context():
                 where = self.reference.output.weight.device  # maybe another device
                 hidden = self.reference.hidden(p.tokens.to(where), p.lengths)[p.action.to(where)]
-                logp_ref = self.log_softmax(self.reference.output(hidden)).to(self.device)  # (A, V)
-                logp = self.log_softmax(self.policy(p.tokens, lengths=p.lengths)[p.action])
-                values = self.values(p) if self.uses_values else torch.zeros(len(target))
-            old, ref = (x.gather(1, target).squeeze(1) for x in (logp, logp_ref))
-            kl = exact_kl(logp, logp_ref) if kind == "full" else kl_estimate(old, ref, kind)
+                ref_logits = self.scaled(self.reference.output(hidden)).to(self.device)  # (A, V)
+                logits = self.policy.output(self.policy.hidden(p.tokens, p.lengths)[p.action])
+                values = self.values(p) if self.uses_values else torch.zeros(len(p.target))
+            old, _, kl = kernels.TokenTerms.apply(self.scaled(logits), p.target, ref_logits)
+            ref = kernels.TokenTerms.apply(ref_logits, p.target)[0]
+            kl = kl if kind == "full" else kl_estimate(old, ref, kind)
             for k, x in zip(found, (old, ref, hidden, kl, values.to(self.device))):
                 found[k].append(x)
         found = {k: torch.cat(v) for k, v in found.items()}
@@ -724,7 +670,7 @@ class PPOTrainer:
                 hidden = self.policy.hidden(p.tokens, p.lengths)[p.action]
                 logits = self.scaled(self.policy.output(hidden))  # (A, V)
             ref_logits = self.ref_logits(data, span) if self.kl_in_loss else None
-            logprobs, entropy, kl = TokenTerms.apply(logits, p.target, ref_logits)
+            logprobs, entropy, kl = kernels.TokenTerms.apply(logits, p.target, ref_logits)
             old = data["old"][span]
             high = c.cliprange_high or c.cliprange
             losses, clipped = policy_loss(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from instruct import InstructPrompts, Instructions, Rankings, find_template
-from kernels import native_attention
+from kernels import TokenTerms, native_attention
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
 from model import add_lora, generate, merged_state, model_from_checkpoint
 from report import matmul_roof
@@ -489,8 +489,8 @@ def score(model, sequences):
 def response_logprobs(model, queries, responses, device):
     """log p(response | query) of each pair of lists of ids: (n,), from one forward pass."""
     p = ppo.pack(queries, responses, device)
-    logp = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float().log_softmax(-1)
-    each = logp.gather(1, p.target[:, None]).squeeze(1)
+    logits = model.output(model.hidden(p.tokens, p.lengths)[p.action])
+    each = TokenTerms.apply(logits, p.target)[0]
     return ppo.sum_by_rollout(each, torch.tensor([len(r) for r in responses]))
 
 

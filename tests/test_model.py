@@ -239,6 +239,48 @@ def test_feed_forward(native, rows, width, hidden):
     against_float64(lambda *i: kernels.FeedForward.apply(*i, 1e-5), equation, x, norm, w1, w2, w3)
 
 
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("vocabulary", [48, 7])  # the last is left to PyTorch
+def test_token_terms_and_their_gradients(backend, vocabulary, with_reference):
+    """Log-probability, entropy and KL of each token, and the gradients of any mix of them, against
+    autograd through the definitions in float64."""
+    logits, ref = torch.randn(2, 70, vocabulary) * 3
+    logits[0, 0], ref[1, 3] = 40.0, 120.0  # distributions that are all but certain
+    target, mix = torch.randint(0, vocabulary, (70,)), torch.randn(3, 70)
+    target[5] = -1  # none
+    x, x64 = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = kernels.TokenTerms.apply(x, target, ref if with_reference else None)
+    logp, logr = x64.log_softmax(-1), ref.double().log_softmax(-1)
+    want = [logp[range(70), target], -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logr)).sum(-1)]
+    want[0] = torch.where(target < 0, 0, want[0])
+    if not with_reference:
+        want[2] = want[2].detach() * 0
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    (torch.stack(got) * mix).sum().backward()
+    (torch.stack(want) * mix).sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_of_a_model(backend):
+    """The mean over the targets that are there, and its gradient; a target that is no token is refused."""
+    model, tokens = small(), torch.randint(0, 48, (2, 40))
+    targets = torch.where(torch.rand(2, 40) < 0.3, -1, tokens.roll(-1, 1))
+    logits = model(tokens).detach().requires_grad_()
+    model.output.forward = lambda hidden: logits
+    loss = model(tokens, targets)
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    each = -exact.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    each[targets >= 0].mean().backward()
+    torch.testing.assert_close(loss.double(), each[targets >= 0].mean())
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
+    for wrong in (48, -2):
+        targets[1, 2] = wrong
+        with pytest.raises(IndexError):
+            model(tokens, targets)
+
+
 @pytest.mark.parametrize("rows", [1, 511, 1300])
 @pytest.mark.parametrize("n,k", [(4, 16), (20, 48), (36, 80), (172, 64), (64, 172), (10, 64), (12, 12)])
 def test_gradient_of_a_weight(native, rows, n, k):
@@ -832,7 +874,7 @@ def replay(calls, compiler, emulator, tmp_path):
         sizes = [x.numel() * x.element_size() for x in before]
         given += b"".join(x.contiguous().numpy().tobytes() for x in before)
         places = iter(range(len(sizes)))
-        values = [f"t{next(places)}" if torch.is_tensor(x) else str(x) for x in args]
+        values = [f"t{next(places)}" if torch.is_tensor(x) else str(x or 0) for x in args]  # NULL is 0
         body += "{" + "".join(f"void *t{i} = take({n});\n" for i, n in enumerate(sizes))
         body += f"if ({name}({', '.join(values)})) return 1;\n"
         body += "".join(f"fwrite(t{i}, 1, {n}, stdout); free(t{i});\n" for i, n in enumerate(sizes)) + "}"
@@ -882,7 +924,8 @@ def record_calls(monkeypatch, *models):
             generate(model, [[1, 2], [3]] * 9, 4, temperature)
     assert {name for name, *_ in calls} == {
         "rms_norm_forward", "rms_norm_backward", "feed_forward", "feed_forward_backward",
-        "attention_forward", "attention_backward", "weight_gradient", "decode_hidden", "decode_tokens",
+        "attention_forward", "attention_backward", "weight_gradient", "token_terms",
+        "token_terms_backward", "decode_hidden", "decode_tokens",
     }  # fmt: skip
     return calls
 
