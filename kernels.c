@@ -421,7 +421,7 @@ int attention_backward(float *dq, float *dk, float *dv, const float *dout, const
 
 int attention_lanes(void) { return LANES; }
 
-/* ---- RMSNorm, the gradient of a weight, and the feed-forward layer */
+/* ---- RMSNorm, and products of matrices */
 
 /* out (D) = x / rms(x) * weight; returns 1 / rms. D is a multiple of LANES, here and below. */
 INLINE float norm_row(float *out, const float *x, const float *weight, int D, float eps) {
@@ -451,7 +451,7 @@ static void add_up(float *out, const float *partial, int64_t n, int64_t parts, i
     #pragma omp parallel for schedule(static) if (n >= 16384)
     for (int64_t i = 0; i < n; i += 1024) {
         const int64_t count = n - i < 1024 ? n - i : 1024;
-        memcpy(out + i, partial + i, count * sizeof(float));
+        memmove(out + i, partial + i, count * sizeof(float)); /* out may be the first of them */
         for (int64_t p = 1; p < parts; p++)
             for (int64_t j = i; j < i + count; j++) out[j] += partial[p * stride + j];
     }
@@ -485,39 +485,73 @@ INLINE vec sigmoid(vec x) {                       /* by e^-|x|, which does not o
     return choose(x > 0.0f, (vec){0} + 1.0f, e) / (e + 1.0f);
 }
 
-/* Adds a (8, K) times b (K, some vectors) to 8 rows of c. Element (r, k) of a is a[r * a_row + k * a_col]:
- * a matrix or its transpose. */
+/* c (rows, some vectors) = or += a (rows, K) times b (K, the same vectors). Element (r, k) of a is
+ * a[r * a_row + k * a_col]: a matrix or its transpose. */
 INLINE void product_block(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
-                          const float *b, int64_t b_row, int K, const int vectors) {
+                          const float *b, int64_t b_row, int K, int add, const int rows,
+                          const int vectors) {
     vec acc[8][2];
-    for (int r = 0; r < 8; r++)
-        for (int v = 0; v < vectors; v++) acc[r][v] = LOAD(c + r * c_row + v * LANES);
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = add ? (vec)LOAD(c + r * c_row + v * LANES) : (vec){0};
     for (int k = 0; k < K; k++, a += a_col, b += b_row)
-        for (int r = 0; r < 8; r++)
+        for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++) acc[r][v] += a[r * a_row] * LOAD(b + v * LANES);
-    for (int r = 0; r < 8; r++)
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) STORE(c + r * c_row + v * LANES, acc[r][v]);
 }
 
-/* Adds a (M, K) times b (K, N) to c (M, N), M a multiple of 8 and N of LANES. For what stays in a cache. */
+/* c (M, N) = or += a (M, K) times b (K, N), N a multiple of LANES. For what stays in a cache. */
 OUT_OF_LINE static void product(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
-                                const float *b, int64_t b_row, int M, int N, int K) {
-    int n = 0;
-    for (; n + 2 * LANES <= N && LANES != 8; n += 2 * LANES)  /* 8 lanes have 16 registers */
-        for (int m = 0; m < M; m += 8)
-            product_block(c + m * c_row + n, c_row, a + m * a_row, a_row, a_col, b + n, b_row, K, 2);
-    for (; n < N; n += LANES)
-        for (int m = 0; m < M; m += 8)
-            product_block(c + m * c_row + n, c_row, a + m * a_row, a_row, a_col, b + n, b_row, K, 1);
+                                const float *b, int64_t b_row, int M, int N, int K, int add) {
+    const int pair = LANES == 8 ? 1 : 2;          /* 8 lanes have 16 registers, the others 32 */
+    for (int n = 0; n < N; n += pair * LANES) {
+        #define BLOCK(rows, vectors) product_block(c + m * c_row + n, c_row, a + m * a_row, a_row, \
+            a_col, b + n, b_row, K, add, rows, vectors)
+        int m = 0;
+        if (n + pair * LANES <= N) {
+            for (; m + 8 <= M; m += 8) BLOCK(8, pair);
+            for (; m + 4 <= M; m += 4) BLOCK(4, pair);
+            for (; m < M; m++) BLOCK(1, pair);
+        } else {
+            for (; m + 8 <= M; m += 8) BLOCK(8, 1);
+            for (; m < M; m++) BLOCK(1, 1);
+        }
+    }
 }
 
-/* dw (N, D) = g^T x of g (M, N) and x (M, D), neither turned in memory; N is a multiple of 8. A job is a
- * chunk of rows of g and x, for a sum of its own, and of columns of g. */
+/* out (columns, rows) = x (rows, columns) transposed: a perfect shuffle of LANES vectors, log2(LANES)
+ * times. */
+static void transpose(float *out, int64_t out_row, const float *x, int64_t x_row, int rows, int columns) {
+    for (int i = 0; i < rows; i += LANES)
+        for (int j = 0; j < columns; j += LANES) {
+            const int n = rows - i < LANES ? rows - i : LANES, m = columns - j < LANES ? columns - j : LANES;
+            const float *from = x + i * x_row + j;
+            float *to = out + j * out_row + i;
+            if (n < LANES || m < LANES) {
+                for (int k = 0; k < n * m; k++) to[k % m * out_row + k / m] = from[k / m * x_row + k % m];
+                continue;
+            }
+            vec a[LANES], b[LANES];
+            for (int k = 0; k < LANES; k++) a[k] = LOAD(from + k * x_row);
+            for (int step = 1; step < LANES; step *= 2) {
+                for (int k = 0; k < HALF; k++) {
+                    b[2 * k] = INTERLEAVE(a[k], a[k + HALF], 0);
+                    b[2 * k + 1] = INTERLEAVE(a[k], a[k + HALF], HALF);
+                }
+                memcpy(a, b, sizeof a);
+            }
+            for (int k = 0; k < LANES; k++) STORE(to + k * out_row, a[k]);
+        }
+}
+
+/* dw (N, D) = g^T x of g (M, N) and x (M, D), neither turned in memory. A job is a chunk of rows of g and
+ * x, for a sum of its own, and of columns of g. */
 int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int D) {
     const int chunk = 1024, block = 256, columns = 256;       /* a block stays in the cache */
     const int chunks = (M + chunk - 1) / chunk, parts = (N + columns - 1) / columns;
     const int64_t size = (int64_t)N * D;
-    float *partial = calloc(chunks * size + 1, sizeof(float));
+    float *partial = vectors(chunks * size);
     if (!partial) return -1;
     #pragma omp parallel for schedule(dynamic)
     for (int job = 0; job < chunks * parts; job++) {
@@ -525,131 +559,102 @@ int weight_gradient(float *dw, const float *g, const float *x, int M, int N, int
         const int from = job / parts * chunk, to = from + chunk < M ? from + chunk : M;
         for (int64_t m = from; m < to; m += block)
             product(partial + job / parts * size + first * D, D, g + m * N + first, 1, N, x + m * D, D,
-                    n, D, to - m < block ? to - m : block);
+                    n, D, to - m < block ? to - m : block, m > from);
     }
     add_up(dw, partial, size, chunks, size);
     free(partial);
     return 0;
 }
 
-/* The feed-forward layer w2 (silu(w1 n) * w3 n), n = norm(x): FEED_ROWS rows go through all of it while
- * they are in the cache, forward and again backward, so that nothing but x is kept in between. P is F
- * rounded up to 16; what is beyond F is 0. */
-#define FEED_ROWS 64
+/* ---- Layers that begin with a norm: n = norm(x), and then products
+ *
+ * TILE rows of x go through all of a layer while they are in the cache, forward and again backward, so
+ * that nothing but x is kept in between. Inside, a tile is transposed, rows in lanes: that way weights
+ * are used as they lie. Where the last tile has less than TILE rows, what is beyond them is never read
+ * by a sum over rows nor stored. */
+#define TILE 64
 
-typedef struct {
-    const float *norm, *w1, *w3; /* (D), (F, D), (F, D) */
-    float *w1_t, *w3_t;          /* (D, P) */
-    float *w2_t, *w2;            /* (F, D), (D, P) */
-    int D, F, P;
-    float eps;
-} Feed;
-
-/* Weights as the products want them; to be freed as w1_t, NULL without memory. */
-static Feed new_feed(const float *norm, const float *w1, const float *w2, const float *w3, int D, int F,
-                     float eps) {
-    const int P = (F + 15) / 16 * 16;
-    const int64_t size = (int64_t)D * P;
-    Feed f = {norm, w1, w3, .D = D, .F = F, .P = P, .eps = eps};
-    if (!(f.w1_t = vectors(4 * size))) return f;
-    memset(f.w1_t, 0, 4 * size * sizeof(float));
-    f.w3_t = f.w1_t + size;
-    f.w2_t = f.w3_t + size;
-    f.w2 = f.w2_t + size;
-    for (int64_t d = 0; d < D; d++)
-        for (int64_t i = 0; i < F; i++) {
-            f.w1_t[d * P + i] = w1[i * D + d];
-            f.w3_t[d * P + i] = w3[i * D + d];
-            f.w2_t[i * D + d] = f.w2[d * P + i] = w2[d * F + i];
-        }
-    return f;
+/* n (rows, D) = norm(x), and, unless it is NULL, its transpose (D, TILE). */
+static void norm_tile(float *n, float *transposed, float *inverse, const float *x, const float *norm,
+                      int rows, int D, float eps) {
+    for (int r = 0; r < rows; r++) inverse[r] = norm_row(n + r * D, x + r * D, norm, D, eps);
+    if (transposed) transpose(transposed, TILE, n, D, rows, D);
 }
 
-/* n (rows, D) = norm(x), gate and up (rows, P) = w1 n and w3 n; rows of n up to the next multiple of 8,
- * which it returns, are 0. */
-static int feed_gates(const Feed *f, float *n, float *inverse, float *gate, float *up, const float *x,
-                      int rows) {
-    const int D = f->D, P = f->P, M = (rows + 7) / 8 * 8;
-    for (int r = 0; r < rows; r++) inverse[r] = norm_row(n + r * D, x + r * D, f->norm, D, f->eps);
-    memset(n + rows * D, 0, (M - rows) * D * sizeof(float));
-    memset(gate, 0, M * P * sizeof(float));
-    memset(up, 0, M * P * sizeof(float));
-    product(gate, P, n, D, 1, f->w1_t, P, M, P, D);
-    product(up, P, n, D, 1, f->w3_t, P, M, P, D);
-    return M;
+/* Rows to a sum of their own in a backward pass: 16 to 31 sums, or one a tile. */
+static int rows_of_a_sum(int N) { return (N / (16 * TILE) + (N < 16 * TILE)) * TILE; }
+
+static float *tile_memory(int64_t columns) {      /* (columns, TILE), all 0 */
+    float *p = vectors(columns * TILE);
+    return p ? memset(p, 0, columns * TILE * sizeof(float)) : NULL;
 }
 
-/* x and out (N, D), norm (D), w1 and w3 (F, D), w2 (D, F). */
+/* x and out (N, D), norm (D), w1 and w3 (F, D), w2 (D, F): out = w2 (silu(w1 n) * w3 n). */
 int feed_forward(float *out, const float *x, const float *norm, const float *w1, const float *w2,
                  const float *w3, int N, int D, int F, float eps) {
-    const Feed f = new_feed(norm, w1, w2, w3, D, F, eps);
-    int failed = f.w1_t ? 0 : -1;
-    #pragma omp parallel if (N > FEED_ROWS)
+    int failed = 0;
+    #pragma omp parallel if (N > TILE)
     {
-        float *n = vectors(FEED_ROWS * (2 * D + 2 * f.P)), inverse[FEED_ROWS];
-        float *y = n + FEED_ROWS * D, *gate = y + FEED_ROWS * D, *up = gate + FEED_ROWS * f.P;
+        float *n = tile_memory(2 * D + 2 * F), inverse[TILE];
+        float *t = n + TILE * D, *gate = t + TILE * D, *up = gate + TILE * F;
         if (!n) failed = -1;
         #pragma omp for schedule(dynamic)
-        for (int64_t from = 0; from < N; from += FEED_ROWS) {
-            const int rows = N - from < FEED_ROWS ? N - from : FEED_ROWS;
-            if (!n || !f.w1_t) continue;
-            const int M = feed_gates(&f, n, inverse, gate, up, x + from * D, rows);
-            for (int i = 0; i < M * f.P; i += LANES)
+        for (int64_t from = 0; from < N; from += TILE) {
+            const int rows = N - from < TILE ? N - from : TILE;
+            if (!n) continue;
+            norm_tile(n, t, inverse, x + from * D, norm, rows, D, eps);
+            product(gate, TILE, w1, D, 1, t, TILE, F, TILE, D, 0);
+            product(up, TILE, w3, D, 1, t, TILE, F, TILE, D, 0);
+            for (int i = 0; i < F * TILE; i += LANES)
                 STORE(gate + i, LOAD(gate + i) * sigmoid(LOAD(gate + i)) * LOAD(up + i));
-            memset(y, 0, M * D * sizeof(float));
-            product(y, D, gate, f.P, 1, f.w2_t, D, M, D, F);
-            memcpy(out + from * D, y, rows * D * sizeof(float));
+            product(t, TILE, w2, F, 1, gate, TILE, D, TILE, F, 0);
+            transpose(out + from * D, D, t, TILE, D, rows);
         }
         free(n);
     }
-    free(f.w1_t);
     return failed;
-}
-
-/* Rows to a sum of their own in the backward pass: enough sums for many threads, too few to fill memory. */
-static int feed_chunk(int N) {
-    const int tiles = (N / 32 + FEED_ROWS - 1) / FEED_ROWS;
-    return FEED_ROWS * (tiles > 8 ? tiles : 8);
 }
 
 /* Gradients of feed_forward's inputs, of the same shapes, from g (N, D). */
 int feed_forward_backward(float *dx, float *dnorm, float *dw1, float *dw2, float *dw3, const float *g,
                           const float *x, const float *norm, const float *w1, const float *w2,
                           const float *w3, int N, int D, int F, float eps) {
-    const Feed f = new_feed(norm, w1, w2, w3, D, F, eps);
-    const int P = f.P, chunk = feed_chunk(N), chunks = (N + chunk - 1) / chunk;
-    const int64_t size = D + 3 * (int64_t)D * P;              /* a sum for each chunk */
-    float *partial = calloc(chunks * size + 1, sizeof(float));
-    int failed = f.w1_t && partial ? 0 : -1;
-    #pragma omp parallel if (N > FEED_ROWS)
+    const int chunk = rows_of_a_sum(N), chunks = (N + chunk - 1) / chunk;
+    const int64_t matrix = (int64_t)F * D, size = 3 * matrix + D;
+    float *sums = vectors(chunks * size);
+    int failed = sums ? 0 : -1;
+    #pragma omp parallel if (N > TILE)
     {
-        float *n = vectors(FEED_ROWS * (3 * D + 3 * P)), inverse[FEED_ROWS];
-        float *y = n + FEED_ROWS * D, *dn = y + FEED_ROWS * D;
-        float *gate = dn + FEED_ROWS * D, *up = gate + FEED_ROWS * P, *h = up + FEED_ROWS * P;
+        float *n = tile_memory(4 * D + 3 * F), inverse[TILE];
+        float *t = n + TILE * D, *dn = t + TILE * D, *gt = dn + TILE * D;
+        float *gate = gt + TILE * D, *up = gate + TILE * F, *h = up + TILE * F;
         if (!n) failed = -1;
         #pragma omp for schedule(dynamic)
         for (int c = 0; c < chunks; c++) {
-            float *sum = partial + c * size, *sum1 = sum + D, *sum3 = sum1 + D * P, *sum2 = sum3 + D * P;
-            const int64_t end = N - c * chunk < chunk ? N : (int64_t)(c + 1) * chunk;
-            for (int64_t from = (int64_t)c * chunk; from < end && n && f.w1_t && partial; from += FEED_ROWS) {
-                const int rows = end - from < FEED_ROWS ? end - from : FEED_ROWS;
-                const int M = feed_gates(&f, n, inverse, gate, up, x + from * D, rows);
-                memcpy(y, g + from * D, rows * D * sizeof(float));
-                memset(y + rows * D, 0, (M - rows) * D * sizeof(float));
-                memset(h, 0, M * P * sizeof(float));
-                product(h, P, y, D, 1, f.w2, P, M, P, D);
-                for (int i = 0; i < M * P; i += LANES) {
+            float *sum1 = sums + c * size, *sum3 = sum1 + matrix, *sum2 = sum3 + matrix;
+            float *sum = sum2 + matrix;           /* of dw1, dw3, dw2 transposed, dnorm */
+            const int64_t end = N - (int64_t)c * chunk < chunk ? N : (int64_t)(c + 1) * chunk;
+            if (!sums || !n) continue;
+            memset(sum1, 0, size * sizeof(float));
+            for (int64_t from = (int64_t)c * chunk; from < end; from += TILE) {
+                const int rows = end - from < TILE ? end - from : TILE;
+                const float *gr = g + from * D;
+                norm_tile(n, t, inverse, x + from * D, norm, rows, D, eps);
+                product(gate, TILE, w1, D, 1, t, TILE, F, TILE, D, 0);
+                product(up, TILE, w3, D, 1, t, TILE, F, TILE, D, 0);
+                transpose(gt, TILE, gr, D, rows, D);
+                product(h, TILE, w2, 1, F, gt, TILE, F, TILE, D, 0);
+                for (int i = 0; i < F * TILE; i += LANES) {
                     const vec a = LOAD(gate + i), b = LOAD(up + i), dh = LOAD(h + i), s = sigmoid(a);
                     STORE(h + i, a * s * b);
                     STORE(gate + i, dh * b * s * (a * (1.0f - s) + 1.0f));
                     STORE(up + i, dh * a * s);
                 }
-                product(sum2, P, y, 1, D, h, P, D, P, rows);
-                product(sum1, D, gate, 1, P, n, D, P, D, rows);
-                product(sum3, D, up, 1, P, n, D, P, D, rows);
-                memset(dn, 0, M * D * sizeof(float));
-                product(dn, D, gate, P, 1, w1, D, M, D, F);
-                product(dn, D, up, P, 1, w3, D, M, D, F);
+                product(sum1, D, gate, TILE, 1, n, D, F, D, rows, 1);
+                product(sum3, D, up, TILE, 1, n, D, F, D, rows, 1);
+                product(sum2, D, h, TILE, 1, gr, D, F, D, rows, 1);
+                product(dn, D, gate, 1, TILE, w1, D, rows, D, F, 0);
+                product(dn, D, up, 1, TILE, w3, D, rows, D, F, 1);
                 for (int r = 0; r < rows; r++)
                     norm_row_gradient(dx + (from + r) * D, sum, dn + r * D, x + (from + r) * D, inverse[r],
                                       norm, D);
@@ -658,13 +663,85 @@ int feed_forward_backward(float *dx, float *dnorm, float *dw1, float *dw2, float
         free(n);
     }
     if (!failed) {
-        add_up(dnorm, partial, D, chunks, size);
-        add_up(dw1, partial + D, (int64_t)F * D, chunks, size);
-        add_up(dw3, partial + D + D * P, (int64_t)F * D, chunks, size);
-        for (int d = 0; d < D; d++)
-            add_up(dw2 + d * F, partial + D + 2 * D * P + d * P, F, chunks, size);
+        add_up(dw1, sums, matrix, chunks, size);
+        add_up(dw3, sums + matrix, matrix, chunks, size);
+        add_up(sums + 2 * matrix, sums + 2 * matrix, matrix, chunks, size);
+        transpose(dw2, F, sums + 2 * matrix, D, F, D);
+        add_up(dnorm, sums + 3 * matrix, D, chunks, size);
     }
-    free(partial), free(f.w1_t);
+    free(sums);
+    return failed;
+}
+
+/* Attention's q (N, Q), k and v (N, K): n times wq (Q, D), wk and wv (K, D) transposed. */
+int norm_qkv(float *q, float *k, float *v, const float *x, const float *norm, const float *wq,
+             const float *wk, const float *wv, int N, int D, int Q, int K, float eps) {
+    int failed = 0;
+    #pragma omp parallel if (N > TILE)
+    {
+        float *n = tile_memory(2 * D + Q + 2 * K), inverse[TILE];
+        float *t = n + TILE * D, *y = t + TILE * D;
+        if (!n) failed = -1;
+        #pragma omp for schedule(dynamic)
+        for (int64_t from = 0; from < N; from += TILE) {
+            const int rows = N - from < TILE ? N - from : TILE;
+            if (!n) continue;
+            norm_tile(n, t, inverse, x + from * D, norm, rows, D, eps);
+            product(y, TILE, wq, D, 1, t, TILE, Q, TILE, D, 0);
+            product(y + Q * TILE, TILE, wk, D, 1, t, TILE, K, TILE, D, 0);
+            product(y + (Q + K) * TILE, TILE, wv, D, 1, t, TILE, K, TILE, D, 0);
+            transpose(q + from * Q, Q, y, TILE, Q, rows);
+            transpose(k + from * K, K, y + Q * TILE, TILE, K, rows);
+            transpose(v + from * K, K, y + (Q + K) * TILE, TILE, K, rows);
+        }
+        free(n);
+    }
+    return failed;
+}
+
+/* Gradients of norm_qkv's inputs, of the same shapes. */
+int norm_qkv_backward(float *dx, float *dnorm, float *dwq, float *dwk, float *dwv, const float *dq,
+                      const float *dk, const float *dv, const float *x, const float *norm,
+                      const float *wq, const float *wk, const float *wv, int N, int D, int Q, int K,
+                      float eps) {
+    const int chunk = rows_of_a_sum(N), chunks = (N + chunk - 1) / chunk;
+    const int64_t size = (int64_t)(Q + 2 * K + 1) * D;
+    float *sums = vectors(chunks * size);
+    int failed = sums ? 0 : -1;
+    #pragma omp parallel if (N > TILE)
+    {
+        float *n = tile_memory(2 * D), inverse[TILE];
+        float *dn = n + TILE * D;
+        if (!n) failed = -1;
+        #pragma omp for schedule(dynamic)
+        for (int c = 0; c < chunks; c++) {
+            float *sumq = sums + c * size, *sumk = sumq + Q * D, *sumv = sumk + K * D, *sum = sumv + K * D;
+            const int64_t end = N - (int64_t)c * chunk < chunk ? N : (int64_t)(c + 1) * chunk;
+            if (!sums || !n) continue;
+            memset(sumq, 0, size * sizeof(float));
+            for (int64_t from = (int64_t)c * chunk; from < end; from += TILE) {
+                const int rows = end - from < TILE ? end - from : TILE;
+                norm_tile(n, NULL, inverse, x + from * D, norm, rows, D, eps);
+                product(sumq, D, dq + from * Q, 1, Q, n, D, Q, D, rows, 1);
+                product(sumk, D, dk + from * K, 1, K, n, D, K, D, rows, 1);
+                product(sumv, D, dv + from * K, 1, K, n, D, K, D, rows, 1);
+                product(dn, D, dq + from * Q, Q, 1, wq, D, rows, D, Q, 0);
+                product(dn, D, dk + from * K, K, 1, wk, D, rows, D, K, 1);
+                product(dn, D, dv + from * K, K, 1, wv, D, rows, D, K, 1);
+                for (int r = 0; r < rows; r++)
+                    norm_row_gradient(dx + (from + r) * D, sum, dn + r * D, x + (from + r) * D, inverse[r],
+                                      norm, D);
+            }
+        }
+        free(n);
+    }
+    if (!failed) {
+        add_up(dwq, sums, Q * D, chunks, size);
+        add_up(dwk, sums + Q * D, K * D, chunks, size);
+        add_up(dwv, sums + (Q + K) * D, K * D, chunks, size);
+        add_up(dnorm, sums + (Q + 2 * K) * D, D, chunks, size);
+    }
+    free(sums);
     return failed;
 }
 

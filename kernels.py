@@ -139,17 +139,17 @@ def transposed_product(g, x):
     """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half of
     the time where one of them is narrow."""
     (rows, n), k = g.shape, x.shape[1]
-    if k <= 128 and native(x) and n % 8 == 0:
+    if k <= 128 and native(x):
         out = x.new_empty(n, k)
         call("weight_gradient", out, g.contiguous(), x.contiguous(), rows, n, k)
         return out
-    if n <= 128 and native(g) and k % 8 == 0:
+    if n <= 128 and native(g):
         return transposed_product(x, g).T
     return onednn(g.T, x.T)
 
 
 # ----------------------------------------------------------------------------
-# RMSNorm and the feed-forward layer
+# RMSNorm, and layers that begin with one
 
 
 def rms_norm(x, weight, eps):
@@ -177,9 +177,9 @@ class RMSNormalize(torch.autograd.Function):
         return dx, dw, None
 
 
-def native_feed_forward(x, *weights):
-    """Whether FeedForward takes x (..., D): many rows, which stay in the cache from end to end, and no
-    weights so wide that nothing else does."""
+def native_layer(x, *weights):
+    """Whether the two below take x (..., D): rows enough for many tiles, which stay in the cache from end
+    to end, and no weights so wide that nothing else does."""
     rows = x.numel() // x.shape[-1]
     return rows >= 256 and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
@@ -199,9 +199,28 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in inputs]
-        call("feed_forward_backward", *grads, grad.contiguous(), *inputs, *ctx.sizes)
+        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        call("feed_forward_backward", *grads, grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        return *grads, None
+
+
+class NormQKV(torch.autograd.Function):
+    """wq n, wk n and wv n, n = rms_norm(x, norm, eps): x (..., D), wq (Q, D), wk and wv (K, D)."""
+
+    @staticmethod
+    def forward(ctx, x, norm, wq, wk, wv, eps):
+        inputs = [t.contiguous() for t in (x, norm, wq, wk, wv)]
+        out = [x.new_empty(*x.shape[:-1], len(w)) for w in (wq, wk, wv)]
+        ctx.sizes = x.numel() // x.shape[-1], x.shape[-1], len(wq), len(wk), float(eps)
+        call("norm_qkv", *out, *inputs, *ctx.sizes)
+        ctx.save_for_backward(*inputs)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *of):
+        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        call("norm_qkv_backward", *grads, *(g.contiguous() for g in of), *ctx.saved_tensors, *ctx.sizes)
         return *grads, None
 
 

@@ -133,6 +133,13 @@ class Linear(nn.Linear):
         return kernels.multiply(x, self.weight)
 
 
+def layer_is_native(x, norm, parts):
+    """Whether kernels.py has, as one function, a norm of x and the linear layers that follow it."""
+    if not all(type(w) is Linear for w in parts):  # adapters
+        return False
+    return kernels.native_layer(x, norm.weight, *(w.weight for w in parts))
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads. Rotary embeddings and the
     softmax happen in `attend`, which knows how the sequences lie in memory."""
@@ -145,9 +152,16 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x, attend):
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+    def forward(self, x, norm, attend):
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.products(x, norm))
         return self.wo(attend(q, k, v).flatten(-2))  # (..., H, E) -> (..., D)
+
+    def products(self, x, norm):
+        parts = self.wq, self.wk, self.wv
+        if layer_is_native(x, norm, parts):
+            return kernels.NormQKV.apply(x, norm.weight, *(w.weight for w in parts), norm.eps)
+        x = norm(x)
+        return [w(x) for w in parts]
 
 
 class FeedForward(nn.Module):
@@ -161,10 +175,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x, norm):
         parts = self.w1, self.w2, self.w3
-        if all(type(w) is Linear for w in parts):  # no adapters
-            weights = [norm.weight, *(w.weight for w in parts)]
-            if kernels.native_feed_forward(x, *weights):
-                return kernels.FeedForward.apply(x, *weights, norm.eps)
+        if layer_is_native(x, norm, parts):
+            return kernels.FeedForward.apply(x, norm.weight, *(w.weight for w in parts), norm.eps)
         x = norm(x)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
@@ -179,7 +191,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x, attend):
-        x = x + self.dropout(self.attention(self.attention_norm(x), attend))
+        x = x + self.dropout(self.attention(x, self.attention_norm, attend))
         return x + self.dropout(self.feed_forward(x, self.ffn_norm))
 
 

@@ -235,8 +235,24 @@ def test_feed_forward(native, rows, width, hidden):
         gate = n @ w1.T
         return (gate / (1 + (-gate).exp()) * (n @ w3.T)) @ w2.T
 
-    assert kernels.native_feed_forward(x, norm, w1, w2, w3)
+    assert kernels.native_layer(x, norm, w1, w2, w3)
     against_float64(lambda *i: kernels.FeedForward.apply(*i, 1e-5), equation, x, norm, w1, w2, w3)
+
+
+@pytest.mark.parametrize("width,q,k", [(16, 5, 3), (32, 32, 16), (48, 48, 48)])
+@pytest.mark.parametrize("rows", [256, 1100])
+def test_norm_and_products_of_attention(native, rows, width, q, k):
+    x, norm = torch.randn(rows, width) * 3, torch.randn(width)
+    weights = [torch.randn(n, width) / 8 for n in (q, k, k)]
+
+    def equation(x, norm, *weights):
+        n = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm
+        return torch.cat([n @ w.T for w in weights], 1)
+
+    def layer(*inputs):
+        return torch.cat(kernels.NormQKV.apply(*inputs, 1e-5), 1)
+
+    against_float64(layer, equation, x, norm, *weights)
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
@@ -924,6 +940,7 @@ def record_calls(monkeypatch, *models):
             generate(model, [[1, 2], [3]] * 9, 4, temperature)
     assert {name for name, *_ in calls} == {
         "rms_norm_forward", "rms_norm_backward", "feed_forward", "feed_forward_backward",
+        "norm_qkv", "norm_qkv_backward",
         "attention_forward", "attention_backward", "weight_gradient", "token_terms",
         "token_terms_backward", "decode_hidden", "decode_tokens",
     }  # fmt: skip
