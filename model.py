@@ -605,6 +605,37 @@ class Generation(NamedTuple):
         return [row[:n] for row, n in zip(self.tokens.tolist(), lengths)]
 
 
+def draw(
+    model, cache, steps, tokens, probabilities, lengths, current, uniform, row, stops, temperature, top_k,
+    top_p,
+):  # fmt: skip
+    """KVCache.draw for every device and all ways of sampling, in place, on the tensors of generate. A row
+    that has ended runs along with the others, unseen, until the steps are over: nothing here waits for
+    an answer of the device."""
+    alive = torch.ones_like(row, dtype=torch.bool)  # (A,)
+    for _ in range(steps):
+        cache.length[: len(row)] -= (~alive).long()  # those write over their last place again
+        logits = model(current, cache=cache)  # (A, V)
+        at = lengths[row].clamp_max(tokens.shape[1] - 1)
+        if temperature == 0:
+            distribution = logits.float().softmax(-1)
+            drawn = logits.argmax(-1)
+        else:
+            distribution = sampling_probabilities(logits, temperature, top_k, top_p)
+            # Inverse of the distribution function; the last token of positive probability catches
+            # a number that rounding left above the sum.
+            mass = distribution.cumsum(-1)
+            drawn = torch.searchsorted(mass, uniform[row, at, None] * mass[:, -1:], right=True)
+            drawn = drawn.squeeze(1).clamp_max(logits.shape[-1] - 1)
+        probability = distribution.gather(1, drawn[:, None]).squeeze(1)
+        tokens[row, at] = torch.where(alive, drawn, tokens[row, at])
+        probabilities[row, at] = torch.where(alive, probability, probabilities[row, at])
+        lengths[row] += alive
+        current.copy_(torch.where(alive, drawn, current))
+        full = (lengths[row] >= tokens.shape[1]) | (cache.length[: len(row)] >= model.args.max_seq_len)
+        alive &= ~(torch.isin(current, stops) | full)
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -617,6 +648,7 @@ def generate(
     uniform=None,
     max_batch=256,
     on_token=None,
+    ahead=0,
 ):
     """Continues each of `prompts`, lists of token ids that may differ in length.
 
@@ -625,6 +657,7 @@ def generate(
     or filled the model's context; the next prompt takes its place, at most max_batch at a time.
     temperature 0 is greedy. `uniform` (B, max_new_tokens) are the random numbers in [0, 1), drawn
     from PyTorch's default generator if not given. on_token(row, token) is called for each token.
+    ahead: how many tokens are drawn before rows that have ended are looked for; 0: what is fast here.
     Returns a Generation. Raises ValueError for an empty prompt or one that leaves no room.
     """
     device, context = model.output.weight.device, model.args.max_seq_len
@@ -653,6 +686,9 @@ def generate(
     batch = min(max_batch, n)
     cache = KVCache(model, batch, min(longest, context))
     uncut = temperature > 0 and not 0 < top_k < model.args.vocab_size and top_p >= 1
+    # Where it costs to see which rows have ended, it is looked up every 32 tokens: a call of kernels.c
+    # has to return, a GPU would wait for Python.
+    steps = 1 if on_token else ahead or (32 if device.type != "cpu" or uncut and cache.native else 1)
     row = torch.empty(0, dtype=torch.long, device=device)  # (A,) which prompt each cache row continues
     current = row  # (A,) the newest token of each, not yet in the cache
     waiting = 0  # prompts[waiting:] have not started
@@ -667,26 +703,11 @@ def generate(
             row = torch.cat([row, torch.arange(waiting, waiting + len(new), device=device)])
             current = torch.cat([current, torch.tensor([p[-1] for p in new], device=device)])
             waiting += len(new)
+        text = tokens, probabilities, lengths, current
         if uncut and cache.native:
-            steps = 1 if on_token else 32
-            text = tokens, probabilities, lengths, current
             cache.draw(model, steps, *text, uniform, row, stops, temperature)
         else:
-            logits = model(current, cache=cache)  # (A, V)
-            at = lengths[row]
-            if temperature == 0:
-                distribution = logits.float().softmax(-1)
-                current = logits.argmax(-1)
-            else:
-                distribution = sampling_probabilities(logits, temperature, top_k, top_p)
-                # Inverse of the distribution function; the last token of positive probability catches
-                # a number that rounding left above the sum.
-                mass = distribution.cumsum(-1)
-                current = torch.searchsorted(mass, uniform[row, at, None] * mass[:, -1:], right=True)
-                current = current.squeeze(1).clamp_max(logits.shape[-1] - 1)
-            tokens[row, at] = current
-            probabilities[row, at] = distribution.gather(1, current[:, None]).squeeze(1)
-            lengths[row] += 1
+            draw(model, cache, steps, *text, uniform, row, stops, temperature, top_k, top_p)
         if on_token is not None:
             for r, token in zip(row.tolist(), current.tolist()):
                 on_token(r, token)

@@ -563,12 +563,26 @@ def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H
     single = generate(*args, uniform=uniform, on_token=lambda row, token: None)
     monkeypatch.setattr(kernels, "library", lambda: None)
     oracle = generate(*args, uniform=uniform)
+    blind = generate(*args, uniform=uniform, max_batch=21, ahead=7)  # as on a GPU
     ends = [(len(p) + n, n) for p, n in zip(prompts, oracle.lengths.tolist())]
     assert oracle.ended.any() and any(n == 45 for _, n in ends) and any(total == 65 for total, _ in ends)
-    for got in many, single:
+    for got in many, single, blind:
         assert got.responses() == oracle.responses() and torch.equal(got.ended, oracle.ended)
         assert torch.equal(got.tokens, oracle.tokens)
         torch.testing.assert_close(got.logprobs, oracle.logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(top_k=9), dict(top_p=0.8)])
+def test_looking_for_ended_rows_less_often_changes_nothing(backend, how):
+    model = small(n_kv_heads=1)
+    prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in range(0, 60, 3)]
+    uniform = torch.rand(20, 40)
+    often, seldom = (
+        generate(model, prompts, 40, uniform=uniform, max_batch=8, ahead=n, **how) for n in (1, 32)
+    )
+    assert often.responses() == seldom.responses() and torch.equal(often.ended, seldom.ended)
+    torch.testing.assert_close(often.logprobs, seldom.logprobs)
+    assert len({len(r) for r in often.responses()}) > 3, "rows end at different times"
 
 
 def test_generating_with_a_nan_shows_it(backend):
