@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -113,31 +114,43 @@ def schedule(step, args, first=0, warmup=None):
 # --fsdp: every process holds a part of each tensor (FSDP2; Zhao et al., 2023)
 
 
-def shard(model, dtype):
-    """Shards a model in place, layer by layer: parameters come together for the layer at work,
-    whose activations are computed again in the backward pass; products are in dtype."""
+def shard(model, device, dtype):
+    """Shards a model in place, from the CPU's memory to the devices, layer by layer: none of them
+    ever holds more than a layer as a whole, or the embeddings. Parameters come together for the
+    layer at work, whose activations are computed again in the backward pass; products are in dtype."""
+    mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
         layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def gathered(x):
-    """A nested state with each sharded tensor made whole, on the CPU; all ranks must take part."""
+def gathered(x, keep):
+    """A nested state with each sharded tensor made whole, one after the other, on the CPU of the
+    process that is to `keep` it; all processes must take part, the others get None."""
     if isinstance(x, DTensor):
-        return x.full_tensor().cpu()
+        whole = x.full_tensor()
+        return whole.cpu() if keep else None
     if isinstance(x, dict):
-        return {k: gathered(v) for k, v in x.items()}
-    return [gathered(v) for v in x] if isinstance(x, (list, tuple)) else x
+        return {k: gathered(v, keep) for k, v in x.items()}
+    return [gathered(v, keep) for v in x] if isinstance(x, (list, tuple)) else x
 
 
-def reshard(optimizer):
-    """After load_state_dict: cuts the whole tensors of the state as their parameters are cut."""
-    for p, state in optimizer.state.items():
-        for k, v in state.items():
-            if isinstance(p, DTensor) and v.shape == p.shape and not isinstance(v, DTensor):
-                state[k] = distribute_tensor(v, p.device_mesh, p.placements)
+def cut_as(p, whole):
+    """A tensor that every process has, cut as the sharded parameter p is."""
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def sharded(state, optimizer):
+    """A state of the optimizer whose tensors are whole, with each cut as its parameter is."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    cut = {
+        i: {k: cut_as(params[i], v) if isinstance(params[i], DTensor) and v.dim() else v
+            for k, v in tensors.items()}
+        for i, tensors in state["state"].items()
+    }  # fmt: skip
+    return state | {"state": cut}
 
 
 # ----------------------------------------------------------------------------
@@ -154,12 +167,14 @@ class Pretraining:
     def __init__(self, args, checkpoint, rank, world, context, tokenizer):
         self.args, self.rank, self.world, self.context = args, rank, world, context
         self.tokenizer = tokenizer
-        self.model = self.build(checkpoint).to(args.device).train()
+        self.model = self.build(checkpoint).train()
         self.flops = self.model.flops_per_token(self.model.args.max_seq_len)
         dtype = getattr(torch, args.dtype)
         self.roof = matmul_roof(args.device, dtype) * world
         if args.fsdp:
-            shard(self.model, dtype)
+            shard(self.model, args.device, dtype)
+        else:
+            self.model.to(args.device)
         self.train, self.val = self.data("train"), self.data("val")
         self.position = self.tokens = 0  # windows, or other samples, dealt so far, and their tokens
         self.micro_steps = max(args.gradient_accumulation_steps // world, 1)
@@ -316,7 +331,7 @@ class Pretraining:
             "position": self.position,
             "tokens": self.tokens,
             "bad_steps": self.bad_steps,
-        })  # fmt: skip
+        }, keep=self.rank == 0)  # fmt: skip
 
     def resume(self, checkpoint):
         """Takes up an interrupted run; a foreign checkpoint gives its weights alone."""
@@ -328,11 +343,10 @@ class Pretraining:
             if len(states) != len(self.optimizers):
                 raise ValueError
             for o, state, rates in zip(self.optimizers, states, peaks):
-                o.load_state_dict(state)
-                reshard(o)
+                o.load_state_dict(sharded(state, o))
                 for g, rate in zip(o.param_groups, rates):
                     g["peak_lr"] = rate  # the flags decide, not the checkpoint
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             print("the checkpoint's optimizer is another one: it starts anew", file=sys.stderr)
             self.optimizers = make_optimizers(self.model, self.args)
         if checkpoint.get("scaler") and self.scaler.is_enabled():

@@ -23,7 +23,7 @@ import torch
 import alignment
 import stages
 import train
-from model import load_checkpoint
+from model import TransformerBlock, load_checkpoint
 from tokenizer import run_main
 
 VOCAB = 48
@@ -764,12 +764,58 @@ def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
     np.testing.assert_allclose(losses(tmp_path)[20:], losses(tmp_path / "whole")[20:], atol=1e-4)
 
 
+def held(tensors):
+    """How many numbers of some tensors, sharded or not, are in this process."""
+    return sum((t.to_local() if isinstance(t, stages.DTensor) else t).numel() for t in tensors)
+
+
+def watch_shards(folder):
+    """A hook: what a process with --fsdp holds and does, into a file of its own after each step."""
+    found, block = {"forwards": 0}, TransformerBlock
+    step, forward, state = stages.Pretraining.step, block.forward, stages.Pretraining.state
+
+    def whole_to_device(*args):
+        raise AssertionError("a module is moved as a whole")
+
+    def watched_forward(self, *args):
+        found["forwards"] += 1
+        found["dtypes"] = sorted({str(p.dtype) for p in self.parameters()})
+        return forward(self, *args)
+
+    def watched_step(self, i):
+        found["forwards"] = 0
+        out = step(self, i)
+        found["parameters"] = held(self.model.parameters())
+        moments = [t for o in self.optimizers for s in o.state.values() for t in s.values() if t.dim()]
+        found["moments"] = held(moments)
+        Path(f"{folder}/rank{self.rank}.json").write_text(json.dumps(found))
+        return out
+
+    def watched_state(self):
+        out = state(self)
+        found["saved"] = sum(v is not None for v in out["model"].values())
+        return out
+
+    stages.Pretraining.step, block.forward = watched_step, watched_forward
+    stages.Pretraining.state, torch.nn.Module.to = watched_state, whole_to_device
+
+
 def test_fsdp_in_bfloat16(data, tmp_path, alone):
+    """The losses of fp32, nearly; each process holds its half of weights and moments, runs each layer
+    twice a micro-batch (activations are not kept), in bfloat16; only one puts the checkpoint together."""
     argv = command(data, tmp_path, max_iters=20, fsdp=True, dtype="bfloat16", **MICRO)
-    assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
+    hooks = {r: (watch_shards, str(tmp_path)) for r in range(2)}
+    assert [finish(p) for p in processes(2, argv, tmp_path, hooks)] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=0.02)
     weights = load_checkpoint(tmp_path / "ckpt.pt")["model"]
     assert all(w.dtype == torch.float32 for w in weights.values())
+    P = sum(w.numel() for k, w in weights.items() if k != "output.weight")  # tied
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["parameters"] < 0.52 * P and found["moments"] < 2 * 0.52 * P
+        assert found["forwards"] == 2 * 2 * 2  # twice, micro-batches, layers
+        assert found["dtypes"] == ["torch.bfloat16"]
+        assert found["saved"] == (0 if rank else len(weights))
 
 
 def test_dead_worker_ends_the_run(data, tmp_path):
