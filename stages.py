@@ -40,16 +40,18 @@ MAX_BAD_STEPS = 20  # in a row, before a run ends; float16 may need a few to fin
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon to the bit, four times as fast for small models: matrices of one shape go
-    through the Newton-Schulz iteration together. It brings each update U S V' near U V'."""
+    through the Newton-Schulz iteration together. It brings each update U S V' near U V'. With --fsdp
+    momentum is sharded, and updates are put together for the iteration, one after the other."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             alike = {}  # a tall matrix goes with the wide ones of its transposed shape
             for p in group["params"]:
-                alike.setdefault(tuple(sorted(p.shape)), []).append(p)
+                alone = (id(p),) if isinstance(p, DTensor) else ()
+                alike.setdefault((*sorted(p.shape), *alone), []).append(p)
             for params in alike.values():
-                updates = torch.stack([self.momentum(p, group) for p in params]).bfloat16()
+                updates = torch.stack([self.momentum(p, group) for p in params])
                 updates /= updates.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
                 a, b, c = group["ns_coefficients"]
                 for _ in range(group["ns_steps"]):
@@ -60,15 +62,18 @@ class Muon(torch.optim.Muon):
                     rows, columns = p.shape
                     scale = math.sqrt(max(1, rows / columns))
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.T if rows > columns else update, alpha=-group["lr"] * scale)
+                    update = update.T if rows > columns else update
+                    update = cut_as(p, update) if isinstance(p, DTensor) else update
+                    p.add_(update, alpha=-group["lr"] * scale)
 
     def momentum(self, p, group):
-        """The update of one matrix before the iteration (Nesterov's momentum), made wide."""
+        """The update of one matrix before the iteration (Nesterov's momentum), whole, made wide."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(buffer, group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"]).bfloat16()
+        update = update.full_tensor() if isinstance(update, DTensor) else update
         return update.T if p.shape[0] > p.shape[1] else update
 
 
@@ -90,9 +95,8 @@ def make_optimizers(model, args):
     betas = args.beta1, args.beta2
     optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, fused=True)]
     if muon:
-        kind = torch.optim.Muon if args.fsdp else Muon  # torch.stack knows no sharded tensors
         rate, decay = args.muon_learning_rate, args.weight_decay
-        optimizers.append(kind(inner, lr=rate, weight_decay=decay))
+        optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers

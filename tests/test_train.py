@@ -764,6 +764,21 @@ def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
     np.testing.assert_allclose(losses(tmp_path)[20:], losses(tmp_path / "whole")[20:], atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def pair(data, tmp_path_factory):
+    """A run with everything that makes a state hard to keep, on two processes, in this folder."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert [finish(p) for p in processes(2, command(data, folder, **HARD), folder)] == [0, 0]
+    return folder
+
+
+def test_muon_in_shards_is_muon(data, tmp_path, pair):
+    """With --fsdp its iteration, in bfloat16, sees the very matrices that it sees without."""
+    argv = command(data, tmp_path, fsdp=True, **HARD)
+    assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
+    np.testing.assert_allclose(losses(tmp_path), losses(pair), atol=1e-5)
+
+
 def held(tensors):
     """How many numbers of some tensors, sharded or not, are in this process."""
     return sum((t.to_local() if isinstance(t, stages.DTensor) else t).numel() for t in tensors)
