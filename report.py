@@ -7,6 +7,7 @@ import textwrap
 import time
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ class Log:
     def __init__(self, args, name, first, resumed, rank):
         self.master, self.path = rank == 0, Path(args.out_dir) / name
         self.file = self.board = self.wandb = None
+        self.steps, self.pace = 0, 0.0  # how many, and the running mean of their seconds
         quiet = None if self.master else True  # None: shown on a terminal only
         self.bar = tqdm(total=args.max_iters - first, unit="it", disable=quiet,
                         dynamic_ncols=True, smoothing=0.05, leave=False)  # fmt: skip
@@ -79,6 +81,14 @@ class Log:
         if self.master:
             self.bar.clear()
             print(text, flush=True)
+
+    def left(self, seconds, steps):
+        """After a step that took `seconds`: how long `steps` more will take, for its line. Nobody
+        knows after the first, which warms up, and not all of them are equal: the last 50 count most."""
+        self.steps += 1
+        if self.steps > 1:
+            self.pace += (seconds - self.pace) / min(self.steps - 1, 50)
+        return f" | left {timedelta(seconds=round(self.pace * steps))}" if self.steps > 1 else ""
 
     def close(self):
         self.bar.close()

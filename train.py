@@ -524,6 +524,7 @@ def train(args, rank, world):
         while iter_num < args.max_iters and not args.eval_only:
             if iter_num % args.eval_interval == 0:
                 evaluate_and_save()
+            t = time.perf_counter()
             try:
                 stats = stage.step(iter_num)
             except ValueError as e:  # a mistake in the user's reward, before any weight has changed
@@ -533,8 +534,9 @@ def train(args, rank, world):
                 raise ValueError(f"{e}; iteration {iter_num} is saved: when it is mended, go on with "
                                  "the same command and --init_from=resume") from None  # fmt: skip
             log.scalars(iter_num, stats)
+            left = log.left(time.perf_counter() - t, args.max_iters - iter_num - 1)
             if iter_num % args.log_interval == 0:
-                log.line(stage.line(iter_num, stats))
+                log.line(stage.line(iter_num, stats) + ("" if args.ppo_debug else left))
             iter_num += 1
             log.bar.update()
             number = interrupt.pending()

@@ -3,14 +3,16 @@
 import json
 import re
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
 import kernels
 import report
 import train
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, generate, load_checkpoint, model_from_checkpoint
 
 ARGS = ModelArgs(dim=48, n_layers=3, n_heads=2, vocab_size=96, multiple_of=8, max_seq_len=32)
 
@@ -74,6 +76,70 @@ def test_plan_of_many_cards(capsys):
     assert re.search(r" 8 +ddp .* network", capsys.readouterr().out)
     _, rows = plan_rows("--dim=8192", "--n_layers=80", "--n_heads=64", "--n_kv_heads=8")
     assert "does not fit" in capsys.readouterr().out.splitlines()[2]  # a 70B model on one card
+
+
+class Letters:
+    """A tokenizer for a vocabulary of 96."""
+
+    def decode(self, ids):
+        return "".join(chr(256 + i) for i in ids if i > 2)
+
+
+def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
+    """The time left in each line but the first, the story that the model tells at an evaluation, and
+    all of it also where TensorBoard and Weights & Biases would have it."""
+    board, logged = {}, []
+    writer = types.SimpleNamespace(
+        add_scalar=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
+        add_text=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
+        close=lambda: board.update(closed=True),
+    )
+    wandb = types.SimpleNamespace(
+        init=lambda project, name, config: logged.append((project, name, config["dim"])) or
+        types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
+    )  # fmt: skip
+    tensorboard = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(train, "load_tokenizer", lambda *_: Letters())
+    monkeypatch.setattr(train, "write_v3", lambda *_, **__: None)
+    (tmp_path / "tok96").mkdir()
+    ids = np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2")
+    ids.tofile(tmp_path / "tok96/data00.bin")
+    train.main([
+        f"--data={tmp_path}", f"--out_dir={tmp_path}/out", "--vocab_source=custom", "--vocab_size=96",
+        "--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=2", "--max_seq_len=32", "--batch_size=2",
+        "--max_iters=4", "--eval_interval=2", "--eval_iters=2", "--warmup_iters=1", "--device=cpu",
+        "--tensorboard", "--wandb_log", "--wandb_project=p", "--wandb_run_name=n",
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "tok/s" in line]
+    assert len(lines) == 4 and "left" not in lines[0]
+    assert all(re.search(r"\| left \d+:\d\d:\d\d$", line) for line in lines[1:])
+    assert lines[-1].endswith("| left 0:00:00")
+    # the story of the last evaluation is the checkpoint's model's
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "out/ckpt.pt"))
+    uniform = torch.rand(1, 31, generator=torch.Generator().manual_seed(1337))
+    story = Letters().decode(generate(model, [[1]], 31, 0.7, uniform=uniform).responses()[0])
+    assert story and out.rstrip().endswith("  | " + story.strip())
+    records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").open()]
+    assert [step for step, _ in logged[1:]] == [r["iter"] for r in records]
+    assert [scalars for _, scalars in logged[1:]] == records and logged[0] == ("p", "n", 16)
+    for key in ("loss/train", "loss/val", "grad_norm"):
+        assert board[key] == {r["iter"]: r[key] for r in records if key in r}
+    assert board["story"][4] == story and sorted(board["story"]) == [0, 2, 4] and board["closed"]
+
+
+def test_time_left(tmp_path):
+    """From the steps after the first, the late ones more than the early ones."""
+    log = report.Log(train.flags([f"--out_dir={tmp_path}"]), "log.jsonl", 0, False, 0)
+    assert log.left(100, 10) == ""
+    assert log.left(2, 1800) == " | left 1:00:00"
+    assert log.left(4, 20) == " | left 0:01:00"
+    for _ in range(300):
+        log.left(10, 1)
+    assert log.pace == pytest.approx(10, abs=0.05)
+    log.close()
 
 
 LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
