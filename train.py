@@ -477,6 +477,9 @@ def start(args, rank, world):
         changed = differences(args, checkpoint) if resumed else ""
         if changed:
             print(f"going on with other flags: {changed}")
+        then, now = checkpoint.get("code_version") if resumed else None, code_version()
+        if then not in (None, now):
+            print(f"code was {then}, is {now}: the numbers may not be those of a run without a pause")
         if iter_num >= args.max_iters:
             print("nothing to do: the checkpoint has reached --max_iters")
     if args.ppo:

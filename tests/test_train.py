@@ -23,7 +23,7 @@ import torch
 import alignment
 import stages
 import train
-from model import TransformerBlock, load_checkpoint
+from model import TransformerBlock, load_checkpoint, save_checkpoint
 from tokenizer import run_main
 
 VOCAB = 48
@@ -670,6 +670,16 @@ def test_resumes_with_other_flags(data, tmp_path, capsys):
     assert "it starts anew" in text.err
     state = load_checkpoint(tmp_path / "ckpt.pt")
     assert state["iter_num"] == 16 and state["position"] == 12 * 4 + 4 * 2
+
+
+def test_resumes_with_other_code(data, tmp_path, capsys):
+    train.main(command(data, tmp_path, max_iters=4))
+    train.main(command(data, tmp_path, max_iters=5, init_from="resume"))
+    assert "code was" not in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "ckpt.pt")
+    save_checkpoint(tmp_path / "ckpt.pt", state | {"code_version": "0123456789ab"})
+    train.main(command(data, tmp_path, max_iters=6, init_from="resume"))
+    assert f"code was 0123456789ab, is {train.code_version()}: " in capsys.readouterr().out
 
 
 def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
