@@ -86,7 +86,7 @@ def flags(argv=None):
     add("eval_only", False, "evaluate, print, and leave (with --ppo: the report)")
     add("plot", False, "draw the logs in out_dir, and leave")
     add("plan", False, "print memory, tokens/s and hours for these shapes on GPUs, and leave")
-    add("plan_gpu", "h100", "which GPUs", tuple(GPUS))
+    add("plan_gpu", "h100", "which GPUs; cpu: this machine", tuple(GPUS))
     add("plan_mfu", 0.4, "share of their arithmetic that training will use; a run's log has its own")
     add("always_save_checkpoint", False, "accepted; each evaluation saves ckpt.pt anyway")
     add("init_from", "scratch", "scratch, resume (from out_dir), or a checkpoint: its weights")

@@ -1,9 +1,12 @@
 """What is seen of a run: --plot, and --plan against what training really holds in memory."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +58,50 @@ def test_plan_counts_the_state_that_training_has(capsys):
     assert held < rows[0][2] < 1.05 * held  # two tokens' activations are all that comes on top
     assert rows[0][:2] == (1, "ddp")
     assert capsys.readouterr().out.count("ddp") == 7  # 1, 2, 4, 8, 16, 64, 256 cards
+
+
+PEAK = """
+import contextlib, io, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import kernels, report, train
+kernels.keep_memory = lambda: None  # else freed memory counts too
+from model import ModelArgs
+torch.set_num_threads(1)
+def stage(*flags):
+    args = train.flags([f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", *flags])
+    rank, world = train.setup(args)
+    return args, train.Pretraining(args, None, rank, world, contextlib.nullcontext, None)
+small = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=2 --batch_size=2 --max_seq_len=32 --device=cpu"
+stage(*small.split())[1].step(0)  # what is loaded and compiled on first use is not the model's
+before = int(open("/proc/self/statm").read().split()[1]) * 4096
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+args, run = stage(*sys.argv[3:])
+for i in range(2):
+    run.step(i)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+with contextlib.redirect_stdout(io.StringIO()):
+    rows = report.plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
+print(int(peak.split()[1]) * 1024 - before, rows[0][2], rows[0][3], len(rows))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_plan_for_this_machine_is_what_training_takes(tmp_path, native):
+    """Memory within 15 % of the peak of two real steps, without and with kernels.c."""
+    (tmp_path / "tok4096").mkdir()
+    ids = np.random.default_rng(0).integers(3, 4096, 20_000).astype("<u2")
+    ids.tofile(tmp_path / "tok4096/data00.bin")
+    shape = ["--dim=256", "--n_layers=4", "--n_heads=8", "--n_kv_heads=8", "--max_seq_len=256",
+             "--batch_size=6", "--device=cpu", "--dtype=float32", "--plan_gpu=cpu"]  # fmt: skip
+    env = {**os.environ, "NATIVE_KERNELS": native, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAK, Path(report.__file__).parent, tmp_path, *shape]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    measured, planned, rate, rows = map(float, done.stdout.split())
+    assert rows == 1 and rate > 0
+    assert 1 / 1.15 < planned / measured < 1.15, (planned, measured)
 
 
 def test_plan_of_many_cards(capsys):
