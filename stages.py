@@ -195,7 +195,8 @@ class Pretraining:
                 print("not compiled: here kernels.c is faster than what torch.compile makes")
         self.forward = torch.compile(self.model) if args.compile else self.model
         if world > 1 and self.ddp and not args.fsdp:
-            self.forward = DistributedDataParallel(self.forward)
+            # the only buffers, the tables of angles, never change
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
 
     def build(self, checkpoint):
         """The model to train, on the CPU, with the checkpoint's weights where there is one."""

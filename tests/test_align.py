@@ -22,6 +22,7 @@ import train
 from instruct import Template
 from model import ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args
 from model import load_checkpoint, save_checkpoint
+from test_train import finish, processes
 from tokenizer import run_main
 
 VOCAB = 320  # 256 bytes, 3 control tokens, letters
@@ -236,6 +237,23 @@ def test_resumes_to_the_bit(home, tmp_path, stage):
     if stage == "dpo":
         start = load_checkpoint(home / "ckpt.pt")["model"]
         assert all(torch.equal(v, start[k]) for k, v in parts["dpo"]["reference"].items())
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_two_processes_learn_the_same(home, tmp_path, stage):
+    """As one, in what is trained and in what is measured on held-out rankings."""
+    flags = {stage: True, "max_iters": 6, "eval_interval": 3, "batch_size": 4, "dropout": 0.0,
+             "gradient_accumulation_steps": 2, "data": home / "rankings.jsonl"}  # fmt: skip
+    run(home, tmp_path / "one", **flags)
+    both = processes(2, argv(home, tmp_path / "two", **flags), tmp_path)
+    assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
+    one, two = ([json.loads(line) for line in (tmp_path / d / f"{stage}_log.jsonl").open()]
+                for d in ("one", "two"))  # fmt: skip
+    timing = "ms", "mfu", "tokens_per_s"
+    for a, b in zip(one, two, strict=True):
+        a, b = ({k: v for k, v in r.items() if k not in timing} for r in (a, b))
+        assert a == pytest.approx(b, abs=2e-5, rel=1e-4)
+    assert one[0]["loss/val"] > one[-1]["loss/val"]
 
 
 # ----------------------------------------------------------------------------

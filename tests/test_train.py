@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import alignment
+import kernels
 import stages
 import train
 from model import TransformerBlock, load_checkpoint, save_checkpoint
@@ -682,6 +683,50 @@ def test_resumes_with_other_code(data, tmp_path, capsys):
     assert f"code was 0123456789ab, is {train.code_version()}: " in capsys.readouterr().out
 
 
+def test_goes_on_in_bfloat16(data, tmp_path, alone):
+    """From a checkpoint in float32, with its optimizer: the losses stay near those of float32."""
+    flags = dict(init_from="resume", dtype="bfloat16", max_iters=20, **MICRO)
+    shutil.copytree(alone, tmp_path / "run")
+    (tmp_path / "run/ckpt.prev.pt").replace(tmp_path / "run/ckpt.pt")  # iteration 10
+    train.main(command(data, tmp_path / "run", **flags))
+    state = load_checkpoint(tmp_path / "run/ckpt.pt")
+    assert state["iter_num"] == 20 and state["config"]["dtype"] == "bfloat16"
+    assert all(w.dtype == torch.float32 for w in state["model"].values())
+    half, full = losses(tmp_path / "run"), losses(alone)
+    np.testing.assert_allclose(half, full, atol=0.02)
+    assert half[:10] == full[:10] and half[10:] != full[10:]
+
+
+def test_weighted_folders_resume_to_the_bit(data, tmp_path):
+    """--data=a:0.7,b:0.3, interrupted; and it is not the run on the first of them."""
+    other = tmp_path / "other"
+    (other / f"tok{VOCAB}").mkdir(parents=True)
+    np.array(chain(9_000, 7), dtype="<u2").tofile(other / f"tok{VOCAB}" / "data00.bin")
+    both = f"{data}:0.7,{other}:0.3"
+    train.main(command(both, tmp_path / "whole"))
+    assert interrupted(both, tmp_path / "stopped", 6, signal.SIGINT) == 0
+    train.main(command(both, tmp_path / "stopped", init_from="resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    train.main(command(data, tmp_path / "first"))
+    assert losses(tmp_path / "first") != losses(tmp_path / "whole")
+
+
+def test_compiled_is_the_same_model(data, tmp_path, monkeypatch):
+    """Where kernels.c is not, as on a GPU, torch.compile traces the model in one piece."""
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    train.main(command(data, tmp_path / "plain", max_iters=4))
+    compile, calls = torch.compile, []
+
+    def eager(module):
+        calls.append(module)
+        return compile(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    train.main(command(data, tmp_path / "compiled", max_iters=4, compile=True))
+    assert calls
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), atol=1e-5)
+
+
 def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
     train.main(command(data, tmp_path))
     before = (tmp_path / "ckpt.pt").read_bytes()
@@ -734,12 +779,36 @@ def alone(data, tmp_path_factory):
 MICRO = dict(batch_size=2, gradient_accumulation_steps=4, eval_interval=10)
 
 
+def count_messages(folder):
+    """A hook: how many of which collective operations a step has, into a file."""
+    step = stages.Pretraining.step
+
+    def watched(self, i):
+        if i != 3:
+            return step(self, i)
+        with torch.profiler.profile() as found:
+            out = step(self, i)
+        names = [e.name.removeprefix("c10d::") for e in found.events() if e.name.startswith("c10d::")]
+        counts = {name: names.count(name) for name in names}
+        Path(f"{folder}/counts.json").write_text(json.dumps(counts))
+        return out
+
+    stages.Pretraining.step = watched
+
+
 @pytest.mark.parametrize("n,flags", [
     (2, {}), (4, {}), (2, dict(fsdp=True)), (4, dict(fsdp=True)),
 ])  # fmt: skip
 def test_any_number_of_processes_learns_the_same(data, tmp_path, alone, n, flags):
+    """And they exchange gradients once a step, however many micro-batches it has: DDP in one bucket,
+    FSDP layer by layer. One more all-reduce is of loss and tokens; FSDP needs one for the norm."""
     argv = command(data, tmp_path, max_iters=20, **MICRO, **flags)
-    assert [finish(p) for p in processes(n, argv, tmp_path)] == [0] * n
+    hooks = {0: (count_messages, str(tmp_path))}
+    assert [finish(p) for p in processes(n, argv, tmp_path, hooks)] == [0] * n
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    if flags:
+        assert counts.pop("_allgather_base_") > 3  # weights, for each micro-batch
+    assert counts == ({"_reduce_scatter_base_": 3, "allreduce_": 2} if flags else {"allreduce_": 2})
     np.testing.assert_allclose(losses(tmp_path), losses(alone), atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "loss/val"), losses(alone, "loss/val"), atol=1e-5)
 
@@ -780,6 +849,17 @@ def pair(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     assert [finish(p) for p in processes(2, command(data, folder, **HARD), folder)] == [0, 0]
     return folder
+
+
+def test_two_processes_resume_to_the_bit(data, tmp_path, pair):
+    """SIGTERM reaches one of them; both save, leave, and go on as if it had not."""
+    argv = command(data, tmp_path, **HARD)
+    hooks = {1: (die_in_step, 5, signal.SIGTERM)}
+    assert [finish(p) for p in processes(2, argv, tmp_path, hooks)] == [128 + signal.SIGTERM] * 2
+    assert "saved iteration 6" in (tmp_path / "rank0.txt").read_text()
+    argv = command(data, tmp_path, init_from="resume", **HARD)
+    assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
+    assert_same_run(pair, tmp_path)
 
 
 def test_muon_in_shards_is_muon(data, tmp_path, pair):
