@@ -148,7 +148,8 @@ def print_report(found):
 
 def plot(out_dir):
     """Draws the logs in a run's folder into out_dir/NAME.png, or on the terminal where matplotlib
-    is not installed: losses, and PPO's objective below its roof. Raises FileNotFoundError."""
+    is not installed: losses, PPO's objective below its roof, and the gradient's norm, whose spikes tell
+    of trouble. Raises FileNotFoundError."""
     drawn = {
         "log": ("loss, nats a token", ("loss/train", "loss/val")),
         "sft_log": ("loss, nats a token of the replies", ("loss/train", "loss/val")),
@@ -162,7 +163,9 @@ def plot(out_dir):
     for name in found:
         path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        curves = {k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None] for k in keys}
+        curves = {
+            k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None] for k in (*keys, "grad_norm")
+        }
         curves = {k: points for k, points in curves.items() if points}
         if not curves:
             continue
@@ -173,12 +176,16 @@ def plot(out_dir):
             for k, points in curves.items():
                 print(f"  {k}\n{textwrap.indent(terminal_curve(points), '    ')}")
             continue
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="iteration", ylabel=label)
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        above.set_ylabel(label)
+        below.set(xlabel="iteration", ylabel="gradient norm")
         for k, points in curves.items():
+            axes = below if k == "grad_norm" else above
             axes.plot(*zip(*points), label=k, linewidth=1, marker="." if len(points) < 50 else "")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        above.legend()
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
         with write_atomic(path.with_suffix(".png")) as f:
             figure.savefig(f, format="png", dpi=120)
         print(f"wrote {path.with_suffix('.png')}")

@@ -203,11 +203,18 @@ def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
     assert curve[-1].split("|") == ["        1.000 ", " " * 39 + "**"]  # ... to the lower right
     assert sum(line.count("*") for line in curve) == 41
     assert "iterations 0 to 40" in lines[-1]
+    rows = [r | {"grad_norm": 9.0 if r["iter"] == 20 else 1.0} for r in LOG]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train.main(["--plot", f"--out_dir={tmp_path}"])
+    text = capsys.readouterr().out
+    curve = [line.split("|")[1] for line in text.partition("grad_norm")[2].splitlines() if "|" in line]
+    assert curve[0] == " " * 20 + "*" and curve[-1] == "*" * 20 + " " + "*" * 20  # the spike
 
 
 def test_plot_as_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot draws on the terminal without matplotlib")
-    rows = [{"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1} for i in range(9)]
+    rows = [{"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1, "grad_norm": 2 + i % 2}
+            for i in range(9)]  # fmt: skip
     (tmp_path / "ppo_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train.main(["--plot", f"--out_dir={tmp_path}"])
     picture = (tmp_path / "ppo_log.png").read_bytes()
