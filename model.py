@@ -737,8 +737,10 @@ def save_checkpoint(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        raise OSError(f"{path}: cannot write the checkpoint: {e}") from None
+    except (OSError, RuntimeError) as e:
+        # On a full disk torch.save raises RuntimeError, "unexpected pos", over the write's OSError.
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or e
+        raise OSError(f"{path}: cannot write the checkpoint: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -539,16 +539,6 @@ class Windows:
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
 
-    def fixed(self, n, batch_size, rank=0, world_size=1):
-        """
-        Batches x, y of a fixed set of n windows (at most an epoch): the same at every call and,
-        dealt out to the ranks batch by batch, for any number of processes. The last may be
-        smaller, so weigh by rows: sum(loss * len(x)) / sum(len(x)), both summed over the ranks.
-        """
-        n = min(n, len(self))
-        for start in range(rank * batch_size, n, world_size * batch_size):
-            yield self.batch(start, min(batch_size, n - start))
-
 class Prompts:
     """
     Beginnings of stories, for PPO: BOS and the first 0 to start_len - 1 tokens, as lists of ids.
