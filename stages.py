@@ -181,6 +181,7 @@ class Pretraining:
             self.model.to(args.device)
         self.train, self.val = self.data("train"), self.data("val")
         self.position = self.tokens = 0  # windows, or other samples, dealt so far, and their tokens
+        self.ahead = None, None  # the position after these, and the samples there
         self.micro_steps = max(args.gradient_accumulation_steps // world, 1)
         self.optimizers = make_optimizers(self.model, args)
         kind = args.device.partition(":")[0]
@@ -225,13 +226,14 @@ class Pretraining:
             group["lr"] = group["peak_lr"] * schedule(iteration, a)
         loss_sum, tokens, seen = 0.0, 0, []
         for micro in range(self.micro_steps):
-            batch = self.train.batch(self.position + self.rank * a.batch_size, a.batch_size)
+            batch = self.read(self.position)
             self.position += self.world * a.batch_size
             with self.synchronised(micro == self.micro_steps - 1):
                 with self.context():
                     loss, n, found = self.loss(self.forward, batch)
                     loss = loss / self.micro_steps
                 self.scaler.scale(loss).backward()
+            self.ahead = self.position, self.read(self.position)
             loss_sum += loss.detach()
             tokens += n
             seen.append(found)
@@ -267,6 +269,18 @@ class Pretraining:
             "mfu": tokens / seconds * self.flops / self.roof,
             "ms": seconds * 1e3,
         }
+
+    def read(self, position):
+        """This rank's samples from a position on; a GPU still works on those before when the next
+        ones are read, and sent from pinned memory."""
+        there, batch = self.ahead
+        if there != position:
+            n, device = self.args.batch_size, self.args.device
+            batch = self.train.batch(position + self.rank * n, n)
+            if device.startswith("cuda"):
+                batch = [t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
+                         for t in batch]  # fmt: skip
+        return batch
 
     def synchronised(self, last):
         """The context of a backward pass: processes exchange gradients in the last of a step."""
