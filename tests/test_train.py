@@ -2,6 +2,7 @@
 the run on one process."""
 
 import errno
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -926,10 +927,12 @@ def test_fsdp_in_bfloat16(data, tmp_path, alone):
 
 def test_dead_worker_ends_the_run(data, tmp_path):
     argv = command(data, tmp_path, max_iters=100_000, eval_interval=3)
-    both = processes(2, argv, tmp_path, hooks={1: (die_in_step, 5)})
+    watched = faulthandler.dump_traceback_later, 15  # where it hangs, if it does
+    both = processes(2, argv, tmp_path, hooks={0: watched, 1: (die_in_step, 5)})
     assert finish(both[1]) == -signal.SIGKILL
     t = time.time()
-    assert finish(both[0], 20) == 1 and time.time() - t < 10
+    both[0].join(20)
+    assert both[0].exitcode == 1 and time.time() - t < 10, (tmp_path / "rank0.txt").read_text()
     assert "another process of this run has gone" in (tmp_path / "rank0.txt").read_text()
     assert train.load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
 
