@@ -413,6 +413,27 @@ def save_template(home, out, template, **changed):
     save_checkpoint(out / "ckpt.pt", checkpoint)
 
 
+def test_first_steps_are_short(home, rm, tmp_path):
+    """Over 5 optimizer steps the rate rises to that of the schedule; Adam's first step, without
+    weight decay, is the rate itself; and the logged rate is that of the last step."""
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", ppo_warmup_steps=5, ppo_epochs=4, batch_size=16)
+    args = train.flags(argv(home, tmp_path, **flags))
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    optimizer, rates, net = stage.optimizers[0], [], [stage.model.output.weight.detach().clone()]
+
+    def note(optimizer, *_):
+        rates.append(optimizer.param_groups[0]["lr"])
+        net.append(stage.model.output.weight.detach().clone())
+
+    optimizer.register_step_post_hook(note)
+    stats = [stage.step(i) for i in (7, 8)]
+    peak = [1e-3 * stages.schedule(i, args, 7, warmup=0) for i in (7, 8)]
+    assert rates == pytest.approx([peak[k > 4] * min(k / 5, 1) for k in range(1, 9)])
+    assert float((net[1] - net[0]).abs().max()) == pytest.approx(peak[0] / 5, rel=1e-2)
+    assert [s["ppo/learning_rate"] for s in stats] == [rates[3], rates[7]]
+
+
 def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5)
     run(home, tmp_path, **flags)
