@@ -102,6 +102,16 @@ class PPOConfig:
         for name in ("gamma", "lam", "lam_value"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        if self.kl_in == "loss" and self.kl_penalty not in ("full", "mse"):
+            raise ValueError(  # that of k1, for one, is 0
+                f"kl_in=loss with kl_penalty={self.kl_penalty}: as a loss its expected gradient is not "
+                "that of the KL; take full or mse, or kl_in=reward"
+            )
+        if self.critic_warmup and (self.advantage != "gae" or self.value_model == "shared"):
+            raise ValueError(
+                "critic_warmup trains a critic of its own: it needs advantage=gae and a value_model "
+                "that is not shared"
+            )
         if self.whiten_rewards and self.kl_in != "reward":
             raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:

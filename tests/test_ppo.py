@@ -888,10 +888,15 @@ def test_refuses_numbers_that_are_not_finite():
         dict(lam=1.5),
         dict(gamma=-0.1),
         dict(rollouts=10, group_size=4, advantage="grpo"),
+        dict(kl_in="loss", kl_penalty="kl"),
+        dict(kl_in="loss", kl_penalty="abs"),
+        dict(kl_in="loss", kl_penalty="k3"),
+        dict(critic_warmup=1, value_model="shared"),
+        dict(critic_warmup=1, advantage="reinforce"),
     ],
 )
 def test_refuses_settings(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=list(wrong)[0]):
         PPOConfig(**wrong)
 
 
