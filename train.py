@@ -549,7 +549,7 @@ def train(args, rank, world):
                          "go on with the same command and --init_from=resume")  # fmt: skip
                 return 128 + number if number == signal.SIGTERM else 0
         evaluate_and_save()
-    except FloatingPointError as e:
+    except (FloatingPointError, ppo.Mismatch) as e:
         where = f"{args.out_dir}/{stage.prefix}ckpt.pt has iteration {saved}" if saved else "none"
         raise ValueError(f"{e}; the last good checkpoint: {where}") from None
     finally:

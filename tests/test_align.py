@@ -444,6 +444,22 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
 # what can be wrong
 
 
+def test_a_failed_check_is_one_line(home, rm, tmp_path, capsys, monkeypatch):
+    """What the trainer refuses is no traceback, and names the last good checkpoint."""
+    step = ppo.PPOTrainer.step
+
+    def drifts(self, *a):
+        if self.iteration == 1:
+            self.policy.norm.weight.data *= 1.1
+        return step(self, *a)
+
+    monkeypatch.setattr(ppo.PPOTrainer, "step", drifts)
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", eval_interval=1)
+    text = error_of(capsys, argv(home, tmp_path, **flags))
+    assert "from the rollout's log-probability" in text
+    assert f"the last good checkpoint: {tmp_path}/ppo_ckpt.pt has iteration " in text
+
+
 def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
     def ppo_with(path, **more):
         out = tmp_path / "out"

@@ -16,7 +16,7 @@ import frontier
 import kernels
 import ppo
 from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
-from ppo import LengthReward, PPOConfig, PPOTrainer
+from ppo import LengthReward, Mismatch, PPOConfig, PPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -507,7 +507,7 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
                 nll = -policy(x).log_softmax(-1).gather(2, y[..., None]).mean() / len(texts)
                 total = total + c.ptx_coef * nll
                 step["ptx"] += float(nll)
-        step["total"] = float(total)
+        step["total"] = total.item()
         for model in filter(None, (policy, critic)):
             model.zero_grad()
         total.backward()
@@ -737,10 +737,26 @@ def rollouts(trainer, prompts=[[BOS_ID, 4, 5]] * 16, **replaced):
 
 def test_refuses_a_policy_that_is_not_the_reference():
     trainer = make_trainer()
+    given = rollouts(trainer)
     with torch.no_grad():
-        trainer.reference.norm.weight.mul_(1.5)
-    with pytest.raises(RuntimeError, match="a KL of 0 to the reference"):
-        trainer.step(**rollouts(trainer))
+        trainer.reference.norm.weight.mul_(1.1)
+    with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
+        trainer.step(**given)
+
+
+@pytest.mark.parametrize("kind", ["full", "kl", "k3"])
+def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
+    """A tenth of a nat a response, which no single token shows."""
+    trainer = make_trainer(kl_penalty=kind)
+    given = rollouts(trainer)
+    with torch.no_grad():
+        trainer.reference.norm.weight.mul_(1.25)
+        far = ppo.against_reference(trainer.policy, trainer.reference, given["queries"],
+                                    given["responses"], 16)[0]  # fmt: skip
+    assert 0.02 < float(far.mean()) < 0.19
+    trainer.tolerance = 1.0  # of a token
+    with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
+        trainer.step(**given)
 
 
 def test_refuses_log_probabilities_of_another_policy():
@@ -749,7 +765,7 @@ def test_refuses_log_probabilities_of_another_policy():
     with torch.no_grad():
         for model in (trainer.policy, trainer.reference):
             model.norm.weight.mul_(1.1)
-    with pytest.raises(RuntimeError, match="the rollout's log-probability"):
+    with pytest.raises(Mismatch, match="the rollout's log-probability"):
         trainer.step(**given)
 
 
@@ -763,7 +779,7 @@ def test_refuses_sampling_from_another_support(changed, monkeypatch):
 
     generate = ppo.generate
     monkeypatch.setattr(ppo, "generate", truncated)
-    with pytest.raises(RuntimeError, match="the rollout's log-probability"):
+    with pytest.raises(Mismatch, match="the rollout's log-probability"):
         trainer.step(**rollouts(trainer))
 
 
@@ -778,7 +794,7 @@ def test_refuses_a_ratio_that_does_not_start_at_one(monkeypatch):
         return gradients(self, *a)
 
     monkeypatch.setattr(PPOTrainer, "gradients", drifted)
-    with pytest.raises(RuntimeError, match="the ratio is not 1"):
+    with pytest.raises(Mismatch, match="the ratio is not 1"):
         trainer.step(**given)
 
 
@@ -789,7 +805,7 @@ def test_refuses_dropout_in_the_ratio(monkeypatch):
     assert stats["ppo/policy/clipfrac"] < 1 and not trainer.policy.training
     trainer = make_trainer(a=args(dropout=0.3))
     monkeypatch.setattr(Transformer, "eval", lambda self: self.train())
-    with pytest.raises(RuntimeError, match="log-probability|KL of 0"):
+    with pytest.raises(Mismatch, match="log-probability|KL of 0"):
         iterate(trainer)
 
 
@@ -798,7 +814,7 @@ def test_refuses_an_end_token_outside_the_response():
     given = rollouts(trainer)
     i = int(given["ended"].nonzero()[0])
     given["responses"][i] = given["responses"][i][:-1] + [7]
-    with pytest.raises(RuntimeError, match="lacks its end token"):
+    with pytest.raises(Mismatch, match="lacks its end token"):
         trainer.step(**given)
 
 
@@ -806,21 +822,25 @@ def test_refuses_responses_and_log_probabilities_that_do_not_match():
     trainer = make_trainer()
     given = rollouts(trainer)
     given["old_logprobs"][0] = given["old_logprobs"][0][:-1]
-    with pytest.raises(RuntimeError, match="one log-probability for each"):
+    with pytest.raises(Mismatch, match="one log-probability for each"):
         trainer.step(**given)
 
 
-def test_refuses_a_score_that_is_not_on_the_last_token(monkeypatch):
+@pytest.mark.parametrize("first", [True, False])
+def test_refuses_a_score_that_is_not_on_the_last_token(first, monkeypatch):
+    """On the first, or on every one."""
     trainer = make_trainer()
     given = rollouts(trainer)
 
-    def first_token(scores, counts):
-        out = scores.new_zeros(int(counts.sum()))
-        out[counts.cumsum(0) - counts] = scores
+    def misplaced(scores, counts):
+        out = ppo.over_tokens(scores, counts)
+        if first:
+            out = torch.zeros_like(out)
+            out[counts.cumsum(0) - counts] = scores
         return out
 
-    monkeypatch.setattr(ppo, "place_scores", first_token)
-    with pytest.raises(RuntimeError, match="not on the last token"):
+    monkeypatch.setattr(ppo, "place_scores", misplaced)
+    with pytest.raises(Mismatch, match="not on the last token"):
         trainer.step(**given)
 
 
@@ -839,12 +859,36 @@ def test_refuses_a_mask_that_reaches_into_the_prompt(monkeypatch):
 
     gradients = PPOTrainer.gradients
     monkeypatch.setattr(PPOTrainer, "gradients", in_the_update)
-    with pytest.raises(RuntimeError, match="not the response tokens"):
+    with pytest.raises(Mismatch, match="not the response tokens"):
         trainer.step(**given)
 
 
-def test_no_gradient_from_the_prompt():
+@pytest.mark.parametrize("when", ["scoring", "update"])
+def test_refuses_a_mask_without_the_end_token(when, monkeypatch):
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    pack, function = ppo.pack, dict(scoring="examine", update="gradients")[when]
+
+    def without_end(queries, responses, device):
+        p = pack(queries, responses, device)
+        kept = torch.tensor([i < len(r) - 1 for r in responses for i in range(len(r))])
+        return p._replace(action=p.action[kept], target=p.target[kept])
+
+    def then(self, *a):
+        monkeypatch.setattr(ppo, "pack", without_end)
+        return original(self, *a)
+
+    original = getattr(PPOTrainer, function)
+    monkeypatch.setattr(PPOTrainer, function, then)
+    with pytest.raises(Mismatch, match="not the response tokens"):
+        trainer.step(**given)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_no_gradient_from_the_prompt(native, monkeypatch):
     """The loss reaches the classifier from the positions that predict a response token alone."""
+    if not native:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     trainer = make_trainer(ppo_epochs=1, mini_batch_size=16)
     given = rollouts(trainer, [[BOS_ID, 5, 6], [BOS_ID], [BOS_ID, 7, 8, 9]] * 5 + [[BOS_ID]])
     grads, packed = [], []
@@ -866,6 +910,27 @@ def test_no_gradient_from_the_prompt():
         want += [False] * (prompt - 1) + [True] * response
     assert False in want and len(grads) == 1
     assert ((grads[0] != 0).any(1) == torch.tensor(want)).all()
+
+
+def test_no_gradient_from_padding(monkeypatch):
+    """Without kernels.c attention is padded: the gradient of responses of any length together is
+    the sum of those of each alone, where nothing is padded."""
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    trainer = make_trainer(mini_batch_size=16)
+    given = rollouts(trainer, [[BOS_ID], [BOS_ID, 7, 8, 9]] * 8)
+    assert len({len(q) + len(r) for q, r in zip(given["queries"], given["responses"])}) > 3
+    loss, found = trainer.loss, []
+
+    def both(data, part, weight, *rest):
+        each = zip(part, weight.split(data["counts"][part].tolist()))
+        alone = sum(loss(data, [i], w, *rest)[0] for i, w in each)
+        together = loss(data, part, weight, *rest)[0]
+        found.extend(flat_gradient(x, trainer.policy) for x in (alone, together))
+        return loss(data, part, weight, *rest)
+
+    trainer.loss = both
+    trainer.step(**given)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-3)
 
 
 def test_refuses_numbers_that_are_not_finite():
