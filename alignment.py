@@ -172,18 +172,23 @@ class Alignment:
             self.held_out = Prompts(args.data, "val", args.start_len, vocab)
             self.text = Windows(args.data, "val", min(context, 256), vocab)
         if config.ptx_coef:
-            if self.world > 1:
-                raise ValueError("--ptx_coef works with one process only")
             if instruction_file(ptx):
                 self.ptx_text = Packed(Instructions(ptx, "train", *texts, context, args.seed + 1))
             else:
                 self.ptx_text = Windows(ptx, "train", context, vocab, args.seed + 1)
 
     def ptx_batch(self):
-        n = max(self.args.batch_size // 8, 1)
-        x, y, *packed = self.ptx_text.batch(self.ptx_position, n)
-        self.ptx_position += n
-        return x.to(self.args.device), y.to(self.args.device), *packed[:1]  # lengths, where packed
+        """This rank's samples of the next batch of text, and before them what their mean loss weighs
+        in that of the batch: however it is dealt out, each token counts the same."""
+        n, device = max(self.args.batch_size // 8, 1), self.args.device
+        first, last = (n * r // self.world for r in (self.rank, self.rank + 1))
+        position, self.ptx_position = self.ptx_position + first, self.ptx_position + n
+        if first == last:
+            return (0.0,)
+        x, y, *packed = self.ptx_text.batch(position, last - first)
+        expected = (packed[1] if packed else y.numel()) * n / (last - first)
+        share = int((y >= 0).sum()) / expected
+        return share, x.to(device), y.to(device), *packed[:1]  # lengths, where packed
 
     def adam(self, model, rate):
         """Adam whose first steps are short: its second moments are rough estimates then. The count
@@ -191,7 +196,9 @@ class Alignment:
         a = self.args
         params = [p for p in model.parameters() if p.requires_grad]
         betas = a.beta1, a.beta2
-        optimizer = torch.optim.AdamW(params, rate, betas, weight_decay=a.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            params, rate, betas, a.adam_eps, weight_decay=a.weight_decay, fused=True
+        )
         optimizer.param_groups[0].update(peak_lr=rate, scale=1.0, steps=0)
 
         def warm_up(optimizer, args, kwargs):

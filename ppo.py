@@ -403,7 +403,8 @@ class PPOTrainer:
     critic     a TransformerWithValueHead of its own, or None (shared, or no critic wanted)
     optimizer, critic_optimizer  the latter None where critic is None
     context    what to run forward passes in (autocast), a zero-argument callable
-    ptx        a zero-argument callable giving (tokens, targets) of pretraining data, or None
+    ptx        a zero-argument callable giving this rank's part of the next batch of pretraining
+               data: what its loss weighs in that of the batch, tokens, targets, maybe lengths
     stop_ids   the tokens that end a response
     """
 
@@ -670,15 +671,24 @@ class PPOTrainer:
             if c.loss_aggregation == "sequence":
                 each = 1 / (n_rollouts * counts[part])
             weight = over_tokens(each, counts[part]).to(self.device)
-            share = len(part) / n_rollouts
-            loss, found = self.loss(data, part, weight, share, policy)
+            loss, found = self.loss(data, part, weight, policy)
             loss.backward()
             off = max(off, float(found.pop("off", 0.0)))
             for k, v in found.items():
                 stats[k] = stats[k] + v.detach()
+        steps = c.gradient_accumulation_steps
+        for _ in range(steps if policy and c.ptx_coef else 0):
+            share, *text = self.ptx()
+            if share:
+                with self.update_context():
+                    loss = share / steps * self.policy(*text)
+                (c.ptx_coef * loss).backward()
+                stats["ptx"] = stats["ptx"] + loss.detach()
+        if policy:
+            stats["total"] = stats["total"] + c.ptx_coef * stats["ptx"]
         return dict(zip(names, all_sum(*stats.values()))) | {"off": all_max(off)}
 
-    def loss(self, data, part, weight, share, policy):
+    def loss(self, data, part, weight, policy):
         """The loss of some rollouts (`part`). `weight` (A,) is that of each of their actions in the
         loss of the whole optimizer step, so that the sum over forward passes and processes does
         not depend on the split. Returns it and statistics, weighted too."""
@@ -709,10 +719,6 @@ class PPOTrainer:
             stats |= dict(policy=mean(losses), entropy=mean(entropy), clipfrac=mean(clipped))
             stats |= dict(ratio=mean(moved.exp()), approx_kl=mean(kl_estimate(-moved, 0, "k3")))
             stats["off"] = moved.abs().max()
-            if c.ptx_coef and self.ptx is not None:
-                with self.update_context():
-                    stats["ptx"] = share * self.policy(*self.ptx())
-                total = total + c.ptx_coef * stats["ptx"]
         if self.uses_values:
             with self.update_context():
                 values = self.policy.values(hidden) if self.critic is None else self.values(p)

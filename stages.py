@@ -92,8 +92,8 @@ def make_optimizers(model, args):
         {"params": outer, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = args.beta1, args.beta2
-    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, fused=True)]
+    adam = dict(betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, **adam)]
     if muon:
         rate, decay = args.muon_learning_rate, args.weight_decay
         optimizers.append(Muon(inner, lr=rate, weight_decay=decay))

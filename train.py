@@ -122,6 +122,7 @@ def flags(argv=None):
     add("weight_decay", 0.1, "decoupled weight decay of matrices")
     add("beta1", 0.9, "Adam's first decay")
     add("beta2", 0.95, "Adam's second decay")
+    add("adam_eps", 1e-8, "Adam's epsilon, which keeps small gradients from large steps")
     add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
     add("decay_lr", True, "let the learning rate fall to 0 at max_iters")
     add("schedule", "cosine", "how it falls", ("cosine", "linear"))

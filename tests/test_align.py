@@ -415,22 +415,27 @@ def save_template(home, out, template, **changed):
 
 def test_first_steps_are_short(home, rm, tmp_path):
     """Over 5 optimizer steps the rate rises to that of the schedule; Adam's first step, without
-    weight decay, is the rate itself; and the logged rate is that of the last step."""
+    weight decay, is rate * g / (|g| + eps); and the logged rate is that of the last step."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ppo_warmup_steps=5, ppo_epochs=4, batch_size=16)
+    flags |= dict(adam_eps=1e-3, init_kl_coef=0)
     args = train.flags(argv(home, tmp_path, **flags))
     train.setup(args)
     stage, *_ = train.start(args, 0, 1)
-    optimizer, rates, net = stage.optimizers[0], [], [stage.model.output.weight.detach().clone()]
+    optimizer, p, rates, seen = stage.optimizers[0], stage.model.output.weight, [], []
 
     def note(optimizer, *_):
         rates.append(optimizer.param_groups[0]["lr"])
-        net.append(stage.model.output.weight.detach().clone())
+        seen.append(p.detach().clone())
 
+    optimizer.register_step_pre_hook(lambda *_: seen.extend((p.detach().clone(), p.grad.clone())))
     optimizer.register_step_post_hook(note)
-    stats = [stage.step(i) for i in (7, 8)]
-    peak = [1e-3 * stages.schedule(i, args, 7, warmup=0) for i in (7, 8)]
+    stats = [stage.step(i) for i in (0, 1)]
+    peak = [1e-3, 1e-3 * stages.schedule(1, args, warmup=0)]
+    assert 0 < peak[1] < 1e-3
     assert rates == pytest.approx([peak[k > 4] * min(k / 5, 1) for k in range(1, 9)])
-    assert float((net[1] - net[0]).abs().max()) == pytest.approx(peak[0] / 5, rel=1e-2)
+    before, g, after = seen[:3]
+    torch.testing.assert_close(after, before - peak[0] / 5 * g / (g.abs() + 1e-3))
+    assert float(g.abs().max()) > 1e-3
     assert [s["ppo/learning_rate"] for s in stats] == [rates[3], rates[7]]
 
 
@@ -438,6 +443,24 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5)
     run(home, tmp_path, **flags)
     assert all(x > 0 for x in records(tmp_path, "ppo_log.jsonl", "ppo/loss/ptx"))
+
+
+def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
+    """Of one batch, the parts of two ranks, or of five, weigh together what the batch weighs alone."""
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
+    args = train.flags(argv(home, tmp_path, **flags))
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    found = []
+    for stage.world in (1, 2, 5):
+        total = 0
+        for stage.rank in range(stage.world):
+            stage.ptx_position = 7
+            share, *text = stage.ptx_batch()
+            total += share * stage.model(*text).item() if share else 0
+            assert stage.ptx_position == 10
+        found.append(total)
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------

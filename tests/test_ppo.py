@@ -506,7 +506,7 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
             for x, y in texts:
                 nll = -policy(x).log_softmax(-1).gather(2, y[..., None]).mean() / len(texts)
                 total = total + c.ptx_coef * nll
-                step["ptx"] += float(nll)
+                step["ptx"] += nll.item()
         step["total"] = total.item()
         for model in filter(None, (policy, critic)):
             model.zero_grad()
@@ -561,7 +561,8 @@ def test_an_iteration_is_that_of_the_definitions(config):
         torch.nn.init.normal_(head.weight, std=0.1)
     trainer.iteration = 1
     texts = [(x[:, :-1], x[:, 1:]) for x in torch.randint(12, (2, 3, 9))]
-    trainer.ptx = itertools.cycle(texts).__next__
+    batches = itertools.cycle(texts)
+    trainer.ptx = lambda: (1.0, *next(batches))
     queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 5], [BOS_ID]] * 8, seed=1)
     scores = LengthReward(6)(queries, responses, ended)
     scores = [s + i % 3 / 10 for i, s in enumerate(scores)]

@@ -295,6 +295,19 @@ def test_weight_decay_is_of_matrices_only(data, tmp_path):
         torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
+def test_adam_eps(data, tmp_path):
+    """With gradients of 1, Adam's first step is rate / (1 + eps)."""
+    args = train.flags(command(data, tmp_path, adam_eps=0.6, weight_decay=0))
+    model = stages.Transformer(stages.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8))
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for o in stages.make_optimizers(model, args):
+        o.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 1e-2 / 1.6)
+
+
 def test_muon_is_that_of_pytorch():
     """To the bit, over several steps, and in the state that it keeps."""
     shapes = [(16, 16), (16, 16), (8, 16), (16, 8), (44, 16), (16, 44), (8, 16)]
@@ -960,14 +973,18 @@ def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
 
 
 def test_ppo_with_two_processes(data, tmp_path):
-    flags = PPO | dict(init_from=tmp_path / "ckpt.pt", averaging=0, ptx_coef=0)
+    """Rollouts and text to remember, three windows a step, are dealt out: the numbers stay."""
+    flags = PPO | dict(init_from=tmp_path / "ckpt.pt", batch_size=24, rollouts=24, ptx_coef=0.5)
     train.main(command(data, tmp_path))
     train.main(command(data, tmp_path / "one", **flags))
     for p in processes(2, command(data, tmp_path / "two", **flags), tmp_path):
         assert finish(p) == 0, (tmp_path / "rank0.txt").read_text()
     one, two = (read_log(tmp_path / d, "ppo_") for d in ("one", "two"))
-    for key in ("ppo/objective", "ppo/loss/policy", "ppo/loss/value", "ppo/kl_ref"):
+    for key in ("ppo/objective", "ppo/loss/policy", "ppo/loss/value", "ppo/kl_ref", "ppo/loss/ptx"):
         np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], atol=1e-4)
+    one, two = (load_checkpoint(tmp_path / d / "ppo_ckpt.pt")["model"] for d in ("one", "two"))
+    for k, w in one.items():
+        torch.testing.assert_close(two[k], w, atol=1e-4, rtol=1e-3)
 
 
 def test_trains_on_where_run_c_cannot_have_the_model(data, tmp_path, monkeypatch, capsys):
