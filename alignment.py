@@ -285,7 +285,7 @@ class Alignment:
         print_report(found)
 
     def estimate_roof(self):
-        """J* and its standard error, from scores of reference samples that are kept in out_dir."""
+        """J* and half its 95 % interval, from scores of reference samples, kept in out_dir."""
         a, c = self.args, self.trainer.config
         reference = self.trainer.reference.parameters()
         weights = float(sum(p.cpu().double().abs().sum() for p in reference))
@@ -309,7 +309,7 @@ class Alignment:
             if self.rank == 0:
                 with write_atomic(path, "w") as f:
                     json.dump({"key": key, "scores": scores.tolist()}, f)
-        self.roof = ppo.objective_roof(scores, c.init_kl_coef)
+        self.roof_scores, self.roof = scores, ppo.objective_roof(scores, c.init_kl_coef)
         return self.roof
 
     def step(self, iteration):
@@ -325,24 +325,27 @@ class Alignment:
         self.last = queries[0], responses[0], scores[0]
         with borrowed(self.trainer.reference, self.ref_device, a.offload):
             stats = self.trainer.step(queries, responses, logprobs, scores, ended)
+        t2 = time.perf_counter()
         self.position += n_prompts  # only now: after a mistake in the reward they come again
         return stats | {
-            "ppo/objective_roof": self.roof[0],
+            "ppo/objective_roof": ppo.objective_roof(self.roof_scores, stats["ppo/kl_coef"])[0],
             "time/ppo/rollout": t1 - t0,
-            "time/ppo/iteration": time.perf_counter() - t0,
+            "time/ppo/scoring": t2 - t1 - stats["time/ppo/optimize_step"],
+            "time/ppo/iteration": t2 - t0,
         }
 
     def line(self, iteration, s):
         if self.args.ppo_debug:
             return json.dumps({"iter": iteration, **s}, indent=4)
         return (
-            f"{iteration:6d} | J {s['ppo/objective']:.3f} of {self.roof[0]:.3f} | "
+            f"{iteration:6d} | J {s['ppo/objective']:.3f} of {s['ppo/objective_roof']:.3f} | "
             f"reward {s['ppo/reward']:.3f} | KL {s['ppo/kl_ref']:.2f} | "
             f"length {s['ppo/length/mean']:3.0f} ±{s['ppo/length/std']:3.0f} | "
             f"ended {s['ppo/ended']:4.0%} | entropy {s.get('ppo/policy/entropy', math.nan):.2f} | "
             f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | "
             f"EV {s['ppo/val/explained_variance']:5.2f} | "
-            f"norm {s['grad_norm']:.2f} | {s['time/ppo/rollout']:.1f} + {s['time/ppo/total']:.1f} s"
+            f"norm {s['grad_norm']:.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
+            f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"
         )
 
     def evaluate(self):

@@ -103,15 +103,10 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.kl_in == "loss" and self.kl_penalty not in ("full", "mse"):
-            raise ValueError(  # that of k1, for one, is 0
-                f"kl_in=loss with kl_penalty={self.kl_penalty}: as a loss its expected gradient is not "
-                "that of the KL; take full or mse, or kl_in=reward"
-            )
+            raise ValueError(f"kl_in=loss with kl_penalty={self.kl_penalty} has another gradient "
+                             "than the KL: take full or mse, or kl_in=reward")  # fmt: skip
         if self.critic_warmup and (self.advantage != "gae" or self.value_model == "shared"):
-            raise ValueError(
-                "critic_warmup trains a critic of its own: it needs advantage=gae and a value_model "
-                "that is not shared"
-            )
+            raise ValueError("critic_warmup is for a critic of its own: advantage=gae, not shared")
         if self.whiten_rewards and self.kl_in != "reward":
             raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
@@ -318,15 +313,20 @@ def value_loss(values, old_values, returns, clip):
 
 
 def objective_roof(scores, beta):
-    """J* = mean over prompts of β log E_ref[exp(r/β)], and its standard error over prompts, from
-    scores (prompts, samples) of reference samples. β = 0: the best sample of each prompt."""
-    scores = scores.double()
-    if beta == 0:
-        per_prompt = scores.max(1).values
-    else:
-        per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(scores.shape[1]))
-    n = len(per_prompt)
-    return per_prompt.mean().item(), per_prompt.std().item() / math.sqrt(n) if n > 1 else 0.0
+    """J* = mean over prompts of β log E_ref[exp(r/β)], and half its 95 % confidence interval, from
+    scores (prompts, samples) of reference samples. β = 0: the best sample of each prompt.
+
+    The logarithm of a mean of n samples is low by half its relative variance, to first order:
+    that is added, Σ w² − 1/n with w = softmax(r/β). Of 128 samples of stories260K J* was low by
+    0.008, 0.017 and 0.026 at β = 0.2, 0.05 and 0.02; so it is by 0.000, 0.007 and 0.019."""
+    scores, n = scores.double(), scores.shape[1]
+    per_prompt, variance = scores.max(1).values, torch.zeros(1)
+    if beta:
+        variance = (scores / beta).softmax(1).square().sum(1) - 1 / n
+        per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(n) + variance / 2)
+    # Over the prompts, of which each adds its samples' error; of one prompt, that error alone.
+    spread = per_prompt.std() if len(per_prompt) > 1 else beta * variance[0].sqrt()
+    return per_prompt.mean().item(), 1.96 * spread.item() / math.sqrt(len(per_prompt))
 
 
 # ----------------------------------------------------------------------------
@@ -506,9 +506,9 @@ class PPOTrainer:
         if not self.half:  # otherwise the rollout's order of summation is off by a policy step
             found["old"] = sampled
         if self.iteration == 0:
-            kl, none, what = found["kl"], torch.zeros(1), "a KL of 0 to the reference"
-            self.check_same(kl, none.to(kl), what, self.tolerance)
-            self.check_same(sum_by_rollout(kl, counts), none.to(kl), what, self.kl_tolerance)
+            kl, none = found["kl"], torch.zeros_like(found["kl"][:1])
+            for x, limit in (kl, self.tolerance), (sum_by_rollout(kl, counts), self.kl_tolerance):
+                self.check_same(x, none, "a KL of 0 to the reference", limit)
         return found
 
     def check_same(self, x, y, what, limit):
@@ -683,9 +683,8 @@ class PPOTrainer:
                 with self.update_context():
                     loss = share / steps * self.policy(*text)
                 (c.ptx_coef * loss).backward()
-                stats["ptx"] = stats["ptx"] + loss.detach()
-        if policy:
-            stats["total"] = stats["total"] + c.ptx_coef * stats["ptx"]
+                stats["ptx"] += loss.item()
+                stats["total"] += c.ptx_coef * loss.item()
         return dict(zip(names, all_sum(*stats.values()))) | {"off": all_max(off)}
 
     def loss(self, data, part, weight, policy):

@@ -129,7 +129,8 @@ def print_report(found):
     roof, error = found["roof"]
     gap = roof - before["objective"]
     closed = (after["objective"] - before["objective"]) / gap if gap > 0 else float("nan")
-    print(f"  roof J*: {roof:.3f} ±{error:.3f} (from reference samples); {closed:.0%} of the gap closed")
+    print(f"  roof J*: {roof:.3f} ±{error:.3f} (95 %, from reference samples); "
+          f"{closed:.0%} of the gap closed")  # fmt: skip
     print("\n  tokens     before" + " " * 26 + "after")
     every = before["lengths"] + after["lengths"]
     for low in range(min(every) // 20 * 20, max(every) + 1, 20):

@@ -172,8 +172,8 @@ def flags(argv=None):
     add("value_learning_rate", 0.0, "the critic's learning rate; 0: as the policy's")
     add("ppo_warmup_steps", 10, "optimizer steps of linear warm-up")
     add("ppo_debug", False, "print every statistic of every iteration")
-    add("roof_prompts", 16, "prompts from which the roof J* is estimated")
-    add("roof_samples", 64, "reference samples for each of them")
+    add("roof_prompts", 32, "prompts from which the roof J* is estimated")
+    add("roof_samples", 128, "reference samples for each of them")
     add("report_rollouts", 512, "rollouts before and after, for the report")
     taken = {a.dest for a in parser._actions} | {"mini_batch_size", "max_grad_norm"}
     # the help of a PPO flag is the comment behind its field
@@ -486,7 +486,7 @@ def start(args, rank, world):
     if args.ppo:
         roof, error = stage.estimate_roof()
         if rank == 0:
-            print(f"roof J* = {roof:.3f} ±{error:.3f}, the highest J there is, "
+            print(f"roof J* = {roof:.3f} ±{error:.3f} (95 %), the highest J there is, "
                   "from reference samples")  # fmt: skip
     return stage, iter_num, best_val_loss, resumed
 

@@ -5,7 +5,10 @@ import itertools
 import json
 import math
 import random
+import sys
+import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -461,6 +464,71 @@ def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
             assert stage.ptx_position == 10
         found.append(total)
     assert found == pytest.approx(found[:1] * 3, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------
+# what one sees
+
+
+def test_line_of_an_iteration(home, rm, tmp_path):
+    """Every number of it, and a roof that goes with the β that J was computed with."""
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", adap_kl_ctrl=True, target=0.01, horizon=100)
+    args = train.flags(argv(home, tmp_path, **flags))
+    train.setup(args)
+    stage, *_ = train.start(args, 0, 1)
+    betas, roofs = [], []
+    for i in range(2):
+        stats = stage.step(i)
+        betas.append(stats["ppo/kl_coef"])
+        roofs.append(stats["ppo/objective_roof"])
+    assert betas[0] == 0.2 and betas[1] < 0.2 * 0.98
+    kept = torch.tensor(json.loads((tmp_path / "roof.json").read_text())["scores"])
+    assert kept.shape == (2, 4) and roofs[0] < roofs[1]
+    assert roofs == [ppo.objective_roof(kept, beta)[0] for beta in betas]
+    parts = stats["time/ppo/rollout"], stats["time/ppo/scoring"], stats["time/ppo/optimize_step"]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(stats["time/ppo/iteration"])
+    for i, name in enumerate(("objective", "objective_roof", "reward", "kl_ref")):
+        stats[f"ppo/{name}"] = -1 - i / 8
+    for i, name in enumerate(("rollout", "scoring", "optimize_step")):
+        stats[f"time/ppo/{name}"] = 1.5 + i
+    stats |= {"ppo/length/mean": 211.2, "ppo/length/std": 34.6, "ppo/ended": 0.815,
+              "ppo/policy/entropy": 1.234, "ppo/policy/clipfrac": 0.0567, "grad_norm": 0.4321,
+              "ppo/val/explained_variance": 0.789}  # fmt: skip
+    assert stage.line(17, stats) == (
+        "    17 | J -1.000 of -1.125 | reward -1.250 | KL -1.38 | length 211 ± 35 | ended  82% | "
+        "entropy 1.23 | clip  5.7% | EV  0.79 | norm 0.43 | rollout 1.5 s | scoring 2.5 s | "
+        "update 3.5 s"
+    )
+
+
+def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
+    seen = {"scalars": [], "texts": []}
+
+    class Writer:
+        def __init__(self, folder):
+            assert Path(folder) == tmp_path
+
+        def add_scalar(self, name, value, step):
+            seen["scalars"].append((name, step, value))
+
+        def add_text(self, name, text, step):
+            seen["texts"].append((step, text))
+
+        def close(self):
+            seen["closed"] = True
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(home, tmp_path, reward=rm / "rm_ckpt.pt", tensorboard=True, **PPO)
+    for name in ("ppo/objective", "ppo/objective_roof", "ppo/kl_ref", "ppo/length/std", "ppo/ended",
+                 "ppo/policy/clipfrac", "ppo/val/explained_variance", "grad_norm"):  # fmt: skip
+        logged = [(step, value) for n, step, value in seen["scalars"] if n == name]
+        assert logged == list(enumerate(records(tmp_path, "ppo_log.jsonl", name))), name
+    assert [step for step, _ in seen["texts"]] == [2, 3] and seen["closed"]
+    for _, text in seen["texts"]:
+        prompt, reward = text.index("prompt: "), text.index("reward: ")
+        assert prompt < text.index("response: ") < reward
+        assert math.isfinite(float(text[reward + 8 :]))
 
 
 # ----------------------------------------------------------------------------
