@@ -706,8 +706,7 @@ trainer = make_trainer(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batc
                        adap_kl_ctrl=True, reward_scale=True, **{config})
 stats = iterate(trainer, 3)
 stats = {{k: v for k, v in stats.items() if not k.startswith("time")}}
-if sys.argv[1] == "0":
-    torch.save((weights(trainer.policy), stats), sys.argv[4])
+torch.save((weights(trainer.policy), stats), sys.argv[4])
 if dist.is_initialized():
     dist.barrier()
 # The numbers are out. PyTorch 2.13 now and then aborts while an interpreter that used gloo shuts
@@ -717,22 +716,29 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("config", ["{}", "dict(advantage='grpo', group_size=3)"])
+@pytest.mark.parametrize(
+    "config",
+    ["dict(ppo_epochs=4, target_kl=0.2)", "dict(advantage='grpo', group_size=3)"],
+)
 def test_two_processes_give_the_numbers_of_one(config, tmp_path):
+    """Weights on both ranks, and statistics; where the epochs stop early, they do on both."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=ROOT, config=config))
 
     def start(rank, world):
-        meet, out = str(tmp_path / "meet"), str(tmp_path / f"{world}.pt")
+        meet, out = str(tmp_path / "meet"), str(tmp_path / f"{rank}of{world}.pt")
         return subprocess.Popen([sys.executable, script, str(rank), str(world), meet, out])
 
     workers = [start(0, 1), start(0, 2), start(1, 2)]
     assert [w.wait(timeout=120) for w in workers] == [0, 0, 0]
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    torch.testing.assert_close(two[0], one[0], atol=1e-5, rtol=1e-4)
-    assert two[1].keys() == one[1].keys()
-    for k, v in one[1].items():
-        assert two[1][k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
+    one, *two = (torch.load(tmp_path / f"{n}.pt") for n in ("0of1", "0of2", "1of2"))
+    if "target_kl" in config:
+        assert 1 < one[1]["ppo/epochs"] < 4 and one[1]["ppo/early_stop"] == 1
+    for w, stats in two:
+        torch.testing.assert_close(w, one[0], atol=1e-5, rtol=1e-4)
+        assert stats.keys() == one[1].keys()
+        for k, v in one[1].items():
+            assert stats[k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
 
 
 # ----------------------------------------------------------------------------
