@@ -1,14 +1,15 @@
 """How much reward for how much KL: PPO against the best that is possible.
 
     python tests/frontier.py --checkpoint=stories260K/ckpt.pt            # some 25 minutes, 2 cores
-    python tests/frontier.py --checkpoint=... --betas=0.2,0.05,0 --seeds=5 --group= # five seeds each
+    python tests/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=   # five seeds
 
 For the length reward, on held-out prompts:
     optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for all β, by weighting reference samples
     best of n   n = 2, 4, 16, 64, from the same samples
     PPO         runs of train.py, for each β and seed; RLOO and GRPO with as many rollouts at β = 0.2
     FullLLM     the published run of the project that this one grew out of
-The runs lie in --out_dir; those that are there already are not done again. A table is printed;
+The runs lie in --out_dir, each with its command; one that is there already with the same command
+is not done again, one with another is moved aside. A table is printed;
 frontier.csv, and frontier.png where matplotlib is installed, are written to --assets.
 """
 
@@ -18,6 +19,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -69,8 +71,9 @@ def reference_scores(a):
     return torch.tensor(scores, dtype=torch.float64).view(a.prompts, a.samples)
 
 
-def run(a, beta, seed, kind="PPO"):
-    """One run of train.py, unless it is there already; its report as a row of the table."""
+def run(a, beta, iters, seed, kind="PPO"):
+    """One run of train.py, unless its very command was run already; its report as a row of the
+    table."""
     # Without a reference to stay near, a short horizon would end stories too early, each alike, before
     # the critic knows better; and without some entropy a story becomes the same few words again and
     # again, which can end only where these do. Without a critic a step is noisier, so it is shorter.
@@ -82,13 +85,19 @@ def run(a, beta, seed, kind="PPO"):
         flags = [f"--advantage={kind.lower()}", "--batch_size=100", f"--learning_rate={rate}"]
         flags += [f"--group_size={a.group_size}"]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
-    report = folder / "ppo_report.json"
+    report, kept = folder / "ppo_report.json", folder / "command.txt"
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
+               f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={iters}",
+               f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
+    line = " ".join(command[2:])
+    if report.exists() and (not kept.exists() or kept.read_text() != line):
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"{folder} was run with other flags: it is now {aside}")
+        folder.rename(aside)
     if not report.exists():
-        command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
-                   f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={a.iters}",
-                   f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: {a.iters} iterations, see {folder / 'output.txt'}", flush=True)
+        kept.write_text(line)
+        print(f"{folder}: {iters} iterations, see {folder / 'output.txt'}", flush=True)
         with open(folder / "output.txt", "w") as f:
             if subprocess.run(command, stdout=f, stderr=f).returncode:
                 raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
@@ -141,7 +150,8 @@ def main(argv=None):
     parser.add_argument("--data", default="data", help="folder with the pretokenized stories")
     parser.add_argument("--out_dir", default="out/frontier", help="folder for the runs")
     parser.add_argument("--assets", default="assets", help="folder for frontier.csv and .png")
-    parser.add_argument("--betas", default="0.5,0.2,0.1,0.05,0.02")
+    parser.add_argument("--betas", default="0.5,0.2,0.1,0.05,0.02", help="one may name its own "
+                        "iterations: 0.2,0:200")  # fmt: skip
     parser.add_argument("--group", default="RLOO,GRPO", help="critic-free, at beta 0.2; may be empty")
     parser.add_argument("--group_size", type=int, default=4, help="rollouts a prompt of theirs")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each beta")
@@ -150,8 +160,10 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=256, help="of the reference for each")
     a = parse_args(parser, argv)
     seeds = range(1, a.seeds + 1)
-    rows = [run(a, float(beta), seed) for beta in a.betas.split(",") for seed in seeds]
-    rows += [run(a, 0.2, 1, kind) for kind in a.group.split(",") if kind]
+    each = [beta.partition(":") for beta in a.betas.split(",")]
+    each = [(float(beta), int(iters or a.iters)) for beta, _, iters in each]
+    rows = [run(a, *beta_and_iters, seed) for beta_and_iters in each for seed in seeds]
+    rows += [run(a, 0.2, a.iters, 1, kind) for kind in a.group.split(",") if kind]
     print_table(rows)
     scores = reference_scores(a)
     names = ("reward", "kl")

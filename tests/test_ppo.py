@@ -1,7 +1,9 @@
 """PPO against independent oracles: loops written from the papers, brute force over every sequence
 of a tiny vocabulary, and a padded trainer that works one rollout at a time."""
 
+import csv
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -1004,6 +1006,37 @@ def test_best_of_n_against_all_draws():
     assert reward == pytest.approx(sum(v * q for v, q in p.items()))
     ref = {0.0: 1 / 4, 1.0: 1 / 2, 3.0: 1 / 4}
     assert kl == pytest.approx(sum(q * math.log(q / ref[v]) for v, q in p.items()))
+
+
+def test_frontier_keeps_the_runs_of_its_command(tmp_path, monkeypatch):
+    """Runs are not done twice, but with other iterations they are; β = 0 is in the table."""
+    done = []
+
+    def fake(command, **_):
+        flags = dict(word[2:].split("=") for word in command if "=" in word)
+        done.append((flags["init_kl_coef"], flags["ppo_iters"]))
+        folder = Path(flags["out_dir"])
+        after = dict.fromkeys(("objective", "reward", "kl", "length_mean", "length_std", "ended",
+                               "ref_loss"), float(flags["ppo_iters"]))  # fmt: skip
+        report = dict(roof=(-0.5, 0.1), before=dict(objective=-1.0), after=after)
+        (folder / "ppo_report.json").write_text(json.dumps(report))
+        (folder / "ppo_log.jsonl").write_text("{}\n" * int(flags["ppo_iters"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(frontier, "reference_scores", lambda a: -torch.rand(2, 64).double())
+    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+    folders = [f"--out_dir={tmp_path / 'runs'}", f"--assets={tmp_path}", "--group="]
+    for betas, new in [
+        ("0.2,0:7", [("0.2", "3"), ("0", "7")]), ("0.2,0:7", []), ("0:8,0.2", [("0", "8")]),
+    ]:  # fmt: skip
+        done.clear()
+        frontier.main([*folders, "--iters=3", f"--betas={betas}"])
+        assert done == new
+    rows = list(csv.DictReader((tmp_path / "frontier.csv").open()))
+    found = [(r["beta"], r["rollouts"], r["reward"]) for r in rows if r["kind"] == "PPO"]
+    assert found == [("0", "1600", "8"), ("0.2", "600", "3")]
+    assert len(list((tmp_path / "runs").iterdir())) == 3  # what was redone is kept aside
 
 
 # ----------------------------------------------------------------------------
