@@ -756,11 +756,12 @@ def rollouts(trainer, prompts=[[BOS_ID, 4, 5]] * 16, **replaced):
     return {**given, **replaced}
 
 
-def test_refuses_a_policy_that_is_not_the_reference():
-    trainer = make_trainer()
+@pytest.mark.parametrize("kind,factor", [("full", 1.1), ("kl", 1.0005)])
+def test_refuses_a_policy_that_is_not_the_reference(kind, factor):
+    trainer = make_trainer(kl_penalty=kind)
     given = rollouts(trainer)
     with torch.no_grad():
-        trainer.reference.norm.weight.mul_(1.1)
+        trainer.reference.norm.weight.mul_(factor)
     with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
         trainer.step(**given)
 
@@ -780,12 +781,13 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
         trainer.step(**given)
 
 
-def test_refuses_log_probabilities_of_another_policy():
+@pytest.mark.parametrize("factor", [1.1, 1.0005])  # 0.5 and 0.002 nats off
+def test_refuses_log_probabilities_of_another_policy(factor):
     trainer = make_trainer()
     given = rollouts(trainer)
     with torch.no_grad():
         for model in (trainer.policy, trainer.reference):
-            model.norm.weight.mul_(1.1)
+            model.norm.weight.mul_(factor)
     with pytest.raises(Mismatch, match="the rollout's log-probability"):
         trainer.step(**given)
 
