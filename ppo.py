@@ -403,8 +403,8 @@ class PPOTrainer:
     critic     a TransformerWithValueHead of its own, or None (shared, or no critic wanted)
     optimizer, critic_optimizer  the latter None where critic is None
     context    what to run forward passes in (autocast), a zero-argument callable
-    ptx        a zero-argument callable giving this rank's part of the next batch of pretraining
-               data: what its loss weighs in that of the batch, tokens, targets, maybe lengths
+    ptx        a callable giving this rank's part of a batch of text: what its mean loss weighs in
+               that of the batch (0: no more follows), tokens, targets, maybe lengths; or None
     stop_ids   the tokens that end a response
     """
 
@@ -502,18 +502,18 @@ class PPOTrainer:
             for k, x in zip(found, (old, ref, hidden, kl, values.to(self.device))):
                 found[k].append(x)
         found = {k: torch.cat(v) for k, v in found.items()}
-        self.check_same(found["old"], sampled, "the rollout's log-probability", self.tolerance)
+        self.check(found["old"] - sampled, "the rollout's log-probability", self.tolerance)
         if not self.half:  # otherwise the rollout's order of summation is off by a policy step
             found["old"] = sampled
         if self.iteration == 0:
-            kl, none = found["kl"], torch.zeros_like(found["kl"][:1])
-            for x, limit in (kl, self.tolerance), (sum_by_rollout(kl, counts), self.kl_tolerance):
-                self.check_same(x, none, "a KL of 0 to the reference", limit)
+            what, rollouts = "a KL of 0 to the reference", sum_by_rollout(found["kl"], counts)
+            self.check(found["kl"], what, self.tolerance)
+            self.check(rollouts, what, self.kl_tolerance)
         return found
 
-    def check_same(self, x, y, what, limit):
-        """Compares what the policy gives for each token or rollout, x, with what it should, y."""
-        worst = float((x - y).abs().max()) if len(x) else 0.0
+    def check(self, off, what, limit):
+        """Refuses a policy whose tokens or rollouts are too far `off` from what they should be."""
+        worst = float(off.abs().max()) if len(off) else 0.0
         if not worst <= limit:
             raise Mismatch(
                 f"before the first update the policy is {worst:.3g} from {what}: "
@@ -667,21 +667,19 @@ class PPOTrainer:
         stats, off = dict.fromkeys(names, 0.0), 0.0
         for i in range(0, len(rollouts), c.mini_batch_size):
             part = rollouts[i : i + c.mini_batch_size]
-            each = torch.full((len(part),), 1 / n_tokens)
-            if c.loss_aggregation == "sequence":
-                each = 1 / (n_rollouts * counts[part])
+            token = torch.full((len(part),), 1 / n_tokens)
+            each = token if c.loss_aggregation == "token" else 1 / (n_rollouts * counts[part])
             weight = over_tokens(each, counts[part]).to(self.device)
             loss, found = self.loss(data, part, weight, policy)
             loss.backward()
             off = max(off, float(found.pop("off", 0.0)))
             for k, v in found.items():
                 stats[k] = stats[k] + v.detach()
-        steps = c.gradient_accumulation_steps
-        for _ in range(steps if policy and c.ptx_coef else 0):
+        for _ in range(c.gradient_accumulation_steps if policy and c.ptx_coef else 0):
             share, *text = self.ptx()
             if share:
                 with self.update_context():
-                    loss = share / steps * self.policy(*text)
+                    loss = share / c.gradient_accumulation_steps * self.policy(*text)
                 (c.ptx_coef * loss).backward()
                 stats["ptx"] += loss.item()
                 stats["total"] += c.ptx_coef * loss.item()

@@ -404,7 +404,7 @@ def test_roof_against_brute_force():
     draws = scores[draws].view(500, P, S)
     plain = beta * ((draws / beta).logsumexp(2) - math.log(S)).mean()
     found, error = map(torch.tensor, zip(*(ppo.objective_roof(d, beta) for d in draws)))
-    assert abs(found.mean() - roof) < 0.5 * abs(plain - roof)
+    assert abs(found.mean() - roof) < 0.35 * abs(plain - roof)
     assert 0.91 < float(((found - roof).abs() < error).float().mean()) < 0.98
     one = draws.view(500, 1, P * S)  # prompt
     found, error = map(torch.tensor, zip(*(ppo.objective_roof(d, beta) for d in one)))
