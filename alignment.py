@@ -4,9 +4,11 @@ The algorithm is in ppo.py; here it gets its models and optimizers, its prompts 
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import time
+import traceback
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
@@ -40,6 +42,54 @@ def borrowed(model, device, offload):
     finally:
         if offload:
             model.to("cpu")
+
+
+def load_reward(spec, target_len, decode):
+    """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings;
+    a function with an attribute `tokens = True` gets lists of ids. It returns one number a
+    response, or a list of numbers, one for each token of it. Raises ValueError, with the line of
+    the file where it is the file's mistake, and OSError."""
+    if spec == "length":
+        return ppo.LengthReward(target_len)
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"--reward={spec}: expected `length` or FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward={spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location("reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+
+    def attempt(theirs):  # what the user's code raises is a line that says where
+        try:
+            return theirs()
+        except Exception as e:
+            frames = traceback.extract_tb(e.__traceback__)
+            lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
+            where = lines[-1] if lines else ""
+            raise ValueError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
+
+    attempt(lambda: module_spec.loader.exec_module(module))
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--reward={spec}: {path} has no function {name}")
+
+    def plain(x):  # what a reward model returns: tensors and arrays
+        return x.tolist() if hasattr(x, "tolist") else x
+
+    def reward(prompts, responses, ended):
+        if not getattr(function, "tokens", False):
+            prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
+        scores = attempt(lambda: [plain(x) for x in plain(function(prompts, responses))])
+        if len(scores) != len(prompts):
+            raise ValueError(
+                f"--reward={spec} gave {len(scores)} scores for {len(prompts)} responses"
+            )
+        for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
+            if not isinstance(x, (int, float)) or not math.isfinite(x):
+                raise ValueError(f"--reward={spec} gave {x!r} as a score, not a finite number")
+        return scores
+
+    return reward
 
 
 def load_scorer(path, like, template):
@@ -140,7 +190,7 @@ class Alignment:
             size, scorer = args.batch_size, self.scorer(args.reward)
             self.reward = ModelReward(scorer, device, args.offload, size, context)
         else:
-            self.reward = ppo.load_reward(args.reward, args.target_len, self.decode)
+            self.reward = load_reward(args.reward, args.target_len, self.decode)
         self.position = self.ptx_position = 0
         self.first, self.roof = checkpoint["iter_num"], None
 
@@ -255,7 +305,7 @@ class Alignment:
             "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
             "val_loss": self.text_loss(model),
             "lengths": lengths.int().tolist(),
-            "story": self.decode(prompts[0] + responses[0]) if self.tokenizer else "",
+            "stories": [q + r for q, r in zip(prompts[:64], responses)],
         }
 
     def text_loss(self, model):
@@ -270,7 +320,8 @@ class Alignment:
         return total / count
 
     def report(self):
-        """Measures reference and result on the same prompts and random numbers, and prints."""
+        """Measures reference and result on the same prompts and random numbers, and prints; also the
+        first story that is no longer the same."""
         self.trainer.reference.to(self.ref_device)
         result = deepcopy(self.trainer.reference)
         result.load_state_dict(self.result(), strict=False)  # a shared value head stays behind
@@ -280,6 +331,11 @@ class Alignment:
             "before": self.measure(self.trainer.reference),
             "after": self.measure(result),
         }
+        measured = found["before"], found["after"]
+        pairs = list(zip(*(m.pop("stories") for m in measured)))
+        changed = next((p for p in pairs if p[0] != p[1]), pairs[0])
+        for m, story in zip(measured, changed):
+            m["story"] = self.decode(story) if self.tokenizer else ""
         with write_atomic(Path(self.args.out_dir) / "ppo_report.json", "w") as f:
             json.dump(found, f)
         print_report(found)

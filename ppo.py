@@ -19,13 +19,10 @@ Everything per token is flat: the A actions (response tokens) of a batch of B ro
 rollout after the other. Letters as in model.py: B rollouts, N packed tokens, V vocabulary.
 """
 
-import importlib.util
 import math
 import time
-import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -132,54 +129,6 @@ class LengthReward:
 
     def __call__(self, prompts, responses, ended):
         return [-abs(self.target_len - len(p) - len(r)) / 100 for p, r in zip(prompts, responses)]
-
-
-def load_reward(spec, target_len, decode):
-    """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings;
-    a function with an attribute `tokens = True` gets lists of ids. It returns one number a
-    response, or a list of numbers, one for each token of it. Raises ValueError, with the line of
-    the file where it is the file's mistake, and OSError."""
-    if spec == "length":
-        return LengthReward(target_len)
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py"):
-        raise ValueError(f"--reward={spec}: expected `length` or FILE.py:FUNCTION")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward={spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location("reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-
-    def attempt(theirs):  # what the user's code raises is a line that says where
-        try:
-            return theirs()
-        except Exception as e:
-            frames = traceback.extract_tb(e.__traceback__)
-            lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
-            where = lines[-1] if lines else ""
-            raise ValueError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
-
-    attempt(lambda: module_spec.loader.exec_module(module))
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--reward={spec}: {path} has no function {name}")
-
-    def plain(x):  # what a reward model returns: tensors and arrays
-        return x.tolist() if hasattr(x, "tolist") else x
-
-    def reward(prompts, responses, ended):
-        if not getattr(function, "tokens", False):
-            prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
-        scores = attempt(lambda: [plain(x) for x in plain(function(prompts, responses))])
-        if len(scores) != len(prompts):
-            raise ValueError(
-                f"--reward={spec} gave {len(scores)} scores for {len(prompts)} responses"
-            )
-        for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
-            if not isinstance(x, (int, float)) or not math.isfinite(x):
-                raise ValueError(f"--reward={spec} gave {x!r} as a score, not a finite number")
-        return scores
-
-    return reward
 
 
 # ----------------------------------------------------------------------------

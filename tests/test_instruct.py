@@ -6,6 +6,7 @@ import random
 import pytest
 
 import instruct
+from alignment import load_reward
 from instruct import InstructPrompts, Instructions, Rankings, Record, Template, TEMPLATES, read
 
 
@@ -384,9 +385,7 @@ def test_gold_by_hand():
 
 
 def test_gold_is_a_reward_for_ppo():
-    import ppo
-
-    reward = ppo.load_reward(f"{instruct.__file__}:gold", 0, T.text)
+    reward = load_reward(f"{instruct.__file__}:gold", 0, T.text)
     prompt, story = ([ord(c) for c in s] for s in ("Words: dog, cow.\n", STORY))
     assert reward([prompt], [story], None) == [0.875]
 

@@ -17,6 +17,7 @@ import torch
 import frontier
 import kernels
 import ppo
+from alignment import load_reward
 from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
 from ppo import LengthReward, Mismatch, PPOConfig, PPOTrainer
 
@@ -198,11 +199,11 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
         "ids.tokens = True\n"
     )
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    assert ppo.load_reward(f"{file}:words", 0, decode)([[1]], [[3, 4]], None) == [2]
-    assert ppo.load_reward(f"{file}:ids", 0, decode)([[1]], [[3, 4]], None) == [[0.5, 0.5]]
+    assert load_reward(f"{file}:words", 0, decode)([[1]], [[3, 4]], None) == [2]
+    assert load_reward(f"{file}:ids", 0, decode)([[1]], [[3, 4]], None) == [[0.5, 0.5]]
     for wrong in ("size", f"{file}:none", f"{tmp_path}/no.py:f"):
         with pytest.raises((ValueError, FileNotFoundError)):
-            ppo.load_reward(wrong, 0, decode)
+            load_reward(wrong, 0, decode)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_mistakes_in_a_reward_are_one_line(tmp_path, body, says):
     file = tmp_path / "mine.py"
     file.write_text(f"def f(prompts, responses):\n    {body}\n")
     with pytest.raises(ValueError) as error:
-        ppo.load_reward(f"{file}:f", 0, str)([[1], [1]], [[3, 4], [5]], None)
+        load_reward(f"{file}:f", 0, str)([[1], [1]], [[3, 4], [5]], None)
     assert str(error.value).startswith(f"--reward={file}:f") and says in str(error.value)
 
 
