@@ -75,6 +75,12 @@ static _Noreturn void die(const char *format, ...) {
     exit(1);
 }
 
+// Writes what was printed. A disk that is full is an error; a pipe that was closed ends the program
+// by a signal.
+static void flush(void) {
+    if (fflush(stdout) || ferror(stdout)) die("cannot write: %s", strerror(errno));
+}
+
 static void *need(void *block) {
     if (!block) die("not enough memory");
     return block;
@@ -474,6 +480,7 @@ static void open_v3(Model *m, Span in) {
         || (in.size && c->chat_at != (uint64_t)(in.data - file.data)))
         die("%s: its parts do not fill it", m->path);
     open_tensors(m, &tensors);
+    if (tensors.size) die("%s: the tensors do not fill their part of it", m->path);
     if (in.size && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
                     || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
         die("%s: the chat template does not fill its bytes", m->path);
@@ -769,7 +776,7 @@ INLINE float sum(vf v) { // of the lanes, folded to four, then to one
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-INLINE float largest(vf v) {
+INLINE float largest(vf v) { // of the lanes; NaN only where there is nothing else
     float x[LANES];
     memcpy(x, &v, sizeof v);
     float q[4] = {x[0], x[1], x[2], x[3]};
@@ -1193,6 +1200,7 @@ static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(m
 #define LANES 4 // 32-bit numbers in a register
 #include "run.c"
 #if defined __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
 #define ISA_LEVEL 1
 #define ISA avx2
@@ -1231,11 +1239,14 @@ static const Kernels *pick_kernels(void) {
     const Kernels *able[4];
     int n = 0;
 #if defined __x86_64__
+    unsigned a, b, c = 0, d;
+    __get_cpuid(1, &a, &b, &c, &d); // clang 14's builtin does not know f16c
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
+    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         able[n++] = &kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) able[n++] = &kernels_avx2;
+    if (avx2) able[n++] = &kernels_avx2;
 #elif defined HAVE_NEON && defined __linux__
     if (getauxval(AT_HWCAP) & 1 << 20) able[n++] = &kernels_neon; // HWCAP_ASIMDDP
 #elif defined HAVE_NEON && defined __ARM_FEATURE_DOTPROD
@@ -1728,9 +1739,11 @@ static Sampler new_sampler(const Run *run, int story) {
     return (Sampler){run->temperature, run->topk, run->topp, seed_rng(run->seed + (uint64_t)story)};
 }
 
+static const char not_a_number[] = "the model's output is not a number: its file is damaged";
+
 static int sample_or_die(Run *run, Sampler *s, float *logits) {
     int id = sample(s, run->kernels, logits, run->model.c.vocab_size);
-    if (id < 0) die("the model's output is not a number: its file is damaged");
+    if (id < 0) die(not_a_number);
     return id;
 }
 
@@ -1808,11 +1821,11 @@ static void generate(Run *run) {
         }
         // A write for each token would cost more than the token; a hundredth of a second is soon.
         double now = seconds();
-        if (now - flushed > 0.01) fflush(stdout), flushed = now;
+        if (now - flushed > 0.01) flush(), flushed = now;
         if (B) forward(run, rows, B, B), bytes += (double)run->model.bytes;
     }
     double time = seconds() - start;
-    fflush(stdout);
+    flush();
     fprintf(stderr, "prompt: %d tokens at %.0f tokens/s; %s: %d tokens at %.0f tokens/s, "
             "%.1f GB/s (%s, %d thread%s)\n", n, n / prompt_time, N == 1 ? "story" : "stories",
             told, told / time, bytes / time * 1e-9, run->kernels->name, run->team.n,
@@ -1933,7 +1946,7 @@ static void chat(Run *run) {
         turn = need(realloc(turn, sizeof *turn * (size_t)(last + 1)));
         turn[last] = (Turn){NULL, need(malloc(sizeof(int) * (size_t)context)), 0};
         if (!run->prompt) printf("User: ");
-        fflush(stdout);
+        flush();
         turn[last].user = run->prompt ? strdup(run->prompt) : read_line(stdin);
         run->prompt = NULL;
         if (!turn[last].user) break;
@@ -1958,12 +1971,16 @@ static void chat(Run *run) {
         free(seen);
         seen = need(realloc(ids, sizeof *seen * (size_t)context)), n_seen = n;
         printf("Assistant:%s", run->tokenizer.kind == 0 ? "" : " "); // the other brings its own
-        for (int said = 0; said < run->steps; said++) {
+        for (;;) {
             int id = sample_or_die(run, &sampler, run->state.logits);
             if (is_end(run, id)) break;
+            if (turn[last].n_reply == run->steps) {
+                fprintf(stderr, "\n(cut short: -n %d)", run->steps);
+                break;
+            }
             turn[last].reply[turn[last].n_reply++] = id;
             print_pieces(&run->tokenizer, &id, 0, 1);
-            fflush(stdout);
+            flush();
             if (n_seen == context) {
                 fprintf(stderr, "\n(the context of %d tokens is full)", context);
                 break;
@@ -2018,6 +2035,7 @@ static void perplexity(Run *run) {
             loss += cross_entropy(run->kernels, run->state.logits + b * run->state.v_width,
                                   c->vocab_size, ids[i + b + 1]);
     }
+    if (!isfinite(loss)) die(not_a_number);
     loss /= (double)(n - 1);
     printf("loss %.5f, perplexity %.4f, %lld tokens in windows of %d, %.0f tokens/s\n", loss,
            exp(loss), (long long)n - 1, c->seq_len, (double)(n - 1) / (seconds() - start));
@@ -2081,7 +2099,8 @@ static void bench(Run *run) {
 static void usage(FILE *out, int status) {
     fputs("usage: run MODEL.bin [options]\n"
           "  -i TEXT    the prompt; with -m perplexity: the text file\n"
-          "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256\n"
+          "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256;\n"
+          "             of a chat: each reply at N tokens; default 0: at the context\n"
           "  -t T       temperature; 0: always the most likely token; default 1.0\n"
           "  -k K       sample from the K most likely tokens; default 0: all\n"
           "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
@@ -2092,14 +2111,16 @@ static void usage(FILE *out, int status) {
           "  -y TEXT    system prompt of a chat\n"
           "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
           "example: run model.bin -t 0.8 -i \"Once upon a time\"\n", out);
+    flush();
     exit(status);
 }
 
+// Decimal, without exponents, spaces and plus signs, which strtod would take.
 static double number(char flag, const char *text, double min, double max, bool whole) {
     char *end;
-    errno = 0;
     double v = strtod(text, &end);
-    if (end == text || *end || errno || !(v >= min && v <= max) || (whole && v != floor(v))) {
+    if (end == text || *end || text[strspn(text, whole ? "-0123456789" : "-.0123456789")]
+        || !(v >= min && v <= max)) {
         fprintf(stderr, "error: -%c %s: expected %s from %g to %g\n", flag, text,
                 whole ? "a whole number" : "a number", min, max);
         exit(2);
@@ -2107,10 +2128,19 @@ static double number(char flag, const char *text, double min, double max, bool w
     return v;
 }
 
+static const struct {
+    const char *name, *flags; // those that it uses
+    void (*run)(Run *run);
+} modes[] = {{"generate", "mjizntkpsb", generate},
+             {"chat", "mjizntkpsy", chat},
+             {"perplexity", "mjiz", perplexity},
+             {"bench", "mjntkps", bench}};
+enum { GENERATE, CHAT, PERPLEXITY, BENCH, NO_MODE };
+
 int main(int argc, char **argv) {
-    static Run run = {.temperature = 1, .topp = 0.9f, .steps = 256, .stories = 1, .stop = -1};
-    const char *tokenizer = NULL, *mode = "generate", *path = argc > 1 ? argv[1] : "-h";
-    int threads = 0, n_cores = cores();
+    static Run run = {.temperature = 1, .topp = 0.9f, .steps = -1, .stories = 1, .stop = -1};
+    const char *tokenizer = NULL, *path = argc > 1 ? argv[1] : "-h";
+    int threads = 0, n_cores = cores(), mode = GENERATE;
     run.seed = (uint64_t)time(NULL), run.kernels = pick_kernels();
     if (!strcmp(path, "-h") || !strcmp(path, "--help")) usage(stdout, argc > 1 ? 0 : 2);
     for (int i = 2; i < argc; i += 2) {
@@ -2130,9 +2160,19 @@ int main(int argc, char **argv) {
         if (flag == 'j') threads = (int)number(flag, value, 1, 1024, true);
         if (flag == 'i') run.prompt = value;
         if (flag == 'z') tokenizer = value;
-        if (flag == 'm') mode = value;
         if (flag == 'y') run.system = *value ? value : NULL;
+        if (flag == 'm')
+            for (mode = 0; mode < NO_MODE && strcmp(value, modes[mode].name); mode++) {}
+        if (mode == NO_MODE) {
+            fprintf(stderr, "error: -m %s: it is generate, chat, perplexity or bench\n", value);
+            exit(2);
+        }
     }
+    for (int i = 2; i < argc; i += 2)
+        if (!strchr(modes[mode].flags, argv[i][1])) {
+            fprintf(stderr, "error: %s is not for -m %s\n", argv[i], modes[mode].name);
+            exit(2);
+        }
     Model *m = &run.model;
     model_open(m, map_file(path), path);
     if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
@@ -2140,14 +2180,13 @@ int main(int argc, char **argv) {
         c.kind = 0, c.squeeze = -1;
         tokenizer_open(&run.tokenizer, map_file(tokenizer), &c, tokenizer);
     } else if (m->tokenizer.size) tokenizer_open(&run.tokenizer, m->tokenizer, &m->c, path);
-    else if (strcmp(mode, "bench")) die("the model brings no tokenizer: give one with -z");
-    if (run.steps == 0) run.steps = m->c.seq_len;
-    if (run.steps > m->c.seq_len && strcmp(mode, "chat")) {
-        if (run.steps != 256)
-            fprintf(stderr, "note: -n %d is past the model's context, stopping at %d\n",
-                    run.steps, m->c.seq_len);
-        run.steps = m->c.seq_len;
-    }
+    else if (mode != BENCH) die("the model brings no tokenizer: give one with -z");
+    const int context = m->c.seq_len;
+    if (run.steps > context && mode != CHAT)
+        fprintf(stderr, "note: -n %d is past the model's context, stopping at %d\n", run.steps,
+                context);
+    if (run.steps < 0 && mode != CHAT) run.steps = 256;
+    if (run.steps < 1 || run.steps > context) run.steps = context;
     // Sharing a token costs five meetings a layer: not worth it below some megabytes of weights.
     if (!threads) threads = m->bytes < 3 << 20 && run.stories < 4 ? 1 : n_cores;
     if (threads > n_cores) {
@@ -2155,11 +2194,8 @@ int main(int argc, char **argv) {
         threads = n_cores;
     }
     team_open(&run.team, threads);
-    if (!strcmp(mode, "generate")) generate(&run);
-    else if (!strcmp(mode, "chat")) chat(&run);
-    else if (!strcmp(mode, "perplexity")) perplexity(&run);
-    else if (!strcmp(mode, "bench")) bench(&run);
-    else die("-m %s: it is generate, chat, perplexity or bench", mode);
+    modes[mode].run(&run);
+    flush();
     return 0;
 }
 #endif // RUN_NO_MAIN
