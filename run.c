@@ -64,15 +64,16 @@
 // ------------------------------------------------------------------------------------------
 // Errors, memory, time, files
 
-// Whatever goes wrong ends here: one line on stderr, exit status 1.
-static _Noreturn void die(const char *format, ...) {
+// Whatever goes wrong ends here: one line on stderr, exit status 1; 2 for a wrong command line.
+#define die(...) fail(1, __VA_ARGS__)
+static _Noreturn void fail(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
-    exit(1);
+    exit(status);
 }
 
 // Writes what was printed. A disk that is full is an error; a pipe that was closed ends the program
@@ -274,15 +275,14 @@ static void check_config(Model *m) {
                   {"tokenizer kind", c->kind, 0, 1},
                   {"BOS id", c->bos, 0, last},
                   {"EOS id", c->eos, 0, last},
-                  {"end id 1", c->ends[0], 0, last},
-                  {"end id 2", c->ends[1], 0, last},
-                  {"end id 3", c->ends[2], 0, last},
-                  {"end id 4", c->ends[3], 0, last},
                   {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
             die("%s: %s is %d, should be %d to %d", m->path, limits[i].name, limits[i].value,
                 limits[i].min, limits[i].max);
+    for (int i = 0; i < 4; i++)
+        if (c->ends[i] < 0 || c->ends[i] > last)
+            die("%s: end id %d is %d, should be 0 to %d", m->path, i + 1, c->ends[i], last);
     if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
         die("%s: dim %d is not %d heads of even size", m->path, c->dim, c->n_heads);
     if (c->n_heads % c->n_kv_heads)
@@ -357,34 +357,37 @@ static float from_half(uint16_t h) {
     return h & 0x8000 ? -x : x;
 }
 
+// Where (row, col) of a matrix of so many columns is, of which `width` lie side by side.
+static int64_t cell(int64_t cols, int width, int64_t row, int64_t col) {
+    return (row / TILE * cols + col / width * width) * TILE + row % TILE * width + col % width;
+}
+
 // Writes one row of n values into a matrix of this model's format, quantizing if it is q8_0. Where
 // they were quantized before, by the same groups, `scales` gives back the very same integers.
 static void pack_row(const Config *c, Matrix *m, int64_t row, const float *values, int n,
                      const float *scales) {
-    int64_t tile = row / TILE, lane = row % TILE, cols = m->cols, G = c->group;
-    for (int i = 0; i < n && c->format == FP32; i++)
-        m->f[(tile * cols + i) * TILE + lane] = values[i];
+    const int64_t cols = m->cols, G = c->group;
+    for (int i = 0; i < n && c->format == FP32; i++) m->f[cell(cols, 1, row, i)] = values[i];
     for (int64_t g = 0; g < cols / G && c->format == Q8_0; g++) {
         float max = 0;
         for (int64_t i = g * G; i < (g + 1) * G && i < n; i++)
             if (fabsf(values[i]) > max) max = fabsf(values[i]);
         uint16_t half = to_half(scales ? scales[g] : max / 127);
         float scale = scales ? scales[g] : from_half(half);
-        m->s[(tile * (cols / G) + g) * TILE + lane] = half;
+        m->s[cell(cols / G, 1, row, g)] = half;
         for (int64_t i = g * G; i < (g + 1) * G; i++) {
             float v = i < n && scale != 0 ? rintf(values[i] / scale) : 0;
             v = v < 127 ? v > -127 ? v : -127 : 127; // also where the scale was rounded down; NaN
-            m->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] = (uint8_t)(v + 128);
+            m->q[cell(cols, 4, row, i)] = (uint8_t)(v + 128);
         }
     }
 }
 
 static void embed_row(float *x, const Matrix *w, int token, int D, int G) { // x (D,)
-    int64_t tile = token / TILE, lane = token % TILE, cols = w->cols;
-    for (int64_t i = 0; i < D; i++)
-        x[i] = w->f ? w->f[(tile * cols + i) * TILE + lane]
-                    : (float)(w->q[(tile * cols + i / 4 * 4) * TILE + lane * 4 + i % 4] - 128)
-                          * from_half(w->s[(tile * (cols / G) + i / G) * TILE + lane]);
+    for (int i = 0; i < D; i++)
+        x[i] = w->f ? w->f[cell(w->cols, 1, token, i)]
+                    : (float)(w->q[cell(w->cols, 4, token, i)] - 128)
+                          * from_half(w->s[cell(w->cols / G, 1, token, i / G)]);
 }
 
 // Packs a tensor of version 0 or 2, of (rows, cols), into m; row r of it goes to at + r, or, with
@@ -588,11 +591,15 @@ static void team_open(Team *t, int n) { // starts n - 1 threads, which stay unti
     pin(t, 0);
 }
 
-// The share of thread `thread` of n things, which go out in units of so many: from lo to hi.
-static void share(int64_t n, int64_t unit, int thread, const Team *t, int64_t *lo, int64_t *hi) {
-    int64_t units = round_up(n, unit) / unit;
-    *lo = smaller(n, units * thread / t->n * unit);
-    *hi = smaller(n, units * (thread + 1) / t->n * unit);
+typedef struct {
+    int64_t lo, hi; // from lo to hi - 1
+} Range;
+
+// The share of thread `thread` of n things, which go out in units of so many.
+static Range share(int64_t n, int64_t unit, int thread, const Team *t) {
+    const int64_t units = round_up(n, unit) / unit;
+    return (Range){smaller(n, units * thread / t->n * unit),
+                   smaller(n, units * (thread + 1) / t->n * unit)};
 }
 
 // ------------------------------------------------------------------------------------------
@@ -654,11 +661,8 @@ static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_
     const int64_t qkv = c->dim + 2 * c->kv_dim, h13 = 2 * round_up(c->hidden_dim, TILE);
     s->width = round_up((qkv > h13 ? qkv : h13) + c->group, TILE);
     s->v_width = round_up(c->vocab_size, TILE);
-    s->x = zeros(4 * B * s->width);
-    s->qkv = zeros(4 * B * s->width);
-    s->att = zeros(4 * B * s->width);
-    s->h13 = zeros(4 * B * s->width);
-    s->h = zeros(4 * B * s->width);
+    float **each[] = {&s->x, &s->qkv, &s->att, &s->h13, &s->h};
+    for (int i = 0; i < 5; i++) *each[i] = zeros(4 * B * s->width);
     s->logits = zeros(4 * B * s->v_width);
     s->rope = zeros(4 * s->T * c->head_dim);
     s->scores = zeros(4 * team->n * s->T);
@@ -722,7 +726,8 @@ typedef struct {
 #ifdef ISA_LEVEL
 #define PARTS (TILE / LANES) // registers for 16 lanes
 #define BLOCK (LANES == 16 ? 8 : 2) // rows of input that share one pass over a tile
-#define INLINE static inline __attribute__((always_inline))
+#define KERNEL TARGET static
+#define INLINE TARGET static inline __attribute__((always_inline))
 
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
@@ -745,14 +750,16 @@ typedef struct {
 #define exp_sum MY(exp_sum)
 #define normalize MY(normalize)
 #define quantize MY(quantize)
-#define prepare MY(prepare)
+#define store MY(store)
 #define tile_q8 MY(tile_q8)
 #define tile_f32 MY(tile_f32)
-#define matmul MY(matmul)
+#define product_by MY(product_by)
+#define product MY(product)
 #define store_heads MY(store_heads)
 #define score MY(score)
 #define softmax MY(softmax)
 #define mix MY(mix)
+#define attention_by MY(attention_by)
 #define attention MY(attention)
 #define swiglu MY(swiglu)
 
@@ -860,11 +867,11 @@ INLINE float exp_sum(float *x, int n, float scale, float shift, bool keep) {
     return sum(total);
 }
 
-static float MY(exps)(float *x, int n, float scale, float shift) {
+KERNEL float MY(exps)(float *x, int n, float scale, float shift) {
     return exp_sum(x, n, scale, shift, false);
 }
 
-static float MY(maximum)(const float *x, int n) { // NaNs are skipped
+KERNEL float MY(maximum)(const float *x, int n) { // NaNs are skipped
     vf top[4]; // since each waits for the one before
     int i = 0;
     for (int j = 0; j < 4; j++) top[j] = ALL(-INFINITY);
@@ -874,14 +881,14 @@ static float MY(maximum)(const float *x, int n) { // NaNs are skipped
     return largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
-static float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
+KERNEL float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
     vf total = {0};
     for (int i = 0; i < n; i += LANES) total += PICK(AT(x + i) > least, AT(x + i), (vf){0});
     return sum(total);
 }
 
 // to = x * weight / rms(x), all (n,); beyond n x is zero.
-static void normalize(float *to, const float *x, const float *weight, int n, float eps) {
+KERNEL void normalize(float *to, const float *x, const float *weight, int n, float eps) {
     vf squares = {0};
     for (int i = 0; i < n; i += LANES) squares += AT(x + i) * AT(x + i);
     float scale = 1.0f / sqrtf(sum(squares) / (float)n + eps);
@@ -923,26 +930,9 @@ INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s,
     *bias = -128 * (int32_t)sum(__builtin_convertvector(total, vf)); // exact: below 2^24
 }
 
-// Makes this thread's input of the next product with w, of x (B, width): RMSNorm if there is a
-// weight, quantized if w is q8_0. Beyond a row's end x is zero.
-static void prepare(State *s, Input *in, const float *x, int B, const float *weight,
-                    const Matrix *w) {
-    const Config *c = &s->m->c;
-    const int G = c->group;
-    in->f = weight ? in->own : x;
-    for (int b = 0; b < B; b++) {
-        const float *f = in->f + b * in->width;
-        if (weight)
-            normalize(in->own + b * in->width, x + b * in->width, weight, c->dim, c->norm_eps);
-        int8_t *high = in->high + b * in->width, *low = in->low + b * in->width;
-        float *scale = in->s + b * (in->width / 4);
-        int32_t *bias = in->bias + b * (in->width / 4);
-        for (int64_t i = 0; i < w->cols && w->q; i += G, scale++, bias++)
-            if (G == 64) quantize(f + i, 64, high + i, low + i, scale, bias);
-            else if (G == 32) quantize(f + i, 32, high + i, low + i, scale, bias);
-            else if (G == 16) quantize(f + i, 16, high + i, low + i, scale, bias);
-            else quantize(f + i, G, high + i, low + i, scale, bias);
-    }
+INLINE void store(float *to, vf v, bool add) {
+    if (add) v += AT(to);
+    AT(to) = v;
 }
 
 // One tile of a q8_0 matrix times nb rows of the input, starting at row b0:
@@ -980,11 +970,8 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
         }
     }
     for (int b = 0; b < nb; b++)
-        for (int j = 0; j < PARTS; j++) {
-            float *to = out + (b0 + b) * ld + tile * TILE + j * LANES;
-            if (add) total[b][j] += AT(to);
-            AT(to) = total[b][j];
-        }
+        for (int j = 0; j < PARTS; j++)
+            store(out + (b0 + b) * ld + tile * TILE + j * LANES, total[b][j], add);
 }
 
 // The same for an fp32 matrix. Four partial sums, so that additions need not wait for each other.
@@ -1002,42 +989,62 @@ INLINE void tile_f32(float *out, int64_t ld, bool add, const Matrix *w, int64_t 
                 for (int b = 0; b < nb; b++) part[b][k] += AT(f) * x[b * in->width + i + k];
         for (; i < w->cols; i++, f += TILE)
             for (int b = 0; b < nb; b++) part[b][0] += AT(f) * x[b * in->width + i];
-        for (int b = 0; b < nb; b++) {
-            float *to = out + (b0 + b) * ld + tile * TILE + j * LANES;
-            vf total = (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]);
-            if (add) total += AT(to);
-            AT(to) = total;
-        }
+        for (int b = 0; b < nb; b++)
+            store(out + (b0 + b) * ld + tile * TILE + j * LANES,
+                  (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]), add);
     }
 }
 
-// out (B, ld)[:, rows of tiles lo to hi] = (or += if add) in (B, cols) @ w (rows, cols)^T
-static void matmul(float *out, int64_t ld, bool add, const Matrix *w, int64_t lo, int64_t hi,
-                   int G, const Input *in, int B) {
-    enum { HALF = BLOCK / 2 };
-    for (int64_t t = lo; t < hi; t++) {
+// product, for groups of G; fp32 if G is 0.
+INLINE Range product_by(const int G, State *s, int thread, float *out, int64_t ld, bool add,
+                        const float *x, int B, const float *norm, const Matrix *w, int64_t unit) {
+    const Config *c = &s->m->c;
+    const int block = G ? BLOCK : BLOCK / 2;
+    Input *in = &s->in[thread];
+    in->f = norm ? in->own : x;
+    for (int b = 0; b < B; b++) {
+        const int64_t at = b * in->width, at_group = b * (in->width / 4);
+        if (norm) normalize(in->own + at, x + at, norm, c->dim, c->norm_eps);
+        for (int64_t g = 0; G && g < w->cols / G; g++)
+            quantize(in->f + at + g * G, G, in->high + at + g * G, in->low + at + g * G,
+                     in->s + at_group + g, in->bias + at_group + g);
+    }
+    const Range r = share(w->tiles, unit, thread, s->team);
+    for (int64_t t = r.lo; t < r.hi; t++) {
         int b = 0;
-        for (; b + HALF <= B && w->f; b += HALF) tile_f32(out, ld, add, w, t, in, b, HALF);
-        for (; b < B && w->f; b++) tile_f32(out, ld, add, w, t, in, b, 1);
-        for (; b + BLOCK <= B && G == 64; b += BLOCK) tile_q8(out, ld, add, w, t, 64, in, b, BLOCK);
-        for (; b + BLOCK <= B && G == 32; b += BLOCK) tile_q8(out, ld, add, w, t, 32, in, b, BLOCK);
-        for (; b + BLOCK <= B && G == 16; b += BLOCK) tile_q8(out, ld, add, w, t, 16, in, b, BLOCK);
-        for (; b < B && G == 64; b++) tile_q8(out, ld, add, w, t, 64, in, b, 1);
-        for (; b < B && G == 32; b++) tile_q8(out, ld, add, w, t, 32, in, b, 1);
-        for (; b < B && G == 16; b++) tile_q8(out, ld, add, w, t, 16, in, b, 1);
-        for (; b < B; b++) tile_q8(out, ld, add, w, t, G, in, b, 1);
+        for (; b + block <= B; b += block)
+            if (G) tile_q8(out, ld, add, w, t, G, in, b, block);
+            else tile_f32(out, ld, add, w, t, in, b, block);
+        for (; b < B; b++)
+            if (G) tile_q8(out, ld, add, w, t, G, in, b, 1);
+            else tile_f32(out, ld, add, w, t, in, b, 1);
+    }
+    return r;
+}
+
+// out (B, ld) = (or += if add) x (B, width) @ w (rows, cols)^T, of which this thread computes its
+// share of w's tiles, in units of so many; returns which. Each thread prepares the input for itself:
+// RMSNorm if there is its weight, quantized if w is. Beyond a row's end x is zero.
+KERNEL Range product(State *s, int thread, float *out, int64_t ld, bool add, const float *x, int B,
+                     const float *norm, const Matrix *w, int64_t unit) {
+    switch (w->q ? s->m->c.group : 0) { // loops of a length that the compiler knows
+    case 0: return product_by(0, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 16: return product_by(16, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 32: return product_by(32, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 64: return product_by(64, s, thread, out, ld, add, x, B, norm, w, unit);
+    default: return product_by(s->m->c.group, s, thread, out, ld, add, x, B, norm, w, unit);
     }
 }
 
-// Of the H + K + K heads of qkv those from lo to hi: rotates queries and keys, pair by pair, by
+// Of the H + K + K heads of qkv those of a range: rotates queries and keys, pair by pair, by
 // the angle of their position (RoFormer, eq. 34), scales queries, caches keys and values.
-static void store_heads(State *s, int layer, int64_t lo, int64_t hi) {
+KERNEL void store_heads(State *s, int layer, Range r) {
     const Config *c = &s->m->c;
     const int H = c->n_heads, K = c->n_kv_heads, E = c->head_dim;
     for (int b = 0; b < s->B; b++) {
         const int64_t pos = s->row[b].pos, seq = s->row[b].seq;
         const float *rope = s->rope + pos * E;
-        for (int64_t h = lo; h < hi; h++) {
+        for (int64_t h = r.lo; h < r.hi; h++) {
             float *v = s->qkv + b * s->width + h * E;
             float scale = h < H ? 1.0f / sqrtf((float)E) : 1.0f;
             for (int i = 0; i < E && h < H + K; i += 2) {
@@ -1071,7 +1078,7 @@ INLINE void score(float *scores, const float *q, const void *keys, int n, int E,
 
 // scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum. A score
 // that is NaN, of a damaged model, stays so, for the logits to tell.
-static float softmax(float *scores, int n) {
+KERNEL float softmax(float *scores, int n) {
     n = pad(scores, n);
     return exp_sum(scores, n, 1, MY(maximum)(scores, n), true);
 }
@@ -1092,29 +1099,32 @@ INLINE void mix(float *out, const float *weight, float total, const void *values
     for (int i = 0; i < nb; i++) out[e + i] = sum(acc[i]) * scale;
 }
 
-// Attention of the items lo to hi of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
-static void attention(State *s, int layer, int64_t lo, int64_t hi, float *scores) {
+// Attention of a range of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
+INLINE void attention_by(const int half, State *s, int layer, Range r, float *scores) {
     const Config *c = &s->m->c;
     const int E = c->head_dim;
-    for (; lo < hi; lo++) {
-        int64_t h = lo / s->B, b = lo % s->B;
+    for (int64_t i = r.lo; i < r.hi; i++) {
+        int64_t h = i / s->B, b = i % s->B;
         int64_t head = ((int64_t)s->row[b].seq * c->n_layers + layer) * c->n_kv_heads
                        + h / (c->n_heads / c->n_kv_heads);
         const uint8_t *k = s->keys + head * s->head_bytes, *v = s->values + head * s->head_bytes;
         const float *q = s->qkv + b * s->width + h * E;
         float *out = s->att + b * s->width + h * E;
         int n = s->row[b].pos + 1, e = 0;
-        if (E == 8 && s->half) score(scores, q, k, n, 8, 1);
-        else if (s->half) score(scores, q, k, n, E, 1);
-        else score(scores, q, k, n, E, 0);
+        score(scores, q, k, n, E, half);
         float total = softmax(scores, n);
-        for (; e + 8 <= E && s->half; e += 8) mix(out, scores, total, v, n, E, e, 1, 8);
-        for (; e < E; e++) mix(out, scores, total, v, n, E, e, s->half, 1);
+        for (; e + 8 <= E; e += 8) mix(out, scores, total, v, n, E, e, half, 8);
+        for (; e < E; e++) mix(out, scores, total, v, n, E, e, half, 1);
     }
 }
 
+KERNEL void attention(State *s, int layer, Range r, float *scores) {
+    if (s->half) attention_by(1, s, layer, r, scores);
+    else attention_by(0, s, layer, r, scores);
+}
+
 // h (B, F) = silu(w1 x) * w3 x, for the tiles of w1 from lo to hi.
-static void swiglu(State *s, int64_t lo, int64_t hi) {
+KERNEL void swiglu(State *s, int64_t lo, int64_t hi) {
     for (int b = 0; b < s->B; b++)
         for (int64_t i = lo * TILE; i < hi * TILE; i += LANES) {
             const float *gate = s->h13 + b * s->width + i / TILE * TILE + i;
@@ -1126,51 +1136,42 @@ static void swiglu(State *s, int64_t lo, int64_t hi) {
 // The forward pass: B rows through the model, by all threads of the team together. After it the
 // keys and values of the rows are in the cache and s->logits has the logits of those that want
 // them. Rows of one sequence must be in order of position.
-static void MY(forward)(void *arg, Team *team, int thread) {
+KERNEL void MY(forward)(void *arg, Team *team, int thread) {
     State *s = arg;
     const Model *m = s->m;
     const Config *c = &m->c;
-    const int B = s->B, E = c->head_dim, G = c->group, heads = c->n_heads + 2 * c->n_kv_heads;
-    Input *in = &s->in[thread];
-    int64_t lo, hi, unit = E; // of queries, keys and values: whole heads and whole tiles, so that
-    while (unit % TILE) unit += E; // who computes a head can also rotate and cache it
+    const int B = s->B, E = c->head_dim, heads = c->n_heads + 2 * c->n_kv_heads;
+    const int64_t width = s->width;
+    int64_t unit = E; // of queries, keys and values: whole heads and whole tiles, so that who
+    while (unit % TILE) unit += E; // computes a head can also rotate and cache it
 
-    share(B, 1, thread, team, &lo, &hi);
-    for (int64_t b = lo; b < hi; b++)
-        embed_row(s->x + b * s->width, &m->embed, s->row[b].token, c->dim, G);
+    Range r = share(B, 1, thread, team);
+    for (int64_t b = r.lo; b < r.hi; b++)
+        embed_row(s->x + b * width, &m->embed, s->row[b].token, c->dim, c->group);
     barrier(team);
     for (int i = 0; i < c->n_layers; i++) {
         const Layer *l = &m->layers[i];
-        prepare(s, in, s->x, B, l->att_norm, &l->wqkv);
-        share(l->wqkv.tiles, unit / TILE, thread, team, &lo, &hi);
-        matmul(s->qkv, s->width, false, &l->wqkv, lo, hi, G, in, B);
-        store_heads(s, i, lo * TILE / E, smaller(heads, hi * TILE / E));
+        r = product(s, thread, s->qkv, width, false, s->x, B, l->att_norm, &l->wqkv, unit / TILE);
+        store_heads(s, i, (Range){r.lo * TILE / E, smaller(heads, r.hi * TILE / E)});
         barrier(team);
 
-        share((int64_t)c->n_heads * B, 1, thread, team, &lo, &hi);
-        attention(s, i, lo, hi, s->scores + thread * s->T);
+        r = share((int64_t)c->n_heads * B, 1, thread, team);
+        attention(s, i, r, s->scores + thread * s->T);
         barrier(team);
 
-        prepare(s, in, s->att, B, NULL, &l->wo);
-        share(l->wo.tiles, 1, thread, team, &lo, &hi);
-        matmul(s->x, s->width, true, &l->wo, lo, hi, G, in, B);
+        product(s, thread, s->x, width, true, s->att, B, NULL, &l->wo, 1);
         barrier(team);
 
-        prepare(s, in, s->x, B, l->ffn_norm, &l->w13);
-        share(l->w13.tiles, 2, thread, team, &lo, &hi);
-        matmul(s->h13, s->width, false, &l->w13, lo, hi, G, in, B);
-        swiglu(s, lo / 2, hi / 2);
+        r = product(s, thread, s->h13, width, false, s->x, B, l->ffn_norm, &l->w13, 2);
+        swiglu(s, r.lo / 2, r.hi / 2);
         barrier(team);
 
-        prepare(s, in, s->h, B, NULL, &l->w2);
-        share(l->w2.tiles, 1, thread, team, &lo, &hi);
-        matmul(s->x, s->width, true, &l->w2, lo, hi, G, in, B);
+        product(s, thread, s->x, width, true, s->h, B, NULL, &l->w2, 1);
         barrier(team);
     }
-    if (!s->n_logits) return;
-    prepare(s, in, s->x + (B - s->n_logits) * s->width, s->n_logits, m->norm, &m->output);
-    share(m->output.tiles, 1, thread, team, &lo, &hi);
-    matmul(s->logits, s->v_width, false, &m->output, lo, hi, G, in, s->n_logits);
+    if (s->n_logits)
+        product(s, thread, s->logits, s->v_width, false, s->x + (B - s->n_logits) * width,
+                s->n_logits, m->norm, &m->output, 1);
 }
 
 static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(maximum)};
@@ -1178,25 +1179,14 @@ static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(m
 #undef ISA_LEVEL
 #undef ISA
 #undef NAME
+#undef TARGET
 #undef LANES
 #else // ------ the rest is compiled once
-
-#define STRING(x) #x
-#ifdef __clang__
-#define PUSH(isa) STRING(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define FOR_TARGET(isa) _Pragma(PUSH(isa))
-#define FOR_ALL _Pragma("clang attribute pop")
-#define DOTPROD "dotprod"
-#else
-#define PUSH(isa) STRING(GCC target(isa))
-#define FOR_TARGET(isa) _Pragma("GCC push_options") _Pragma(PUSH(isa))
-#define FOR_ALL _Pragma("GCC pop_options")
-#define DOTPROD "arch=armv8.2-a+dotprod"
-#endif
 
 #define ISA_LEVEL 0
 #define ISA portable
 #define NAME "portable C"
+#define TARGET
 #define LANES 4 // 32-bit numbers in a register
 #include "run.c"
 #if defined __x86_64__
@@ -1205,17 +1195,15 @@ static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(m
 #define ISA_LEVEL 1
 #define ISA avx2
 #define NAME "AVX2"
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
-FOR_TARGET("avx2,fma,f16c")
 #include "run.c"
-FOR_ALL
 #define ISA_LEVEL 2
 #define ISA avx512
 #define NAME "AVX-512 VNNI"
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 #define LANES 16
-FOR_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #include "run.c"
-FOR_ALL
 // before version 16 clang's header has sdot only where it may be used everywhere
 #elif defined __aarch64__ \
     && (defined __ARM_FEATURE_DOTPROD || !defined __clang__ || __clang_major__ > 15)
@@ -1227,10 +1215,13 @@ FOR_ALL
 #define ISA_LEVEL 3
 #define ISA neon
 #define NAME "NEON dotprod"
+#ifdef __clang__
+#define TARGET __attribute__((target("dotprod")))
+#else
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #define LANES 4
-FOR_TARGET(DOTPROD)
 #include "run.c"
-FOR_ALL
 #endif
 
 // The kernels that this machine can run, the fastest first; RUN_ISA=portable (or another name's
@@ -1560,17 +1551,18 @@ static int64_t normalize_text(const Tokenizer *t, const uint8_t *text, int64_t l
     return n;
 }
 
-// Encodes len bytes of text, after BOS if `bos`. Returns the ids, to be freed, their number in
-// *count.
-static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos, int *count) {
+// Appends the ids of len bytes of text, after BOS if `bos`, to the *count ids that there are (NULL
+// if none). Returns all, to be freed.
+static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos, int *ids,
+                   size_t *count) {
     const uint8_t *text = (const uint8_t *)string;
     const int64_t size = (int64_t)len;
     if (len > 1u << 29) die("a text of %lld bytes is too long", (long long)size);
     uint8_t *buffer = need(malloc(len + 1));
-    int *ids = need(malloc(sizeof *ids * 2 * (len + 1))); // PREFIX_SPACE makes two of a byte
+    ids = need(realloc(ids, sizeof *ids * (*count + 2 * (len + 1)))); // PREFIX_SPACE: two of a byte
     Merger m = {.t = t, .symbol = need(malloc(sizeof(Symbol) * (len + 1))),
                 .heap = need(malloc(sizeof(Merge) * 3 * (len + 1)))}; // a merge adds at most two
-    int64_t n = 0, used;
+    int64_t n = (int64_t)*count, used;
     if (bos) ids[n++] = t->bos;
     if (t->kind == 0 && (used = normalize_text(t, text, size, buffer)))
         n += encode_word(&m, buffer, used, ids + n);
@@ -1588,7 +1580,7 @@ static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos,
         }
     }
     free(buffer), free(m.symbol), free(m.heap);
-    *count = (int)n;
+    *count = (size_t)n;
     return ids;
 }
 
@@ -1725,14 +1717,18 @@ static void forward(Run *run, const Row *rows, int B, int n_logits) {
     team_run(&run->team, run->kernels->forward, &run->state);
 }
 
-// Puts ids through sequence 0 from position pos on, in blocks; the last one's logits are left.
-static void prefill(Run *run, const int *ids, int n, int pos) {
+// Puts the first of n ids through sequence 0 from position pos on, and returns how many. Logits are
+// left of all of them, or of the last of all.
+static int feed(Run *run, const int *ids, int64_t n, int pos, bool all) {
     Row rows[MAX_ROWS];
-    for (int i = 0; i < n; i += MAX_ROWS) {
-        int B = n - i < MAX_ROWS ? n - i : MAX_ROWS;
-        for (int b = 0; b < B; b++) rows[b] = (Row){ids[i + b], pos + i + b, 0};
-        forward(run, rows, B, i + B == n);
-    }
+    const int B = (int)smaller(n, MAX_ROWS);
+    for (int b = 0; b < B; b++) rows[b] = (Row){ids[b], pos + b, 0};
+    forward(run, rows, B, all ? B : B == n);
+    return B;
+}
+
+static void prefill(Run *run, const int *ids, int n, int pos) {
+    for (int i = 0; i < n;) i += feed(run, ids + i, n - i, pos + i, false);
 }
 
 static Sampler new_sampler(const Run *run, int story) {
@@ -1760,6 +1756,13 @@ static double cache_bytes(const Run *run, int n) {
     return 2.0 * (run->state.half ? 2 : 4) * c->n_layers * c->kv_dim * n;
 }
 
+static const char *machine(const Run *run) {
+    static char text[64];
+    snprintf(text, sizeof text, "%s, %d thread%s", run->kernels->name, run->team.n,
+             run->team.n == 1 ? "" : "s");
+    return text;
+}
+
 typedef struct {
     Sampler sampler;
     int *ids, n; // what it has told, the prompt included
@@ -1773,8 +1776,9 @@ static void generate(Run *run) {
     const Tokenizer *t = &run->tokenizer;
     const char *prompt = run->prompt ? run->prompt : "";
     State *s = &run->state;
-    int n, N = run->stories, B = N, front = 0, told = 0;
-    int *ids = encode(t, prompt, strlen(prompt), true, &n);
+    int N = run->stories, B = N, front = 0, told = 0;
+    size_t count = 0;
+    int *ids = encode(t, prompt, strlen(prompt), true, NULL, &count), n = (int)count;
     if (n > run->steps)
         die("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
             ? "the model's context is" : "the limit (-n) is", run->steps);
@@ -1827,9 +1831,8 @@ static void generate(Run *run) {
     double time = seconds() - start;
     flush();
     fprintf(stderr, "prompt: %d tokens at %.0f tokens/s; %s: %d tokens at %.0f tokens/s, "
-            "%.1f GB/s (%s, %d thread%s)\n", n, n / prompt_time, N == 1 ? "story" : "stories",
-            told, told / time, bytes / time * 1e-9, run->kernels->name, run->team.n,
-            run->team.n == 1 ? "" : "s");
+            "%.1f GB/s (%s)\n", n, n / prompt_time, N == 1 ? "story" : "stories",
+            told, told / time, bytes / time * 1e-9, machine(run));
     for (int i = 0; i < N; i++) free(story[i].ids);
     free(story), free(rows), free(ids);
 }
@@ -1860,22 +1863,23 @@ typedef struct {
     int *reply, n_reply; // tokens
 } Turn;
 
-static void *append(void *block, size_t *n, const void *more, size_t bytes) {
-    block = need(realloc(block, *n + bytes + 1));
-    if (bytes) memcpy((char *)block + *n, more, bytes);
-    *n += bytes;
+// Appends count things of so many bytes to the *n that there are.
+static void *append(void *block, size_t *n, const void *more, size_t count, size_t bytes) {
+    block = need(realloc(block, (*n + count + 1) * bytes));
+    if (count) memcpy((char *)block + *n * bytes, more, count * bytes);
+    *n += count;
     return block;
 }
 
-// Appends a turn to the ids, of *size bytes; an unfinished one ends where its reply would begin.
+// Appends a turn to the *n_ids ids; an unfinished one ends where its reply would begin.
 // The template is cut at tokens before anything is inserted, so what a user types never becomes a
 // control token. Returns the ids, and in run->met the bits of the names that it has met.
-static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *size) {
+static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *n_ids) {
     const Tokenizer *t = &run->tokenizer;
     char *text = NULL;
     for (size_t used = 0, n = 0;; cut(&in, used)) {
         const char *insert = (const char *)in.data;
-        int name = 0, id = -1, count;
+        int name = 0, id = -1;
         while (name < NO_NAME && !starts(in, names[name])) name++;
         run->met |= 1 << name;
         used = name < NO_NAME ? strlen(names[name])
@@ -1888,16 +1892,14 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
         if (name == USER) insert = turn->user;
         if (name == SYSTEM) insert = run->system ? run->system : "";
         if (in.size && id < 0 && name != REPLY) {
-            text = append(text, &n, insert, name == NO_NAME ? 1 : strlen(insert));
+            text = append(text, &n, insert, name == NO_NAME ? 1 : strlen(insert), 1);
             continue;
         }
-        int *more = encode(t, text, n, false, &count);
-        ids = append(ids, size, more, sizeof *ids * (size_t)count);
+        ids = encode(t, text, n, false, ids, n_ids);
         n = 0;
-        free(more);
         if (!in.size || (name == REPLY && !finished)) break;
-        count = name == REPLY ? turn->n_reply : 1;
-        ids = append(ids, size, name == REPLY ? turn->reply : &id, sizeof id * (size_t)count);
+        if (name == REPLY) ids = append(ids, n_ids, turn->reply, (size_t)turn->n_reply, sizeof id);
+        else ids = append(ids, n_ids, &id, 1, sizeof id);
     }
     free(text);
     return ids;
@@ -1907,11 +1909,11 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
 static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) {
     const Span *chat = run->model.chat;
     int *ids = NULL;
-    size_t size = 0;
+    size_t count = 0;
     for (int i = first; i <= last; i++)
         ids = render(run, chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
-                     &size);
-    *n = (int)(size / sizeof *ids);
+                     &count);
+    *n = (int)count;
     return ids;
 }
 
@@ -1926,7 +1928,7 @@ static void open_templates(Run *run) {
     if (!chat[2].size) chat[2] = chat[0];
     free(render(run, chat[run->system != NULL], &nothing, false, NULL, &before));
     int *ids = render(run, chat[run->system != NULL], &nothing, true, NULL, &after);
-    run->stop = after > before ? ids[before / sizeof *ids] : -1;
+    run->stop = after > before ? ids[before] : -1;
     free(ids);
     for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++)
         if (!(run->met >> name & 1))
@@ -1951,10 +1953,8 @@ static void chat(Run *run) {
         run->prompt = NULL;
         if (!turn[last].user) break;
         int *ids = render_all(run, turn, first, last, &n), dropped = first;
-        while (n >= context && first < last) {
+        for (; n >= context && first < last; ids = render_all(run, turn, ++first, last, &n))
             free(ids);
-            ids = render_all(run, turn, ++first, last, &n);
-        }
         if (first > dropped)
             fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
                     context, first);
@@ -2007,8 +2007,8 @@ static double cross_entropy(const Kernels *k, float *logits, int n, int target) 
 static void perplexity(Run *run) {
     const char *separator = "<|endoftext|>";
     const Config *c = &run->model.c;
-    int *ids = NULL, count;
-    size_t size = 0;
+    int *ids = NULL;
+    size_t count = 0;
     if (!run->prompt) die("give the file with -i");
     for (Span in = map_file(run->prompt); in.size; cut(&in, strlen(separator))) {
         const char *text = (const char *)in.data;
@@ -2016,21 +2016,16 @@ static void perplexity(Run *run) {
         const char *last = (const char *)in.data;
         while (text < last && (*text == '\n' || *text == ' ')) text++;
         while (last > text && (last[-1] == '\n' || last[-1] == ' ')) last--;
-        if (last == text) continue;
-        int *more = encode(&run->tokenizer, text, (size_t)(last - text), true, &count);
-        ids = append(ids, &size, more, sizeof *ids * (size_t)count);
-        free(more);
+        if (last > text)
+            ids = encode(&run->tokenizer, text, (size_t)(last - text), true, ids, &count);
     }
-    const int64_t n = (int64_t)(size / sizeof *ids);
+    const int64_t n = (int64_t)count;
     if (n < 2) die("%s: there is nothing to predict", run->prompt);
     state_open(&run->state, &run->model, &run->team, 1, c->seq_len, MAX_ROWS);
     double loss = 0, start = seconds();
-    Row rows[MAX_ROWS];
     for (int64_t i = 0, B; i + 1 < n; i += B) {
         int pos = (int)(i % c->seq_len);
-        for (B = 0; B < MAX_ROWS && pos + B < c->seq_len && i + B + 1 < n; B++)
-            rows[B] = (Row){ids[i + B], pos + (int)B, 0};
-        forward(run, rows, (int)B, (int)B);
+        B = feed(run, ids + i, smaller(n - 1 - i, c->seq_len - pos), pos, true);
         for (int b = 0; b < B; b++)
             loss += cross_entropy(run->kernels, run->state.logits + b * run->state.v_width,
                                   c->vocab_size, ids[i + b + 1]);
@@ -2046,9 +2041,8 @@ static void perplexity(Run *run) {
 
 static void read_memory(void *arg, Team *team, int thread) { // maximum() does nothing but that
     Run *run = arg;
-    int64_t lo, hi;
-    share(MEMORY / 4, 16, thread, team, &lo, &hi);
-    run->kernels->maximum(run->memory + lo, (int)(hi - lo));
+    const Range r = share(MEMORY / 4, 16, thread, team);
+    run->kernels->maximum(run->memory + r.lo, (int)(r.hi - r.lo));
 }
 
 // The best time of some passes: over memory, over ids as a prompt, or over ids token by token.
@@ -2074,8 +2068,8 @@ static void bench(Run *run) {
     run->memory = memset(zeros(MEMORY), 1, MEMORY);
     double roof = MEMORY / best_time(run, 'm', NULL, 0), bytes = 0, sampling = 0;
     for (int i = 0; i < n; i++) bytes += cache_bytes(run, i + 1) + (double)run->model.bytes;
-    printf("%s, %d thread%s, weights %.1f MB, read bandwidth %.1f GB/s\n", run->kernels->name,
-           run->team.n, run->team.n == 1 ? "" : "s", (double)run->model.bytes * 1e-6, roof * 1e-9);
+    printf("%s, weights %.1f MB, read bandwidth %.1f GB/s\n", machine(run),
+           (double)run->model.bytes * 1e-6, roof * 1e-9);
     printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best_time(run, 'p', ids, n));
     double best = best_time(run, 'd', ids, n);
     printf("decode   %d tokens: %.1f tokens/s, %.1f GB/s, %.0f %% of the bandwidth\n", n, n / best,
@@ -2096,35 +2090,30 @@ static void bench(Run *run) {
 // The command line
 
 #ifndef RUN_NO_MAIN // the tests include this file and have a main of their own
-static void usage(FILE *out, int status) {
-    fputs("usage: run MODEL.bin [options]\n"
-          "  -i TEXT    the prompt; with -m perplexity: the text file\n"
-          "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256;\n"
-          "             of a chat: each reply at N tokens; default 0: at the context\n"
-          "  -t T       temperature; 0: always the most likely token; default 1.0\n"
-          "  -k K       sample from the K most likely tokens; default 0: all\n"
-          "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
-          "  -s SEED    of the random numbers; default: the time\n"
-          "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
-          "  -z FILE    the tokenizer, for models that do not bring their own\n"
-          "  -m MODE    generate, chat, perplexity or bench; default generate\n"
-          "  -y TEXT    system prompt of a chat\n"
-          "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
-          "example: run model.bin -t 0.8 -i \"Once upon a time\"\n", out);
-    flush();
-    exit(status);
-}
+static const char usage[] =
+    "usage: run MODEL.bin [options]\n"
+    "  -i TEXT    the prompt; with -m perplexity: the text file\n"
+    "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256;\n"
+    "             of a chat: each reply at N tokens; default 0: at the context\n"
+    "  -t T       temperature; 0: always the most likely token; default 1.0\n"
+    "  -k K       sample from the K most likely tokens; default 0: all\n"
+    "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
+    "  -s SEED    of the random numbers; default: the time\n"
+    "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
+    "  -z FILE    the tokenizer, for models that do not bring their own\n"
+    "  -m MODE    generate, chat, perplexity or bench; default generate\n"
+    "  -y TEXT    system prompt of a chat\n"
+    "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
+    "example: run model.bin -t 0.8 -i \"Once upon a time\"\n";
 
 // Decimal, without exponents, spaces and plus signs, which strtod would take.
 static double number(char flag, const char *text, double min, double max, bool whole) {
     char *end;
     double v = strtod(text, &end);
     if (end == text || *end || text[strspn(text, whole ? "-0123456789" : "-.0123456789")]
-        || !(v >= min && v <= max)) {
-        fprintf(stderr, "error: -%c %s: expected %s from %g to %g\n", flag, text,
-                whole ? "a whole number" : "a number", min, max);
-        exit(2);
-    }
+        || !(v >= min && v <= max))
+        fail(2, "-%c %s: expected %s from %g to %g", flag, text,
+             whole ? "a whole number" : "a number", min, max);
     return v;
 }
 
@@ -2142,15 +2131,17 @@ int main(int argc, char **argv) {
     const char *tokenizer = NULL, *path = argc > 1 ? argv[1] : "-h";
     int threads = 0, n_cores = cores(), mode = GENERATE;
     run.seed = (uint64_t)time(NULL), run.kernels = pick_kernels();
-    if (!strcmp(path, "-h") || !strcmp(path, "--help")) usage(stdout, argc > 1 ? 0 : 2);
+    if (!strcmp(path, "-h") || !strcmp(path, "--help")) {
+        fputs(usage, stdout);
+        flush();
+        return argc > 1 ? 0 : 2;
+    }
     for (int i = 2; i < argc; i += 2) {
         const char flag = argv[i][0] == '-' && argv[i][1] && !argv[i][2] ? argv[i][1] : 0;
         const char *value = argv[i + 1];
-        if (!flag || !strchr("tkpsnizmybj", flag) || !value) {
-            fprintf(stderr, "error: %s: %s\n", argv[i],
-                    value ? "there is no such option" : "a value is missing, or no such option");
-            usage(stderr, 2);
-        }
+        if (!flag || !strchr("tkpsnizmybj", flag) || !value)
+            fail(2, "%s: %s; -h lists all", argv[i],
+                 value ? "there is no such option" : "a value is missing, or no such option");
         if (flag == 't') run.temperature = (float)number(flag, value, 0, 1e6, false);
         if (flag == 'k') run.topk = (int)number(flag, value, 0, 1e9, true);
         if (flag == 'p') run.topp = (float)number(flag, value, 0, 1, false);
@@ -2163,16 +2154,11 @@ int main(int argc, char **argv) {
         if (flag == 'y') run.system = *value ? value : NULL;
         if (flag == 'm')
             for (mode = 0; mode < NO_MODE && strcmp(value, modes[mode].name); mode++) {}
-        if (mode == NO_MODE) {
-            fprintf(stderr, "error: -m %s: it is generate, chat, perplexity or bench\n", value);
-            exit(2);
-        }
+        if (mode == NO_MODE) fail(2, "-m %s: it is generate, chat, perplexity or bench", value);
     }
     for (int i = 2; i < argc; i += 2)
-        if (!strchr(modes[mode].flags, argv[i][1])) {
-            fprintf(stderr, "error: %s is not for -m %s\n", argv[i], modes[mode].name);
-            exit(2);
-        }
+        if (!strchr(modes[mode].flags, argv[i][1]))
+            fail(2, "%s is not for -m %s", argv[i], modes[mode].name);
     Model *m = &run.model;
     model_open(m, map_file(path), path);
     if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed

@@ -32,8 +32,9 @@ static void use(uint8_t options, const char *prompt, size_t prompt_size, Span fi
     if (c->vocab_size >= 4096 || c->dim >= 4096 || c->hidden_dim >= 4096) return;
     Sampler sampler = {0.7f, 50, 0.9f, seed_rng(1)};
     Row rows[3];
-    int n = 0, last = c->vocab_size - 1, max_pos = c->seq_len < 3 ? c->seq_len : 3;
-    int *ids = t->n ? encode(t, prompt, prompt_size, true, &n) : NULL;
+    size_t count = 0;
+    int last = c->vocab_size - 1, max_pos = c->seq_len < 3 ? c->seq_len : 3;
+    int *ids = t->n ? encode(t, prompt, prompt_size, true, NULL, &count) : NULL, n = (int)count;
     check_ids(ids, n, c->vocab_size);
     for (int i = 0; i < max_pos; i++)
         rows[i] = (Row){i < n ? ids[i] : last, i, 0};

@@ -59,10 +59,9 @@ float maximum(int isa, float *x, int n) { return kernels[isa]->maximum(x, pad(x,
 #endif
 
 // out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; seen: w and x as the kernel has them
-void product(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
+void product_of(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
              float *seen_w, float *seen_x) {
     Model m = {.c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f}};
-    State s = {.m = &m};
     Matrix a;
     open_matrix(&m, &a, NULL, rows, cols);
     for (int r = 0; r < rows; r++) pack_row(&m.c, &a, r, w + r * cols, cols, NULL);
@@ -71,8 +70,8 @@ void product(int isa, int format, int G, float *w, int rows, int cols, float *x,
                 .s = zeros(B * width), .bias = zeros(B * width)};
     float *padded = zeros(4 * B * width);
     for (int b = 0; b < B; b++) memcpy(padded + b * width, x + b * cols, 4 * cols);
-    DO(prepare, &s, &in, padded, B, NULL, &a);
-    DO(matmul, out, a.tiles * 16, false, &a, 0, a.tiles, G, &in, B);
+    State s = {.m = &m, .team = team_of(1), .in = &in};
+    DO(product, &s, 0, out, a.tiles * 16, false, padded, B, NULL, &a, 1);
     for (int r = 0; r < rows && format == Q8_0; r++)
         embed_row(seen_w + r * cols, &a, r, cols, G);
     for (int b = 0; b < B && format == Q8_0; b++)
@@ -120,7 +119,7 @@ void attention_of(int isa, int half, float *q, float *keys, float *values, int H
             ((uint16_t *)s.values)[at] = to_half(values[i]);
         } else ((float *)s.keys)[at] = keys[i], ((float *)s.values)[at] = values[i];
     }
-    DO(attention, &s, 1, 0, H, s.scores);
+    DO(attention, &s, 1, (Range){0, H}, s.scores);
     memcpy(out, s.att, sizeof(float) * (size_t)(H * E));
     free_all();
 }
@@ -164,10 +163,11 @@ int open_tok(const uint8_t *data, int size, int kind, int n, int squeeze) {
     return failed;
 }
 int encode_into(const char *text, int len, int bos, int *out) {
-    int n, *ids = encode(&tokenizer, text, (size_t)len, bos, &n);
-    memcpy(out, ids, sizeof *ids * (size_t)n);
+    size_t n = 0;
+    int *ids = encode(&tokenizer, text, (size_t)len, bos, NULL, &n);
+    memcpy(out, ids, sizeof *ids * n);
     free(ids);
-    return n;
+    return (int)n;
 }
 // the ids of a chat's exchanges, the last without its reply; *stop: what ends a reply
 int chat_into(const char *path, char *system, int n, char **users, int **replies, int *sizes,
@@ -398,8 +398,8 @@ def test_q8_product(lib, group):
         for isa in range(len(lib.isas)):
             out = np.zeros((B, -(-rows // 16) * 16), np.float32)
             seen_w, seen_x = np.zeros_like(w), np.zeros_like(x)
-            lib.product(isa, 1, group, pointer(w), rows, cols, pointer(x), B, pointer(out),
-                        pointer(seen_w), pointer(seen_x))
+            lib.product_of(isa, 1, group, pointer(w), rows, cols, pointer(x), B, pointer(out),
+                           pointer(seen_w), pointer(seen_x))
             want = seen_x.astype(np.float64) @ seen_w.astype(np.float64).T
             size = np.abs(seen_x) @ np.abs(seen_w).T + 1e-6
             assert (np.abs(out[:, :rows] - want) / size).max() < 1e-6
@@ -408,8 +408,8 @@ def test_q8_product(lib, group):
             assert error < 1 / 16256 and np.abs(seen_w - w).max() < 0.502 * np.abs(w).max() / 127
             for b in (0, B - 1):
                 one = np.zeros((1, out.shape[1]), np.float32)
-                lib.product(isa, 1, group, pointer(w), rows, cols, pointer(x[b:b + 1].copy()), 1,
-                            pointer(one), pointer(seen_w), pointer(seen_x[:1].copy()))
+                lib.product_of(isa, 1, group, pointer(w), rows, cols, pointer(x[b:b + 1].copy()),
+                               1, pointer(one), pointer(seen_w), pointer(seen_x[:1].copy()))
                 assert np.array_equal(one[0], out[b])
 
 def test_fp32_product(lib):
@@ -419,7 +419,7 @@ def test_fp32_product(lib):
         want = x.astype(np.float64) @ w.astype(np.float64).T
         for isa in range(len(lib.isas)):
             out = np.zeros((B, -(-rows // 16) * 16), np.float32)
-            lib.product(isa, 0, 32, pointer(w), rows, cols, pointer(x), B, pointer(out), None, None)
+            lib.product_of(isa, 0, 32, pointer(w), rows, cols, pointer(x), B, pointer(out), None, None)
             assert np.abs(out[:, :rows] - want).max() < 1e-5 * cols ** 0.5
 
 def test_normalize(lib):
