@@ -143,13 +143,13 @@ static bool starts(Span s, const char *with) {
     return (uint64_t)s.size >= n && !memcmp(s.data, with, n);
 }
 
-static uint32_t read_u32(const uint8_t *p) { // at any address, as the next
+static uint32_t read_u32(const void *p) { // at any address, or a float's bits; as the next
     uint32_t v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-static float read_f32(const uint8_t *p) {
+static float read_f32(const void *p) {
     float v;
     memcpy(&v, p, sizeof v);
     return v;
@@ -339,21 +339,15 @@ static void open_tensors(Model *m, Span *in) {
 // fp32 -> fp16 bits, to nearest even, clamped to the largest finite. The multiplication moves
 // the exponent's bias, and makes fp16's subnormals come out right.
 static uint16_t to_half(float x) {
-    uint32_t bits, sign;
-    memcpy(&bits, &x, 4);
-    sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    memcpy(&x, &bits, 4);
-    x = (x < 65504.0f ? x : 65504.0f) * 0x1p-112f;
-    memcpy(&bits, &x, 4);
+    const uint32_t sign = read_u32(&x) >> 16 & 0x8000;
+    x = (fabsf(x) < 65504.0f ? fabsf(x) : 65504.0f) * 0x1p-112f;
+    const uint32_t bits = read_u32(&x);
     return (uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 static float from_half(uint16_t h) {
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
-    float x;
-    memcpy(&x, &bits, 4);
-    x *= 0x1p112f;
+    const uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+    const float x = read_f32(&bits) * 0x1p112f;
     return h & 0x8000 ? -x : x;
 }
 
@@ -783,7 +777,7 @@ INLINE float sum(vf v) { // of the lanes, folded to four, then to one
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-INLINE float largest(vf v) { // of the lanes; NaN only where there is nothing else
+INLINE float largest(vf v) { // of the lanes, none of which is NaN
     float x[LANES];
     memcpy(x, &v, sizeof v);
     float q[4] = {x[0], x[1], x[2], x[3]};
@@ -803,8 +797,7 @@ INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
         for (int k = 0; k < 4; k++) acc[r] += (w[4 * r + k] - 128) * x[k];
     return acc;
 #else
-    int32_t x4;
-    memcpy(&x4, x, 4);
+    const int32_t x4 = (int32_t)read_u32(x);
 #if ISA_LEVEL == 1 // |x| * (w with the sign of x) stays within 16 bits, twice 128 * 127
     __m256i xs = _mm256_set1_epi32(x4);
     __m256i ws = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)w),
@@ -901,7 +894,6 @@ KERNEL void normalize(float *to, const float *x, const float *weight, int n, flo
 INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s, int32_t *bias) {
     vi top = {0}, total = {0};
     int32_t lane[LANES];
-    float max;
     for (int i = 0; i < G; i += LANES) {
         vi bits = {0};
         memcpy(&bits, x + i, 4 * (size_t)(G - i < LANES ? G - i : LANES));
@@ -912,9 +904,9 @@ INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s,
     memcpy(lane, &top, sizeof top);
     for (int n = LANES / 2; n > 0; n /= 2)
         for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-    memcpy(&max, lane, 4);
+    const float max = read_f32(lane);
     *s = max / 16256.0f;
-    float inverse = max > 1e-30f && max < INFINITY ? 16256.0f / max : 0.0f; // else s tells
+    const float inverse = max > 1e-30f && max < INFINITY ? 16256.0f / max : 0.0f; // else s tells
     for (int i = 0; i < G; i += LANES) {
         size_t count = (size_t)(G - i < LANES ? G - i : LANES);
         vf v = {0};
@@ -930,7 +922,7 @@ INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s,
     *bias = -128 * (int32_t)sum(__builtin_convertvector(total, vf)); // exact: below 2^24
 }
 
-INLINE void store(float *to, vf v, bool add) {
+INLINE void store(float *to, vf v, bool add) { // to (LANES,) = (or += if add) v
     if (add) v += AT(to);
     AT(to) = v;
 }
@@ -1654,11 +1646,11 @@ static float sums_above(const Kernels *k, const float *x, int n, float least, fl
 // What only the k largest of the x (n,), from 0 to 1, and their equals are larger than; 0 if fewer
 // are above it. Floats that are not negative have the order of their bits, over which it bisects.
 static float below_largest(const float *x, int n, int k) {
-    float least = 0, try;
+    float least = 0;
     for (uint32_t bits = 0, bit = 1u << 29; bit; bit /= 2) {
         const uint32_t more = bits | bit;
+        const float try = read_f32(&more);
         int larger = 0;
-        memcpy(&try, &more, 4);
         for (int i = 0; i < n; i++) larger += x[i] > try;
         if (larger >= k) bits = more, least = try;
         if (larger == k) break;
@@ -1913,7 +1905,7 @@ static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) 
     for (int i = first; i <= last; i++)
         ids = render(run, chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
                      &count);
-    *n = (int)count;
+    *n = (int)smaller((int64_t)count, INT32_MAX);
     return ids;
 }
 
