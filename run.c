@@ -1015,8 +1015,8 @@ INLINE Range product_by(const int G, State *s, int thread, float *out, int64_t l
 }
 
 // out (B, ld) = (or += if add) x (B, width) @ w (rows, cols)^T, of which this thread computes its
-// share of w's tiles, in units of so many; returns which. Each thread prepares the input for itself:
-// RMSNorm if there is its weight, quantized if w is. Beyond a row's end x is zero.
+// share of w's tiles, in units of so many; returns which. Each thread prepares the input for
+// itself: RMSNorm if there is its weight, quantized if w is. Beyond a row's end x is zero.
 KERNEL Range product(State *s, int thread, float *out, int64_t ld, bool add, const float *x, int B,
                      const float *norm, const Matrix *w, int64_t unit) {
     switch (w->q ? s->m->c.group : 0) { // loops of a length that the compiler knows
