@@ -4,11 +4,14 @@ How fast run.c is, beside its peers: the table of tests/SPEED.md.
     python tests/bench_run.py                                    # run.c alone
     python tests/bench_run.py --llama2c=DIR --llama_bench=FILE   # beside llama2.c, llama.cpp
 
-Random weights of the published shapes (the 260K model is the real one where it is at hand). DIR is
-a checkout of llama2.c, which is built here with -Ofast -march=native, with OpenMP where there are
-two threads; FILE is llama.cpp's llama-bench, for which the models are written with the package
-`gguf` (pip install gguf). All take turns in one go, since machines differ, and differ from minute
-to minute: the best of --repeat. On a machine that others use, `chrt -f 10` in front helps.
+Random weights of the published shapes (the 260K model is the real one where it is at hand). DIR
+is a checkout of llama2.c, which is built here with -Ofast -march=native, with OpenMP where there
+are two threads; FILE is llama.cpp's llama-bench, for which the models are written with the
+package `gguf` (pip install gguf). All take turns in one go, since machines differ, and differ
+from minute to minute: the best of --repeat. llama.cpp's llama-bench, like -m bench of run.c,
+times passes through the model alone; llama2.c only tells stories, so that it is beside a story of
+run.c: one process, greedy, sampling and printing included, each position for the first time. On a
+machine that others use, `chrt -f 10` in front helps.
 """
 
 import argparse
@@ -122,7 +125,14 @@ def measure(shape, prefix, options):
     found = re.search(r"bandwidth ([\d.]+).*?prompt.*?: ([\d.]+).*?decode.*?: ([\d.]+) tokens/s, "
                       r"([\d.]+) GB/s.*?([\d.]+) us a token, ([\d.]+) %", text, re.S)
     roof, prompt, decode, gbs, _, sampling = map(float, found.groups())
-    result = {"run.c": (decode, prompt), "roof": (roof, gbs), "sampling": (sampling, None)}
+    # any pieces will do
+    tokenizer, vocab = Path(options.dir) / f"{shape}.tok.bin", model_args(shape).vocab_size
+    tokenizer.write_bytes(struct.pack("<I", 7) + b"".join(
+        struct.pack("<fI", -i, 7) + b"%7d" % i for i in range(vocab)))
+    text = run([options.run, f"{prefix}.v3.bin", "-t", 0, "-n", n, "-z", tokenizer, "-j", threads])
+    story = float(re.search(r"story: \d+ tokens at (\d+)", text)[1])
+    result = {"run.c": (decode, prompt), "roof": (roof, gbs), "sampling": (sampling, None),
+              "run.c, a story": (story, None)}
     if options.llama2c:
         for name, end in (("run", ".v0.bin"), ("runq", ".v2.bin")):
             if shape == "1.1B" and name == "run":
@@ -131,11 +141,6 @@ def measure(shape, prefix, options):
             if not program.exists():
                 run(["cc", "-Ofast", "-march=native", *["-fopenmp"] * (threads > 1), "-o", program,
                      Path(options.llama2c) / f"{name}.c", "-lm"])
-            tokenizer = Path(options.llama2c) / "tokenizer.bin"
-            if shape == "260K":  # any 512 pieces will do
-                tokenizer = Path(options.dir) / "tok512.bin"
-                tokenizer.write_bytes(struct.pack("<I", 7) + b"".join(
-                    struct.pack("<fI", -i, 7) + b"%7d" % i for i in range(512)))
             text = run([program, f"{prefix}{end}", "-t", 0, "-n", n, "-z", tokenizer],
                        {"OMP_NUM_THREADS": str(threads)})
             result[f"llama2.c {name}"] = float(re.search(r"tok/s: ([\d.]+)", text)[1]), None
@@ -166,16 +171,17 @@ def main(argv=None):
                 old = best.get(name, values)
                 best[name] = tuple(v and max(o, v) for o, v in zip(old, values))
         (roof, gbs), (sampling, _) = best.pop("roof"), best.pop("sampling")
-        decode, prompt = best["run.c"]
+        (decode, prompt), (story, _) = best["run.c"], best["run.c, a story"]
         print(f"{shape}, {SHAPES[shape][-1]} thread(s): {gbs:.1f} GB/s of weights and cache, "
               f"memory delivers {roof:.1f}; sampling is {sampling:.1f} % of decoding")
         for name, (d, p) in best.items():
-            ratio = f"  run.c is {decode / d:5.2f} x" if name != "run.c" else ""
+            ours = story if name.startswith("llama2.c") else decode
+            ratio = "" if name.startswith("run.c") else f"  run.c is {ours / d:5.2f} x"
             line = f"  {name:15} decode {d:10,.1f} tokens/s{ratio:18}"
             if p:
                 line += f"  prompt {p:10,.1f} tokens/s"
                 line += f"  run.c is {prompt / p:5.2f} x" if name != "run.c" else ""
-            print(line, flush=True)
+            print(line.rstrip(), flush=True)
     if not options.llama2c and not options.llama_bench:
         print("beside other programs: tests/bench_run.py --llama2c=DIR --llama_bench=FILE; "
               "--help says what they are")
