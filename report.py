@@ -31,7 +31,7 @@ class Log:
     def __init__(self, args, name, first, resumed, rank):
         self.master, self.path = rank == 0, Path(args.out_dir) / name
         self.file = self.board = self.wandb = None
-        self.steps, self.pace = 0, 0.0  # how many, and the running mean of their seconds
+        self.steps, self.last, self.pace = 0, 0.0, 0.0  # how many, the last one's end, mean seconds
         quiet = None if self.master else True  # None: shown on a terminal only
         self.bar = tqdm(total=args.max_iters - first, unit="it", disable=quiet,
                         dynamic_ncols=True, smoothing=0.05, leave=False)  # fmt: skip
@@ -83,12 +83,14 @@ class Log:
             self.bar.clear()
             print(text, flush=True)
 
-    def left(self, seconds, steps):
-        """After a step that took `seconds`: how long `steps` more will take, for its line. Nobody
-        knows after the first, which warms up, and not all of them are equal: the last 50 count most."""
+    def left(self, steps):
+        """After a step: how long `steps` more will take, evaluations between them included, for its line.
+        Nobody knows after the first, which warms up; of the others the last 50 count most."""
         self.steps += 1
+        now = time.perf_counter()
         if self.steps > 1:
-            self.pace += (seconds - self.pace) / min(self.steps - 1, 50)
+            self.pace += (now - self.last - self.pace) / min(self.steps - 1, 50)
+        self.last = now
         return f" | left {timedelta(seconds=round(self.pace * steps))}" if self.steps > 1 else ""
 
     def close(self):
@@ -101,9 +103,9 @@ class Log:
 def matmul_roof(device, dtype):
     """Measured operations a second of a large matrix product: what MFU is held against."""
     # A GPU takes many products at a time: to start one and to wait for it costs as much as itself.
-    n, times = (4096, 20) if device.startswith("cuda") else (1024, 1)
+    n, times, tries = (4096, 20, 4) if device.startswith("cuda") else (1024, 1, 20)
     a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(4):
+    for _ in range(tries):
         t = time.perf_counter()
         for _ in range(times):
             product = multiply(a, a)  # as the model multiplies
@@ -268,7 +270,9 @@ def plan(args, model_args):
         P = sum(p.numel() for p in model.parameters())
         in_layer = sum(p.numel() for p in model.layers[0].parameters())
     B, T = args.batch_size, args.max_seq_len
-    everything, layer, layer_input = saved_bytes(model_args, B, T, dtype, cpu)
+    few = min(B, 256 // T + 1) if cpu else B  # really run, and enough for the kernels that B takes
+    saved = saved_bytes(model_args, few, T, dtype, cpu)
+    everything, layer, layer_input = (x * B / few for x in saved)
     # The backward pass begins with the gradients of log-probabilities and logits, (B, T, V) in fp32.
     native = cpu and dtype == torch.float32 and library() is not None
     everything += (4 if native else 8) * B * T * model_args.vocab_size

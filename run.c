@@ -2104,7 +2104,7 @@ static double number(char flag, const char *text, double min, double max, bool w
     double v = strtod(text, &end);
     if (end == text || *end || text[strspn(text, whole ? "-0123456789" : "-.0123456789")]
         || !(v >= min && v <= max))
-        fail(2, "-%c %s: expected %s from %g to %g", flag, text,
+        fail(2, "-%c %s: expected %s from %.0f to %.0f", flag, text,
              whole ? "a whole number" : "a number", min, max);
     return v;
 }

@@ -54,6 +54,7 @@ FREE_FLAGS = (
     "log_interval", "eval_only", "init_from", "device",
     "always_save_checkpoint", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
     "tokenizer", "compile", "fsdp", "max_iters", "ppo_iters", "ppo_debug", "report_rollouts",
+    "roof_prompts", "roof_samples",
     *MODEL_FLAGS,
 )  # fmt: skip
 
@@ -528,7 +529,6 @@ def train(args, rank, world):
         while iter_num < args.max_iters and not args.eval_only:
             if iter_num % args.eval_interval == 0:
                 evaluate_and_save()
-            t = time.perf_counter()
             try:
                 stats = stage.step(iter_num)
             except ValueError as e:  # a mistake in the user's reward, before any weight has changed
@@ -538,7 +538,7 @@ def train(args, rank, world):
                 raise ValueError(f"{e}; iteration {iter_num} is saved: when it is mended, go on with "
                                  "the same command and --init_from=resume") from None  # fmt: skip
             log.scalars(iter_num, stats)
-            left = log.left(time.perf_counter() - t, args.max_iters - iter_num - 1)
+            left = log.left(args.max_iters - iter_num - 1)
             if iter_num % args.log_interval == 0:
                 log.line(stage.line(iter_num, stats) + ("" if args.ppo_debug else left))
             iter_num += 1

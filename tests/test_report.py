@@ -177,14 +177,22 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     assert board["story"][4] == story and sorted(board["story"]) == [0, 2, 4] and board["closed"]
 
 
-def test_time_left(tmp_path):
-    """From the steps after the first, the late ones more than the early ones."""
+def test_time_left(tmp_path, monkeypatch):
+    """From the steps after the first, the late ones more than the early ones, by the clock, so that
+    what lies between them counts."""
     log = report.Log(train.flags([f"--out_dir={tmp_path}"]), "log.jsonl", 0, False, 0)
-    assert log.left(100, 10) == ""
-    assert log.left(2, 1800) == " | left 1:00:00"
-    assert log.left(4, 20) == " | left 0:01:00"
+    clock = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+
+    def after(seconds, steps):
+        clock[0] += seconds
+        return log.left(steps)
+
+    assert after(100, 10) == ""
+    assert after(2, 1800) == " | left 1:00:00"
+    assert after(4, 20) == " | left 0:01:00"
     for _ in range(300):
-        log.left(10, 1)
+        after(10, 1)
     assert log.pace == pytest.approx(10, abs=0.05)
     log.close()
 

@@ -1076,10 +1076,10 @@ def test_output_that_cannot_be_written(program, own, build):
     with open("/dev/full", "wb") as full:
         assert subprocess.run([program, "-h"], stdout=full, stderr=subprocess.PIPE).returncode == 1
     # A reader that has seen enough ends the program by a signal, quietly.
-    with subprocess.Popen([program, own[0], "-n", "60"], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as child:
+    with subprocess.Popen([program, own[0], "-m", "chat", "-n", "5"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.close()
-        assert b"error" not in child.stderr.read()
+        assert b"error" not in child.communicate(b"balo\n")[1]
     assert child.returncode != 0
 
 def test_bench_prints_its_roof(program, own):
