@@ -33,7 +33,7 @@ from tokenizer import parse_args, run_main, write_atomic  # noqa: E402
 
 PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
 FLAGS = """--ppo --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3
-    --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=1000 --report_rollouts=2048
+    --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=1000 --report_rollouts=6144
     --device=cpu""".split()
 
 
