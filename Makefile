@@ -31,7 +31,7 @@ DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --ev
 demo: $(DEMO)/model.bin run
 	$(PY) train.py --out_dir=$(DEMO) --ppo --eval_only
 	ls -l $(DEMO)/model.bin $(DEMO)/ppo_model.bin
-	./run $(DEMO)/model.bin -t 0.8 -s 1
+	./run $(DEMO)/model.bin -t 0.8 -s 1 -n 0
 
 rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	$(PY) tests/rlhf.py $(RLHF)
