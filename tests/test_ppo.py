@@ -29,7 +29,7 @@ def args(**kw):
     return ModelArgs(**{**defaults, "max_seq_len": 32, "tied": False, **kw})
 
 
-def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, **config):
+def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, **config):
     """A trainer of a random model whose logits are far from uniform."""
     torch.manual_seed(seed)
     a = a or args()
@@ -47,7 +47,7 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, **config):
         critic.load_state_dict(policy.state_dict(), strict=False)
     return PPOTrainer(
         config, policy, reference, critic, optimizer(policy.parameters(), lr=lr),
-        critic and optimizer(critic.parameters(), lr=lr), nullcontext,
+        critic and optimizer(critic.parameters(), lr=lr), nullcontext, ptx,
     )  # fmt: skip
 
 
@@ -566,7 +566,7 @@ def test_an_iteration_is_that_of_the_definitions(config):
     """Weights after three epochs, and statistics, against `by_hand`."""
     trainer = make_trainer(
         mini_batch_size=8, gradient_accumulation_steps=2, ppo_epochs=3, optimizer=torch.optim.SGD,
-        lr=0.3, **dict(max_grad_norm=1e9, cliprange=0.1, early_stopping=False) | config,
+        lr=0.3, ptx=lambda: (1.0, *next(batches)), **dict(max_grad_norm=1e9, cliprange=0.1, early_stopping=False) | config,
     )  # fmt: skip
     with torch.no_grad():  # away from the reference, and a critic with an opinion
         for p in trainer.policy.parameters():
@@ -577,7 +577,6 @@ def test_an_iteration_is_that_of_the_definitions(config):
     trainer.iteration = 1
     texts = [(x[:, :-1], x[:, 1:]) for x in torch.randint(12, (2, 3, 9))]
     batches = itertools.cycle(texts)
-    trainer.ptx = lambda: (1.0, *next(batches))
     queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 5], [BOS_ID]] * 8, seed=1)
     scores = LengthReward(6)(queries, responses, ended)
     scores = [s + i % 3 / 10 for i, s in enumerate(scores)]
@@ -791,6 +790,11 @@ def test_refuses_log_probabilities_of_another_policy(factor):
             model.norm.weight.mul_(factor)
     with pytest.raises(Mismatch, match="the rollout's log-probability"):
         trainer.step(**given)
+
+
+def test_refuses_a_share_of_no_text():
+    with pytest.raises(ValueError, match="ptx_coef needs text"):
+        make_trainer(ptx_coef=0.1)
 
 
 @pytest.mark.parametrize("changed", [dict(top_k=5), dict(temperature=0.8), dict(top_p=0.9)])
