@@ -13,12 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from tinystories import story_files  # noqa: E402
 from tokenizer import find_tokenizer, parse_args, run_main  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(script, home, vocab_size):

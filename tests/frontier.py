@@ -1,6 +1,6 @@
 """How much reward for how much KL: PPO against the best that is possible.
 
-    python tests/frontier.py --checkpoint=stories260K/ckpt.pt            # some 25 minutes, 2 cores
+    python tests/frontier.py --checkpoint=stories260K/ckpt.pt            # half an hour or more, 2 cores
     python tests/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=   # five seeds
 
 For the length reward, on held-out prompts:

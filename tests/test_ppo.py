@@ -776,7 +776,7 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
         far = ppo.against_reference(trainer.policy, trainer.reference, given["queries"],
                                     given["responses"], 16)[0]  # fmt: skip
     assert 0.02 < float(far.mean()) < 0.19
-    trainer.worst = trainer.mean = 1.0  # of a token
+    trainer.worst_limit = trainer.mean_limit = 1.0  # of a token
     with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
         trainer.step(**given)
 
