@@ -55,6 +55,7 @@
 #ifdef _WIN32
 #include <io.h>
 #include <windows.h>
+#define O_NONBLOCK 0
 #else
 #include <sys/mman.h>
 #include <unistd.h>
@@ -111,7 +112,7 @@ typedef struct { // some bytes, mostly of a file
 
 static Span map_file(const char *path) { // which stays mapped
     struct stat st;
-    int fd = open(path, O_RDONLY | O_BINARY);
+    int fd = open(path, O_RDONLY | O_BINARY | O_NONBLOCK); // a FIFO would wait for its writer
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) die("%s is not a regular file", path);
     if (st.st_size == 0) die("%s is empty", path);
@@ -142,6 +143,8 @@ static bool starts(Span s, const char *with) {
     size_t n = strlen(with);
     return (uint64_t)s.size >= n && !memcmp(s.data, with, n);
 }
+
+static const char bom[] = "\xef\xbb\xbf"; // the byte order mark that some editors put before a text
 
 static uint32_t read_u32(const void *p) { // at any address, or a float's bits; as the next
     uint32_t v;
@@ -278,8 +281,9 @@ static void check_config(Model *m) {
                   {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
-            die("%s: %s is %d, should be %d to %d", m->path, limits[i].name, limits[i].value,
-                limits[i].min, limits[i].max);
+            die("%s%s: %s is %d, should be %d to %d", m->path,
+                c->version ? "" : " is not a model file, or is damaged", limits[i].name,
+                limits[i].value, limits[i].min, limits[i].max);
     for (int i = 0; i < 4; i++)
         if (c->ends[i] < 0 || c->ends[i] > last)
             die("%s: end id %d is %d, should be 0 to %d", m->path, i + 1, c->ends[i], last);
@@ -432,8 +436,8 @@ static void open_old(Model *m, Span in) {
         bytes += times[i] * (q8 ? n + n / group * 4 : 4 * n);
     }
     if (bytes != in.size)
-        die("%s: %lld bytes long, its header says %lld", m->path, (long long)in.size,
-            (long long)bytes);
+        die("%s: %lld bytes long, its header says %lld%s", m->path, (long long)in.size,
+            (long long)bytes, bytes > in.size ? ": it is cut short" : "");
     open_tensors(m, NULL);
     for (const char *kind = q8 ? "afnEqkvo123C" : "Eaqkvof123nrC"; *kind; kind++)
         for (int i = 0; i < (strchr("EnrC", *kind) ? 1 : L); i++) {
@@ -470,8 +474,9 @@ static void open_v3(Model *m, Span in) {
     memcpy(c, cut(&in, sizeof *c), sizeof *c);
     check_config(m);
     if (c->file_bytes != (uint64_t)file.size)
-        die("%s: %lld bytes long, its header says %llu", m->path, (long long)file.size,
-            (unsigned long long)c->file_bytes);
+        die("%s: %lld bytes long, its header says %llu%s", m->path, (long long)file.size,
+            (unsigned long long)c->file_bytes,
+            c->file_bytes > (uint64_t)file.size ? ": it is cut short" : "");
     if (!cut_span(&in, &tensors, c->tokenizer_at - sizeof *c)
         || !cut_span(&in, &m->tokenizer, c->tokenizer_bytes) || c->chat_bytes != (uint64_t)in.size
         || (in.size && c->chat_at != (uint64_t)(in.data - file.data)))
@@ -483,17 +488,51 @@ static void open_v3(Model *m, Span in) {
         die("%s: the chat template does not fill its bytes", m->path);
 }
 
+static const char a_tokenizer[] = "a tokenizer, not a model: give it with -z";
+
+// What a file is, by its first bytes, if it is something that people have beside models; else NULL.
+// None of these can be a model of version 0, which begins with its dim, at most 2^16.
+static const char *kind_of(Span in) {
+    static const struct {
+        const char *first, *what;
+    } known[] = {
+        {"PK\3\4", "a checkpoint: export.py makes a model for this program of it"}, // a zip file
+        {"\x80\2\x8a\n", "a checkpoint: export.py makes a model for this program of it"},
+        {"GGUF", "a GGUF file, for llama.cpp: this program reads those that export.py writes"},
+        {"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"},
+        {"\x1f\x8b", "a gzip archive: unpack it first"},
+        {"\x7f" "ELF", "a program, not a model"},
+        {"\xff\xfe", "UTF-16 text: this program reads UTF-8"},
+        {"\xfe\xff", "UTF-16 text: this program reads UTF-8"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (starts(in, known[i].first)) return known[i].what;
+    if (in.size > 9 && in.data[8] == '{' && in.data[9] == '"' && !read_u32(in.data + 4))
+        return "a safetensors file: export.py --hf=FOLDER makes a checkpoint of its folder";
+    for (int64_t at = 0; at <= 32 && at + 5 <= in.size; at++)
+        if (!memcmp(in.data + at, "<unk>", 5) && (at == 12 || in.data[0] == '\n'))
+            return at == 12 ? a_tokenizer
+                            : "a SentencePiece model: tokenizer.py makes a tokenizer for -z of it";
+    bool text = in.size > 0, zero = true;
+    for (int64_t i = 0; i < in.size && i < 4096; i++) {
+        text &= in.data[i] >= ' ' || (in.data[i] >= '\t' && in.data[i] <= '\r');
+        zero &= !in.data[i];
+    }
+    return text ? "a text file, not a model" : zero && in.size ? "empty: all zeros" : NULL;
+}
+
 // Makes a model of a file, which must stay: of version 0, 2 or 3.
 static void model_open(Model *m, Span in, const char *path) {
     const bool magic = in.size >= 8 && read_u32(in.data) == MAGIC;
     const int version = magic ? (int)read_u32(in.data + 4) : 0;
+    const char *kind = magic ? NULL : kind_of(in);
     *m = (Model){.c.version = version, .path = path};
-    if (starts(in, "PK\3\4")) // PyTorch's are zip files
-        die("%s is a checkpoint: export.py makes a model for this program of it", path);
-    if (in.size < (magic ? HEADER : 28)) die("%s is too short for a model", path);
+    if (kind) die("%s is %s", path, kind);
+    if (in.size < (magic ? HEADER : 28)) die("%s is too short for a model, or is cut short", path);
     if (version == 3) open_v3(m, in);
     else if (version == 0 || version == 2) open_old(m, in);
-    else die("%s: version %d, this program reads 0, 2 and 3", path, version);
+    else
+        die("%s: version %d, this program reads 0, 2 and 3, which export.py writes", path, version);
 }
 
 // ------------------------------------------------------------------------------------------
@@ -1239,6 +1278,9 @@ static const Kernels *pick_kernels(void) {
     const char *name = getenv("RUN_ISA");
     for (int i = 0; name && i < n; i++)
         if (!strncmp(able[i]->name, name, strlen(name))) return able[i];
+    if (name) fail(2, "RUN_ISA=%s: here it is the beginning of %s%s%s%s%s", name, able[0]->name,
+                   n > 1 ? ", " : "", n > 1 ? able[1]->name : "", n > 2 ? ", " : "",
+                   n > 2 ? able[2]->name : "");
     return able[0];
 }
 
@@ -1833,9 +1875,12 @@ static void generate(Run *run) {
 static char *read_line(FILE *in) {
     size_t size = 256, n = 0;
     char *line = need(malloc(size));
-    for (int c; (c = getc(in)) != EOF && c != '\n'; line[n++] = (char)c)
+    int c;
+    for (; (c = getc(in)) != EOF && c != '\n'; line[n++] = (char)c)
         if (n + 2 > size) line = need(realloc(line, size *= 2));
-    if (n == 0 && feof(in)) return free(line), NULL;
+    if (ferror(in)) die("cannot read the input: %s", strerror(errno));
+    if (n == 0 && c == EOF) return free(line), NULL;
+    if (n >= 3 && !memcmp(line, bom, 3)) n -= 3, memmove(line, line + 3, n);
     line[n] = 0;
     return line;
 }
@@ -2002,7 +2047,10 @@ static void perplexity(Run *run) {
     int *ids = NULL;
     size_t count = 0;
     if (!run->prompt) die("give the file with -i");
-    for (Span in = map_file(run->prompt); in.size; cut(&in, strlen(separator))) {
+    Span in = map_file(run->prompt);
+    if (starts(in, "\xff\xfe") || starts(in, "\xfe\xff")) die("%s is %s", run->prompt, kind_of(in));
+    if (starts(in, bom)) cut(&in, strlen(bom));
+    for (; in.size; cut(&in, strlen(separator))) {
         const char *text = (const char *)in.data;
         while (in.size && !starts(in, separator)) cut(&in, 1);
         const char *last = (const char *)in.data;
@@ -2089,13 +2137,14 @@ static const char usage[] =
     "             of a chat: each reply at N tokens; default 0: at the context\n"
     "  -t T       temperature; 0: always the most likely token; default 1.0\n"
     "  -k K       sample from the K most likely tokens; default 0: all\n"
-    "  -p P       sample from the most likely tokens that sum to P; default 0.9, 1: all\n"
+    "  -p P       sample from the most likely tokens that sum to P; default 0.9, 0 or 1: all\n"
     "  -s SEED    of the random numbers; default: the time\n"
     "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
     "  -z FILE    the tokenizer, for models that do not bring their own\n"
     "  -m MODE    generate, chat, perplexity or bench; default generate\n"
     "  -y TEXT    system prompt of a chat\n"
     "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
+    "environment: RUN_ISA=portable (or the beginning of another name) picks the instruction set\n"
     "example: run model.bin -t 0.8 -i \"Once upon a time\"\n";
 
 // Decimal, without exponents, spaces and plus signs, which strtod would take.
@@ -2156,7 +2205,12 @@ int main(int argc, char **argv) {
     if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
         Config c = m->c;
         c.kind = 0, c.squeeze = -1;
-        tokenizer_open(&run.tokenizer, map_file(tokenizer), &c, tokenizer);
+        const Span file = map_file(tokenizer);
+        const char *kind = kind_of(file);
+        if (kind && kind != a_tokenizer) die("%s is %s", tokenizer, kind);
+        if (file.size >= 4 && read_u32(file.data) == MAGIC)
+            die("%s is a model, not a tokenizer", tokenizer);
+        tokenizer_open(&run.tokenizer, file, &c, tokenizer);
     } else if (m->tokenizer.size) tokenizer_open(&run.tokenizer, m->tokenizer, &m->c, path);
     else if (mode != BENCH) die("the model brings no tokenizer: give one with -z");
     const int context = m->c.seq_len;

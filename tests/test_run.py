@@ -1199,6 +1199,85 @@ def test_missing_file_and_help(program, build):
     assert "is a checkpoint: export.py" in call(program, build / "ckpt.pt", ok=1).err
     assert "usage" in call(program, "--help").text and "usage" in call(program, ok=2).text
 
+def test_a_file_of_another_kind_is_named(program, own, build):
+    """What people have beside models: one line that says what the file is, and what to do."""
+    model = make("plain")
+    torch.save({"model": {}}, build / "kind.pt")
+    torch.save({"model": {}}, build / "kind_old.pt", _use_new_zipfile_serialization=False)
+    own[1].export(build / "kind_tok.bin")
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    whole = {v: save(model, build / f"kind_v{v}.bin", v).read_bytes() for v in (0, 2, 3)}
+    cases = {
+        "a text file": (ROOT / "README.md").read_bytes(),
+        "a text file, not": "Été: 日本語".encode(),
+        "a text file, ": b"<!DOCTYPE html><html>404 Not Found</html>",
+        "is a checkpoint: export.py": (build / "kind.pt").read_bytes(),
+        "a checkpoint: export.py": (build / "kind_old.pt").read_bytes(),
+        "a GGUF file": b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64),
+        "export.py --hf=": struct.pack("<Q", len(header)) + header + bytes(4),
+        "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+        "a gzip archive": b"\x1f\x8b\x08\x00" + bytes(40),
+        "a program": program.read_bytes(),
+        "UTF-16": "a story ".encode("utf-16"),
+        "all zeros": bytes(9000),
+        "a tokenizer, not a model: give it with -z": (build / "kind_tok.bin").read_bytes(),
+        "a SentencePiece model": (build / "own.model").read_bytes(),
+        "version 1, this program reads": whole[2][:4] + struct.pack("<i", 1) + whole[2][8:],
+        "not a model file": bytes(range(7, 250)) * 9,
+    }
+    for version, data in whole.items():
+        for part in (len(data) // 2, len(data) - 1):
+            cases[f"its header says {len(data)}: it is cut short" + " " * (part % 7)] = data[:part]
+    for says, data in cases.items():
+        (build / "kind").write_bytes(data)
+        done = call(program, build / "kind", ok=1)
+        assert done.err.startswith(f"error: {build / 'kind'}") and done.err.count("\n") == 1, done.err
+        assert says.strip() in done.err, (says, done.err)
+    for file, says in (("own.model", "a SentencePiece model: tokenizer.py"), ("kind.pt", "a checkpoint"),
+                       ("kind_v3.bin", "a model, not a tokenizer")):
+        done = call(program, own[0], "-z", build / file, ok=1)
+        assert says in done.err and done.err.count("\n") == 1, done.err
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_is_refused_at_once(program, own, build):
+    """To open one waits for a writer, who may never come."""
+    os.mkfifo(build / "fifo")
+    for args in ([build / "fifo"], [own[0], "-z", build / "fifo"],
+                 [own[0], "-m", "perplexity", "-i", build / "fifo"]):
+        done = subprocess.run([program, *args], capture_output=True, timeout=20, text=True)
+        assert done.returncode == 1 and "fifo is not a regular file" in done.stderr
+
+@pytest.mark.parametrize("stdin", ["<&-", "</"])
+def test_chat_ends_where_its_input_cannot_be_read(program, own, stdin):
+    """A closed standard input, and a folder."""
+    done = subprocess.run(f"'{program}' '{own[0]}' -m chat -n 5 {stdin} | head -c 99", shell=True,
+                          capture_output=True, timeout=20, text=True)
+    assert done.stderr.startswith("error: cannot read the input: ") and done.stderr.count("\n") == 1
+
+def test_a_byte_order_mark_is_no_text(program, own, build):
+    (build / "plain").write_bytes(b"balo mi tu ra<|endoftext|>balo")
+    (build / "bom").write_bytes(b"\xef\xbb\xbf" + (build / "plain").read_bytes())
+    def loss(name):
+        text = call(program, own[0], "-m", "perplexity", "-i", build / name).text
+        return re.match(r"loss [\d.]+, perplexity [\d.]+, \d+ tokens", text)[0]
+    assert loss("bom") == loss("plain")
+    said = [call(program, own[0], "-m", "chat", "-s", 1, "-n", 9, stdin=f"{bom}balo mi\ntu\n").text
+            for bom in ("", "\ufeff")]
+    assert said[0] == said[1]
+    (build / "utf16").write_bytes("balo mi".encode("utf-16"))
+    assert "UTF-16" in call(program, own[0], "-m", "perplexity", "-i", build / "utf16", ok=1).err
+
+def test_top_p_0_samples_from_all(program, own):
+    """As in llama2.c; sample.py's --top_p=0 means the same (test_model.py)."""
+    args = [own[0], "-n", 40, "-s", 3, "-t", 1.5]
+    assert call(program, *args, "-p", 0).text == call(program, *args, "-p", 1).text
+    assert call(program, *args, "-p", 0).text != call(program, *args, "-p", 0.1).text
+
+def test_an_unknown_instruction_set_is_an_error(program, own):
+    done = call(program, own[0], "-n", 3, env={"RUN_ISA": "AVX1024"}, ok=2)
+    assert "RUN_ISA=AVX1024" in done.err and "portable" in done.err and done.err.count("\n") == 1
+    assert "RUN_ISA" in call(program, "--help").text
+
 def test_model_that_is_not_a_number(program, build, own):
     data = bytearray(own[0].read_bytes())
     start = len(data) - struct.unpack_from("<Q", data, 72)[0] - 64  # the last norm is in front
