@@ -575,13 +575,13 @@ class KVCache:
 
 def sampling_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Probabilities (B, V) that tokens are drawn with: logits / temperature, cut to the top_k most
-    likely (0: all) and to the smallest set with probability above top_p (1: all), the most likely
-    token always in it; normalised. temperature > 0."""
+    likely (0: all) and to the smallest set with probability above top_p (0 or 1: all, as in llama2.c),
+    the most likely token always in it; normalised. temperature > 0."""
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
+    if 0 < top_p < 1:
         ordered, index = logits.sort(descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
         outside = (before >= top_p).index_fill(-1, torch.tensor([0], device=logits.device), False)
@@ -685,7 +685,7 @@ def generate(
     longest = max((len(p) for p in prompts), default=0) + max_new_tokens
     batch = min(max_batch, n)
     cache = KVCache(model, batch, min(longest, context))
-    uncut = temperature > 0 and not 0 < top_k < model.args.vocab_size and top_p >= 1
+    uncut = temperature > 0 and not 0 < top_k < model.args.vocab_size and not 0 < top_p < 1
     # Where it costs to see which rows have ended, it is looked up every 32 tokens: a call of kernels.c
     # has to return, a GPU would wait for Python.
     steps = 1 if on_token else ahead or (32 if device.type != "cpu" or uncut and cache.native else 1)

@@ -476,7 +476,7 @@ def exact_distribution(logits, temperature, top_k, top_p):
     for i in order:
         kept.append(i)
         mass += p[i] / total
-        if mass >= top_p:
+        if 0 < top_p <= mass:
             break
     total = sum(p[i] for i in kept)
     return torch.tensor([p[i] / total if i in kept else 0.0 for i in range(len(p))])
@@ -498,9 +498,10 @@ def test_sampling_frequencies(temperature, top_k, top_p):
 
 def test_sampling_edges():
     logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf]])
-    for kw in (dict(top_p=0.0), dict(top_k=1), dict(top_p=1e-9)):
+    for kw in (dict(top_k=1), dict(top_p=1e-9)):
         assert sampling_probabilities(logits, **kw).tolist() == [[0, 1, 0, 0]]
-    torch.testing.assert_close(sampling_probabilities(logits, top_k=4, top_p=1.0), logits.softmax(-1))
+    for top_p in (0.0, 1.0):  # llama2.c takes either for all, and so does run.c (test_run.py)
+        torch.testing.assert_close(sampling_probabilities(logits, top_k=4, top_p=top_p), logits.softmax(-1))
     assert generate(small(), [[1]], 0).lengths.tolist() == [0]
     assert generate(small(), [], 5).tokens.shape == (0, 5)
 
