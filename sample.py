@@ -36,7 +36,8 @@ def flags(argv=None):
     add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest with this probability")
+    add("--top_p", type=float, default=1.0,
+        help="draw from the likeliest tokens that sum to this probability; 0 or 1: from all")
     add("--seed", type=int, default=1337, help="of the random numbers")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
@@ -75,7 +76,7 @@ def read_prompts(start):
     if not start.startswith("FILE:"):
         return [start]
     path = start.removeprefix("FILE:")
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8-sig") as f:
         try:
             prompts = [line for line in f.read().splitlines() if line.strip()]
         except UnicodeDecodeError as e:
@@ -127,9 +128,11 @@ def tell(model, tokenizer, prompts, args, end_ids=()):
 
 
 def read_line(prompt):
-    """A line from the terminal or a pipe; None at the end of input."""
+    """A line from the terminal or a pipe, without a byte order mark; None at the end of input."""
+    if sys.stdin is None:  # closed, as by <&-
+        raise ValueError("there is no standard input to read from")
     try:
-        return input(prompt if sys.stdin.isatty() else "")
+        return input(prompt if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except EOFError:
         return None
 

@@ -195,3 +195,20 @@ def test_errors_of_prompts(stories260k, tmp_path, capsys):
     ):  # fmt: skip
         status, text = error_of(capsys, f"--checkpoint={stories260k}", f"--start={start}")
         assert status == 1 and message in text, text
+
+
+def test_a_byte_order_mark_is_no_text(stories260k, tmp_path, monkeypatch, capsys):
+    """In a file of prompts, and in a file that is the standard input."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffOne day\nLily\n".encode())
+    assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["One day", "Lily"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffOne day\n"))
+    tell(stories260k, "--interactive", "--temperature=0", "--max_new_tokens=5")
+    assert capsys.readouterr().out.startswith("One day")
+
+
+@pytest.mark.parametrize("how", ["--interactive", "--chat"])
+def test_without_standard_input(stories260k, how, monkeypatch, capsys):
+    """Closed by <&-, Python has none."""
+    monkeypatch.setattr("sys.stdin", None)
+    status, text = error_of(capsys, f"--checkpoint={stories260k}", how)
+    assert status == 1 and "no standard input" in text
