@@ -99,12 +99,13 @@ def native(x, multiple=16):
 # ----------------------------------------------------------------------------
 # products
 
+MIN_ROWS = 256  # below it PyTorch's products are as fast, and compile nothing for each number of rows
+
 
 def multiply(x, w):
     """x (..., K) times w (N, K) transposed: (..., N)."""
     rows = x.numel() // x.shape[-1]
-    # For few rows MKL is as fast as oneDNN and compiles nothing.
-    if rows < 256 or not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
+    if rows < MIN_ROWS or not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
         return F.linear(x, w)
     flat = x.reshape(rows, -1)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
@@ -181,7 +182,7 @@ def native_layer(x, *weights):
     """Whether the two below take x (..., D): rows enough for many tiles, which stay in the cache from end
     to end, and no weights so wide that nothing else does."""
     rows = x.numel() // x.shape[-1]
-    return rows >= 256 and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
+    return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
 
 class FeedForward(torch.autograd.Function):
@@ -199,8 +200,9 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
-        call("feed_forward_backward", *grads, grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        inputs = ctx.saved_tensors  # read once: under recomputation a second read raises
+        grads = [torch.empty_like(x) for x in inputs]
+        call("feed_forward_backward", *grads, grad.contiguous(), *inputs, *ctx.sizes)
         return *grads, None
 
 
@@ -219,8 +221,9 @@ class NormQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *of):
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
-        call("norm_qkv_backward", *grads, *(g.contiguous() for g in of), *ctx.saved_tensors, *ctx.sizes)
+        inputs = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in inputs]
+        call("norm_qkv_backward", *grads, *(g.contiguous() for g in of), *inputs, *ctx.sizes)
         return *grads, None
 
 

@@ -18,6 +18,8 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kernels  # noqa: E402
+
 _candidates = [os.environ.get("STORIES_DATA"), ROOT / "shared/data", ROOT.parent / "shared/data"]
 DATA = next((Path(p) for p in _candidates if p and (Path(p) / "stories260K").is_dir()), None)
 
@@ -49,6 +51,39 @@ def real_stories():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["few rows", "many rows"])
+def rows(request, monkeypatch):
+    """Runs a test as it is, and with the kernels of whole layers, which otherwise take more rows
+    than the tests' batches have; it fails where these kernels were not used."""
+    if request.param == "few rows":
+        yield
+        return
+    if kernels.library() is None:
+        pytest.skip("kernels.c cannot be compiled here")
+    call, called = kernels.call, set()
+
+    def watched(name, *args):
+        called.add(name)
+        return call(name, *args)
+
+    monkeypatch.setattr(kernels, "MIN_ROWS", 1)
+    monkeypatch.setattr(kernels, "call", watched)
+    yield
+    assert {"norm_qkv", "feed_forward"} & called or kernels.library() is None
+
+
+def functions_of(result):
+    """The names of the autograd functions that a tensor was computed with."""
+    names, seen, waiting = set(), set(), [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            waiting += [n for n, _ in node.next_functions]
+    return names
 
 
 LLAMA3_TOKENS = ("begin_of_text end_of_text reserved_special_token_0 finetune_right_pad_id "

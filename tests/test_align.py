@@ -121,7 +121,7 @@ def critic(seed=0):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_score_does_not_depend_on_the_batch_or_on_padding(native, monkeypatch):
+def test_score_does_not_depend_on_the_batch_or_on_padding(native, rows, monkeypatch):
     """Alone, beside others of any length, and at the end of a dense row: the same score, which is
     that of the last token."""
     if not native:
@@ -151,7 +151,7 @@ def test_pairs_of_rankings():
     torch.testing.assert_close(weight, torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
 
 
-def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path):
+def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path, rows):
     """Value and gradient, against one forward pass a completion and a Python loop."""
     data = home / "rankings.jsonl"
     stage, batch = stage_of(stages.RewardModel, home, tmp_path, rm=True, data=data)
@@ -264,7 +264,7 @@ def test_two_processes_learn_the_same(home, tmp_path, stage):
 
 
 @pytest.mark.parametrize("smoothing,free", [(0.0, False), (0.2, False), (0.0, True)])
-def test_dpo_is_equation_7(home, tmp_path, smoothing, free):
+def test_dpo_is_equation_7(home, tmp_path, smoothing, free, rows):
     """Loss and gradient of Rafailov et al., with the policy away from the reference, written out:
     one sequence at a time, one token at a time."""
     flags = dict(dpo_label_smoothing=smoothing, dpo_reference_free=free, dpo_beta=0.3)

@@ -562,7 +562,7 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
         dict(max_grad_norm=0.1),
     ],
 )
-def test_an_iteration_is_that_of_the_definitions(config):
+def test_an_iteration_is_that_of_the_definitions(config, rows):
     """Weights after three epochs, and statistics, against `by_hand`."""
     trainer = make_trainer(
         mini_batch_size=8, gradient_accumulation_steps=2, ppo_epochs=3, optimizer=torch.optim.SGD,
@@ -600,7 +600,7 @@ def test_an_iteration_is_that_of_the_definitions(config):
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_split_into_forward_passes_does_not_matter(aggregation):
+def test_split_into_forward_passes_does_not_matter(aggregation, rows):
     found = []
     for size, accumulate in [(16, 1), (4, 4), (2, 8)]:
         trainer = make_trainer(
@@ -913,7 +913,7 @@ def test_refuses_a_mask_without_the_end_token(when, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_no_gradient_from_the_prompt(native, monkeypatch):
+def test_no_gradient_from_the_prompt(native, rows, monkeypatch):
     """The loss reaches the classifier from the positions that predict a response token alone."""
     if not native:
         monkeypatch.setattr(kernels, "library", lambda: None)

@@ -76,7 +76,7 @@ def one_by_one(model, samples):
 
 
 @pytest.mark.parametrize("native", ["0", "1"])
-def test_packed_is_one_by_one_in_loss_and_gradient(base, native, monkeypatch):
+def test_packed_is_one_by_one_in_loss_and_gradient(base, native, rows, monkeypatch):
     monkeypatch.setenv("NATIVE_KERNELS", native)
     kernels.library.cache_clear()
     t = Tokenizer(base / "tok290.model")
