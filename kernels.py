@@ -2,7 +2,8 @@
 
 kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN. Both
 are for fp32 on a CPU without autocast. Everything else, and every machine without a C compiler, takes
-PyTorch's functions, which the tests hold these against. Letters as in model.py.
+PyTorch's functions, which the tests hold these against. NATIVE_KERNELS=0 in the environment asks for
+PyTorch's functions everywhere, CC names the compiler. Letters as in model.py.
 """
 
 import ctypes
@@ -10,9 +11,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
+import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,35 +34,79 @@ for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 @functools.cache
 def library():
-    """The compiled kernels.c, or None where that cannot be had: no compiler, or NATIVE_KERNELS=0.
-
-    It is kept beside the source, under a name that changes with source and processor flags, and
-    arrives there by a rename: several processes may start at once."""
+    """The compiled kernels.c, or None where PyTorch's own kernels serve: with NATIVE_KERNELS=0 in the
+    environment, on Windows and, with one line on stderr that says why, where it cannot be compiled."""
     if os.environ.get("NATIVE_KERNELS") == "0" or sys.platform == "win32":
         return None
-    source = Path(__file__).with_name("kernels.c")
     try:
-        key = hashlib.sha256(source.read_bytes() + platform.processor().encode()).hexdigest()[:12]
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():  # -march=native code must not follow a shared folder to an older machine
-            flags = [x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))]
-            key = hashlib.sha256((key + flags[0] if flags else key).encode()).hexdigest()[:12]
-        folder = source.parent / "build"
-        if not os.access(source.parent, os.W_OK):
-            folder = Path(tempfile.gettempdir()) / f"kernels-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        target = folder / f"kernels-{key}.so"
-        if not target.exists():
-            temporary = target.with_suffix(f".{os.getpid()}")
-            command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-shared", "-fPIC"]
-            openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-            command += [*openmp, str(source), "-o", str(temporary), "-lm"]
-            subprocess.run(command, check=True, capture_output=True)
-            temporary.rename(target)
-        keep_memory()
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError):
+        loaded = ctypes.CDLL(str(compiled(Path(__file__).with_name("kernels.c"))))
+    except (OSError, ValueError) as e:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            reason = " ".join(str(e).split())
+            print(f"note: kernels.c is not used: {reason}; PyTorch's own kernels are", file=sys.stderr)
         return None
+    keep_memory()
+    return loaded
+
+
+def compiled(source):
+    """Path of the library made of `source`. Its name is a hash of the source, the compiler, its flags
+    and the processor: -march=native code must not follow a shared folder to an older machine. It comes
+    by a rename, as several processes may start at once. Raises OSError or ValueError."""
+    command = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shutil.which(command[0])
+    if compiler is None:
+        raise ValueError(f"there is no C compiler {command[0]}: install one, or name one by CC=...")
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    command += ["-O3", "-march=native", "-shared", "-fPIC", *openmp]
+    version = os.stat(compiler)
+    parts = [source.read_bytes().hex(), *command, os.path.realpath(compiler), platform.machine(),
+             version.st_size, version.st_mtime_ns, platform.processor()]  # fmt: skip
+    with suppress(OSError):  # Linux alone has it; each line once, not for each core
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = "model name", "flags", "Features", "CPU part"
+        parts += sorted({line for line in lines if line.startswith(names)})
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    target = private_folder(source.parent) / f"kernels-{key}.so"
+    with suppress(FileNotFoundError):
+        if is_private(target, stat.S_ISREG):
+            return target
+    temporary = target.with_suffix(f".{os.getpid()}")
+    try:
+        done = subprocess.run([*command, str(source), "-o", str(temporary), "-lm"], capture_output=True)
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").splitlines()
+            said = next((line for line in lines if "error" in line), f"exit status {done.returncode}")
+            raise ValueError(f"{command[0]} cannot compile it ({said[:200]})")
+        temporary.chmod(0o700)
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def private_folder(beside):
+    """A folder for compiled code that nobody else can write to: build/ beside the source, else one in
+    the user's cache, else in the temporary directory. Raises OSError."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    temporary = os.path.join(tempfile.gettempdir(), f"fable-{os.getuid()}")
+    folders = [beside / "build", Path(cache) / "fable", Path(temporary)]
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            around = os.stat(folder.parent)  # whose other users must not be able to replace the folder
+            safe = not around.st_mode & 0o022 or around.st_mode & stat.S_ISVTX
+            if is_private(folder, stat.S_ISDIR) and around.st_uid in (0, os.getuid()) and safe \
+                    and os.access(folder, os.W_OK):  # fmt: skip
+                return folder
+    raise OSError(f"none of {', '.join(map(str, folders))} is a folder of this user that others cannot "
+                  "write to")  # fmt: skip
+
+
+def is_private(path, kind):
+    """Whether path itself, no symbolic link, is this user's and not writable by others."""
+    found = os.lstat(path)
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def keep_memory():
