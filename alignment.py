@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import ppo
-from instruct import InstructPrompts, Instructions
+from instruct import InstructPrompts, Instructions, OptionalInstructions
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, add_lora, generate
 from model import load_checkpoint, merged_state, model_from_checkpoint
 from report import print_report
@@ -215,7 +215,12 @@ class Alignment:
                 instructions(InstructPrompts, args, split, *texts, room)
                 for split in ("train", "val")
             )
-            self.text = Packed(instructions(Instructions, args, "val", *texts, context))
+            self.text = None  # prompts alone are no text
+            if self.held_out.answered:
+                kind = OptionalInstructions
+                self.text = Packed(instructions(kind, args, "val", *texts, context))
+            if self.rank == 0:
+                print(f"train: {self.prompts.summary()}\nval: {self.held_out.summary()}")
         else:
             self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed)
             # The same whatever the seed, so that runs can be held against each other.
@@ -303,7 +308,7 @@ class Alignment:
             "length_std": float(lengths.std()),
             "ended": float(ended.float().mean()),
             "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
-            "val_loss": self.text_loss(model),
+            **({"val_loss": self.text_loss(model)} if self.text else {}),
             "lengths": lengths.int().tolist(),
             "stories": [q + r for q, r in zip(prompts[:64], responses)],
         }

@@ -1,19 +1,24 @@
 """
-Instructions and preferences: read them, put them into a template, deal them to training. And a task
-that is made here, from any stories, of which it is known what is right:
+Instructions and preferences: reads them, puts them into a template and deals them to training. Also
+makes a task from any stories for which the right answers are known:
 
     python instruct.py stories                              # data/task/{sft,val,pairs}.jsonl
     python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # own_pairs.jsonl, of its stories
     python instruct.py judge --checkpoint=out/sft_ckpt.pt   # how well does a model obey?
 
-A file is JSON (a list) or JSONL (an object a line); its records may have any of these shapes:
+A file is JSON (a list, also as in {"data": [...]}) or JSONL (objects one after the other, each on
+one line or on several). Its records may have these shapes; KEYS lists other names of the keys:
 
-    {"instruction", "input", "output"}          "input" may be missing or empty
-    {"prompt", "response"}
-    {"messages": [{"role", "content"}, ...]}    system (at most one, first), user and assistant
-    {"prompt", "chosen", "rejected"}            or "instruction" and "input" instead of "prompt"
-    {"chosen", "rejected"}                      whole dialogues with Human: and Assistant: turns
-    {"prompt", "completions"}                   two or more, the best first
+    {"instruction", "input", "output"}           "input" may be missing or empty
+    {"prompt", "response"}                       PPO needs the prompts alone
+    {"messages": [{"role", "content"}, ...]}     system (at most one, first), user and assistant
+    {"conversations": [{"from", "value"}, ...]}  ShareGPT's spelling of messages
+    {"prompt", "chosen", "rejected"}             each a text or messages; also without "prompt"
+    {"chosen", "rejected"}                       whole dialogues with Human: and Assistant: turns
+    {"prompt", "completions"}                    two or more, the best first
+
+"system" and "history" may be beside them. A key that is neither used nor known to be harmless is
+counted in the summary of the data, or refused where it changes the meaning of a record.
 """
 
 import argparse
@@ -171,25 +176,72 @@ class Record(NamedTuple):
     turns        [(user, reply), ..., (user, None)]: the dialogue up to the reply in question
     system       the system prompt, or ""
     completions  the replies, best first; one where nothing is known to be worse
+    ignored      the keys that are neither used nor known to be harmless
     """
+
     turns: list
     system: str
     completions: list
+    ignored: tuple = ()
 
-def read(path):
-    """The records of a JSON or JSONL file. ValueError naming file and line; OSError."""
+
+# The keys of a record by what they hold. Where a record has several of a row, the first one is
+# read; of "context" all are read. Other keys are HARMLESS, REFUSED or counted as ignored.
+KEYS = {
+    "messages": ("messages", "conversations", "conversation", "data"),
+    "prompt": ("prompt", "instruction", "query", "question", "input"),
+    "context": ("input", "context"),
+    "history": ("history",),
+    "system": ("system", "system_prompt", "system_message"),
+    "reply": ("response", "output", "completion", "answer"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "completions": ("completions", "answers"),
+}
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+HARMLESS = set(
+    """
+    id idx index uuid hash url link source sources dataset subset split category categories type
+    tags lang created created_at timestamp date author license model models model_name
+    generation_model chosen_model rejected_model chosen-model rejected-model chosen_id rejected_id
+    prompt_id message_id parent_id message_tree_id user_id conversation_id dialogue_id question_id
+    original_index avg_rating score_chosen score_rejected chosen_score rejected_score chosen_rating
+    rejected_rating chosen-rating rejected-rating num_turns num_responses
+""".split()
+)
+REFUSED = {  # keys that change the meaning of a record, and what to do
+    "label": "it says which replies are bad, and those would be learned too: "
+    "keep the good replies and remove the key",
+    **dict.fromkeys(("images", "image", "audio", "audios", "video", "videos"),
+                    "only text can be learned: remove these records"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"),
+                    "a template has no place for tools: remove these records"),
+}  # fmt: skip
+
+
+def read(path, replies=True):
+    """The records of a JSON or JSONL file; prompts alone are records where no `replies` are needed.
+    ValueError naming file and line; OSError."""
     records = []
-    for line, item in items(path):
+    for place, item in items(path):
         try:
-            records.append(record(item))
+            records.append(record(item, replies))
         except ValueError as e:
-            raise ValueError(f"{path}, line {line}: {e}") from None
+            raise ValueError(f"{path}, {place}: {e}") from None
     if not records:
         raise ValueError(f"{path} holds no record")
     return records
 
+
 def items(path):
-    """Yields the number of its first line and the value of each item of a JSON or JSONL file."""
+    """
+    Yields the place ("line 3") and the value of each item of a JSON or JSONL file: of a list, of
+    objects one after the other, each on one line or on several, or of the list in a lone object.
+    """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
     with open(path, encoding="utf-8-sig") as f:
@@ -197,107 +249,297 @@ def items(path):
             text = f.read()
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 text: {e}") from None
-    line = 1
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    listed = text.lstrip().startswith("[")
+    close = "]" if listed else ""  # what stands in the place of another item
+    at = space.match(text, text.index("[") + 1 if listed else 0).end()
+    line = 1 + text.count("\n", 0, at)
     try:
-        if not text.lstrip().startswith("["):
-            for line, one in enumerate(text.split("\n"), 1):
-                if one.strip():
-                    yield line, json.loads(one)
-            return
-        # one by one, so that each is known by its line
-        decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-        at = space.match(text, text.index("[") + 1).end()
-        line = 1 + text.count("\n", 0, at)
-        while text[at:at + 1] != "]":
-            item, end = decoder.raw_decode(text, at)
-            yield line, item
-            end = space.match(text, end).end()
-            line += text.count("\n", at, end)
-            if text[end:end + 1] not in (",", "]"):
-                raise json.JSONDecodeError("expected , or ] after an item", text, end)
-            comma = text[end] == ","
-            at = space.match(text, end + comma).end()
-            line += text.count("\n", end, at)
-            if comma and text[at:at + 1] == "]":
-                raise json.JSONDecodeError("expected an item after the comma", text, at)
-        if text[at + 1:].strip():
+        while text[at : at + 1] != close:
+            start, (item, end) = at, decoder.raw_decode(text, at)
+            at = space.match(text, end).end()
+            names = wrapped(item) if not listed and at == len(text) else []
+            if len(names) > 1:
+                raise ValueError(
+                    f"{path} has several lists, {quoted(names)}: write each to a file of its own"
+                )
+            if names:
+                for i, one in enumerate(item[names[0]], 1):
+                    yield f"item {i} of {quoted(names)}", one
+                return
+            yield f"line {line}", item
+            if listed:
+                comma = text[at : at + 1] == ","
+                if not comma and text[at : at + 1] != "]":
+                    raise json.JSONDecodeError("expected , or ] after an item", text, end)
+                at = space.match(text, at + comma).end()
+                if comma and text[at : at + 1] == "]":
+                    raise json.JSONDecodeError("expected an item after the comma", text, at)
+            line += text.count("\n", start, at)
+        if text[at + 1 :].strip():
             raise json.JSONDecodeError("there is more after the list", text, at + 1)
     except json.JSONDecodeError as e:
-        line = e.lineno if text.lstrip().startswith("[") else line
-        raise ValueError(f"{path}, line {line}: not JSON: {e.msg}") from None
+        # the parser may notice only later that a line is cut short
+        noticed = f" (noticed in line {e.lineno})" if e.lineno != line else ""
+        raise ValueError(f"{path}, line {line}: not JSON: {e.msg}{noticed}") from None
     except RecursionError:
         raise ValueError(f"{path}, line {line}: not JSON: nested too deeply") from None
 
-def record(item):
-    """One item as a Record. Raises ValueError saying what is wrong with it."""
+
+def wrapped(item):
+    """The keys of the lists of records in an object that is a whole file, such as {"data": [...]};
+    none where the object itself is a record."""
+    begins = {*KEYS["messages"], *KEYS["prompt"], "chosen"} - {"data"}
+    if not isinstance(item, dict) or begins & item.keys():
+        return []
+
+    def listed(v):
+        return isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
+
+    return [k for k, v in item.items() if listed(v) and not {"role", "from"} & v[0].keys()]
+
+
+def quoted(keys):
+    """Keys for a message, at most 12 of them."""
+    keys = [json.dumps(k[:40], ensure_ascii=False) for k in keys]
+    return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no keys"
+
+
+def text_of(value, key):
+    """A text, or the text of a list of parts {"type": "text", "text": ...}."""
+    if isinstance(value, list) and value and all(isinstance(x, dict) for x in value):
+        others = [x.get("type") for x in value if x.get("type") != "text"]
+        if others:
+            raise ValueError(f'"{key}" has a part of type {others[0]!r}: only text can be learned')
+        return "".join(text_of(x.get("text"), "text") for x in value)
+    if not isinstance(value, str):
+        what = "missing" if value is None else f"no text but {type(value).__name__}"
+        raise ValueError(f'"{key}" is {what}')
+    return value.encode(errors="replace").decode()  # JSON can spell what is no text
+
+
+def record(item, replies=True):
+    """
+    One item as a Record; ValueError says what is wrong with it. A text stays as it is, except for
+    the space that a format puts before a reply: after "Assistant:", and in "completion".
+    """
     if not isinstance(item, dict):
         raise ValueError(f"expected an object, not {type(item).__name__}")
-    def text(key, value=None):
-        value = item.get(key) if value is None else value
-        if not isinstance(value, str):
-            what = "missing" if value is None else f"no text but {type(value).__name__}"
-            raise ValueError(f'"{key}" is {what}')
-        return value.encode(errors="replace").decode().strip()  # JSON can spell non-text
-    system = text("system") if "system" in item else ""
-    if "messages" in item:
-        turns, system = read_messages(item["messages"], text)
-        return Record([*turns[:-1], (turns[-1][0], None)], system, [turns[-1][1]])
-    if "prompt" in item or "instruction" in item:
-        user = text("prompt") if "prompt" in item else text("instruction")
-        if "prompt" not in item and item.get("input"):
-            user += "\n" + text("input")
-        # a prompt may be a dialogue too, up to the open Assistant:
-        turns = read_dialogue(user + "\n\nAssistant:" * (not user.endswith("\n\nAssistant:"))) \
-            if user.startswith("Human:") else [(user, "")]
-        turns = [*turns[:-1], (turns[-1][0], None)]
-        if not turns[-1][0]:
-            raise ValueError("the prompt is empty")
-    elif "chosen" in item:
-        chosen, rejected = (read_dialogue(text(k)) for k in ("chosen", "rejected"))
-        if [*chosen[:-1], chosen[-1][0]] != [*rejected[:-1], rejected[-1][0]]:
-            # they part before the last reply: no two answers to one prompt
-            return Record([*chosen[:-1], (chosen[-1][0], None)], system, [])
-        turns = [*chosen[:-1], (chosen[-1][0], None)]
-        return Record(turns, system, [chosen[-1][1], rejected[-1][1]])
+    present = {k: v for k, v in item.items() if v not in (None, "", [], {})}
+    for k in REFUSED.keys() & present.keys():
+        if k != "label" or replies and isinstance(item[k], int):  # True and False are int too
+            raise ValueError(f'"{k}" changes the meaning of the record: {REFUSED[k]}')
+
+    def find(part):  # the key that is read, which may be empty where no other is present
+        keys = [k for k in KEYS[part] if item.get(k) is not None]
+        if part == "completions":  # "answers" are often aliases of one answer
+            keys = [k for k in keys if k == "completions" or has_ranks(item[k])]
+        return next((k for k in keys if k in present), keys[0] if keys else None)
+
+    prompt, reply = find("prompt"), find("reply")
+    whole = next(filter(None, map(find, ("chosen", "completions", "messages"))), None)
+    if not prompt and (not whole or whole in KEYS["completions"]):
+        begins = (*KEYS["prompt"], *KEYS["messages"], "chosen")
+        raise ValueError(f"it has {quoted(item)}, but none of {quoted(begins)}")
+
+    ignored = []
+    begin, space = [], False  # the messages before the replies; whether a space precedes each reply
+    used = {k for k in (find("history"), find("system")) if k}
+    for k in used & {find("history")}:
+        begin += read_messages(item[k], k, ignored)
+    if prompt and whole not in KEYS["messages"]:
+        more = [k for k in KEYS["context"] if k in present and k != prompt]
+        used |= {prompt, *more}
+        if isinstance(item[prompt], (list, dict)):
+            begin += read_messages(item[prompt], prompt, ignored)
+        else:
+            user = text_of(item[prompt], prompt)
+            if not user.strip():
+                raise ValueError("the prompt is empty")
+            space = user.lstrip().startswith("Human:")
+            begin += read_dialogue(user, ends="user") if space else [("user", user)]
+        if more:
+            asked = [begin.pop()[1]] if begin and begin[-1][0] == "user" else []
+            begin.append(("user", "\n".join([*asked, *(text_of(item[k], k) for k in more)])))
+    elif whole == "chosen" and find("messages"):
+        asked = read_messages(item[find("messages")], find("messages"), ignored)
+        if asked and asked[-1][0] == "user":
+            used.add(find("messages"))
+            begin += asked
+
+    def ending(value, k):  # the messages that a reply or a whole dialogue brings
+        listed = isinstance(value, list) and not is_parts(value)
+        if listed or isinstance(value, dict) or k in KEYS["messages"]:
+            return read_messages(value, k, ignored)
+        value = text_of(value, k)
+        if whole == "chosen" and (not begin or value.lstrip().startswith("Human:")):
+            return read_dialogue(value, ends="assistant")
+        if space or k == "completion" and value[1:2].strip():
+            value = value.removeprefix(" ")
+        return [("assistant", value)]
+
+    if whole == "chosen":
+        ends = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in item]
+    elif whole in KEYS["completions"]:
+        ends = [(x, whole) for x in ranking(item[whole], whole, ignored)]
+    elif whole or reply:
+        ends = [(item[whole or reply], whole or reply)]
+    elif replies:
+        first, *others = KEYS["reply"]
+        raise ValueError(f'"{first}" is missing (or {quoted(others)}): it has {quoted(item)}')
     else:
-        raise ValueError('it has none of "messages", "prompt", "instruction", "chosen"')
-    if "completions" in item:
-        completions = item["completions"]
-        if not isinstance(completions, list) or len(completions) < 2:
-            raise ValueError('"completions" must be a list of two or more')
-        return Record(turns, system, [text("completions", c) for c in completions])
-    if "chosen" in item:
-        return Record(turns, system, [text("chosen"), text("rejected")])
-    return Record(turns, system, [text("output" if "output" in item else "response")])
+        ends = []
+    used.update(k for _, k in ends)
 
-def read_messages(messages, text):
-    """A list of messages -> [(user, reply), ...], system."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('"messages" must be a list of objects')
-    said = [(m.get("role"), text("content", m.get("content"))) for m in messages]
-    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
-    roles = [role for role, _ in said]
-    if not said or roles != ["user", "assistant"] * (len(said) // 2):
-        raise ValueError("messages must be user and assistant in turn, not "
-                         + ", ".join(map(str, roles)))
-    return [(a, b) for (_, a), (_, b) in zip(said[::2], said[1::2])], system
+    said = [joined(begin, ending(*end)) for end in ends] or [begin]
+    if any(s[: len(begin)] != begin for s in said):  # the prompt is not what the dialogue says
+        used -= {prompt, find("history"), *KEYS["context"]}
+    system = text_of(item[find("system")], find("system")) if find("system") else ""
+    for s in said:
+        if s and s[0][0] == "system":
+            if system not in ("", s[0][1]):
+                raise ValueError("it has two system prompts, which differ")
+            system = s.pop(0)[1]
+    dialogues = [exchanges(s, replies) for s in said]
+    turns, completions = dialogues[0], [d[-1][1] for d in dialogues]
+    turns = [*turns[:-1], (turns[-1][0], None)]
+    if any([*d[:-1], (d[-1][0], None)] != turns for d in dialogues):
+        completions = []  # they part before the last reply: no two replies to one prompt
 
-def read_dialogue(text):
+    texts = {text.strip() for s in said for _, text in s} | {system.strip()}
+    for k in present.keys() - used - HARMLESS:
+        if not repeats(item[k], k, texts):
+            ignored.append(k)
+    completions = [c for c in completions if c is not None]
+    return Record(turns, system, completions, tuple(sorted(set(ignored))))
+
+
+def is_parts(value):
+    """Whether a list is the parts of one text, and not a list of messages."""
+    return bool(value) and all(
+        isinstance(x, dict) and "type" in x and "role" not in x for x in value
+    )
+
+
+def read_messages(value, key, ignored):
     """
-    "Human: a\\n\\nAssistant: b\\n\\nHuman: ..." -> [("a", "b"), ...], as in hh-rlhf. What one side
-    says in two goes is one text. The last reply is "" where nothing comes after Assistant:.
+    [(role, text), ...] of one message or a list of them: {"role", "content"}, {"from", "value"},
+    {"input", "output"}, [user, reply], or user and assistant in turn as mere strings. Adds the
+    keys of messages that are not used to `ignored`.
+    """
+    said, strings = [], key in (*KEYS["messages"], *KEYS["history"])
+    for m in value if isinstance(value, list) else [value]:
+        if isinstance(m, str) and strings and isinstance(value, list):
+            said.append(("assistant" if len(said) % 2 else "user", text_of(m, key)))
+        elif isinstance(m, list) and len(m) == 2 and strings:
+            said += zip(("user", "assistant"), (text_of(x, key) for x in m))
+        elif not isinstance(m, dict):
+            raise ValueError(f'"{key}" must be a list of objects with "role" and "content"')
+        elif {"input", "output"} <= m.keys():
+            names = {"input": "user", "output": "assistant"}
+            ignored += unused(m, names, key)
+            said += [(role, text_of(m[k], k)) for k, role in names.items()]
+        else:
+            role = m.get("role", m.get("from"))
+            content = next((k for k in ("content", "value", "text") if k in m), "content")
+            ignored += unused(m, {"role", "from", content}, key)
+            if not isinstance(role, str) or role.lower() not in ROLES:
+                raise ValueError(
+                    f'"{key}" has a message of role {role!r}: expected user, assistant or system'
+                )
+            said.append((ROLES[role.lower()], text_of(m.get(content), content)))
+    return said
+
+
+def unused(message, used, key):
+    """The names of the keys of a message or reply that are neither in `used` nor harmless."""
+    present = {k: v for k, v in message.items() if v not in (None, "", [], {}) and k not in used}
+    for k in REFUSED.keys() & present.keys():
+        raise ValueError(f'"{k}" changes the meaning of a message: {REFUSED[k]}')
+    flags = {"weight", "train", "loss"}  # which replies are learned
+    if any(present.get(k, 1) == 0 for k in flags):
+        raise ValueError("a message says that it is not to be learned, but every reply is: "
+                         "remove this record")  # fmt: skip
+    return [f"{key}.{k}" for k in present.keys() - HARMLESS - flags]
+
+
+def read_dialogue(text, ends):
+    """
+    "Human: a\\n\\nAssistant: b\\n\\nHuman: ..." -> [("user", "a"), ("assistant", "b"), ...], as in
+    hh-rlhf. What one side says in two goes is one text. A dialogue that `ends` with "user" may have
+    an open "Assistant:" after it; one that ends with "assistant" may have an empty last reply.
     """
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     said = []
-    for role, words in zip(parts[1::2], parts[2::2]):
+    for name, words in zip(parts[1::2], parts[2::2]):
+        role, words = ROLES[name.lower()], words.removeprefix(" ")
         if said and said[-1][0] == role:
-            said[-1] = role, f"{said[-1][1]}\n\n{words.strip()}"
+            said[-1] = role, f"{said[-1][1]}\n\n{words}"
         else:
-            said.append((role, words.strip()))
-    if parts[0].strip() or [r for r, _ in said] != ["Human", "Assistant"] * (len(said) // 2) \
-            or not said:
+            said.append((role, words))
+    if ends == "user" and said and not said[-1][1].strip():
+        said.pop()
+    if parts[0].strip() or not said or said[0][0] != "user" or said[-1][0] != ends:
         raise ValueError("a dialogue must begin with Human: and end with what Assistant: says")
-    return [(a, b) for (_, a), (_, b) in zip(said[::2], said[1::2])]
+    return said
+
+
+def has_ranks(value):
+    """Whether a value is a list of objects with different "rank"s, of which the lowest is best."""
+    if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+        return False
+    ranks = [x.get("rank") for x in value]
+    return all(isinstance(r, (int, float)) for r in ranks) and len(set(ranks)) == len(ranks)
+
+
+def ranking(value, key, ignored):
+    """The replies of a list, which has them best first or with ranks, best first."""
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError(f'"{key}" must be a list of two or more')
+    if has_ranks(value):
+        replies = []
+        for x in sorted(value, key=lambda x: x["rank"]):
+            k = next((k for k in (*KEYS["reply"], "text", "content") if k in x), "response")
+            replies.append(x.get(k))
+            ignored += unused(x, {k, "rank"}, key)
+        return replies
+    if any(isinstance(x, dict) and "role" not in x for x in value):
+        raise ValueError(f'"{key}" must be replies, best first, or objects with different "rank"s')
+    return value
+
+
+def joined(begin, said):
+    """A prompt and what follows, two lists of messages; what follows may repeat the prompt, or the
+    end of it, or be a whole dialogue that another prompt begins."""
+    bare = [[(role, text.strip()) for role, text in x] for x in (begin, said)]
+    for n in range(min(len(begin), len(said)), 0, -1):
+        if bare[0][-n:] == bare[1][:n]:
+            return begin + said[n:]
+    return [*said] if begin and said and begin[-1][0] == said[0][0] else begin + said
+
+
+def exchanges(said, replies):
+    """[(user, reply), ...] of messages; without `replies` the last reply may be missing: None."""
+    roles = [role for role, _ in said]
+    odd = len(said) % 2
+    if not said or roles != (["user", "assistant"] * len(said))[: len(said)] or odd and replies:
+        roles = ", ".join(roles[:8] + ["..."] * (len(roles) > 8)) or "nothing"
+        raise ValueError(f"messages must be user and assistant in turn, not {roles}")
+    texts = [text for _, text in said] + [None] * odd
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def repeats(value, key, texts):
+    """Whether the value of a key that is not used says nothing but what `texts` say."""
+    if isinstance(value, str):
+        return value.strip() in texts
+    try:
+        return isinstance(value, (list, dict)) and all(
+            text.strip() in texts for _, text in read_messages(value, "messages", [])
+        )
+    except ValueError:
+        return False
+
 
 # -----------------------------------------------------------------------------
 # Dealing, as in tinystories.py: an epoch is a permutation of all samples, a position one number
@@ -316,20 +558,31 @@ class Samples:
         split      "train" or "val": dialogues that begin alike are in the same; "all": no split
         max_len    tokens of the longest sample
 
-    `counts` says how many samples were left out or shortened, and why; `summary()` tells it. A
-    subclass has sample(record), which gives None for one that is left out.
+    `counts` says how many samples were left out or shortened and why, and how many records have a
+    key that is ignored; `summary()` is the line that says so. A subclass has sample(record), which
+    returns None for a record that is left out, and `replies`: whether it needs any.
     """
+    replies = True
+
     def __init__(self, data, split, tokenizer, template, max_len, seed=1337):
         if split not in ("train", "val", "all"):
             raise ValueError(f"split must be train, val or all, not {split!r}")
         self.data, self.tokenizer, self.template, self.max_len = data, tokenizer, template, max_len
-        records = itertools.chain.from_iterable(read(path) for path in data.split(","))
+        files = (read(path, self.replies) for path in data.split(","))
+        records = itertools.chain.from_iterable(files)
         self.counts, self.samples = collections.Counter(), []
+        # Some SentencePiece models, such as that of stories260K, remove and merge spaces.
+        spaced, bare = (tokenizer.encode(s, bos=False, eos=False) for s in ("  a", "a"))
         for r in records:
             if split == "all" or held_out(r) == (split == "val"):
                 if r.system and not template.system:
                     raise ValueError(f"{data} has a system prompt, for which the template "
                                      f"{template.turn!r} has no place")
+                for key in r.ignored:
+                    self.note(f'with "{key}", which is ignored')
+                if self.replies and spaced == bare:
+                    spaces = any(re.search("^ |  | $", c) for c in r.completions)
+                    self.note("with spaces in a reply that this tokenizer drops", spaces)
                 sample = self.sample(r)
                 if sample is not None:
                     self.samples.append(sample)
@@ -366,8 +619,10 @@ class Instructions(Samples):
     """
     def sample(self, record):
         t, template, system = self.tokenizer, self.template, record.system
-        reply = next(iter(record.completions), "")
-        if not reply:
+        reply = next(iter(record.completions), None)
+        if reply is None:
+            return self.note("left out: the two dialogues part before the last reply")
+        if not reply.strip():
             return self.note("left out: empty response")
         length = len(t.encode(reply, bos=False, eos=False)) + 1
         turns = template.fit(t, record.turns, system, self.max_len - length) or record.turns[-1:]
@@ -380,6 +635,10 @@ class Instructions(Samples):
 
     def batch(self, position, n):
         return [(ids.tolist(), mask.tolist()) for ids, mask in super().batch(position, n)]
+
+class OptionalInstructions(Instructions):
+    """Those of records that have a reply; other records are left out."""
+    replies = False
 
 class Rankings(Samples):
     """
@@ -397,7 +656,7 @@ class Rankings(Samples):
         if len(set(record.completions)) < 2:
             return self.note("left out: chosen equal to rejected")
         t, template = self.tokenizer, self.template
-        whole = [c for c in dict.fromkeys(record.completions) if c]
+        whole = [c for c in dict.fromkeys(record.completions) if c.strip()]
         end = [template.end(t)]
         ids = [c + end for c in t.encode(whole, bos=False, eos=False)] if whole else []
         longest = max(map(len, ids), default=0)
@@ -419,13 +678,16 @@ class Rankings(Samples):
 class InstructPrompts(Samples):
     """
     What to be asked: prompts for PPO, lists of ids of at most max_len tokens, none of them twice.
-    A dialogue that is too long loses its oldest turns.
+    A dialogue that is too long loses its oldest turns. `answered` counts the records with a reply.
     """
+    replies = False
+
     def __init__(self, *args, **kwargs):
-        self.seen = set()
+        self.seen, self.answered = set(), 0
         super().__init__(*args, **kwargs)
 
     def sample(self, record):
+        self.answered += bool(record.completions)
         turns = self.template.fit(self.tokenizer, record.turns, record.system, self.max_len)
         if not turns:
             return self.note("left out: prompt too long")

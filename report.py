@@ -126,7 +126,7 @@ def print_report(found):
         ("reference's loss on the samples", "ref_loss", "8.3f"),
         ("loss on validation text", "val_loss", "8.3f"),
     ]  # fmt: skip
-    for title, key, form in rows:
+    for title, key, form in (row for row in rows if row[1] in before):
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
     roof, error = found["roof"]
     gap = roof - before["objective"]

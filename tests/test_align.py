@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import types
 from contextlib import nullcontext
@@ -415,6 +416,25 @@ def save_template(home, out, template, **changed):
     checkpoint = load_checkpoint(home / "ckpt.pt") | {"template": template._asdict()}
     checkpoint["model_args"] = checkpoint["model_args"] | changed
     save_checkpoint(out / "ckpt.pt", checkpoint)
+
+
+def test_ppo_needs_prompts_alone(home, tmp_path, capsys):
+    """Where a file has no reply, the report has no loss on text; where some have one, it has."""
+    prompts = [{"prompt": f"say {i}", "mood": "glad"} for i in range(60)]
+    messages = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(60)]
+    answered = [{**r, "response": "please"} if i % 2 else r for i, r in enumerate(prompts)]
+    for name, rows in ("prompts", prompts), ("messages", messages), ("answered", answered):
+        data, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        data.write_text("\n".join(map(json.dumps, rows)))
+        run(home, out, **PPO | dict(ppo_iters=1, data=data, reward="length"))
+        text = capsys.readouterr().out
+        counts = [int(n) for n in re.findall(rf"(?:train|val): {data}: (\d+) samples", text)]
+        assert len(counts) == 2 and sum(counts) == 60
+        for n in counts:
+            assert (f'({n} with "mood", which is ignored)' in text) == (name != "messages")
+        assert ("loss on validation text" in text) == (name == "answered")
+        report = json.loads((out / "ppo_report.json").read_text())
+        assert ("val_loss" in report["after"]) == (name == "answered")
 
 
 def test_first_steps_are_short(home, rm, tmp_path):

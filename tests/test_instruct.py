@@ -41,12 +41,12 @@ def write(path, records):
 SHAPES = [
     ({"instruction": "Add.", "input": "1 2", "output": "3"},
      Record([("Add.\n1 2", None)], "", ["3"])),
-    ({"instruction": "Hi", "output": " Hello "}, Record([("Hi", None)], "", ["Hello"])),
+    ({"instruction": "Hi", "output": " Hello "}, Record([("Hi", None)], "", [" Hello "])),
     ({"prompt": "Hi", "response": "Hello", "system": "Be kind."},
      Record([("Hi", None)], "Be kind.", ["Hello"])),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, Record([("Hi", None)], "", ["a", "b"])),
     ({"instruction": "Hi", "input": "", "output": "o", "chosen": "a", "rejected": "b"},
-     Record([("Hi", None)], "", ["a", "b"])),
+     Record([("Hi", None)], "", ["a", "b"], ("output",))),
     ({"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
       "rejected": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: E\n\nE"},
      Record([("A", "B"), ("C", None)], "", ["D", "E\n\nE"])),
@@ -69,6 +69,277 @@ SHAPES = [
 def test_every_shape_is_read(name, tmp_path):
     path = write(tmp_path / name, [item for item, _ in SHAPES])
     assert read(path) == [expected for _, expected in SHAPES]
+
+
+def says(*texts, names=("user", "assistant"), keys=("role", "content")):
+    """Messages by user and assistant in turn."""
+    return [dict(zip(keys, (names[i % 2], text))) for i, text in enumerate(texts)]
+
+
+SHAREGPT = dict(names=("human", "gpt"), keys=("from", "value"))
+SYSTEM = {"role": "system", "content": "S"}
+ONE = Record([("A", None)], "", ["B"])
+TWO = Record([("A", "B"), ("C", None)], "", ["D"])
+PAIR = Record([("A", None)], "", ["B", "X"])
+
+PUBLIC = {  # records as data sets of these names have them
+    "dolly": ({"instruction": "Q", "context": "In 1900.", "response": "R", "category": "qa"},
+              Record([("Q\nIn 1900.", None)], "", ["R"])),
+    "prompt and input": ({"prompt": "Q", "input": "cat", "response": "R"},
+                         Record([("Q\ncat", None)], "", ["R"])),
+    "squad": ({"question": "Q", "context": "K", "answer": "R", "id": 3},
+              Record([("Q\nK", None)], "", ["R"])),
+    "gsm8k": ({"question": "A", "answer": "B"}, ONE),
+    "metamath": ({"query": "A", "response": "B", "type": "x", "original_question": "O"},
+                 ONE._replace(ignored=("original_question",))),
+    "openorca": ({"id": "1", "system_prompt": "S", "question": "A", "response": "B"},
+                 ONE._replace(system="S")),
+    "alpaca-gpt4": ({"instruction": "A", "input": "", "output": "B"}, ONE),
+    "alpaca, rendered too": ({"instruction": "A", "input": "", "output": "B", "text": "A B"},
+                             ONE._replace(ignored=("text",))),
+    "instruction in input": ({"instruction": "", "input": "A", "output": "B"}, ONE),
+    "alpaca history": ({"instruction": "C", "output": "D", "history": [["A", "B"]]}, TWO),
+    "no history": ({"instruction": "A", "output": "B", "history": []}, ONE),
+    "prompt completion": ({"prompt": "A", "completion": " B"}, ONE),
+    "prompt completion, messages": ({"prompt": says("A"), "completion": [says("A", "B")[1]]}, ONE),
+    "sharegpt": ({"id": "x", "conversations": says("A", "B", "C", "D", **SHAREGPT)}, TWO),
+    "sharegpt, system": ({"conversations": [{"from": "system", "value": "S"},
+                                            *says("A", "B", **SHAREGPT)]},
+                         ONE._replace(system="S")),
+    "sharegpt, system beside": ({"system": "S", "conversations": says("A", "B", **SHAREGPT)},
+                                ONE._replace(system="S")),
+    "conversations, roles": ({"conversations": says("A", "B", "C", "D")}, TWO),
+    "lima": ({"conversations": ["A", "B", "C", "D"], "source": "x"}, TWO),
+    "ultrachat": ({"id": "0", "data": ["A", "B", "C", "D"]}, TWO),
+    "ultrachat_200k": ({"prompt": "A", "prompt_id": "x", "messages": says("A", "B", "C", "D")},
+                       TWO),
+    "capybara": ({"source": "x", "conversation": [{"input": "A", "output": "B"},
+                                                  {"input": "C", "output": "D"}]}, TWO),
+    "no_robots": ({"prompt": "S", "prompt_id": "x", "category": "Chat",
+                   "messages": [SYSTEM, *says("A", "B")]}, ONE._replace(system="S")),
+    "text parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "A"}]},
+                                 says("", "B")[1]]}, ONE),
+    "message keys": ({"messages": [{"role": "user", "content": "A", "name": "Al", "weight": None},
+                                   {"role": "assistant", "content": "B", "weight": 1,
+                                    "tool_calls": []}]},
+                     ONE._replace(ignored=("messages.name",))),
+    "developer": ({"messages": [{"role": "developer", "content": "S"}, *says("A", "B")]},
+                  ONE._replace(system="S")),
+    "no images": ({"prompt": "A", "response": "B", "images": [], "tools": None}, ONE),
+    "labels that are words": ({"prompt": "A", "response": "B", "label": "math"},
+                              ONE._replace(ignored=("label",))),
+    "null is absent": ({"prompt": None, "instruction": "A", "response": None, "output": "B"}, ONE),
+    "helpsteer": ({"prompt": "A", "response": "B", "helpfulness": 3, "verbosity": 0},
+                  ONE._replace(ignored=("helpfulness", "verbosity"))),
+    "ultrafeedback_binarized": ({"prompt": "A", "chosen": says("A", "B"),
+                                 "rejected": says("A", "X"), "messages": says("A", "B"),
+                                 "score_chosen": 8.0, "score_rejected": 2.0}, PAIR),
+    "orpo-dpo-mix": ({"source": "x", "prompt": "A", "question": "A",
+                      "chosen": says("A", "B", "C", "D"), "rejected": says("A", "B", "C", "X")},
+                     TWO._replace(completions=["D", "X"])),
+    "last turn as prompt": ({"prompt": "C", "chosen": says("A", "B", "C", "D"),
+                             "rejected": says("A", "B", "C", "X")},
+                            TWO._replace(completions=["D", "X"])),
+    "another prompt": ({"prompt": "P", "input": "I", "chosen": says("A", "B"),
+                        "rejected": says("A", "X")}, PAIR._replace(ignored=("input", "prompt"))),
+    "trl": ({"prompt": says("A"), "chosen": [says("", "B")[1]], "rejected": [says("", "X")[1]]},
+            PAIR),
+    "trl, system": ({"prompt": [SYSTEM, *says("A", "B", "C")], "chosen": [says("", "D")[1]],
+                     "rejected": [says("", "X")[1]]},
+                    TWO._replace(system="S", completions=["D", "X"])),
+    "system as prompt": ({"prompt": [SYSTEM], "chosen": says("A", "B"),
+                          "rejected": says("A", "X")}, PAIR._replace(system="S")),
+    "trl, implicit": ({"chosen": says("A", "B"), "rejected": says("A", "X")}, PAIR),
+    "single messages": ({"prompt": "A", "chosen": says("", "B")[1], "rejected": says("", "X")[1]},
+                        PAIR),
+    "llama-factory": ({"conversations": says("A", **SHAREGPT), "chosen": {"from": "gpt",
+                       "value": "B"}, "rejected": {"from": "gpt", "value": "X"}}, PAIR),
+    "intel orca": ({"system": "S", "question": "A", "chosen": "B", "rejected": "X"},
+                   PAIR._replace(system="S")),
+    "distilabel orca": ({"system": "", "input": "A", "chosen": "B", "rejected": "X",
+                         "generations": ["B", "X"], "status": "tie"},
+                        PAIR._replace(ignored=("status",))),
+    "rm-static": ({"prompt": "\n\nHuman: A\n\nAssistant:", "response": " B", "chosen": " B",
+                   "rejected": " X"}, PAIR),
+    "hh with prompt": ({"prompt": "\n\nHuman: A\n\nAssistant:", "chosen":
+                        "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: X"},
+                       PAIR),
+    "nectar": ({"prompt": "\n\nHuman: A\n\nAssistant: ", "turns": 1, "num_responses": 2,
+                "source": ["x"], "good_natured": True,
+                "answers": [{"answer": "X", "model": "m", "rank": 2.0, "tone": "sad"},
+                            {"answer": "B", "model": "n", "rank": 1.0}]},
+               PAIR._replace(ignored=("answers.tone", "good_natured", "turns"))),
+    "aliases": ({"question": "A", "answer": "B", "answers": ["B", "b"]},
+                ONE._replace(ignored=("answers",))),
+    "task and input": ({"task": "T", "input": "A", "output": "B"}, ONE._replace(ignored=("task",))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_data_sets_are_read(name, tmp_path):
+    item, expected = PUBLIC[name]
+    assert read(write(tmp_path / "x.jsonl", [item])) == [expected]
+
+
+REFUSED = {  # those whose meaning would change, and those of another shape: which keys, and why
+    "kto": ({"prompt": "A", "completion": "B", "label": False}, '"label".*which replies are bad'),
+    "kto 0/1": ({"prompt": "A", "completion": "B", "label": 1}, '"label".*which replies are bad'),
+    "images": ({"prompt": "A", "response": "B", "images": ["a.png"]}, '"images".*only text'),
+    "tools": ({"messages": says("A", "B"), "tools": "[{}]"}, '"tools".*tools'),
+    "tool calls": ({"messages": [*says("A"), {"role": "assistant", "content": None,
+                                              "tool_calls": [{"id": "1"}]}]}, '"tool_calls".*tool'),
+    "tool role": ({"messages": [*says("A", "B"), {"role": "tool", "content": "3"}]},
+                  "role 'tool': expected user, assistant or system"),
+    "observation": ({"conversations": [*says("A", **SHAREGPT),
+                                       {"from": "observation", "value": "3"}]}, "'observation'"),
+    "no role": ({"messages": [{"content": "A"}]}, "role None"),
+    "not learned": ({"messages": [*says("A"), {"role": "assistant", "content": "B", "weight": 0}]},
+                    "not to be learned"),
+    "image part": ({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "A"}]},
+        says("", "B")[1]]}, "part of type 'image_url': only text"),
+    "two systems": ({"system": "T", "messages": [SYSTEM, *says("A", "B")]}, "two system prompts"),
+    "text history": ({"instruction": "A", "output": "B", "history": "long ago"}, '"history" must'),
+    "oasst": ({"message_id": "1", "parent_id": None, "text": "A", "role": "prompter"},
+              'it has "message_id", "parent_id", "text", "role", but none of "prompt"'),
+    "shp": ({"post_id": "1", "history": "A", "human_ref_A": "B", "human_ref_B": "X", "labels": 1},
+            'it has "post_id", "history", .*but none of'),
+    "safe-rlhf": ({"prompt": "A", "response_0": "B", "response_1": "X", "better_response_id": 0},
+                  r'"response" is missing \(or "output".*: it has "prompt", "response_0"'),
+    "no rejected": ({"prompt": "A", "chosen": "B"}, '"rejected" is missing'),
+    "argilla completions": ({"instruction": "A", "completions": [
+        {"response": "B", "overall_score": 8}, {"response": "X", "overall_score": 3}]},
+        '"completions" must be replies, best first, or objects with different "rank"s'),
+    "tied ranks": ({"prompt": "A", "completions": [{"answer": "B", "rank": 1},
+                                                   {"answer": "X", "rank": 1}]}, 'different "ra'),
+    "squad answers": ({"question": "A", "context": "K", "answers": {"text": ["B"]}},
+                      '"response" is missing .*it has "question", "context", "answers"'),
+    "nothing": ({}, "it has no keys"),
+    "replies of no prompt": ({"completions": ["B", "X"]}, "none of"),
+    "a list as a reply": ({"question": "A", "answer": ["B", "C"]}, '"answer" must be a list of'),
+    "starts with a reply": ({"conversations": says("A", "B", names=("gpt", "human"),
+                                                   keys=("from", "value"))}, "in turn, not assist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_learned_is_refused_in_one_line(name, tmp_path):
+    item, message = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"x\.jsonl, line 1: .*{message}") as e:
+        read(write(tmp_path / "x.jsonl", [item]))
+    assert len(str(e.value)) < 330 and "\n" not in str(e.value)
+
+
+def test_every_key_is_used_or_harmless_or_counted(tmp_path):
+    """Whatever is added to a record of any shape: nothing disappears without a word."""
+    for name, (item, expected) in PUBLIC.items():
+        found = instruct.record({**item, "mood": "glad", "empty": "", "prompt_id": "7"})
+        assert found.ignored == tuple(sorted([*expected.ignored, "mood"])), name
+        assert found[:3] == expected[:3], name
+    records = [{"prompt": f"p{i}", "response": "r", **({"mood": 1} if i < 3 else {})}
+               for i in range(60)]  # fmt: skip
+    path = write(tmp_path / "x.jsonl", records)
+    for kind in Instructions, InstructPrompts:
+        data = kind(path, "all", T, PLAIN, 99)
+        assert data.summary() == f'{path}: 60 samples (3 with "mood", which is ignored)'
+        parts = [kind(path, split, T, PLAIN, 99).counts for split in ("train", "val")]
+        assert sum(parts, instruct.collections.Counter()) == data.counts
+
+
+CODE = "    return x\n\n"
+
+
+def test_replies_stay_as_they_are(tmp_path):
+    """Indentation, trailing newlines and spaces are learned; only what a format adds is not."""
+    shapes = [
+        {"prompt": "def f(x):", "response": CODE},
+        {"instruction": "def f(x):", "output": CODE},
+        {"prompt": "def f(x):", "completion": CODE},
+        {"messages": says("def f(x):", CODE)},
+        {"conversations": says("def f(x):", CODE, **SHAREGPT)},
+        {"prompt": "def f(x):", "chosen": CODE, "rejected": "x"},
+        {"prompt": "def f(x):", "completions": [CODE, "x"]},
+        {"chosen": says("def f(x):", CODE), "rejected": says("def f(x):", "x")},
+        {"chosen": f"\n\nHuman: def f(x):\n\nAssistant: {CODE}", "rejected":
+         "\n\nHuman: def f(x):\n\nAssistant: x"},
+    ]  # fmt: skip
+    for item in shapes:
+        data = Instructions(write(tmp_path / "x.jsonl", [item]), "all", T, PLAIN, 99)
+        [(ids, mask)] = data.batch(0, 1)
+        assert T.text(i for i, m in zip(ids, mask) if m) == CODE + "</s>", item
+    turns = read(write(tmp_path / "x.jsonl", [{"messages": says("A", CODE, " C ", "D")}]))[0].turns
+    assert turns == [("A", CODE), (" C ", None)]
+    pair = {"prompt": "p", "chosen": "  x", "rejected": "x"}
+    data = Rankings(write(tmp_path / "x.jsonl", [pair]), "all", T, PLAIN, 99)
+    assert [T.text(c) for c in data.batch(0, 1)[0][1]] == ["  x</s>", "x</s>"]
+    # of prompt and completion, one space is the format's; more than one are indentation
+    for text, reply in (" B", "B"), ("  B", "  B"), (" \nB", " \nB"), ("B ", "B "):
+        found = read(write(tmp_path / "x.jsonl", [{"prompt": "A", "completion": text}]))
+        assert found[0].completions == [reply]
+
+
+def test_a_tokenizer_that_drops_spaces_is_named(tok512_model, tmp_path):
+    from tokenizer import Tokenizer
+
+    t = Tokenizer(tok512_model)
+    records = [{"prompt": "p", "response": r} for r in ("  x", "a  b", "c ", "a b")]
+    data = Instructions(write(tmp_path / "x.jsonl", records), "all", t, PLAIN, 99)
+    assert data.counts == {"with spaces in a reply that this tokenizer drops": 3}
+    assert not Instructions(write(tmp_path / "x.jsonl", records), "all", T, PLAIN, 99).counts
+
+
+def test_layouts_of_files(tmp_path):
+    """Objects one after the other, however they are broken into lines, and lists in an object."""
+    items = [{"prompt": f"p{i}", "response": "r\n{"} for i in range(5)]
+    expected = [Record([(f"p{i}", None)], "", ["r\n{"]) for i in range(5)]
+    pretty = "\n".join(json.dumps(x, indent=2) for x in items)
+    layouts = {
+        "jsonl": "\n".join(map(json.dumps, items)) + "\n\n",
+        "pretty": pretty,
+        "blank lines and a mark": "\ufeff\n" + pretty.replace("}\n{", "}\n\n\n{") + "\n",
+        "one line": " ".join(map(json.dumps, items)),
+        "list": json.dumps(items),
+        "wrapped": json.dumps({"data": items}, indent=1),
+        "wrapped, with more": json.dumps({"version": "1", "train": items, "test": []}),
+    }
+    for name, text in layouts.items():
+        for ending in ".json", ".jsonl":
+            (tmp_path / f"x{ending}").write_text(text, encoding="utf-8")
+            assert read(str(tmp_path / f"x{ending}")) == expected, name
+    (tmp_path / "x.json").write_text(json.dumps({"messages": says("A", "B")}, indent=1))
+    assert read(str(tmp_path / "x.json")) == [ONE]
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"prompt": "a",\n "response": "b"}\n{"prompt": "a"\n "response": "b"}',
+     r"line 3: not JSON: .*noticed in line 4"),
+    ('{"prompt": "a",\n "response": "b"}\n{"prompt": 3}', 'line 3: "prompt" is no text'),
+    ('{"prompt": "a", "response": "b"\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
+    ('{"prompt": "a", "response": "b"},\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
+    ('{"data": [{"prompt": "a", "response": "b"}, {"prompt": 3}]}', 'item 2 of "data": "prompt"'),
+    ('{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}', 'several lists.*"train", "test"'),
+    ('{"data": 5}', 'line 1: "data" must be a list'),
+])  # fmt: skip
+def test_broken_layouts_name_the_place(text, message, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.json.*{message}"):
+        read(str(tmp_path / "x.json"))
+
+
+def test_prompts_need_no_reply(tmp_path):
+    alone = [{"prompt": "a"}, {"messages": says("b")}, {"conversations": says("c", **SHAREGPT)},
+             {"messages": [SYSTEM, *says("d", "e", "f")]}, {"prompt": says("g")},
+             {"question": "h", "context": "i"}, {"prompt": "\n\nHuman: j\n\nAssistant:"},
+             {"prompt": "k", "chosen": "l"}, {"prompt": "m", "label": True}]  # fmt: skip
+    path = write(tmp_path / "x.jsonl", alone)
+    data = InstructPrompts(path, "all", T, PLAIN, 99)
+    assert sorted(map(T.text, data.batch(0, 9))) == sorted(
+        ["<s>a\n", "<s>b\n", "<s>c\n", "<s>S\nd\ne</s><s>f\n", "<s>g\n", "<s>h\ni\n", "<s>j\n",
+         "<s>k\n", "<s>m\n"])  # fmt: skip
+    assert data.answered == 1 and data.counts == {'with "label", which is ignored': 1}
+    for item in alone:
+        with pytest.raises(ValueError, match="line 1: "):
+            read(write(tmp_path / "y.jsonl", [item]))
 
 
 MISTAKES = [
@@ -302,7 +573,7 @@ def test_rankings(tmp_path):
     assert found([three], 6) == ([("<s>p\n", ["a</s>", "cc</s>"])],
                                  {"shortened: fewer completions": 1})  # fmt: skip
     rest = [
-        ({"prompt": "p", "chosen": "a", "rejected": "a "}, "chosen equal to rejected"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen equal to rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": ""}, "empty response"),
         ({"prompt": "p", "response": "a"}, "one completion, nothing to compare"),
         ({"prompt": "p", "chosen": "a", "rejected": "b" * 99}, "too long"),

@@ -385,3 +385,21 @@ def test_held_out_file(base, tmp_path, capsys):
     train.main(command(base, tmp_path / "a", val_data=tmp_path / "val.jsonl", max_iters=1))
     out = capsys.readouterr().out
     assert "val.jsonl: 9 samples" in out and "data.jsonl: 120 samples" in out
+
+
+def test_the_summary_names_ignored_keys(base, tmp_path, capsys):
+    lines = (base / "data.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({**json.loads(lines[3]), "mood": "glad"})
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    train.main(command(base, tmp_path / "a", data=tmp_path / "x.jsonl", max_iters=1))
+    assert capsys.readouterr().out.count('(1 with "mood", which is ignored)') == 1
+
+
+def test_indentation_of_replies_is_learned(base, tmp_path):
+    """What is fed to the model, decoded: the reply as the file has it."""
+    code = "    return x\n"
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "def f(x):", "response": code}))
+    t = Tokenizer(base / "tok290.model")
+    data = Instructions(str(tmp_path / "x.jsonl"), "all", t, TEMPLATES["plain"], 64)
+    ids, mask = data.batch(0, 1)[0]
+    assert t.decode([i for i, m in zip(ids, mask) if m]) == code and not data.counts
