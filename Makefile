@@ -34,7 +34,7 @@ demo: $(DEMO)/model.bin run
 	./run $(DEMO)/model.bin -t 0.8 -s 1 -n 0
 
 rlhf: $(RLHF)/ppo $(RLHF)/dpo
-	$(PY) tests/rlhf.py $(RLHF)
+	$(PY) experiments/story_task.py $(RLHF)
 
 # The environment: nothing is installed outside this folder.
 .venv/installed: requirements.txt
@@ -118,13 +118,13 @@ run: run.c
 test: .venv/installed .venv/tested run
 	$(PY) -m pytest -q tests
 
-# Speeds of this project alone; `tests/bench_run.py --help` says how to measure others beside it.
+# Speeds of this project alone; `bench/bench_run.py --help` says how to measure others beside it.
 bench: $(DEMO)/pretrained run
-	for b in tests/bench_*.py; do $(PY) $$b || exit 1; done
+	for b in bench/bench_*.py; do $(PY) $$b || exit 1; done
 
-# Reward against KL for several beta, beside the optimum: tests/frontier.py.
+# Reward against KL for several beta, beside the optimum: experiments/frontier.py.
 frontier: $(DEMO)/pretrained
-	$(PY) tests/frontier.py --checkpoint=$(CHECKPOINT)
+	$(PY) experiments/frontier.py --checkpoint=$(CHECKPOINT)
 
 clean:
 	rm -rf build run out/demo

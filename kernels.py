@@ -170,7 +170,7 @@ def onednn(x, w):
 
 class Product(torch.autograd.Function):
     """x (M, K) times w (N, K) transposed, (M, N), through oneDNN. PyTorch gives fp32 products to
-    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (tests/SPEED.md)."""
+    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (doc/speed.md)."""
 
     @staticmethod
     def forward(ctx, x, w):

@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         self.register_buffer("freqs_cos", angles.cos(), persistent=False)  # (max_seq_len, E/2)
         self.register_buffer("freqs_sin", angles.sin(), persistent=False)
         # By the number of inputs: llama2.c's 0.02 suits wide models, but in one of width 64 the layers
-        # begin nearly silent, and learn less from the same text (tests/SPEED.md).
+        # begin nearly silent, and learn less from the same text (doc/speed.md).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.5 / math.sqrt(p.shape[1]) if name.startswith("layers.") else 0.02)

@@ -1,22 +1,17 @@
-"""What a person and a program see of a run: log, progress bar, closing report, curves; and, before
-a run, what it would need (--plan)."""
+"""Output of a run for people and programs: log, progress bar, closing report, curves."""
 
 import json
 import math
-import os
 import textwrap
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from kernels import library, multiply
-from model import Transformer
+from kernels import multiply
 from tokenizer import write_atomic
 
 
@@ -210,95 +205,3 @@ def terminal_curve(points, width=72, height=12):
         for row in reversed(range(height))
     ]
     return "\n".join([*lines, " " * 10 + f"iterations {points[0][0]} to {points[-1][0]}"])
-
-
-# ----------------------------------------------------------------------------
-# --plan
-
-GPUS = {  # makers' figures: dense bf16 operations a second, bytes, bytes a second between cards
-    "h200": (989e12, 141e9, 450e9),
-    "h100": (989e12, 80e9, 450e9),
-    "a100": (312e12, 80e9, 300e9),
-    "4090": (165e12, 24e9, 32e9),
-    "cpu": None,  # this machine, as it is measured
-}
-NODE, NETWORK = 8, 50e9  # cards a node; bytes a second and card between nodes (400 Gb/s)
-STATE_BYTES = 16  # a parameter: fp32 weight and gradient, AdamW's two moments
-
-
-def saved_bytes(args, batch, seq_len, dtype, here=False):
-    """Bytes that the forward pass of a Transformer keeps for the backward pass: of everything, of
-    one layer, and of one layer's input. Found by running it on tensors without memory, as a GPU
-    would, or `here`, where kernels.c keeps less."""
-    totals = []
-    for n_layers in (1, 2):
-        with nullcontext() if here else FakeTensorMode():
-            model, kept = Transformer(replace(args, n_layers=n_layers)), {}
-            weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-            def keep(t):
-                if t.untyped_storage()._cdata not in weights:
-                    kept[t.untyped_storage()._cdata] = t  # alive, so that the address is its own
-                return t
-
-            tokens = torch.zeros(batch, seq_len, dtype=torch.long)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    model(tokens, tokens)
-            totals.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
-    layer = totals[1] - totals[0]
-    return totals[0] + (args.n_layers - 1) * layer, layer, 4 * batch * seq_len * args.dim
-
-
-def plan(args, model_args):
-    """Prints memory a card, tokens/s and time for 1 to 256 cards: with DDP (everything on each) and
-    with --fsdp (state sharded, activations computed again). One forward and backward pass of
-    --batch_size sequences a card and step, in --dtype; compute at --plan_mfu of the maker's figure;
-    communication overlaps with it, so that the slower of the two counts. --plan_gpu=cpu is this
-    machine as one card, at --plan_mfu of the matrix product measured on it, as in a run's log."""
-    cpu = args.plan_gpu == "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if cpu else "bfloat16"))
-    if cpu:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        peak, room, link = matmul_roof("cpu", dtype), memory, math.inf
-    else:
-        peak, room, link = GPUS[args.plan_gpu]
-        peak = peak if dtype != torch.float32 else peak / 16  # without tensor cores
-    with FakeTensorMode():
-        model = Transformer(model_args)
-        flops = model.flops_per_token(args.max_seq_len)
-        P = sum(p.numel() for p in model.parameters())
-        in_layer = sum(p.numel() for p in model.layers[0].parameters())
-    B, T = args.batch_size, args.max_seq_len
-    few = min(B, 256 // T + 1) if cpu else B  # really run, and enough for the kernels that B takes
-    saved = saved_bytes(model_args, few, T, dtype, cpu)
-    everything, layer, layer_input = (x * B / few for x in saved)
-    # The backward pass begins with the gradients of log-probabilities and logits, (B, T, V) in fp32.
-    native = cpu and dtype == torch.float32 and library() is not None
-    everything += (4 if native else 8) * B * T * model_args.vocab_size
-    print(f"{P:,} parameters, {B} x {T} tokens a card and step, {str(dtype)[6:]}, "
-          f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s")  # fmt: skip
-    print(f"{'cards':>6}{'':4}{'':4}{'GB a card':>10}{'of':>5}{'tokens/s':>14}"
-          f"{'waits for':>11}{'hours a billion tokens':>24}")  # fmt: skip
-    rows = []
-    for cards in (1,) if cpu else (1, 2, 4, 8, 16, 64, 256):
-        wire = link if cards <= NODE else min(link, NETWORK)
-        for kind in ("ddp", "fsdp") if cards > 1 else ("ddp",):
-            if kind == "ddp":
-                bytes_a_card = STATE_BYTES * P + everything
-                moved, again = 2 * 4 * P, 1.0  # ring all-reduce of fp32 gradients
-            else:  # two layers' weights are whole at a time, in dtype, and the embeddings
-                activations = everything - model_args.n_layers * (layer - layer_input) + layer
-                whole = P - max(model_args.n_layers - 2, 0) * in_layer
-                whole *= 2 if dtype != torch.float32 else 4
-                bytes_a_card = STATE_BYTES * P / cards + whole + activations
-                moved, again = 2 * 2 * P + 4 * P, 4 / 3  # weights twice, gradients once
-            compute = B * T * flops * again / (peak * args.plan_mfu)
-            network = moved * (cards - 1) / cards / wire
-            rate = cards * B * T / max(compute, network)
-            waits = "network" if network > compute else "compute"
-            fits = "" if bytes_a_card < 0.92 * room else "  does not fit"
-            rows.append((cards, kind, bytes_a_card, rate))
-            print(f"{cards:6d}{'':4}{kind:4}{bytes_a_card / 1e9:10.2f}{room / 1e9:5.0f}{rate:14,.0f}"
-                  f"{waits:>11}{1e9 / rate / 3600:24.2f}{fits}")  # fmt: skip
-    return rows

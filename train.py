@@ -39,9 +39,10 @@ import torch.distributed as dist
 
 import ppo
 from alignment import Alignment
+from experiments.plan import GPUS, plan
 from export import write_v3
 from model import ModelArgs, checkpoint_args, load_checkpoint, save_checkpoint
-from report import GPUS, Log, plain_config, plan, plot, print_report
+from report import Log, plain_config, plot, print_report
 from sample import choose_device
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic

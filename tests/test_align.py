@@ -18,8 +18,8 @@ import alignment
 import instruct
 import kernels
 import ppo
-import preferences
-import rlhf
+from experiments import preference_data
+from experiments import story_task
 import stages
 import tinystories
 import train
@@ -656,7 +656,7 @@ def test_best_of_n_is_the_mean_over_all_draws():
     proxy = torch.tensor([[0.3, 0.1, 0.9, 0.5], [5.0, 7.0, 6.0, 8.0]])
     gold = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 2.0]])
     for n in (1, 2, 3):
-        found, expected = rlhf.best_of(proxy, gold, n), [0.0, 0.0]
+        found, expected = story_task.best_of(proxy, gold, n), [0.0, 0.0]
         for p, g in zip(proxy.tolist(), gold.tolist()):
             for draw in itertools.product(range(4), repeat=n):
                 best = max(draw, key=lambda i: p[i])
@@ -677,16 +677,16 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
     run(home, tmp_path, sft=True, max_iters=1, data=task / "sft.jsonl", learning_rate=0)
     run(home, tmp_path, rm=True, max_iters=2, init_from=tmp_path / "sft_ckpt.pt")
     (tmp_path / f"tok{VOCAB}.model").write_bytes((home / f"tok{VOCAB}.model").read_bytes())
-    line = ["rlhf.py", str(tmp_path), f"--task={task}", "--prompts=8"]
+    line = ["story_task.py", str(tmp_path), f"--task={task}", "--prompts=8"]
     monkeypatch.setattr("sys.argv", line)
-    rlhf.main()
+    story_task.main()
     torch.set_grad_enabled(True)
     row, = json.loads((tmp_path / "rlhf.json").read_text())
     assert row["model"] == "SFT" and row["kl"] == pytest.approx(0, abs=1e-4)
     assert "of the held-out pairs" in capsys.readouterr().out
     more = ["--overoptimise", "--pairs=8", "--samples=4", "--iterations=2", f"--out={tmp_path}"]
     monkeypatch.setattr("sys.argv", line + more)
-    rlhf.main()
+    story_task.main()
     curve, = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
     assert [p["n"] for p in curve["best_of"]] == [1, 2, 4] and len(curve["ppo"]) == 2
     assert curve["ppo"][0]["kl"] == pytest.approx(0, abs=1e-4)
@@ -694,6 +694,6 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
 
 def test_bag_of_words_finds_the_words(home):
     records = instruct.read(home / "pairs.jsonl")
-    assert preferences.bag_of_words(records[:100], records[100:]) > 0.95
+    assert preference_data.bag_of_words(records[:100], records[100:]) > 0.95
     flipped = [r._replace(completions=r.completions[::-1]) for r in records[100:]]
-    assert preferences.bag_of_words(records[:100], flipped) < 0.05
+    assert preference_data.bag_of_words(records[:100], flipped) < 0.05

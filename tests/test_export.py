@@ -23,7 +23,7 @@ from conftest import DATA, ROOT, make_bpe
 
 import export
 import formats
-import lifted
+from experiments import lifted
 from model import (ModelArgs, Transformer, TransformerWithValueHead, add_lora, checkpoint_args,
                    load_checkpoint, model_from_checkpoint, save_checkpoint)
 from tokenizer import Tokenizer, run_main

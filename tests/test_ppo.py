@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import frontier
+from experiments import frontier
 import kernels
 import ppo
 from alignment import load_reward

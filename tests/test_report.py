@@ -15,6 +15,7 @@ import torch
 import kernels
 import report
 import train
+from experiments.plan import plan, saved_bytes
 from model import ModelArgs, Transformer, generate, load_checkpoint, model_from_checkpoint
 
 ARGS = ModelArgs(dim=48, n_layers=3, n_heads=2, vocab_size=96, multiple_of=8, max_seq_len=32)
@@ -36,14 +37,14 @@ def test_saved_bytes_are_what_a_real_forward_pass_keeps(dtype, monkeypatch):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(tokens, tokens)
     real = sum(t.untyped_storage().nbytes() for t in kept.values())
-    everything, layer, layer_input = report.saved_bytes(ARGS, 4, 32, dtype)
+    everything, layer, layer_input = saved_bytes(ARGS, 4, 32, dtype)
     assert everything == real
     assert layer_input == 4 * 32 * 48 * 4 < layer < everything / 3
 
 
 def plan_rows(*flags):
     args = train.flags(["--plan", "--vocab_source=custom", "--vocab_size=96", *flags])
-    return args, report.plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
+    return args, plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
 
 
 def test_plan_counts_the_state_that_training_has(capsys):
@@ -65,6 +66,7 @@ import contextlib, io, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import kernels, report, train
+from experiments.plan import plan
 kernels.keep_memory = lambda: None  # else freed memory counts too
 from model import ModelArgs
 torch.set_num_threads(1)
@@ -81,7 +83,7 @@ for i in range(2):
     run.step(i)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 with contextlib.redirect_stdout(io.StringIO()):
-    rows = report.plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
+    rows = plan(args, ModelArgs(**{n: getattr(args, n) for n in train.MODEL_FLAGS}))
 print(int(peak.split()[1]) * 1024 - before, rows[0][2], rows[0][3], len(rows))
 """
 

@@ -1,4 +1,4 @@
-"""How fast text becomes tokens here: python tests/bench_data.py [--data_dir=data] [--vocab_size=512]
+"""How fast text becomes tokens here: python bench/bench_data.py [--data_dir=data] [--vocab_size=512]
 
 It times the whole command, `tinystories.py pretokenize`, from the start of Python to the last shard, on
 all cores; the best of --repeat runs. --peer names a folder with llama2.c: its pretokenizing of the same

@@ -1,7 +1,7 @@
 """How much reward for how much KL: PPO against the best that is possible.
 
-    python tests/frontier.py --checkpoint=stories260K/ckpt.pt            # half an hour or more, 2 cores
-    python tests/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=   # five seeds
+    python experiments/frontier.py --checkpoint=stories260K/ckpt.pt            # half an hour or more, 2 cores
+    python experiments/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=   # five seeds
 
 For the length reward, on held-out prompts:
     optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for all β, by weighting reference samples

@@ -1,10 +1,10 @@
 """What a step of pretraining costs here, without any peer:
 
-    python tests/bench_train.py [--threads=2] [--device=cpu] [--seconds=5]
+    python bench/bench_train.py [--threads=2] [--device=cpu] [--seconds=5]
 
 Each line is the real training step of train.py (data, forward, backward, clipping, optimizer) at one
 shape, on random tokens. MFU is held against the matrix product measured on the same machine, data
-is the share of the time that the windows take. How to run llama2.c beside it: tests/SPEED.md.
+is the share of the time that the windows take. How to run llama2.c beside it: doc/speed.md.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """
-How fast run.c is, beside its peers: the table of tests/SPEED.md.
+How fast run.c is, beside its peers: the table of doc/speed.md.
 
-    python tests/bench_run.py                                    # run.c alone
-    python tests/bench_run.py --llama2c=DIR --llama_bench=FILE   # beside llama2.c, llama.cpp
+    python bench/bench_run.py                                    # run.c alone
+    python bench/bench_run.py --llama2c=DIR --llama_bench=FILE   # beside llama2.c, llama.cpp
 
 Random weights of the published shapes (the 260K model is the real one where it is at hand). DIR
 is a checkout of llama2.c, which is built here with -Ofast -march=native, with OpenMP where there
@@ -183,7 +183,7 @@ def main(argv=None):
                 line += f"  run.c is {prompt / p:5.2f} x" if name != "run.c" else ""
             print(line.rstrip(), flush=True)
     if not options.llama2c and not options.llama_bench:
-        print("beside other programs: tests/bench_run.py --llama2c=DIR --llama_bench=FILE; "
+        print("beside other programs: bench/bench_run.py --llama2c=DIR --llama_bench=FILE; "
               "--help says what they are")
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What each stage of `make rlhf` changed, and how far a reward model can be trusted.
 
-    python tests/rlhf.py out/rlhf                     # the table: start, SFT, PPO, DPO
-    python tests/rlhf.py out/rlhf --overoptimise      # gold and proxy against KL
+    python experiments/story_task.py out/rlhf                     # the table: start, SFT, PPO, DPO
+    python experiments/story_task.py out/rlhf --overoptimise      # gold and proxy against KL
 
 The gold reward is the rule of instruct.py's story task, the proxy is the reward model. The second
 command trains reward models of few and of many rankings and pushes against them: by taking the best

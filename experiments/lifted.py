@@ -1,7 +1,7 @@
 """
 What int8 costs a model of 1.1 billion parameters: run.c's perplexity of a real text, fp32 and int8.
 
-    python tests/lifted.py --data=../shared/data    # for a while 4.4 GB on the disk, and in memory
+    python experiments/lifted.py --data=../shared/data    # for a while 4.4 GB on the disk, and in memory
 
 Random weights cannot tell: their logits are chaos, which any rounding changes. So a trained model,
 stories260K, is lifted into TinyLlama's shape: the same function, to rounding, of other weights.
@@ -17,7 +17,7 @@ stories260K, is lifted into TinyLlama's shape: the same function, to rounding, o
 - A layer more than the small model has (17 of 22) is silent, its wo and w2 zero; or with `--idle` it
   writes errors: like one of the small model's, `--idle` times as strong, without the part of wv and
   w3 that sees x. At full strength 17 such layers, random and one after the other, are chaos again
-  (tests/SPEED.md), which trained layers are not; how strong they should be nobody has measured.
+  (doc/speed.md), which trained layers are not; how strong they should be nobody has measured.
 - Tokens above 511 have random embeddings, and the classifier's row of a byte that no story has.
 """
 

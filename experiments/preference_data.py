@@ -1,7 +1,7 @@
 """Reward models on pairs that people have ranked, against chance and a bag of words.
 
-    python tests/preferences.py --data=PREFERENCES.json                   # a tenth is held out
-    python tests/preferences.py --data=train.jsonl --val_data=test.jsonl  # as in hh-rlhf
+    python experiments/preference_data.py --data=PREFERENCES.json                   # a tenth is held out
+    python experiments/preference_data.py --data=train.jsonl --val_data=test.jsonl  # as in hh-rlhf
 
 Makes a vocabulary and a small model from the training part alone, fine-tunes it on the chosen
 replies, trains the reward model, and runs a few steps of DPO and of PPO against it: the chain from end
