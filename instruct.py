@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinystories import Dealer, read_stories, story_files
+from tinystories import Dealer, items, quoted, read_stories, story_files
 from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic
 
 # -----------------------------------------------------------------------------
@@ -198,6 +198,7 @@ KEYS = {
     "rejected": ("rejected",),
     "completions": ("completions", "answers"),
 }
+RECORD_KEYS = {*KEYS["messages"], *KEYS["prompt"], *KEYS["chosen"]} - {"data"}  # one is in each
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
@@ -226,8 +227,10 @@ REFUSED = {  # keys that change the meaning of a record, and what to do
 def read(path, replies=True):
     """The records of a JSON or JSONL file; prompts alone are records where no `replies` are needed.
     ValueError naming file and line; OSError."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
     records = []
-    for place, item in items(path):
+    for place, item in items(path, RECORD_KEYS):
         try:
             records.append(record(item, replies))
         except ValueError as e:
@@ -235,74 +238,6 @@ def read(path, replies=True):
     if not records:
         raise ValueError(f"{path} holds no record")
     return records
-
-
-def items(path):
-    """
-    Yields the place ("line 3") and the value of each item of a JSON or JSONL file: of a list, of
-    objects one after the other, each on one line or on several, or of the list in a lone object.
-    """
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
-    with open(path, encoding="utf-8-sig") as f:
-        try:
-            text = f.read()
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 text: {e}") from None
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    listed = text.lstrip().startswith("[")
-    close = "]" if listed else ""  # what stands in the place of another item
-    at = space.match(text, text.index("[") + 1 if listed else 0).end()
-    line = 1 + text.count("\n", 0, at)
-    try:
-        while text[at : at + 1] != close:
-            start, (item, end) = at, decoder.raw_decode(text, at)
-            at = space.match(text, end).end()
-            names = wrapped(item) if not listed and at == len(text) else []
-            if len(names) > 1:
-                raise ValueError(
-                    f"{path} has several lists, {quoted(names)}: write each to a file of its own"
-                )
-            if names:
-                for i, one in enumerate(item[names[0]], 1):
-                    yield f"item {i} of {quoted(names)}", one
-                return
-            yield f"line {line}", item
-            if listed:
-                comma = text[at : at + 1] == ","
-                if not comma and text[at : at + 1] != "]":
-                    raise json.JSONDecodeError("expected , or ] after an item", text, end)
-                at = space.match(text, at + comma).end()
-                if comma and text[at : at + 1] == "]":
-                    raise json.JSONDecodeError("expected an item after the comma", text, at)
-            line += text.count("\n", start, at)
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("there is more after the list", text, at + 1)
-    except json.JSONDecodeError as e:
-        # the parser may notice only later that a line is cut short
-        noticed = f" (noticed in line {e.lineno})" if e.lineno != line else ""
-        raise ValueError(f"{path}, line {line}: not JSON: {e.msg}{noticed}") from None
-    except RecursionError:
-        raise ValueError(f"{path}, line {line}: not JSON: nested too deeply") from None
-
-
-def wrapped(item):
-    """The keys of the lists of records in an object that is a whole file, such as {"data": [...]};
-    none where the object itself is a record."""
-    begins = {*KEYS["messages"], *KEYS["prompt"], "chosen"} - {"data"}
-    if not isinstance(item, dict) or begins & item.keys():
-        return []
-
-    def listed(v):
-        return isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
-
-    return [k for k, v in item.items() if listed(v) and not {"role", "from"} & v[0].keys()]
-
-
-def quoted(keys):
-    """Keys for a message, at most 12 of them."""
-    keys = [json.dumps(k[:40], ensure_ascii=False) for k in keys]
-    return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no keys"
 
 
 def text_of(value, key):
@@ -782,9 +717,15 @@ def make_task(args):
     story that obeys against another story, of which it is known that it does so less."""
     rng, folder = random.Random(args.seed), os.path.join(args.data_dir, "task")
     files = story_files(args.data_dir)
-    for name, paths in ("val", files[:1]), ("sft", files[1:] or files):
+    val, rest = read_stories(files[0]), itertools.chain.from_iterable(map(read_stories, files[1:]))
+    if len(files) == 1:
+        stories = list(val)
+        cut = len(stories) - max(1, len(stories) // 20)
+        val, rest = stories[cut:], stories[:cut]
+        print(f"note: there is only one file: its last {len(val)} stories are for validation")
+    for name, stories in ("val", val), ("sft", rest):
         records, unique = [], set()
-        for story in itertools.chain.from_iterable(map(read_stories, paths)):
+        for story in stories:
             for _ in range(args.per_story):
                 story = " ".join(story.split()).replace("“", '"').replace("”", '"')
                 prompt = ask(story, rng)

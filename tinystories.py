@@ -8,8 +8,9 @@ Stories: get them, cut them into tokens, and deal them to the training loop.
 
 Without --vocab_size, pretokenize uses Llama 2's vocabulary (tokenizer.model). Text of your own:
 put .txt, .json or .jsonl files into a folder and name it with --data_dir. The first file by name
-is for validation. Items of JSON are strings, or objects with "story" or "text"; the stories of a
-.txt are separated by <|endoftext|> or, where it has none, by blank lines.
+is for validation; of a lone file it is the end. Items of JSON are strings, or objects with "story"
+or "text"; the stories of a .txt are separated by <|endoftext|> or, where it has none, by blank
+lines.
 """
 
 import argparse
@@ -62,30 +63,105 @@ def story_files(data_dir):
                                 "python tinystories.py download, or offline: synthesize")
     return files
 
+def read_text(path):
+    """A whole file, without a byte order mark. ValueError names the line that is not UTF-8."""
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            return f.read()
+        except UnicodeDecodeError as e:
+            line = 1 + e.object.count(b"\n", 0, e.start)
+            raise ValueError(f"{path}, line {line}: not UTF-8 text: {e}") from None
+
+def items(path, keys):
+    """
+    Yields the place ("line 3") and the value of each item of a JSON or JSONL file: of a list, of
+    objects one after the other, each on one line or on several, or of the list in a lone object
+    that has none of `keys`, such as {"data": [...]}. ValueError names the line that is not JSON.
+    """
+    text = read_text(path)
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    listed = text.lstrip().startswith("[")
+    close = "]" if listed else ""  # what stands in the place of another item
+    at = space.match(text, text.index("[") + 1 if listed else 0).end()
+    line = 1 + text.count("\n", 0, at)
+    try:
+        while text[at : at + 1] != close:
+            start, (item, end) = at, decoder.raw_decode(text, at)
+            at = space.match(text, end).end()
+            names = lists_in(item, keys) if not listed and at == len(text) else []
+            if len(names) > 1:
+                raise ValueError(
+                    f"{path} has several lists, {quoted(names)}: write each to a file of its own"
+                )
+            if names:
+                for i, one in enumerate(item[names[0]], 1):
+                    yield f"item {i} of {quoted(names)}", one
+                return
+            yield f"line {line}", item
+            if listed:
+                comma = text[at : at + 1] == ","
+                if not comma and text[at : at + 1] != "]":
+                    raise json.JSONDecodeError("expected , or ] after an item", text, end)
+                at = space.match(text, at + comma).end()
+                if comma and text[at : at + 1] == "]":
+                    raise json.JSONDecodeError("expected an item after the comma", text, at)
+            line += text.count("\n", start, at)
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("there is more after the list", text, at + 1)
+    except json.JSONDecodeError as e:
+        # the parser may notice only later that a line is cut short
+        noticed = f" (noticed in line {e.lineno})" if e.lineno != line else ""
+        raise ValueError(f"{path}, line {line}: not JSON: {e.msg}{noticed}") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {line}: not JSON: nested too deeply") from None
+
+def lists_in(item, keys):
+    """The names of the lists of objects in an object that has none of `keys`."""
+    def listed(v):
+        return isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
+    if not isinstance(item, dict) or keys & item.keys():
+        return []
+    return [k for k, v in item.items() if listed(v) and not {"role", "from"} & v[0].keys()]
+
+def quoted(keys):
+    """Keys for a message, at most 12 of them."""
+    keys = [json.dumps(k[:40], ensure_ascii=False) for k in keys]
+    return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no keys"
+
+def story_items(path):
+    """Yields the place, or "", and the value of each item of a file of stories."""
+    if path.endswith(".json"):
+        yield from items(path, keys={"story", "text"})
+    elif path.endswith(".jsonl"):  # line by line: it may be larger than the memory
+        with open(path, "rb") as f:
+            for n, line in enumerate(f, 1):
+                try:
+                    if line := line.decode("utf-8-sig").strip():
+                        yield f"line {n}", json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise ValueError(f"{path}, line {n}: not JSON: {getattr(e, 'msg', e)}") from None
+    else:
+        text = read_text(path)
+        for story in text.split(END_OF_TEXT) if END_OF_TEXT in text else \
+                re.split(r"\n\s*\n", text):
+            yield "", story
+
 def read_stories(path):
     """The stories of one file, one by one, stripped; ValueError if there are none, or no text."""
     empty = True
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            if path.endswith(".txt"):
-                text = f.read()
-                items = text.split(END_OF_TEXT) if END_OF_TEXT in text else \
-                        re.split(r"\n\s*\n", text)
-            elif path.endswith(".json"):
-                items = json.load(f)
-            else:
-                items = (json.loads(line) for line in f if line.strip())
-            for item in items:
-                if isinstance(item, dict):
-                    item = item.get("story", item.get("text"))
-                if not isinstance(item, str):
-                    raise ValueError('needs strings, or objects with "story" or "text"')
-                item = item.strip().encode(errors="replace").decode()  # JSON can spell non-text
-                if item:
-                    empty = False
-                    yield item
-    except (ValueError, TypeError) as e:  # not JSON, not UTF-8, not a list
-        raise ValueError(f"{path}: {e}")
+    for place, item in story_items(path):
+        story = item
+        if isinstance(item, dict):
+            story = next((item[k] for k in ("story", "text") if item.get(k) is not None), None)
+        if not isinstance(story, str):
+            shown = json.dumps(item, ensure_ascii=False)
+            shown = shown[:50] + "..." * (len(shown) > 50)
+            raise ValueError(f'{path}, {place}: needs strings, or objects with "story" or '
+                             f'"text", not {shown}')
+        story = story.strip().encode(errors="replace").decode()  # JSON can spell non-text
+        if story:
+            empty = False
+            yield story
     if empty:
         raise ValueError(f"{path} holds no story")
 
@@ -228,6 +304,17 @@ def synthesize(data_dir, n, seed):
 # -----------------------------------------------------------------------------
 # Vocabulary and tokens
 
+def short_lines(line, most=50_000):
+    """A line cut at spaces into lines of at most `most` characters, of which none is lost: words
+    are all that a vocabulary is trained on, and SentencePiece ignores lines that are very long."""
+    start = 0
+    while len(line) - start > most:
+        end = line.rfind(" ", start + 1, start + most + 1)
+        end = end if end > 0 else start + most
+        yield line[start:end]
+        start = end + (line[end] == " ")
+    yield line[start:]
+
 def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     """
     Train a SentencePiece BPE vocabulary on the training stories, up to max_chars characters
@@ -239,7 +326,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     text = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
     lines, chars = [], 0
     for story in text:
-        lines += story.split("\n")
+        lines += itertools.chain.from_iterable(map(short_lines, story.split("\n")))
         chars += len(story)
         if chars >= max_chars:
             break
@@ -260,7 +347,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
             # encoder in C, which keeps them, agrees
             remove_extra_whitespaces=False)
     except RuntimeError as e:
-        reason = str(e).rpartition("] ")[2]  # what precedes it is for its authors
+        reason = str(e).rpartition("] ")[2] or str(e)  # what precedes it is for its authors
         raise ValueError(f"SentencePiece can not make a vocabulary of {vocab_size}: {reason}")
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     with write_atomic(path) as f:
@@ -289,10 +376,14 @@ class Encoder(dict):
     def __call__(self, stories):
         bos, shard = struct.pack("<H", BOS), []
         for story in stories:
-            # a space is a word's first letter; only where spaces meet do they merge
-            plain = self.by_word and "  " not in story and "\u2581" not in story
+            # a space is a word's first letter, which SentencePiece puts before a text by itself
+            words = [story]
+            if self.by_word and "\u2581" not in story:
+                words = story.split(" ")
+                if "" in words:  # spaces that meet may be one token, which ends before a word
+                    words = re.findall("(?:^| )( *[^ ]*)", story)
             shard.append(bos)
-            shard.extend(map(self.__getitem__, story.split(" ") if plain else [story]))
+            shard.extend(map(self.__getitem__, words))
         return b"".join(shard)
 
 def start_worker(model_path):
@@ -372,6 +463,8 @@ def pretokenize(data_dir, vocab_size=0):
                       "and it goes on with the shards that are missing")
     print(f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
           f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s")
+    if len(shards) == 1:
+        print("note: there is only one file: the end of its shard, a twentieth, is for validation")
 
 # -----------------------------------------------------------------------------
 # Shards: files of uint16 token ids, no header. The first is for validation.

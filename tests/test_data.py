@@ -274,6 +274,82 @@ def test_text_of_your_own(tmp_path, kind):
     np.testing.assert_array_equal(np.concatenate(sum(parts, [])), ids)
     assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
 
+@pytest.mark.parametrize("name, text, message", [
+    ("a.jsonl", '"one"\n\n{"text": "two\n"three"', r"line 3: not JSON: Unterminated string"),
+    ("a.jsonl", '"one"\n{"text": null}\n', r'line 2: needs strings.* not {"text": null}'),
+    ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: needs strings.* not \["two"\]'),
+    ("a.jsonl", '"one"\n"\udcff"\n', "line 2: .*utf-8"),
+    ("a.jsonl", '"one"\n' + "[" * 100_000, "line 2: not JSON"),
+    ("a.json", '["one",\n"two",\n{"texts": "three"}]', 'line 3: .*"story" or "text", not {"texts"'),
+    ("a.json", '["one",\n\n"two" "three"]', "line 3: not JSON: expected , or ]"),
+    ("a.json", '{"data": [{"text": "one"}, {"text": 2}]}', 'item 2 of "data": needs'),
+    ("a.json", '{"data": ["one"]}', 'line 1: needs strings.* not {"data"'),
+    ("a.txt", "one\n\ntwo\n\udcff", "line 4: not UTF-8"),
+])  # fmt: skip
+def test_mistakes_in_stories_name_the_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{name}, {message}") as e:
+        list(tinystories.read_stories(str(path)))
+    assert len(str(e.value)) < 250
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", '["One.", {"story": "Two."}]'), ("a.json", '"One."\n{"text": "Two."}\n'),
+    ("a.json", '{"story": null, "text": "One."}{"text": "Two."}'),
+    ("a.json", '{"n": 2, "data": [{"text": "One."},\n {"text": "Two."}]}'),
+    ("a.jsonl", '"One."\n\n{"text": "Two."}'), ("a.txt", "One.\r\n\r\nTwo.\r\n")])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_layouts_of_files_of_stories(tmp_path, name, text, mark):
+    (tmp_path / name).write_bytes((mark + text).encode())
+    assert list(tinystories.read_stories(str(tmp_path / name))) == ["One.", "Two."]
+
+def test_lines_of_any_length_are_used_in_full(tmp_path):
+    """SentencePiece ignores lines of more than a million bytes: the words that only these have are
+    learnt all the same, and a corpus that is one line, as text8 is, works."""
+    long = "quokka zebra jumps over my lazy wombat and wins a prize " * 20_000
+    assert len(long) > 1 << 20
+    for name, text in ("alone", long), ("among", f"A cat sat.\n{long}\nIt slept.\n" * 2):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.txt").write_text(text)
+        tinystories.train_vocab(str(folder), 330)
+        tinystories.pretokenize(str(folder), 330)
+        t = Tokenizer(folder / "tok330.model")
+        pieces = {t.sp.id_to_piece(i) for i in range(t.n_words)}
+        assert {"\u2581quokka", "\u2581wombat", "\u2581zebra"} <= pieces
+        ids = shard(folder / "tok330/a.bin")
+        np.testing.assert_array_equal(ids, oracle([text], folder / "tok330.model"))
+
+def test_short_lines():
+    for line in "", "ab", "ab cd  ef   ", "x" * 100, " x" * 50, "  " * 40 + "y", "ab " * 33 + "x" * 30:
+        pieces = list(tinystories.short_lines(line, 10))
+        assert all(len(p) <= 10 for p in pieces)
+        assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
+        whole = [w for w in line.split() if len(w) < 10]
+        assert collections.Counter(whole) <= collections.Counter(" ".join(pieces).split())
+
+def test_long_stories_are_encoded_word_by_word(told, monkeypatch):
+    """Also where spaces meet, so that memory does not grow with the length of a line."""
+    encoder = tinystories.Encoder(told / "tok512.model")
+    encode, longest = encoder.tokenizer.encode, []
+    def watched(text, *args, **kwargs):
+        longest.append(len(text))
+        return encode(text, *args, **kwargs)
+    monkeypatch.setattr(encoder.tokenizer, "encode", watched)
+    story = "A  cat   sat on the mat.  " * 1000 + "end"
+    ids = np.frombuffer(encoder([story]), "<u2")
+    np.testing.assert_array_equal(ids, oracle([story], told / "tok512.model"))
+    assert max(longest) < 10
+
+def test_a_lone_file_is_announced(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A cat sat on a mat.\n\n" * 300)
+    tinystories.train_vocab(str(tmp_path), 275)
+    tinystories.pretokenize(str(tmp_path), 275)
+    assert "only one file" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_text("A dog ran.")
+    tinystories.pretokenize(str(tmp_path), 275)
+    assert "only one file" not in capsys.readouterr().out
+
 def test_txt_without_separators(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("One.\nStill one.\n\nTwo.\n \n\nThree.\n")

@@ -698,6 +698,18 @@ def test_the_task_is_the_same_each_time(task, tmp_path):
     assert not (tmp_path / "task/sft.jsonl").exists()
 
 
+def test_the_task_of_a_lone_file_holds_out_its_end(task, tmp_path, capsys):
+    files = sorted((task / "TinyStories_all_data").iterdir())
+    stories = [item["story"] for path in files for item in json.loads(path.read_text())]
+    (tmp_path / "all.json").write_text(json.dumps(stories))
+    instruct.main(["stories", f"--data_dir={tmp_path}"])
+    assert "its last 30 stories are for validation" in capsys.readouterr().out
+    sft, val = ({r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))}
+                for n in ("sft", "val"))  # fmt: skip
+    ends = {" ".join(s.split()) for s in stories[-30:]}
+    assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+
+
 def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
     """Whatever the model tells: here what the prompt asks for, more or less of it."""
     def told(args, prompts, n):
