@@ -139,7 +139,8 @@ def story_items(path):
                     if line := line.decode("utf-8-sig").strip():
                         yield f"line {n}", json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    raise ValueError(f"{path}, line {n}: not JSON: {getattr(e, 'msg', e)}") from None
+                    why = getattr(e, "msg", e)  # without "line 1", which it is not
+                    raise ValueError(f"{path}, line {n}: not JSON: {why}") from None
     else:
         text = read_text(path)
         for story in text.split(END_OF_TEXT) if END_OF_TEXT in text else \

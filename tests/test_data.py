@@ -321,7 +321,7 @@ def test_lines_of_any_length_are_used_in_full(tmp_path):
         np.testing.assert_array_equal(ids, oracle([text], folder / "tok330.model"))
 
 def test_short_lines():
-    for line in "", "ab", "ab cd  ef   ", "x" * 100, " x" * 50, "  " * 40 + "y", "ab " * 33 + "x" * 30:
+    for line in "", "ab", "ab cd  ef   ", "x" * 100, " x" * 50, " " * 80 + "y", "ab " * 33 + "x" * 30:
         pieces = list(tinystories.short_lines(line, 10))
         assert all(len(p) <= 10 for p in pieces)
         assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
