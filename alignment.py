@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 import ppo
+from checkpoint import load_checkpoint, model_from_checkpoint
 from instruct import InstructPrompts, Instructions, OptionalInstructions
-from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, add_lora, generate
-from model import load_checkpoint, merged_state, model_from_checkpoint
+from lora import add_lora, merged_state
+from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
 from report import print_report
 from stages import Packed, instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows

@@ -37,11 +37,12 @@ import warnings
 import numpy as np
 import torch
 
+from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
 from formats import (export_peft, floats, model_shapes, open_tensors, ranks_to_json, read_hf,
                      read_meta, special_ids, template_from_jinja, token_text, write_gguf, write_hf,
                      write_json)
-from model import (LLAMA3_SCALING, ModelArgs, checkpoint_args, load_adapters, load_checkpoint,
-                   merged_state, model_from_checkpoint, save_checkpoint)
+from lora import load_adapters, merged_state
+from model import LLAMA3_SCALING, ModelArgs
 from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
                        write_atomic)
 

@@ -23,7 +23,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from model import LLAMA3_SCALING, LORA_LAYERS, ModelArgs, Transformer, rope_frequencies
+from lora import LORA_LAYERS
+from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, read_json
 
 # -----------------------------------------------------------------------------

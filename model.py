@@ -1,4 +1,4 @@
-"""A Llama in one file: the Transformer, its KV cache, `generate`, and its checkpoints.
+"""A Llama in one file: the Transformer, its KV cache, and `generate`.
 
 Parameter names, shapes and maths are those of llama2.c, so that the published tinyllamas
 checkpoints load here and ours load there. There is one forward pass, `Transformer.hidden`, used by
@@ -13,12 +13,8 @@ V vocabulary, L layers.
 """
 
 import functools
-import logging
 import math
-import os
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 import torch
@@ -286,144 +282,6 @@ class TransformerWithValueHead(Transformer):
     def values(self, hidden):
         """hidden (..., D) -> (...) in fp32"""
         return self.value_head(hidden).squeeze(-1).float()
-
-
-# ----------------------------------------------------------------------------
-# LoRA
-
-
-class LoRALinear(nn.Linear):
-    """A frozen Linear plus a trained product of two thin matrices: x Wᵀ + (alpha / R) x Aᵀ Bᵀ (Hu et
-    al., 2021). B starts at zero, so that the model starts as it was. weight (out, in), lora_a (R, in),
-    lora_b (out, R)."""
-
-    def __init__(self, linear, rank, alpha, dropout):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
-        self.scale = alpha / rank
-        self.lora_dropout = nn.Dropout(dropout)
-        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-
-    def forward(self, x):
-        low = F.linear(self.lora_dropout(x), self.lora_a)
-        return self.product(x) + F.linear(low, self.lora_b) * self.scale
-
-    def product(self, x):
-        return kernels.multiply(x, self.weight)
-
-    def merged(self):
-        return self.weight + self.scale * self.lora_b @ self.lora_a
-
-
-class FourBitProduct(torch.autograd.Function):
-    """x Wᵀ for a frozen W that exists in full only while it is multiplied, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x, linear):
-        ctx.linear = linear
-        return F.linear(x, linear.dequantized(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.linear.dequantized(grad.dtype), None
-
-
-class FourBitLoRALinear(LoRALinear):
-    """LoRALinear whose frozen weight is kept in 4 bits: QLoRA (Dettmers et al., 2023), with the NF4
-    of the bitsandbytes library. packed (out * in / 2,) uint8; absmax, fp32, one for 64 weights."""
-
-    def __init__(self, linear, rank, alpha, dropout):
-        super().__init__(linear, rank, alpha, dropout)
-        weight = linear.weight.detach().float().flatten()
-        del self.weight
-        # As rows of one block: bitsandbytes 0.50 on the CPU mistakes rows that are no whole blocks.
-        blocks = F.pad(weight, (0, -len(weight) % 64)).view(-1, 64)
-        packed, state = four_bit_library().quantize_4bit(blocks, blocksize=64, quant_type="nf4")
-        self.register_buffer("packed", packed)
-        self.register_buffer("absmax", state.absmax)
-
-    def dequantized(self, dtype=torch.float32):
-        """The weight (out, in) that the 4 bits stand for."""
-        shape, functional = (len(self.absmax), 64), four_bit_library()
-        state = functional.QuantState(
-            self.absmax, shape, blocksize=64, quant_type="nf4", dtype=dtype
-        )
-        blocks = functional.dequantize_4bit(self.packed, state)
-        size = self.out_features * self.in_features
-        return blocks.flatten()[:size].view(self.out_features, self.in_features)
-
-    def product(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return FourBitProduct.apply(x, self)
-
-    def merged(self):
-        return self.dequantized() + self.scale * self.lora_b @ self.lora_a
-
-
-def four_bit_library():
-    """bitsandbytes.functional. Raises ValueError where it is not installed."""
-    try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nobody needs
-        import bitsandbytes.functional
-    except ImportError as e:
-        raise ValueError(f"4-bit weights need: pip install bitsandbytes ({e})") from None
-    return bitsandbytes.functional
-
-
-LORA_LAYERS = {
-    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
-    "gate": "feed_forward.w1", "down": "feed_forward.w2", "up": "feed_forward.w3",
-}  # fmt: skip
-
-
-def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False):
-    """Freezes the model and gives the named matrices of every layer an adapter, in place; with
-    four_bit these matrices are kept in 4 bits. The other parameters, and their names, stay. Raises
-    ValueError for a layer that is none of LORA_LAYERS."""
-    model.requires_grad_(False)
-    kind = FourBitLoRALinear if four_bit else LoRALinear
-    for name in layers.split(","):
-        if name not in LORA_LAYERS:
-            raise ValueError(f"unknown layer {name!r} for LoRA: choose from {','.join(LORA_LAYERS)}")
-        module, attribute = LORA_LAYERS[name].split(".")
-        for block in model.layers:
-            parent = getattr(block, module)
-            setattr(parent, attribute, kind(getattr(parent, attribute), rank, alpha, dropout))
-    return model
-
-
-def merged_state(model):
-    """The state_dict of a model with its adapters, if it has any, multiplied into its weights."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            for key in module.state_dict():
-                del state[f"{name}.{key}"]
-            state[f"{name}.weight"] = module.merged().detach()
-    return state
-
-
-def adapter_state(model):
-    """The part of the state_dict that the adapters are."""
-    return {k: v for k, v in model.state_dict().items() if ".lora_" in k}
-
-
-def load_adapters(model, adapters):
-    """Puts adapters, as in a file of adapters, on a plain model: {"rank", "alpha", "layers",
-    "four_bit", "state"}. Raises ValueError where they are not this model's."""
-    try:
-        rank, alpha, layers = adapters["rank"], adapters["alpha"], adapters["layers"]
-        add_lora(model, rank, alpha, 0.0, layers, adapters["four_bit"])
-        unknown = model.load_state_dict(adapters["state"], strict=False).unexpected_keys
-        if unknown or adapter_state(model).keys() != adapters["state"].keys():
-            raise ValueError("other layers")
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"the adapters do not fit this model: {reason}") from None
-    return model
 
 
 # ----------------------------------------------------------------------------
@@ -720,81 +578,3 @@ def generate(
             row, current = row[order], current[order]
     model.train(was_training)
     return Generation(tokens, lengths, probabilities.log(), ended)
-
-
-# ----------------------------------------------------------------------------
-# checkpoints
-
-
-def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint so that whatever happens, `path` holds the old one or the new one:
-    a temporary file, flushed to the disk, renamed. Raises OSError, leaving nothing behind."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        # On a full disk torch.save raises RuntimeError, "unexpected pos", over the write's OSError.
-        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or e
-        raise OSError(f"{path}: cannot write the checkpoint: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path, device="cpu", mmap=False):
-    """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys:
-    `template`, how the model was taught to chat ({"turn", "system", "next"}), and `end_ids`, ids at
-    which it stops besides its tokenizer's EOS. Only tensors and plain values are unpickled. With mmap
-    a tensor is read when it is used. Raises FileNotFoundError, or ValueError if the file is not such
-    a checkpoint."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint")
-    try:
-        mmap = mmap and zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is none
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
-        reason = str(e).strip().split("\n")[0][:120]
-        raise ValueError(f"{path} is not a readable checkpoint, or is cut short ({reason})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'")
-    prefix = "_orig_mod."  # left in the names by torch.compile
-    checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
-    return checkpoint
-
-
-def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
-    """The model of a checkpoint, on the CPU in fp32. `overrides` replace fields of its ModelArgs;
-    a class with a head that the checkpoint lacks gets a fresh one. Raises ValueError where names
-    or shapes do not fit."""
-    known = {f.name for f in fields(ModelArgs)}
-    given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
-    state = checkpoint["model"]
-    try:
-        if "tok_embeddings.weight" in state and "output.weight" in state:
-            given.setdefault("tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"]))
-        model = cls(ModelArgs(**{**given, **overrides}))
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except (TypeError, RuntimeError, AttributeError) as e:
-        raise ValueError(f"the checkpoint does not fit its model_args: {e}") from None
-    missing = [name for name in missing if not name.startswith("value_head")]
-    if model.args.tied:
-        missing = [n for n in missing if n not in ("tok_embeddings.weight", "output.weight")]
-    unexpected = [name for name in unexpected if not name.startswith(("value_head", "freqs_"))]
-    if missing or unexpected:
-        raise ValueError(f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}")
-    return model
-
-
-def checkpoint_args(args: ModelArgs):
-    """ModelArgs as the checkpoint stores them: fields that llama2.c does not know are left out
-    while they have their default, so that it can load the file."""
-    stored = asdict(args)
-    for name, default in (("rope_theta", 10000.0), ("tied", True), ("rope_scaling", None)):
-        if stored[name] == default:
-            del stored[name]
-    return stored

@@ -14,8 +14,9 @@ from contextlib import nullcontext
 
 import torch
 
+from checkpoint import load_checkpoint, model_from_checkpoint
 from instruct import find_template
-from model import generate, load_checkpoint, model_from_checkpoint
+from model import generate
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
 
 

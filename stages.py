@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
+from checkpoint import model_from_checkpoint
 from instruct import InstructPrompts, Instructions, Rankings, find_template
 from kernels import TokenTerms, native_attention
-from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, adapter_state
-from model import add_lora, generate, merged_state, model_from_checkpoint
+from lora import adapter_state, add_lora, merged_state
+from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
 from report import matmul_roof
 from tinystories import Windows
 

@@ -39,9 +39,10 @@ import torch.distributed as dist
 
 import ppo
 from alignment import Alignment
+from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
 from experiments.plan import GPUS, plan
 from export import write_v3
-from model import ModelArgs, checkpoint_args, load_checkpoint, save_checkpoint
+from model import ModelArgs
 from report import Log, plain_config, plot, print_report
 from sample import choose_device
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
@@ -279,8 +280,8 @@ class Interrupt:
 def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
-    names = ("model.py", "kernels.py", "kernels.c", "ppo.py", "train.py", "stages.py", "alignment.py",
-             "tinystories.py", "instruct.py")  # fmt: skip
+    names = ("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "ppo.py", "train.py",
+             "stages.py", "alignment.py", "tinystories.py", "instruct.py")  # fmt: skip
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 
 

@@ -27,7 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo  # noqa: E402
-from model import generate, load_checkpoint, model_from_checkpoint  # noqa: E402
+from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
+from model import generate  # noqa: E402
 from tinystories import Prompts  # noqa: E402
 from tokenizer import parse_args, run_main, write_atomic  # noqa: E402
 

@@ -24,7 +24,8 @@ import alignment  # noqa: E402
 import instruct  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
-from model import generate, load_checkpoint, model_from_checkpoint  # noqa: E402
+from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
+from model import generate  # noqa: E402
 from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic  # noqa: E402
 
 

@@ -23,9 +23,9 @@ from experiments import story_task
 import stages
 import tinystories
 import train
+from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
 from instruct import Template
-from model import ModelArgs, Transformer, TransformerWithValueHead, checkpoint_args
-from model import load_checkpoint, save_checkpoint
+from model import ModelArgs, Transformer, TransformerWithValueHead
 from test_train import finish, processes
 from tokenizer import run_main
 
@@ -321,7 +321,8 @@ FUNCTION = """
 import sys
 import torch
 import alignment
-from model import ModelArgs, load_checkpoint
+from checkpoint import load_checkpoint
+from model import ModelArgs
 like = ModelArgs(**{args!r})
 checkpoint = load_checkpoint({path!r})
 from contextlib import nullcontext

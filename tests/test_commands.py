@@ -21,7 +21,7 @@ import sample
 import tinystories
 import tokenizer
 import train
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 from tokenizer import run_main
 
 ROOT = Path(train.__file__).parent

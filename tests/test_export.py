@@ -23,9 +23,10 @@ from conftest import DATA, ROOT, make_bpe
 
 import export
 import formats
+from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
 from experiments import lifted
-from model import (ModelArgs, Transformer, TransformerWithValueHead, add_lora, checkpoint_args,
-                   load_checkpoint, model_from_checkpoint, save_checkpoint)
+from lora import add_lora
+from model import ModelArgs, Transformer, TransformerWithValueHead
 from tokenizer import Tokenizer, run_main
 
 ARGS = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,

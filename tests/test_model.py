@@ -19,6 +19,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
 import model as M
+from checkpoint import (
+    checkpoint_args,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
+from lora import add_lora, merged_state
 from conftest import functions_of
 from model import (
     KVCache,
@@ -26,10 +33,7 @@ from model import (
     Transformer,
     TransformerWithValueHead,
     generate,
-    load_checkpoint,
-    model_from_checkpoint,
     sampling_probabilities,
-    save_checkpoint,
 )
 
 
@@ -371,7 +375,7 @@ def test_gradients_when_activations_are_computed_again(backend, rows, adapters):
     """Of every kernel, as --fsdp computes each layer again: the gradients are those without."""
     model, tokens = small(dropout=0.0), torch.randint(0, 48, (2, 20))
     if adapters:
-        M.add_lora(model, rank=2, layers=adapters)
+        add_lora(model, rank=2, layers=adapters)
         for name, p in model.named_parameters():
             if name.endswith("lora_b"):
                 torch.nn.init.normal_(p)
@@ -415,7 +419,7 @@ def test_cached_steps_equal_full_forward(backend):
 def test_cached_steps_of_many_rows(backend, H, K, E):
     """More rows than a vector has lanes, of all lengths; widths that fill no vector; with adapters."""
     model = small(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, n_layers=1)
-    M.add_lora(model, rank=2, layers="q,v,o,gate")
+    add_lora(model, rank=2, layers="q,v,o,gate")
     for name, p in model.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(p)
@@ -584,7 +588,7 @@ def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H
     with its random numbers, with adapters: with kernels.c, with it a token at a time, and without."""
     kw = dict(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, tied=False)
     model = small(**kw)
-    M.add_lora(model, rank=2, layers="k,down")
+    add_lora(model, rank=2, layers="k,down")
     for name, p in model.named_parameters():
         if name.endswith(("lora_b", "norm.weight")):
             torch.nn.init.normal_(p, std=0.5)
@@ -669,7 +673,7 @@ def test_streaming_sees_every_token_in_order():
 def test_lora_starts_as_the_model_and_merges(rows):
     model, x = small(), torch.randint(0, 48, (2, 11))
     before, frozen = model(x), {n: p.clone() for n, p in model.named_parameters()}
-    M.add_lora(model, rank=4, alpha=8, layers="q,v,down")
+    add_lora(model, rank=4, alpha=8, layers="q,v,down")
     exact = kernels.MIN_ROWS > 1  # without adapters other kernels sum in another order
     torch.testing.assert_close(model(x), before, atol=0 if exact else 1e-5, rtol=0 if exact else 1e-4)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -679,7 +683,7 @@ def test_lora_starts_as_the_model_and_merges(rows):
         if n.endswith("lora_b"):
             torch.nn.init.normal_(p)
     plain = Transformer(model.args).eval()
-    plain.load_state_dict(M.merged_state(model))
+    plain.load_state_dict(merged_state(model))
     assert not torch.allclose(model(x), before, atol=1e-3)
     torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
     # by hand, for one matrix: W + alpha / R * B A
@@ -691,12 +695,12 @@ def test_lora_starts_as_the_model_and_merges(rows):
 def test_lora_gradient_is_that_of_the_product(rows):
     """dL/dB and dL/dA by the chain rule from the gradient of the merged matrix."""
     model, x, y = small(), torch.randint(0, 48, (1, 9)), torch.randint(0, 48, (1, 9))
-    M.add_lora(model, rank=2, alpha=6, layers="o")
+    add_lora(model, rank=2, alpha=6, layers="o")
     layer = model.layers[1].attention.wo
     torch.nn.init.normal_(layer.lora_b)
     model(x, y).backward()
     plain = Transformer(model.args)
-    plain.load_state_dict(M.merged_state(model))
+    plain.load_state_dict(merged_state(model))
     plain(x, y).backward()
     whole = plain.layers[1].attention.wo.weight.grad
     torch.testing.assert_close(layer.lora_b.grad, 3 * whole @ layer.lora_a.T, atol=1e-5, rtol=1e-3)
@@ -705,7 +709,7 @@ def test_lora_gradient_is_that_of_the_product(rows):
 
 def test_lora_unknown_layer():
     with pytest.raises(ValueError, match="unknown layer 'x'"):
-        M.add_lora(small(), rank=2, layers="q,x")
+        add_lora(small(), rank=2, layers="q,x")
 
 
 # ---- the real model
@@ -742,7 +746,7 @@ def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories
 
 
 def checkpoint_of(model):
-    return {"model": model.state_dict(), "model_args": M.checkpoint_args(model.args)}
+    return {"model": model.state_dict(), "model_args": checkpoint_args(model.args)}
 
 
 def test_checkpoint_round_trip(tmp_path):

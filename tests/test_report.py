@@ -15,8 +15,9 @@ import torch
 import kernels
 import report
 import train
+from checkpoint import load_checkpoint, model_from_checkpoint
 from experiments.plan import plan, saved_bytes
-from model import ModelArgs, Transformer, generate, load_checkpoint, model_from_checkpoint
+from model import ModelArgs, Transformer, generate
 
 ARGS = ModelArgs(dim=48, n_layers=3, n_heads=2, vocab_size=96, multiple_of=8, max_seq_len=32)
 

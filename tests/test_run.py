@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
-from model import ModelArgs, Transformer, checkpoint_args
+from checkpoint import checkpoint_args
+from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -632,7 +633,7 @@ def test_what_an_fp16_cache_costs(lib, stories, tok512_model, real_stories):
     assert np.array_equal(both, c_logits(lib, stories["v3"], ids, 512))
 
 def test_perplexity(program, stories, build, stories260k_bin, real_stories, tok512_model):
-    from model import model_from_checkpoint
+    from checkpoint import model_from_checkpoint
     told = json.loads((real_stories / "data00.json").read_text())[:40]
     text = build / "stories.txt"
     text.write_text("<|endoftext|>\n".join(s["story"].strip() + "\n" for s in told))

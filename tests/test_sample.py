@@ -9,7 +9,8 @@ import torch
 
 import export
 import sample
-from model import ModelArgs, Transformer, checkpoint_args, save_checkpoint
+from checkpoint import checkpoint_args, save_checkpoint
+from model import ModelArgs, Transformer
 from tokenizer import run_main
 
 # What stories260K tells when it always takes the likeliest token, as in llama2.c's README.

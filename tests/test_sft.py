@@ -15,12 +15,18 @@ import torch.nn.functional as F
 
 import export
 import kernels
-import model as M
 import sample
 import stages
 import train
+from checkpoint import (
+    checkpoint_args,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
 from instruct import TEMPLATES, Instructions
-from model import ModelArgs, Transformer, load_checkpoint, model_from_checkpoint, save_checkpoint
+from lora import FourBitLoRALinear, load_adapters
+from model import ModelArgs, Transformer, generate
 from test_train import assert_same_run, die_in_step, finish, keep_signals, processes  # noqa: F401
 from test_train import read_log, spawn
 from tokenizer import Tokenizer
@@ -50,7 +56,7 @@ def base(tmp_path_factory):
     args = ModelArgs(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290, multiple_of=4,
                      max_seq_len=64)  # fmt: skip
     weights = Transformer(args).state_dict()
-    save_checkpoint(folder / "ckpt.pt", {"model": weights, "model_args": M.checkpoint_args(args)})
+    save_checkpoint(folder / "ckpt.pt", {"model": weights, "model_args": checkpoint_args(args)})
     return folder
 
 
@@ -169,7 +175,7 @@ def test_adapters_beside_the_checkpoint_give_its_model(base, tmp_path, four_bit)
         trained = name.split(".")[-2] in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
         assert torch.equal(w, checkpoint["model"][name]) == (not trained)
     merged, unmerged = model_from_checkpoint(checkpoint), model_from_checkpoint(start)
-    M.load_adapters(unmerged, kept["lora"])
+    load_adapters(unmerged, kept["lora"])
     x = torch.randint(0, 290, (3, 40))
     torch.testing.assert_close(merged.eval()(x), unmerged.eval()(x), atol=1e-5, rtol=1e-5)
     # the reference: the base with its adapters off
@@ -185,10 +191,10 @@ def test_adapters_of_another_model_are_refused(base, tmp_path):
     for change in dict(dim=32), dict(n_layers=1), dict(n_layers=3):
         args = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290) | change
         with pytest.raises(ValueError, match="adapters do not fit"):
-            M.load_adapters(Transformer(ModelArgs(**args)), kept["lora"])
+            load_adapters(Transformer(ModelArgs(**args)), kept["lora"])
     for bad in None, {}, kept["lora"] | {"rank": 0}, kept["lora"] | {"layers": "x"}:
         with pytest.raises(ValueError, match="adapters do not fit"):
-            M.load_adapters(model_from_checkpoint(load_checkpoint(base / "ckpt.pt")), bad)
+            load_adapters(model_from_checkpoint(load_checkpoint(base / "ckpt.pt")), bad)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -230,7 +236,7 @@ def nf4(w):
 def test_four_bits_are_nf4_and_the_gradient_goes_through(rows, columns):
     pytest.importorskip("bitsandbytes")
     linear = torch.nn.Linear(columns, rows, bias=False)
-    four = M.FourBitLoRALinear(linear, 2, 4.0, 0.0)
+    four = FourBitLoRALinear(linear, 2, 4.0, 0.0)
     w = nf4(linear.weight.detach())
     torch.testing.assert_close(four.dequantized(), w, atol=1e-5, rtol=1e-5)
     assert four.packed.numel() * 2 + 64 > w.numel() and "weight" not in four.state_dict()
@@ -284,7 +290,7 @@ def test_chat_gives_the_model_what_it_was_trained_on(tuned, monkeypatch, capsys)
     for line in ("cat dog", "the sun", "red"):
         prompt = template.prompt(t, [*turns, (line, None)], "big hat")
         assert prompts[len(turns)] == prompt
-        [reply] = M.generate(model, [prompt], 60, temperature=0).responses()
+        [reply] = generate(model, [prompt], 60, temperature=0).responses()
         assert reply[-1] == 2
         turns.append((line, reply[:-1]))
         shown += f"Assistant: {t.decode(reply)}\n"

@@ -25,7 +25,8 @@ import alignment
 import kernels
 import stages
 import train
-from model import TransformerBlock, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from model import TransformerBlock
 from tokenizer import run_main
 
 VOCAB = 48
