@@ -24,7 +24,7 @@ from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generat
 from report import print_report
 from stages import Packed, instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
-from tokenizer import write_atomic
+from tokenizer import printable, write_atomic
 
 
 def instruction_file(data):
@@ -419,7 +419,7 @@ class Alignment:
             return ""
         query, response, score = self.last
         score = float(torch.as_tensor(score).sum())
-        texts = self.decode(query), self.decode(response), f"{score:.3f}"
+        texts = *(printable(self.decode(x)) for x in (query, response)), f"{score:.3f}"
         return "\n".join(map(": ".join, zip(("prompt", "response", "reward"), texts)))
 
     def result(self):

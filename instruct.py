@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinystories import Dealer, items, quoted, read_stories, story_files
-from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic
+from tokenizer import Tokenizer, find_tokenizer, parse_args, printable, run_main, write_atomic
 
 # -----------------------------------------------------------------------------
 # The template
@@ -800,7 +800,7 @@ def print_judgement(args):
         ended = np.mean([ended for _, ended in told])
         print(f"{score:.3f}  {np.mean(parts[:, 0] == 1):9.1%}  {share:5.1%}  {ending:6.1%}  "
               f"{length:6.1%}  {ended:5.1%}  {path}")
-        print(f"  {prompts[0]} >>> {' '.join(told[0][0].split())}")
+        print(f"  {prompts[0]} >>> {' '.join(printable(told[0][0]).split())}")
 
 # -----------------------------------------------------------------------------
 

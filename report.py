@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from kernels import multiply
-from tokenizer import write_atomic
+from tokenizer import printable, write_atomic
 
 
 def plain_config(args):
@@ -138,7 +138,7 @@ def print_report(found):
         print(f"  {low:3d}-{low + 19:3d}    {bars[0]}     {bars[1]}")
     for title, x in (("before", before), ("after", after)):
         if x["story"]:
-            story = textwrap.indent(textwrap.fill(x["story"], 96), "    ")
+            story = textwrap.indent(textwrap.fill(printable(x["story"]), 96), "    ")
             print(f"\n  a story {title} PPO:\n{story}")
     print()
 

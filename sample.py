@@ -17,7 +17,7 @@ import torch
 from checkpoint import load_checkpoint, model_from_checkpoint
 from instruct import find_template
 from model import generate
-from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main
+from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, printable, run_main
 
 
 def flags(argv=None):
@@ -100,7 +100,7 @@ class Stream:
             self.show(text)
 
     def show(self, text):
-        print(text[len(self.shown):], end="", flush=True)
+        print(printable(text[len(self.shown) :]), end="", flush=True)
         self.shown = text
 
     def close(self):
@@ -121,7 +121,7 @@ def tell(model, tokenizer, prompts, args, end_ids=()):
     out = generate(model, tokens, args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
     if stream is None:
         for prompt, response in zip(tokens, out.responses()):
-            print(tokenizer.decode(prompt + response))
+            print(printable(tokenizer.decode(prompt + response)))
             print("-" * 15)
     else:
         stream.close()

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import struct
 import sys
 
@@ -140,6 +141,11 @@ class Tokenizer:
             f.write(struct.pack("<I", max(map(len, pieces))))
             for i, piece in enumerate(pieces):
                 f.write(struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece)
+
+def printable(text):
+    """Generated text without control characters (C0 but newline and tab, DEL, C1), which could move
+    a terminal's cursor or do worse; run.c leaves them out too."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 # -----------------------------------------------------------------------------
 # Byte-level BPE for C. run.c has no Unicode tables and no regular expressions: it gets the classes

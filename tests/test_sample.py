@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -121,6 +122,30 @@ def test_streaming_of_bytes_that_are_no_text(tok512_model, capsys):
             stream(0, token)
         stream.close()
         assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+def test_control_characters_are_left_out(tok512_model, monkeypatch, capsys):
+    """Generated escape sequences must not reach a terminal: streamed, printed at once, in a prompt."""
+    tokenizer = sample.Tokenizer(tok512_model)
+    text = "a\tb\nc" + "".join(map(chr, [*range(32), *range(127, 160)])) + "\x1b[2J\u009b31m é한"
+    expected = "a\tb\nc\t\n[2J31m é한\n"
+    tokens = tokenizer.encode(text, bos=False, eos=False)
+    stream = sample.Stream(tokenizer, [1])
+    for token in tokens:
+        stream(0, token)
+    stream.close()
+    assert capsys.readouterr().out == expected
+
+    class Out:
+        lengths = torch.tensor([len(tokens)] * 2)
+
+        def responses(self):
+            return [tokens] * 2
+
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: Out())
+    args = types.SimpleNamespace(num_samples=1, max_new_tokens=9, temperature=0, top_k=0, top_p=1)
+    sample.tell(None, tokenizer, ["\x1b[H", "\x07b"], args)
+    assert capsys.readouterr().out == "".join(s + expected + "-" * 15 + "\n" for s in ("[H ", "b "))
 
 
 def test_streams_while_it_works(stories260k, monkeypatch, capsys):
