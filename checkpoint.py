@@ -3,33 +3,26 @@
 Written to a temporary file and renamed, read without unpickling anything but tensors and plain values.
 """
 
-import os
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+from common import write_atomic
 from model import ModelArgs, Transformer
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint so that whatever happens, `path` holds the old one or the new one:
-    a temporary file, flushed to the disk, renamed. Raises OSError, leaving nothing behind."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes a checkpoint by write_atomic: whatever happens, `path` holds the old one or the new one.
+    Raises OSError, leaving nothing behind."""
     try:
-        with open(temporary, "wb") as f:
+        with write_atomic(path) as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         # On a full disk torch.save raises RuntimeError, "unexpected pos", over the write's OSError.
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or e
         raise OSError(f"{path}: cannot write the checkpoint: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, device="cpu", mmap=False):

@@ -34,6 +34,8 @@ import struct
 import tempfile
 import warnings
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
+
 import numpy as np
 import torch
 

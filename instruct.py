@@ -31,6 +31,8 @@ import random
 import re
 from typing import NamedTuple
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
+
 import numpy as np
 
 from tinystories import Dealer, items, quoted, read_stories, story_files

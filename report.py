@@ -19,6 +19,22 @@ def plain_config(args):
     return {k: v for k, v in vars(args).items() if k not in ("given", "kept")}
 
 
+def load_boards(args):
+    """TensorBoard's SummaryWriter and the wandb module, each None where the flags do not ask for it.
+    Raises ValueError where it is not installed."""
+    SummaryWriter = wandb = None
+    try:
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+        if args.wandb_log:
+            import wandb
+    except ImportError as e:
+        package = "wandb" if SummaryWriter or not args.tensorboard else "tensorboard"
+        flag = "wandb_log" if package == "wandb" else package
+        raise ValueError(f"--{flag} needs: pip install {package} ({e})") from None
+    return SummaryWriter, wandb
+
+
 class Log:
     """One JSON object an iteration into a file, the same scalars to TensorBoard and Weights &
     Biases where asked for, a progress bar and lines on the terminal. Silent but on rank 0."""
@@ -38,21 +54,16 @@ class Log:
                 with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
                     if json.loads(line)["iter"] < first:
                         kept.append(line + "\n")
-        with write_atomic(self.path, "w") as f:
-            f.writelines(kept)
+        if not args.eval_only:  # which may look at a run that goes on
+            with write_atomic(self.path, "w") as f:
+                f.writelines(kept)
         self.file = open(self.path, "a")
-        try:
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(args.out_dir)
-            if args.wandb_log:
-                import wandb
-
-                self.wandb = wandb.init(project=args.wandb_project, name=args.wandb_run_name,
-                                        config=plain_config(args))  # fmt: skip
-        except ImportError as e:
-            raise ValueError(f"{e}: pip install tensorboard, or wandb for --wandb_log") from None
+        SummaryWriter, wandb = load_boards(args)
+        if SummaryWriter:
+            self.board = SummaryWriter(args.out_dir)
+        if wandb:
+            self.wandb = wandb.init(project=args.wandb_project, name=args.wandb_run_name,
+                                    config=plain_config(args))  # fmt: skip
 
     def scalars(self, iteration, stats):
         if not self.master:

@@ -12,6 +12,8 @@ import sys
 import time
 from contextlib import nullcontext
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
+
 import torch
 
 from checkpoint import load_checkpoint, model_from_checkpoint

@@ -7,7 +7,6 @@ and files that are never half-written.
 """
 
 import argparse
-import contextlib
 import difflib
 import functools
 import json
@@ -16,6 +15,8 @@ import os
 import re
 import struct
 import sys
+
+from common import write_atomic  # first: it says what to do where a package is not installed
 
 from sentencepiece import SentencePieceProcessor
 
@@ -335,28 +336,6 @@ def run_main(main):
         message = f"{e.filename}: {e.strerror}" if known else str(e)
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(1)
-
-@contextlib.contextmanager
-def write_atomic(path, mode="wb"):
-    """
-    Open `path` for writing so that it is the old file or the whole new one, never a part:
-    a temporary file beside it, flushed to the disk, then renamed; removed if anything fails.
-    """
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = path + ".tmp"  # always the same, so that a run that was killed leaves only one
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        if isinstance(e, OSError) and e.filename in (None, temporary):
-            e.filename = path  # a full disk names no file; and nobody knows the temporary one
-        raise
 
 # -----------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ and those of the other stages with their name before: sft_ckpt.pt, ppo_ckpt.pt, 
 has the adapters of --sft --lora_rank alone.
 
 A checkpoint is complete: --init_from=resume with the same flags goes on as if the run had never
-been interrupted. Ctrl-C finishes the step, saves, and says how to go on.
+been interrupted. Ctrl-C finishes the step, saves, and says how to go on. One run at a time has --out_dir.
+NATIVE_KERNELS=0 in the environment turns the CPU kernels of kernels.c off; CC names their compiler.
 """
 
 import argparse
@@ -34,6 +35,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 
+import common  # noqa: I001  first: it says what to do where a package is not installed
+
 import torch
 import torch.distributed as dist
 
@@ -43,7 +46,7 @@ from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
 from experiments.plan import GPUS, plan
 from export import write_v3
 from model import ModelArgs
-from report import Log, plain_config, plot, print_report
+from report import Log, load_boards, plain_config, plot, print_report
 from sample import choose_device
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
@@ -326,7 +329,8 @@ def link(old, new):
     try:
         os.link(old, temporary)
     except OSError:  # a file system without hard links
-        shutil.copyfile(old, temporary)
+        with open(old, "rb") as source, write_atomic(temporary) as f:
+            shutil.copyfileobj(source, f)
     os.replace(temporary, new)
 
 
@@ -503,8 +507,8 @@ def train(args, rank, world):
         move_aside(Path(args.out_dir) / f"{stage.prefix}ckpt.pt", rank)
     if args.ppo and not resumed and rank == 0:
         report.unlink(missing_ok=True)  # of another run
-    for left in Path(args.out_dir).glob(".*ckpt.pt.*.tmp") if rank == 0 else ():
-        left.unlink()  # a checkpoint that was being written when the run was killed
+    if rank == 0 and not args.eval_only:
+        common.remove_temporaries(args.out_dir)  # of a run that was killed while it wrote
     interrupt = Interrupt()
     log = Log(args, f"{stage.prefix}log.jsonl", iter_num, resumed, rank)
     saved = iter_num if resumed else None
@@ -568,13 +572,17 @@ def main(argv=None):
     if args.plan:
         plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
         return None
+    load_boards(args)  # only to see that they are there, before an hour of work
     rank, world = setup(args)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     report = Path(args.out_dir) / "ppo_report.json"
     if args.ppo and args.eval_only and report.exists():
         return print_report(json.loads(report.read_text())) if rank == 0 else None
+    # --plot and --eval_only only read, so that a run can be looked at while it goes on.
+    alone = common.lock_folder(args.out_dir) if rank == 0 and not args.eval_only else nullcontext()
     try:
-        return train(args, rank, world)
+        with alone, common.unbreakable_output():
+            return train(args, rank, world)
     except RuntimeError as e:
         if world == 1 or "onnection" not in str(e):
             raise

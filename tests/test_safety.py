@@ -1,16 +1,26 @@
 """What other users, other processes and the surroundings of a run can do to it: planted libraries and
 links, a second run in one folder, a closed pipe, libraries that are not installed, examples of --help."""
 
+import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import common
 import kernels
+import tokenizer
+import train
+from checkpoint import load_checkpoint, save_checkpoint
+from common import write_atomic
 
 ROOT = Path(kernels.__file__).parent
 needs_cc = pytest.mark.skipif(not shutil.which("cc") or sys.platform == "win32", reason="needs a C compiler")
@@ -128,3 +138,216 @@ def test_says_why_there_is_no_library(code, tmp_path, cc, says, monkeypatch, cap
     monkeypatch.setenv("NATIVE_KERNELS", "0")  # asked for
     monkeypatch.delenv("LOCAL_RANK")
     assert load() is None and capsys.readouterr().err == ""
+
+
+# ----------------------------------------------------------------------------
+# files that are never half-written
+
+
+def hidden(folder):
+    return sorted(p.name for p in folder.glob(".*"))
+
+
+def test_temporary_names_are_shared_by_nobody(tmp_path):
+    """Two writers of one path at a time: each has its own file, the last to end wins, nothing is left."""
+    path = tmp_path / "file"
+    with write_atomic(path) as first:
+        with write_atomic(path) as second:
+            assert first.name != second.name
+            first.write(b"first")
+            second.write(b"second")
+            first.flush()
+            second.flush()
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_planted_links_are_not_followed(tmp_path, monkeypatch):
+    """Neither under the name of old (NAME.tmp) nor under a name that was guessed."""
+    victim, path = tmp_path / "victim", tmp_path / "folder/file"
+    victim.write_text("precious")
+    path.parent.mkdir()
+    names = iter(["guessed", "guessed", "another"])
+    monkeypatch.setattr(common.secrets, "token_hex", lambda n: next(names))
+    for name in ("file.tmp", ".file.guessed.tmp"):
+        (path.parent / name).symlink_to(victim)
+    with pytest.raises(FileExistsError) as e:
+        with write_atomic(path) as f:
+            f.write(b"mine")
+    assert e.value.filename == str(path) and victim.read_text() == "precious"
+    (path.parent / ".file.guessed.tmp").unlink()
+    save_checkpoint(path, {"a": 1})
+    assert torch.load(path) == {"a": 1} and victim.read_text() == "precious"
+
+
+def test_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    with write_atomic(link, "w") as f:
+        f.write("new")
+    assert victim.read_text() == "precious" and link.read_text() == "new" and not link.is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to a device").symlink_to("/dev/null")
+    for name in ("fifo", "to a device", "."):
+        with pytest.raises(OSError, match="is not a regular file"):
+            with write_atomic(tmp_path / name):
+                pass
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode) and (tmp_path / "to a device").is_symlink()
+
+
+WRITER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from common import write_atomic
+with write_atomic({path!r}) as f:
+    f.write(b"half")
+    f.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_write_is_removed_by_the_next_and_a_living_one_is_not(tmp_path):
+    path = tmp_path / "file"
+    child = subprocess.Popen([sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))],
+                             stdout=subprocess.PIPE)  # fmt: skip
+    assert child.stdout.readline()
+    [temporary] = hidden(tmp_path)
+    with write_atomic(path) as f:
+        f.write(b"mine")
+    common.remove_temporaries(tmp_path)
+    assert hidden(tmp_path) == [temporary] and path.read_bytes() == b"mine"
+    child.kill()
+    child.wait()
+    with write_atomic(tmp_path / "another") as f:
+        f.write(b"x")
+    assert hidden(tmp_path) == [temporary]  # it is the other's
+    with write_atomic(path) as f:
+        f.write(b"again")
+    assert hidden(tmp_path) == [] and path.read_bytes() == b"again"
+
+
+# ----------------------------------------------------------------------------
+# one run in a folder at a time
+
+SMALL = ("--vocab_source=custom --vocab_size=96 --dim=16 --n_layers=1 --n_heads=2 --n_kv_heads=2 "
+         "--max_seq_len=32 --batch_size=2 --eval_iters=1 --warmup_iters=1 --device=cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tok96").mkdir()
+    np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2").tofile(folder / "tok96/data00.bin")
+    return folder
+
+
+def command(data, out, more=""):
+    return [f"--data={data}", f"--out_dir={out}", *shlex.split(f"{SMALL} {more}")]
+
+
+def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
+    """While the first goes on: one line that names folder and process. A look at it is allowed, a kill
+    frees the folder, and the first run has lost nothing."""
+    out = tmp_path / "out"
+    argv = command(data, out, "--max_iters=100000 --eval_interval=2")
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stdout=subprocess.PIPE, text=True)
+    try:
+        lines = iter(first.stdout.readline, "")
+        assert any(line.split("|")[0].strip() == "4" for line in lines)
+        with pytest.raises(SystemExit) as e:
+            tokenizer.run_main(lambda: train.main(command(data, out, "--max_iters=4")))
+        text = capsys.readouterr().err
+        assert e.value.code == 1 and text.startswith("error: ") and text.count("\n") == 1
+        assert str(out) in text and f"process {first.pid}" in text
+        train.main(command(data, out, "--init_from=resume --max_iters=100000 --eval_only"))
+        train.main(["--plot", f"--out_dir={out}"])
+        log = (out / "log.jsonl").stat()
+        assert any(line.split("|")[0].strip().isdigit() for line in lines)
+        assert (out / "log.jsonl").stat().st_ino == log.st_ino and first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    done = load_checkpoint(out / "ckpt.pt")["iter_num"]
+    train.main(command(data, out, f"--init_from=resume --eval_interval=2 --max_iters={done + 2}"))
+    assert load_checkpoint(out / "ckpt.pt")["iter_num"] == done + 2
+    iterations = [json.loads(line)["iter"] for line in (out / "log.jsonl").open()]
+    assert sorted(set(iterations)) == list(range(done + 3))
+    assert hidden(out) == []
+
+
+def test_only_the_first_process_locks(data, tmp_path, monkeypatch):
+    """The ranks of torchrun share one lock. (That a restart works is tested in test_train.py.)"""
+    monkeypatch.setattr(train, "train", lambda args, rank, world: rank)
+    monkeypatch.setattr(train, "join_processes", lambda *_: None)
+    with common.lock_folder(tmp_path):
+        with pytest.raises(ValueError, match="another run writes to"):
+            train.main(command(data, tmp_path))
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert train.main(command(data, tmp_path)) == 1
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(command(data, tmp_path)) == 0
+
+
+def test_the_lock_is_no_way_to_another_file(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run.lock").symlink_to("victim")
+    with pytest.raises(OSError):
+        with common.lock_folder(tmp_path):
+            pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+# ----------------------------------------------------------------------------
+# output that nobody reads
+
+
+@pytest.mark.parametrize("both", ["", "2>&1"])
+def test_training_goes_on_when_the_reader_leaves(data, tmp_path, both):
+    """train.py | head -1"""
+    words = [sys.executable, str(ROOT / "train.py"),
+             *command(data, tmp_path / "out", "--max_iters=400 --eval_interval=100 --log_interval=1")]  # fmt: skip
+    line = f"({shlex.join(words)}; echo status $? >&3) {both} | head -1"
+    done = subprocess.run(["sh", "-c", f"exec 3>{tmp_path}/status; {line}"], capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert (tmp_path / "status").read_text() == "status 0\n", done.stderr
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert load_checkpoint(tmp_path / "out/ckpt.pt")["iter_num"] == 400
+    iterations = {json.loads(line)["iter"] for line in (tmp_path / "out/log.jsonl").open()}
+    assert iterations == set(range(401))
+
+
+# ----------------------------------------------------------------------------
+# what is not installed
+
+
+@pytest.mark.parametrize("flag, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")])
+def test_optional_packages_are_looked_for_first(tmp_path, flag, module, monkeypatch):
+    """Before a model is made or a reference sampled, which may take an hour."""
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(train, "setup", lambda args: pytest.fail("the run has begun"))
+    with pytest.raises(ValueError, match=f"--{flag} needs: pip install {flag.removesuffix('_log')}"):
+        train.main([f"--{flag}", f"--out_dir={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+SCRIPTS = "train.py sample.py export.py instruct.py tinystories.py tokenizer.py".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_the_environment(script):
+    """A Python that has none of the packages (-S: no site-packages): one line with the remedy."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True,
+                          env=env)  # fmt: skip
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "no torch" in done.stderr
+    assert ".venv/bin/activate" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+def test_what_is_looked_for_is_what_is_required():
+    required = re.findall(r"^(\w+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert set(common.NEEDED) == set(required) - {"pytest"}
