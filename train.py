@@ -115,7 +115,7 @@ def flags(argv=None):
     add("dim", 288, "width")
     add("n_layers", 6, "layers")
     add("n_heads", 6, "query heads")
-    add("n_kv_heads", 6, "key/value heads; query heads share them")
+    add("n_kv_heads", 0, "key/value heads, which query heads share; 0: as many as query heads")
     add("multiple_of", 32, "the feed-forward width is rounded up to a multiple of it")
     add("dropout", 0.0, "dropout rate")
 

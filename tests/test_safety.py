@@ -1,6 +1,8 @@
 """What other users, other processes and the surroundings of a run can do to it: planted libraries and
 links, a second run in one folder, a closed pipe, libraries that are not installed, examples of --help."""
 
+import ast
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import tokenizer
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from common import write_atomic
+from model import ModelArgs
 
 ROOT = Path(kernels.__file__).parent
 needs_cc = pytest.mark.skipif(not shutil.which("cc") or sys.platform == "win32", reason="needs a C compiler")
@@ -351,3 +354,48 @@ def test_without_the_environment(script):
 def test_what_is_looked_for_is_what_is_required():
     required = re.findall(r"^(\w+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert set(common.NEEDED) == set(required) - {"pytest"}
+
+
+# ----------------------------------------------------------------------------
+# the examples of docstrings and --help
+
+
+def examples():
+    """(file, words) of every command in the docstring of a command."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("experiments/*.py")]:
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        for line in text.splitlines():
+            found = re.search(r"(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line)
+            if found:
+                words = shlex.split(re.sub(r"[][]", "", found[2] or ""), comments=True)
+                yield pytest.param(ROOT / found[1], words, id=f"{found[1]} {' '.join(words)}")
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("path, words", list(examples()))
+def test_examples_are_accepted(path, words, monkeypatch):
+    """Every flag is known and has a value that it may have; a model to be trained has a shape."""
+    if path.name == "train.py":
+        args = train.flags(words)
+        ModelArgs(**{name: getattr(args, name) for name in train.MODEL_FLAGS})
+        train.stage_class(args)
+        return
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def parse(parser, argv=None):
+        raise Parsed(tokenizer.parse_args(parser, argv))
+
+    monkeypatch.setattr(module, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [str(path), *words])
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def test_every_command_has_examples():
+    files = {p.values[0].name for p in examples()}
+    assert files >= set(SCRIPTS) and len(list(examples())) > 25
