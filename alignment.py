@@ -223,9 +223,10 @@ class Alignment:
             if self.rank == 0:
                 print(f"train: {self.prompts.summary()}\nval: {self.held_out.summary()}")
         else:
-            self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed)
+            bos = args.kept.get("bos", True)
+            self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed, bos)
             # The same whatever the seed, so that runs can be held against each other.
-            self.held_out = Prompts(args.data, "val", args.start_len, vocab)
+            self.held_out = Prompts(args.data, "val", args.start_len, vocab, bos=bos)
             self.text = Windows(args.data, "val", min(context, 256), vocab)
         if config.ptx_coef:
             if instruction_file(ptx):

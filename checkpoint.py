@@ -27,8 +27,8 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path, device="cpu", mmap=False):
     """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys:
-    `template`, how the model was taught to chat ({"turn", "system", "next"}), and `end_ids`, ids at
-    which it stops besides its tokenizer's EOS. Only tensors and plain values are unpickled. With mmap
+    `template`, how the model was taught to chat ({"turn", "system", "next"}), `end_ids`, ids at
+    which it stops besides its tokenizer's EOS, and `bos`, whether its text begins with BOS. Only tensors and plain values are unpickled. With mmap
     a tensor is read when it is used. Raises FileNotFoundError, or ValueError if the file is not such
     a checkpoint."""
     path = Path(path)

@@ -33,6 +33,7 @@ import shutil
 import struct
 import tempfile
 import warnings
+from dataclasses import replace
 
 import common  # noqa: F401  first: it says what to do where a package is not installed
 
@@ -40,9 +41,10 @@ import numpy as np
 import torch
 
 from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
-from formats import (export_peft, floats, model_shapes, open_tensors, ranks_to_json, read_hf,
-                     read_meta, special_ids, template_from_jinja, token_text, write_gguf, write_hf,
-                     write_json)
+from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece, model_shapes,
+                     open_tensors, ranks_to_json, read_hf, read_meta, sentencepiece_names,
+                     sentencepiece_pieces, special_ids, template_from_jinja, token_text, write_gguf,
+                     write_hf, write_json)
 from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
 from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
@@ -173,7 +175,7 @@ def rope_numbers(scaling):
     numbers = [s.get(name, 0) for name in LLAMA3_SCALING]
     return struct.pack("<3fi", *numbers[:3], int(numbers[3]))
 
-def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=()):
+def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True):
     group = best_group(args)
     f.write(bytes(256))
     for w in tensors_v3(args, weights):
@@ -186,10 +188,12 @@ def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=()):
         blob, kind = tokenizer_blob(tokenizer), int(tokenizer.sp is None)
         spaced, plain = (tokenizer.encode(s, False, False) for s in (" a  b ", "a b"))
         squeeze = int(spaced == plain)
+    no_bos = not begins_with_bos(tokenizer, bos)
     bos, eos, ends = special_ids(tokenizer, end_ids)
+    end_zero, ends = 0 in ends, [i for i in ends if 0 < i < args.vocab_size]
     if len(ends) > 4:
         raise ValueError(f"a model file holds 4 ids at which a text ends besides {eos}: not {ends}")
-    ends = [i for i in ends if i < args.vocab_size] + [0] * 4
+    ends += [0] * 4
     bos, eos = (min(i, args.vocab_size - 1) for i in (bos, eos))
     chat = template_blob(template) if template else b""
     f.write(blob + chat)
@@ -200,6 +204,7 @@ def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=()):
                         offset + len(blob) + len(chat), squeeze, kind,
                         offset + len(blob) if chat else 0, len(chat)))
     f.write(rope_numbers(args.rope_scaling) + struct.pack("<4i", *ends[:4]))
+    f.write(bytes(8) + struct.pack("<2i", no_bos, end_zero))
 
 # -----------------------------------------------------------------------------
 # llama2.c's versions
@@ -311,7 +316,7 @@ def open_merged(path, adapters):
     """
     checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
     model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
-    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids") if k in checkpoint}
+    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids", "bos") if k in checkpoint}
     checkpoint |= {"model": merged_state(model), "optimizer": None, "iter_num": 0,
                    "best_val_loss": 1e9, "template": kept.get("template")}
     return model.args, checkpoint["model"], checkpoint
@@ -344,19 +349,20 @@ def export_model(args):
     if args.version == 3:
         tokenizer = open_tokenizer(args.tokenizer, config.vocab_size, folder_of(args.checkpoint),
                                    folder_of(args.output))
-    template, end_ids = checkpoint.get("template"), checkpoint.get("end_ids") or []
+    how = {"template": checkpoint.get("template"), "end_ids": checkpoint.get("end_ids") or [],
+           "bos": checkpoint.get("bos", True)}
     fmt = args.format or ("q8_0" if args.version == 3 else {2: "int8"}.get(args.version, "fp32"))
     kind, size = fmt, args.output
     if fmt == "hf":
-        kind = write_hf(args.output, config, weights, args.dtype, tokenizer, template, end_ids)
+        kind = write_hf(args.output, config, weights, args.dtype, tokenizer, **how)
         size = os.path.join(args.output, "model.safetensors")
     elif fmt == "gguf":
         kind = args.dtype or "q8_0"
         with write_atomic(args.output) as f:  # the library opens it again by its name
-            write_gguf(f.name, config, weights, kind, tokenizer, template, end_ids)
+            write_gguf(f.name, config, weights, kind, tokenizer, **how)
     elif args.version == 3:
         with write_atomic(args.output) as f:
-            write_v3(f, config, weights, fmt, tokenizer, template, end_ids)
+            write_v3(f, config, weights, fmt, tokenizer, **how)
     else:
         if (config.rope_theta, config.norm_eps, config.rope_scaling) != (10000, 1e-5, None):
             raise ValueError("llama2.c computes with rope_theta 10000, norm_eps 1e-5 and no RoPE "
@@ -371,23 +377,97 @@ def export_model(args):
     print(f"wrote {args.output}: {name}, {kind}, {n:,} parameters, "
           f"{os.path.getsize(size):,} bytes (fp32: {4 * n:,}){note}")
 
-def imported_tokenizer(args, folder, vocab_size):
-    """The tokenizer of a model from elsewhere: the given one, or that in its folder."""
-    if args.tokenizer:
-        return open_tokenizer(args.tokenizer, vocab_size)
-    sizes = {}
-    for path in (os.path.join(folder, name) for name in ("tokenizer.model", "tokenizer.json")):
-        if os.path.isfile(path):
-            with contextlib.suppress(ValueError if path.endswith(".model") else ()):
-                tokenizer = Tokenizer(path)
-                if tokenizer.n_words == vocab_size:
-                    return tokenizer
-                sizes[path] = tokenizer.n_words
+def is_padding(n, rows):
+    """
+    Whether an embedding of so many rows can be that of n tokens, padded to a multiple of a power
+    of two; the tokens of another tokenizer are seldom so few less.
+    """
+    return n <= rows < min(n + 4 * (rows & -rows), 2 * n) and (n == rows or rows % 8 == 0)
+
+def imported_tokenizer(args, folder, rows, scratch):
+    """
+    The tokenizer of a model from elsewhere whose embedding has so many rows: the given one, or that
+    in its folder; None if there is none. It may have fewer tokens, if the embedding is padded. A
+    tokenizer.json that was made of a SentencePiece model becomes one again, in `scratch`.
+    """
+    names = [args.tokenizer] if args.tokenizer else ["tokenizer.model", "tokenizer.json"]
+    sizes, settings = [], read_json(os.path.join(folder, "tokenizer_config.json"))
+    for path in (os.path.join(folder, name) for name in names) if not args.tokenizer else names:
+        if not os.path.isfile(path) and not args.tokenizer:
+            continue
+        try:
+            tokenizer = Tokenizer(path)
+        except ValueError:
+            if path.endswith(".model") and not args.tokenizer:
+                continue  # Llama 3's, which is not SentencePiece's
+            raise
+        data = None
+        if tokenizer.bpe:
+            data = json_to_sentencepiece(tokenizer)
+        elif not args.tokenizer:
+            data = add_pieces(tokenizer, folder, rows, settings)
+        if data:
+            tokenizer = Tokenizer(write_bytes(os.path.join(scratch, "tokenizer.model"), data))
+        if is_padding(tokenizer.n_words, rows):
+            return tokenizer
+        sizes.append(f"{path} has {tokenizer.n_words} tokens")
     if sizes:
-        path, n = sizes.popitem()
-        raise ValueError(f"{path} has {n} tokens, the model has {vocab_size}: name its tokenizer "
-                         "with --tokenizer")
+        raise ValueError(f"{sizes[-1]}, the model has {rows}: name its tokenizer with --tokenizer")
     return None
+
+def write_bytes(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
+
+def add_pieces(tokenizer, folder, rows, settings):
+    """
+    A SentencePiece model, as bytes, with the control tokens that files beside it add after its own,
+    as far as the embedding has rows, and the BOS and EOS that they name; None if there is nothing
+    to add. ValueError if ids are left out.
+    """
+    n = tokenizer.n_words
+    added = {int(i): token_text({"": t}, "") for i, t in
+             (settings.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
+    texts = read_json(os.path.join(folder, "added_tokens.json"))
+    added |= {i: text for text, i in texts.items() if isinstance(i, int)}
+    tokens = read_json(os.path.join(folder, "tokenizer.json")).get("added_tokens") or []
+    added |= {t.get("id"): t.get("content") for t in tokens if isinstance(t, dict)}
+    new = {i: text for i, text in added.items() if isinstance(i, int) and n <= i < rows}
+    if sorted(new) != list(range(n, n + len(new))) or not all(new.values()):
+        raise ValueError(f"{folder}: the ids of the added tokens are not those after the "
+                         f"{n} of {tokenizer.model_path}: {sorted(new)[:5]}")
+    names, known = {}, {text: i for i, text in new.items()} | tokenizer.special
+    for key, i in ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id):
+        text = token_text(settings, f"{key}_token")
+        if text in known and known[text] != i:
+            names[key] = text
+    if not new and not names:
+        return None
+    with open(tokenizer.model_path, "rb") as f:
+        data = f.read()
+    return data + sentencepiece_pieces((new[i], 0, 3) for i in sorted(new)) \
+        + sentencepiece_names(**names)
+
+def trim_vocabulary(config, weights, n):
+    """A model without the rows of its embedding that stand for none of its tokenizer's n tokens."""
+    for name in "tok_embeddings.weight", "output.weight":
+        if len(weights[name]) > n:
+            rows = weights[name][:n].clone()
+            weights |= dict.fromkeys(("tok_embeddings.weight", "output.weight"), rows) \
+                if config.tied else {name: rows}
+    return replace(config, vocab_size=n)
+
+def text_begins_with_bos(folder, settings):
+    """
+    Whether a model of Hugging Face's has BOS before plain text: what the post-processor of its
+    tokenizer.json says, as for transformers, else add_bos_token; True where nobody says.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.isfile(path):
+        with contextlib.suppress(ValueError):  # a tokenizer.model is enough
+            return Tokenizer(path).adds_bos
+    return settings.get("add_bos_token") is not False
 
 def meta_ranks(path):
     """The path of a tokenizer.model that is not SentencePiece's, as with Llama 3; else None."""
@@ -420,26 +500,31 @@ def import_model(args, scratch):
     else:
         read = read_hf if args.hf else read_meta
         config, weights, folder = read(args.hf or args.meta, dtype, args.max_seq_len)
-    source = "llama2" if config.vocab_size == 32000 else "custom"
-    checkpoint = {
-        "model": weights, "optimizer": None, "model_args": checkpoint_args(config),
-        "iter_num": args.iter_num, "best_val_loss": 1e9,
-        "config": {"vocab_source": source, "vocab_size": config.vocab_size}}
-    tokenizer, settings, note = None, {}, ""
+    checkpoint = {}
+    tokenizer, settings, note, rows = None, {}, "", config.vocab_size
     ranks = args.meta and meta_ranks(args.tokenizer or os.path.join(folder, "tokenizer.model"))
     if ranks:
         args.tokenizer = os.path.join(scratch, "tokenizer.json")
         version_31 = config.rope_scaling is not None
         write_json(args.tokenizer, ranks_to_json(ranks, config.vocab_size, version_31))
+    if folder or args.tokenizer:
+        tokenizer = imported_tokenizer(args, folder or ".", rows, scratch)
+    if tokenizer and tokenizer.n_words < rows:
+        config = trim_vocabulary(config, weights, tokenizer.n_words)
+        note = f" without the {rows - config.vocab_size} rows that its tokenizer does not use"
     if folder:
-        tokenizer = imported_tokenizer(args, folder, config.vocab_size)
         settings = read_json(os.path.join(folder, "tokenizer_config.json"))
-        note = chat_settings(checkpoint, folder, settings, tokenizer)
-    elif args.tokenizer:
-        tokenizer = open_tokenizer(args.tokenizer, config.vocab_size)
+        note += chat_settings(checkpoint, folder, settings, tokenizer, config.vocab_size)
+        if args.hf:
+            checkpoint["bos"] = text_begins_with_bos(folder, settings)
     if ranks:  # Meta's own programs end a text at these as well
         ends = ("<|eot_id|>", "<|eom_id|>")
         checkpoint["end_ids"] = [tokenizer.special[t] for t in ends if t in tokenizer.special]
+    source = "llama2" if config.vocab_size == 32000 else "custom"
+    checkpoint |= {
+        "model": weights, "optimizer": None, "model_args": checkpoint_args(config),
+        "iter_num": args.iter_num, "best_val_loss": 1e9,
+        "config": {"vocab_source": source, "vocab_size": config.vocab_size}}
     os.makedirs(folder_of(args.output), exist_ok=True)
     save_checkpoint(args.output, checkpoint)
     print(f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
@@ -447,13 +532,14 @@ def import_model(args, scratch):
     if tokenizer:
         copy_tokenizer(tokenizer, args.output, config.vocab_size, settings)
 
-def chat_settings(checkpoint, folder, settings, tokenizer):
+def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
     """Puts the template and the end ids of a model of Hugging Face's into a checkpoint; a note."""
     generation = read_json(os.path.join(folder, "generation_config.json"))
     ends = generation.get("eos_token_id",
                           read_json(os.path.join(folder, "config.json")).get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    ends = [i for i in ends if isinstance(i, int) and (not tokenizer or i != tokenizer.eos_id)]
+    ends = [i for i in ends if type(i) is int and 0 <= i < vocab_size
+            and (not tokenizer or i != tokenizer.eos_id)]
     if ends:
         checkpoint["end_ids"] = ends
     path = os.path.join(folder, "chat_template.jinja")

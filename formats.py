@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
@@ -34,13 +35,20 @@ def floats(w):
     return w.detach().to("cpu", torch.float32).numpy().astype("<f4")
 
 def special_ids(tokenizer, end_ids):
-    """BOS, EOS, and what else ends a text, as ids; llama2.c's 1 and 2 where nobody says."""
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (-1, -1)
+    """
+    The ids of BOS, EOS, and the other tokens that end a text. A tokenizer that has only one of BOS
+    and EOS uses it for both; without a tokenizer they are llama2.c's 1 and 2.
+    """
+    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, -1)
     if eos < 0:
-        eos = end_ids[0] if end_ids else 2
+        eos = end_ids[0] if end_ids else bos if tokenizer and bos >= 0 else 2
     if bos < 0:
-        bos = eos if tokenizer and tokenizer.bpe else 1
-    return bos, eos, [i for i in end_ids if i not in (0, eos)]
+        bos = eos
+    return bos, eos, [i for i in end_ids if i != eos]
+
+def begins_with_bos(tokenizer, bos):
+    """Whether plain text begins with BOS: the checkpoint's `bos`, if the tokenizer has a BOS."""
+    return bos and not (tokenizer and tokenizer.bos_id < 0)
 
 # -----------------------------------------------------------------------------
 # Hugging Face and Meta: names, rows, numbers
@@ -481,10 +489,11 @@ def piece_type(sp, i):
     return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 5 if sp.is_unused(i) else \
         6 if sp.is_byte(i) else 1
 
-def sentencepiece_json(tokenizer):
+def sentencepiece_json(tokenizer, begin=True):
     """
     A SentencePiece BPE model as a tokenizer.json. There merges have ranks, here pieces have
     scores: the ways to make a piece of two others follow each other in the order of its score.
+    `begin` says whether text begins with BOS.
     """
     sp = tokenizer.sp
     pieces = {sp.id_to_piece(i): i for i in range(tokenizer.n_words)}
@@ -497,7 +506,7 @@ def sentencepiece_json(tokenizer):
                for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))]
     squeezes = sp.encode(" a  b ") == sp.encode("a b")
     special = {piece: i for piece, i in pieces.items() if piece_type(sp, i) in (2, 3)}
-    bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+    bos = sp.id_to_piece(sp.bos_id()) if begin and sp.bos_id() >= 0 else None
     normalizer = {"type": "Sequence", "normalizers": replace * squeezes + [
         {"type": "Prepend", "prepend": "\u2581"}] * prefix + [
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
@@ -510,23 +519,110 @@ def sentencepiece_json(tokenizer):
         fuse_unk=True, byte_fallback=any(map(sp.is_byte, pieces.values())), ignore_merges=False,
         vocab=pieces, merges=[pair for *_, pair in sorted(merges)])
 
+def bos_first(bos, i):
+    """The post-processor of a tokenizer.json that puts the token `bos`, of id i, before text."""
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {"type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b],
+            "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}} if bos else {}}
+
 def tokenizer_json(special, bos, normalizer, pre_tokenizer, decoder, **model):
     """A tokenizer.json of the BPE `model`, with control tokens {text: id}; bos goes first."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
-    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, **flags, "special": True}
                          for text, i in special.items()],
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b],
-            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}} if bos
-            else {}},
+        "post_processor": bos_first(bos, special.get(bos)),
         "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, **model}}
+
+# A SentencePiece model is a protocol buffer. Messages that are appended are merged with the first:
+# repeated fields grow, others are replaced.
+
+def field(number, value):
+    """One field of a protocol buffer; value is text, bytes, a float, a bool or an int."""
+    def varint(n):
+        n &= (1 << 64) - 1
+        out = bytearray()
+        while n > 127:
+            out.append(n & 127 | 128)
+            n >>= 7
+        return bytes(out) + bytes([n])
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+def sentencepiece_pieces(pieces):
+    """Bytes to append to a SentencePiece model: pieces (text, score, piece_type's number)."""
+    return b"".join(field(1, field(1, text) + field(2, float(score)) + field(3, kind))
+                    for text, score, kind in pieces)
+
+def sentencepiece_names(**names):
+    """Bytes that say which pieces are unk, bos and eos."""
+    numbers = {"unk": 45, "bos": 46, "eos": 47}
+    return field(2, b"".join(field(numbers[key], text) for key, text in names.items() if text))
+
+NORMALIZERS = ("Prepend", "Replace", "Sequence", "Metaspace")  # that can be SentencePiece's
+PROBES = ("Once upon a time,  there was a girl. ", "I'm 12345\n\n\tyears <old>", "안녕 мир é 😀",
+          "x" * 40, "ﬁ ＡＢ① É E\u0301 İ", "<s> </s> <0x0A>", "a\u2581b")
+
+def json_to_sentencepiece(tokenizer):
+    """
+    The SentencePiece model, as bytes, that encodes as a tokenizer.json does which was made of one:
+    the Tokenizer of Llama 2, as transformers saves it. There merges have ranks, here pieces have
+    scores. None for another kind.
+    """
+    config, n = tokenizer.json, tokenizer.n_words
+    model = config["model"]
+    def kinds(part):
+        steps = (part or {}).get("normalizers", (part or {}).get("pretokenizers", []))
+        return [(part or {}).get("type", "Sequence"), *(k for s in steps for k in kinds(s))]
+    text = {t: i for t, i in model.get("vocab", {}).items() if t not in tokenizer.special} \
+        if isinstance(model.get("vocab"), dict) else {}
+    unk, ignored = model.get("unk_token") or "<unk>", (
+        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if model.get("type", "BPE") != "BPE" or any(map(model.get, ignored)) or "\u2581" not in text \
+            or tokenizer.bpe.token_to_id(unk) is None or not set(NORMALIZERS).issuperset(
+                kinds(config.get("normalizer")) + kinds(config.get("pre_tokenizer"))):
+        return None
+    # All ways to make a piece of two others must be merges, one after the other.
+    score, ways, last = {}, {}, None
+    for a, b in (m if isinstance(m, list) else m.split(" ") for m in model["merges"]):
+        if a + b != last and a + b in score:
+            return None
+        last = a + b
+        score[last] = -len(score)
+        ways[last] = ways.get(last, 0) + 1
+    byte_fallback, pieces = bool(model.get("byte_fallback")), [None] * n
+    for piece, i in text.items():
+        is_byte = byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+        parts = sum(piece[:k] in text and piece[k:] in text for k in range(1, len(piece)))
+        if not is_byte and parts != ways.get(piece, 0):
+            return None
+        pieces[i] = piece, score.get(piece, 0), 6 if is_byte else 1
+    for piece, i in tokenizer.special.items():
+        pieces[i] = piece, 0, 3
+    pieces[tokenizer.bpe.token_to_id(unk)] = unk, 0, 2
+    pieces = [p or (f"[unused {i}]", 0, 5) for i, p in enumerate(pieces)]
+    name = {i: t for t, i in tokenizer.special.items()}
+    # model_type BPE, byte_fallback; SentencePiece looks for <s> and </s> where no name is given
+    trainer = field(3, 2) + field(35, byte_fallback)
+    names = {"unk": unk, "bos": name.get(tokenizer.bos_id, "[no BOS]"),
+             "eos": name.get(tokenizer.eos_id, "[no EOS]")}
+    body = sentencepiece_pieces(pieces) + field(2, trainer) + sentencepiece_names(**names)
+    for prefix, squeeze in ((1, 0), (0, 0), (1, 1), (0, 1)):
+        data = body + field(3, field(3, prefix) + field(4, squeeze) + field(5, 1))
+        sp = SentencePieceProcessor()
+        sp.LoadFromSerializedProto(data)
+        if all(sp.encode(t) == tokenizer.encode(t, False, False) for t in PROBES):
+            return data
+    return None
 
 # Llama 3's control tokens by their place; what is not named is reserved. The first ones are in all.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
@@ -584,27 +680,34 @@ def ranks_to_json(path, vocab_size, version_31):
         vocab={spell(token): i for i, token in enumerate(tokens)},
         merges=[[spell(a), spell(b)] for a, b in pairs])
 
-def write_hf_tokenizer(folder, tokenizer, template, max_seq_len):
+def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
     """The tokenizer's own files, and a tokenizer_config.json that says how to use them."""
     beside = os.path.join(os.path.dirname(tokenizer.model_path), "tokenizer_config.json")
     config = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
     if tokenizer.sp:
         shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.model"))
-        write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer))
+        write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer, begin))
         piece = tokenizer.sp.id_to_piece
         # LlamaTokenizer loads it too, but in transformers 5 treats a leading space in its own way
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True,
-                   "add_bos_token": True, "add_eos_token": False,
+                   "add_bos_token": begin, "add_eos_token": False,
                    "unk_token": piece(tokenizer.sp.unk_id())}
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         config |= {key: piece(i) for key, i in names.items() if i >= 0}
     else:
-        shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.json"))
+        path = os.path.join(folder, "tokenizer.json")
+        if tokenizer.adds_bos == begin:
+            shutil.copyfile(tokenizer.model_path, path)
+        else:  # transformers asks the post-processor alone
+            bos = next(t for t, i in tokenizer.special.items() if i == tokenizer.bos_id)
+            process = bos_first(bos if begin else None, tokenizer.bos_id)
+            write_json(path, tokenizer.json | {"post_processor": process})
         text = {i: text for text, i in tokenizer.special.items()}
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast",
                    **{key: text[i] for key, i in names.items() if i >= 0}}
         config = read_json(beside) or config
+        config |= {"add_bos_token": begin} if config.get("add_bos_token", begin) != begin else {}
     if template and not same_template(config, template):
         config["chat_template"] = template_to_jinja(template)
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
@@ -623,11 +726,12 @@ def same_template(config, template):
         return False
     return {k: v for k, v in ours.items() if v} == {k: v for k, v in template.items() if v}
 
-def write_hf(path, args, weights, dtype, tokenizer, template, end_ids):
+def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True):
     """The folder that transformers loads; returns the number types of its weights."""
     save_file = need("safetensors.torch").save_file
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
     kinds = sorted({w.dtype for w in tensors.values()}, key=lambda kind: kind.itemsize)
+    begin = begins_with_bos(tokenizer, bos)
     bos, eos, ends = special_ids(tokenizer, end_ids)
     with write_folder(path, HF_FILES) as folder:
         config = hf_config(args, kinds[-1], bos, [eos, *ends])
@@ -636,7 +740,7 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids):
                    {key: config[key] for key in ("bos_token_id", "eos_token_id")})
         save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
         if tokenizer:
-            write_hf_tokenizer(folder, tokenizer, template, args.max_seq_len)
+            write_hf_tokenizer(folder, tokenizer, template, args.max_seq_len, begin)
     return ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
 
 def find_adapters(path):
@@ -690,7 +794,7 @@ GGUF_LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
 def gguf_name(name):  # rows stay: GGUF too turns neighbours
     return renamed(name, GGUF_NAMES, "blk", GGUF_LAYER)
 
-def gguf_tokenizer(writer, tokenizer, end_ids):
+def gguf_tokenizer(writer, tokenizer, end_ids, begin):
     """Puts the vocabulary into a GGUFWriter."""
     bos, eos, _ = special_ids(tokenizer, end_ids)
     if tokenizer.sp:
@@ -719,9 +823,9 @@ def gguf_tokenizer(writer, tokenizer, end_ids):
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     writer.add_bos_token_id(bos)
     writer.add_eos_token_id(eos)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(begin)
 
-def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids):
+def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True):
     """
     The model at `path`, tensor by tensor. dtype "q8_0" is int8 by groups of 32 columns, with rows
     that are no multiple of 32, and norms, in fp32; else "float32".
@@ -749,7 +853,7 @@ def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids):
         plain = rope_frequencies(replace(args, rope_scaling=None))
         extra["rope_freqs.weight"] = (plain / rope_frequencies(args)).numpy()
     if tokenizer:
-        gguf_tokenizer(writer, tokenizer, end_ids)
+        gguf_tokenizer(writer, tokenizer, end_ids, begins_with_bos(tokenizer, bos))
     if template:
         writer.add_chat_template(template_to_jinja(template))
     def as_type(w):

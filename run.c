@@ -223,7 +223,9 @@ typedef struct {        // the number is where it is in the file
     int32_t ends[4];    // 128 more ids at which generation ends, 0: none
     int32_t head_dim;   // 144 E = D / H; zero in the file, as the rest
     int32_t kv_dim;     // 148 K * E
-    int32_t zero[26];
+    int32_t no_bos;     // 152 1: text does not begin with BOS, which then only separates texts
+    int32_t end_zero;   // 156 1: generation ends at id 0 as well
+    int32_t zero[24];
 } Config;
 
 _Static_assert(sizeof(Config) == HEADER, "the file's header");
@@ -276,6 +278,8 @@ static void check_config(Model *m) {
                   {"group size", c->group, 4, 256}, // above it 32 bits are too few for a sum
                   {"tied", c->tied, 0, 1},
                   {"tokenizer kind", c->kind, 0, 1},
+                  {"no BOS", c->no_bos, 0, 1},
+                  {"end at id 0", c->end_zero, 0, 1},
                   {"BOS id", c->bos, 0, last},
                   {"EOS id", c->eos, 0, last},
                   {"original context", c->rope_context, 0, 1 << 30}};
@@ -1292,7 +1296,7 @@ static const Kernels *pick_kernels(void) {
 //   0, SentencePiece: a text is one word of characters, with a space in front. Two symbols whose
 //      concatenation is a piece can be merged, the piece with the best score first. What is no
 //      piece then becomes its bytes. llama2.c's file: u32 longest piece, then for each id f32
-//      score, u32 length, bytes.
+//      score, u32 length, bytes; a score of -inf marks a control token.
 //   1, byte-level BPE (GPT-2, Llama 3): a regular expression cuts a text into words of bytes;
 //      merges are a list, the first comes first. The file:
 //      u32 n, n * (u32 first, u32 last, u32 class): Unicode ranges, ascending; 1 letters (\p{L}),
@@ -1380,7 +1384,8 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
         }
         if (!piece->text) die("%s: the tokenizer ends within piece %u of %u", path, i, n);
         if (t->kind == 0) piece->score = read_f32(p);
-        else piece->what = read_u32(p) & 1 ? SPECIAL : TEXT;
+        const bool special = t->kind == 0 ? piece->score == -INFINITY : read_u32(p) & 1;
+        piece->what = special ? SPECIAL : TEXT;
         if (piece->what == SPECIAL && piece->len > t->longest_special)
             t->longest_special = piece->len;
         if (piece->len && (t->kind == 1 || (i && (int)i != t->bos && (int)i != c->eos))) {
@@ -1618,12 +1623,13 @@ static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos,
     return ids;
 }
 
-// Writes the text of the tokens from lo to hi. After BOS SentencePiece drops the leading space.
-// Control characters but white space are left out: a story should not move a terminal's cursor.
-static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi) {
-    for (; lo < hi; lo++) {
+// Writes the text of the tokens from lo to hi; `previous` is the one before them. After BOS
+// SentencePiece drops the leading space. Control characters but white space are left out: a story
+// should not move a terminal's cursor.
+static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi, int previous) {
+    for (; lo < hi; previous = ids[lo++]) {
         const Piece *p = &t->piece[ids[lo]];
-        uint32_t i = t->kind == 0 && lo > 0 && ids[lo - 1] == t->bos && p->len && *p->text == ' ';
+        uint32_t i = t->kind == 0 && previous == t->bos && p->len && *p->text == ' ';
         for (; i < p->len && p->what != SPECIAL; i++)
             if (p->text[i] >= 32 ? p->text[i] != 127 : p->text[i] >= 9 && p->text[i] <= 13)
                 putchar(p->text[i]);
@@ -1781,7 +1787,7 @@ static bool is_end(const Run *run, int id) { // whether a text ends where this i
     const Config *c = &run->model.c;
     for (int i = 0; i < 4; i++)
         if (c->ends[i] && id == c->ends[i]) return true;
-    return id == c->bos || id == c->eos || id == run->stop;
+    return (c->end_zero && id == 0) || id == c->bos || id == c->eos || id == run->stop;
 }
 
 // Bytes read from the KV cache for one token, when it holds n.
@@ -1812,7 +1818,9 @@ static void generate(Run *run) {
     State *s = &run->state;
     int N = run->stories, B = N, front = 0, told = 0;
     size_t count = 0;
-    int *ids = encode(t, prompt, strlen(prompt), true, NULL, &count), n = (int)count;
+    int *ids = encode(t, prompt, strlen(prompt), !c->no_bos, NULL, &count), n = (int)count;
+    if (!n) ids[n++] = c->bos; // there must be something to continue
+    const int skip = ids[0] == c->bos; // it is silent
     if (n > run->steps)
         die("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
             ? "the model's context is" : "the limit (-n) is", run->steps);
@@ -1835,7 +1843,7 @@ static void generate(Run *run) {
             memcpy(s->values + to, s->values + from, used);
         }
     }
-    print_pieces(t, ids, 1, n);
+    print_pieces(t, ids, skip, n, c->bos);
     for (start = seconds(); B;) {
         float *logits = s->logits; // of the last pass, in the order of the unfinished stories
         B = 0;
@@ -1846,7 +1854,8 @@ static void generate(Run *run) {
             logits += s->v_width, told++;
             if (!is_end(run, id)) {
                 y->ids[y->n++] = id;
-                if (i == front) print_pieces(t, y->ids, y->n - 1, y->n);
+                if (i == front)
+                    print_pieces(t, y->ids, y->n - 1, y->n, y->ids[y->n - 2]);
             }
             y->done = is_end(run, id) || y->n > run->steps;
             if (y->done) continue;
@@ -1855,7 +1864,8 @@ static void generate(Run *run) {
         }
         for (; front < N && story[front].done; front++) {
             printf(front + 1 < N ? "\n\n" : "\n");
-            if (front + 1 < N) print_pieces(t, story[front + 1].ids, 1, story[front + 1].n);
+            if (front + 1 < N)
+                print_pieces(t, story[front + 1].ids, skip, story[front + 1].n, c->bos);
         }
         // A write for each token would cost more than the token; a hundredth of a second is soon.
         double now = seconds();
@@ -2016,7 +2026,7 @@ static void chat(Run *run) {
                 break;
             }
             turn[last].reply[turn[last].n_reply++] = id;
-            print_pieces(&run->tokenizer, &id, 0, 1);
+            print_pieces(&run->tokenizer, &id, 0, 1, -1);
             flush();
             if (n_seen == context) {
                 fprintf(stderr, "\n(the context of %d tokens is full)", context);
@@ -2040,7 +2050,8 @@ static double cross_entropy(const Kernels *k, float *logits, int n, int target) 
 }
 
 // The mean loss over a text file, in windows of the context's length, as in training: each
-// document (they are separated by <|endoftext|>) after BOS, all of them one stream of tokens.
+// document (they are separated by <|endoftext|>) after BOS, all of them one stream of tokens. With
+// no_bos the first one begins without it.
 static void perplexity(Run *run) {
     const char *separator = "<|endoftext|>";
     const Config *c = &run->model.c;
@@ -2057,7 +2068,8 @@ static void perplexity(Run *run) {
         while (text < last && (*text == '\n' || *text == ' ')) text++;
         while (last > text && (last[-1] == '\n' || last[-1] == ' ')) last--;
         if (last > text)
-            ids = encode(&run->tokenizer, text, (size_t)(last - text), true, ids, &count);
+            ids = encode(&run->tokenizer, text, (size_t)(last - text), count || !c->no_bos, ids,
+                         &count);
     }
     const int64_t n = (int64_t)count;
     if (n < 2) die("%s: there is nothing to predict", run->prompt);

@@ -111,9 +111,17 @@ class Stream:
         print()
 
 
-def tell(model, tokenizer, prompts, args, end_ids=()):
+def encode_prompt(tokenizer, text, bos=True):
+    """The ids of a prompt. `bos` says whether the model's text begins with BOS; an empty prompt
+    does in any case, or with EOS where the tokenizer has no BOS."""
+    ids = tokenizer.encode(text, bos=bos, eos=False)
+    first = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+    return ids or [first] * (first >= 0)
+
+
+def tell(model, tokenizer, prompts, args, end_ids=(), bos=True):
     """Generates and prints num_samples continuations of each prompt; returns how many tokens."""
-    tokens = [tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+    tokens = [encode_prompt(tokenizer, p, bos) for p in prompts]
     tokens = [t for t in tokens for _ in range(args.num_samples)]
     stream = None
     if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
@@ -195,7 +203,7 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype)
     half = dtype is not torch.float32
     context = torch.autocast(device.partition(":")[0], dtype) if half else nullcontext()
-    end_ids = checkpoint.get("end_ids") or ()
+    end_ids, bos = checkpoint.get("end_ids") or (), checkpoint.get("bos", True)
     with context:
         if args.chat:
             template = find_template(args.template, checkpoint, tokenizer)
@@ -203,12 +211,12 @@ def main(argv=None):
         if args.interactive:
             while (prompt := read_line("> ")) is not None:
                 try:
-                    tell(model, tokenizer, [prompt], args, end_ids)
+                    tell(model, tokenizer, [prompt], args, end_ids, bos)
                 except ValueError as e:  # a prompt too long must not end the session
                     print(f"error: {e}", file=sys.stderr)
             return
         t0 = time.perf_counter()
-        n = tell(model, tokenizer, read_prompts(args.start), args, end_ids)
+        n = tell(model, tokenizer, read_prompts(args.start), args, end_ids, bos)
         seconds = time.perf_counter() - t0
         print(f"{n} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 

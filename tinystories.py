@@ -638,16 +638,18 @@ class Windows:
 class Prompts:
     """
     Beginnings of stories, for PPO: BOS and the first 0 to start_len - 1 tokens, as lists of ids.
+    With bos=False, for models whose text does not begin with BOS, only empty beginnings have it.
 
         prompts = Prompts("data/tok512", "train", start_len=30, vocab_size=512, seed=1337)
         prompts.batch(position, 4)        # [[1, 403, 407], [1], [1, 317, ...], [1, 403]]
 
     Every story comes once in an epoch (`len(prompts)` stories); positions as in Windows.
     """
-    def __init__(self, data, split, start_len, vocab_size, seed=1337):
+    def __init__(self, data, split, start_len, vocab_size, seed=1337, bos=True):
         if start_len < 1:
             raise ValueError(f"start_len must be at least 1 (BOS alone), not {start_len}")
         folders, weights = parse_data(data)
+        self.skip = int(not bos)
         self.start_len, self.seed = start_len, np.array([seed % 2**64], np.uint64)
         self.shards = [open_shards(folder, split, vocab_size) for folder in folders]
         self.starts = [[np.flatnonzero(ids == BOS) for ids in shards] for shards in self.shards]
@@ -667,7 +669,8 @@ class Prompts:
         for k, s, i, length in zip(*self.dealer.deal(position, n), lengths.tolist()):
             start = self.starts[k][s][i]
             tokens = self.shards[k][s][start:start + length].tolist()
-            prompts.append(tokens[:(tokens + [BOS]).index(BOS, 1)])  # not into the next story
+            tokens = tokens[:(tokens + [BOS]).index(BOS, 1)]  # not into the next story
+            prompts.append(tokens[self.skip:] or tokens)
         return prompts
 
 # -----------------------------------------------------------------------------

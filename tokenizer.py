@@ -33,8 +33,9 @@ class Tokenizer:
 
     A SentencePiece model or, by its name, a tokenizer.json of Llama 3's kind, for which it needs
     the tokenizers library. `n_words` is the size of the vocabulary; `bos_id`, `eos_id`, `pad_id`
-    are its special ids (-1: there is none); `special` are a tokenizer.json's control tokens,
-    {text: id}. They are never found in text that is encoded, and they are silent when decoded.
+    are its special ids (-1: there is none); `special` are the other control tokens, of a
+    tokenizer.json all of them, {text: id}. They are never found in text that is encoded, and they
+    are silent when decoded.
     A missing file raises OSError, a corrupt one ValueError.
     """
 
@@ -55,6 +56,9 @@ class Tokenizer:
         self.bos_id = self.sp.bos_id()
         self.eos_id = self.sp.eos_id()
         self.pad_id = self.sp.pad_id()
+        control = [i for i in range(self.n_words) if self.sp.is_control(i)]
+        self.special = {self.sp.id_to_piece(i): i for i in control
+                        if i not in (self.bos_id, self.eos_id)}
 
     def _open_json(self, data):
         """
@@ -87,6 +91,12 @@ class Tokenizer:
         self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
         self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
         self.pad_id = find("pad_token")
+
+    @property
+    def adds_bos(self):
+        """Whether the post-processor of a tokenizer.json puts BOS before text."""
+        first = self.bpe.encode("a", add_special_tokens=True).ids[:1] if self.bpe else []
+        return self.bos_id >= 0 and first == [self.bos_id]
 
     @property
     def stop_ids(self):
@@ -137,11 +147,13 @@ class Tokenizer:
             pieces[self.bos_id] = "\n<s>\n"  # the newlines keep text from ever matching these two
         if self.eos_id >= 0:
             pieces[self.eos_id] = "\n</s>\n"
+        control = set(self.special.values())  # never found in text: -inf
         pieces = [p.replace("\u2581", " ").encode() for p in pieces]  # ▁ is how a space is spelt
         with write_atomic(path) as f:
             f.write(struct.pack("<I", max(map(len, pieces))))
             for i, piece in enumerate(pieces):
-                f.write(struct.pack("<fI", self.sp.get_score(i), len(piece)) + piece)
+                score = -math.inf if i in control else self.sp.get_score(i)
+                f.write(struct.pack("<fI", score, len(piece)) + piece)
 
 def printable(text):
     """Generated text without control characters (C0 but newline and tab, DEL, C1), which could move

@@ -471,8 +471,9 @@ def start(args, rank, world):
 
     vocab_size = checkpoint["model_args"]["vocab_size"] if checkpoint else args.vocab_size
     tokenizer = load_tokenizer(args, vocab_size)
-    # What a checkpoint says of its dialogues goes into those that are made from it.
-    args.kept = {k: checkpoint[k] for k in ("template", "end_ids") if k in (checkpoint or ())}
+    # What a checkpoint says of its text and dialogues goes into those that are made from it.
+    kept = "template", "end_ids", "bos"
+    args.kept = {k: checkpoint[k] for k in kept if k in (checkpoint or ())}
     stage = stage_class(args)(args, checkpoint, rank, world, context, tokenizer)
     if resumed:
         stage.resume(checkpoint)

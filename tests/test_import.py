@@ -1,0 +1,241 @@
+"""export.py --hf: models of Hugging Face's, made here by transformers, write the same text in Python
+and in C as in transformers."""
+
+import contextlib
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import export
+import sample
+from checkpoint import load_checkpoint
+from test_export import program, run  # noqa: F401
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+
+PROMPTS = ["The dog", "I said hello to a", "3 friends ran"]
+TEXT = [f"The dog number {i} ran to the park and said hello to a friend." for i in range(300)]
+
+
+def llama(folder, vocab, never=(), **changes):
+    """A random model, whose greedy text has none of the tokens `never`: here bytes, since half
+    characters are decoded differently by each library."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                  tie_word_embeddings=False, initializer_range=0.5)  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **changes}))
+    with torch.no_grad():
+        model.lm_head.weight[list(never)] = 0
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def settings(folder, **values):
+    path = folder / "tokenizer_config.json"
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|go|>",
+              "eos_token": "<|stop|>", **values}  # fmt: skip
+    path.write_text(json.dumps(values))
+
+
+def bpe_folder(folder, begin, rows=None, changes=None, **values):
+    """A byte-level BPE, whose post-processor puts BOS before text if `begin`, and a model whose
+    embedding has so many rows."""
+    t = tokenizers.Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    t.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|stop|>", "<|go|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    if begin:
+        t.post_processor = processors.TemplateProcessing(
+            single="<|go|> $A", pair="<|go|> $A $B", special_tokens=[("<|go|>", 1)]
+        )
+    size = t.get_vocab_size()
+    never = [i for text, i in t.get_vocab().items() if i < 2 or not text.isascii()]
+    model = llama(folder, rows or size, never, **{"bos_token_id": 1, "eos_token_id": 0, **(changes or {})})
+    t.save(str(folder / "tokenizer.json"))
+    settings(folder, **values)
+    return model, size
+
+
+def sentencepiece_folder(folder, begin, tokens=(), rows=None, **changes):
+    """Llama 2's kind of tokenizer as transformers 5 saves it: a tokenizer.json alone, made of a
+    SentencePiece model by transformers' own rule for merges, with more tokens after its own."""
+    import tinystories
+    from sentencepiece import SentencePieceProcessor
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    data = folder.parent / f"{folder.name}_data"
+    tinystories.synthesize(str(data), 300, seed=1)
+    tinystories.train_vocab(str(data), 512)
+    sp = SentencePieceProcessor(model_file=str(data / "tok512.model"))
+    vocab = {sp.id_to_piece(i): i for i in range(512)}
+    merges = generate_merges(vocab, {p: sp.get_score(i) for p, i in vocab.items()})
+    t = transformers.LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=begin)
+    t.add_special_tokens({"extra_special_tokens": list(tokens)})
+    model = llama(folder, rows or 512 + len(tokens), range(259), **changes)
+    t.save_pretrained(folder)
+    assert not (folder / "tokenizer.model").exists()
+    return model, 512 + len(tokens)
+
+
+def their_text(folder, prompt, n=12):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    [ids] = model.generate(**given, do_sample=False, max_new_tokens=n, pad_token_id=0).tolist()
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def our_text(checkpoint, prompt, *flags, n=12):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        sample.main([f"--checkpoint={checkpoint}", f"--start={prompt}", "--temperature=0",
+                     f"--max_new_tokens={n}", *flags])  # fmt: skip
+    return out.getvalue().strip()
+
+
+def c_text(program, path, prompt, *flags, n=12):
+    done = subprocess.run([program, path, "-i", prompt, "-t", "0", *flags], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode(errors="replace").strip()
+
+
+def plain(text):  # run.c leaves control characters out
+    return "".join(c for c in text if c >= " " or c in "\n\t\r")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize("begin", [True, False])
+def test_plain_text_begins_as_in_transformers(tmp_path, program, kind, begin):  # noqa: F811
+    """With BOS or without, as the tokenizer's post-processor says: in sample.py, in run.c, in GGUF
+    and in the folder that is exported again."""
+    folder = tmp_path / "in"
+    make = bpe_folder if kind == "bpe" else sentencepiece_folder
+    make(folder, begin)
+    run(tmp_path / "c.pt", f"--hf={folder}")
+    assert load_checkpoint(tmp_path / "c.pt")["bos"] is begin
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    assert struct.unpack_from("<i", (tmp_path / "m.bin").read_bytes(), 152) == (int(not begin),)
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/c.pt", "--format=hf")
+    texts = []
+    for prompt in PROMPTS:
+        want = their_text(folder, prompt)
+        assert our_text(tmp_path / "c.pt", prompt) == want
+        assert their_text(tmp_path / "out", prompt) == want
+        length = len(transformers.AutoTokenizer.from_pretrained(folder).encode(prompt)) + 12
+        got = c_text(program, tmp_path / "m.bin", prompt, "-n", str(length))
+        assert plain(want).startswith(got[:-6]) and len(got) > len(prompt) + 6
+        texts.append(want)
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert config.get("add_bos_token", begin) is begin
+    gguf = pytest.importorskip("gguf")
+    run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("tokenizer.ggml.add_bos_token").contents() is begin
+    # the flag matters: with the other one the model writes something else
+    state = load_checkpoint(tmp_path / "c.pt")
+    torch.save(state | {"bos": not begin}, tmp_path / "c.pt")
+    assert [our_text(tmp_path / "c.pt", p) for p in PROMPTS] != texts
+
+
+def test_an_empty_prompt_begins_with_bos(tmp_path, program):  # noqa: F811
+    bpe_folder(tmp_path / "in", False)
+    run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    ids = model.generate(torch.tensor([[1]]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    want = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    assert our_text(tmp_path / "c.pt", "") == want
+    assert plain(want).startswith(c_text(program, tmp_path / "m.bin", "", "-n", "13")[:-6])
+
+
+def test_perplexity_without_bos_is_transformers_loss(tmp_path, program):  # noqa: F811
+    model, _ = bpe_folder(tmp_path / "in", False)
+    run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    text = "The dog ran to the park.\nHello, friend number 7!"
+    (tmp_path / "text.txt").write_text(text)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")(text, return_tensors="pt")
+    want = model(ids["input_ids"], labels=ids["input_ids"]).loss.item()
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "perplexity", "-i",
+                           tmp_path / "text.txt"], capture_output=True, text=True)  # fmt: skip
+    assert float(done.stdout.split()[1].rstrip(",")) == pytest.approx(want, abs=1e-3)
+
+
+def test_ppo_prompts_of_a_model_without_bos(tmp_path):
+    """They are those of a model with BOS, without it; only an empty prompt is BOS."""
+    import tinystories
+
+    (tmp_path / "tok512").mkdir()
+    ids = torch.randint(3, 512, (40, 9))
+    ids[:, 0] = tinystories.BOS
+    for i in range(2):
+        ids.short().numpy().tofile(tmp_path / f"tok512/data{i:02}.bin")
+    args = str(tmp_path / "tok512"), "train", 8, 512
+    with_bos = tinystories.Prompts(*args).batch(0, 40)
+    without = tinystories.Prompts(*args, bos=False).batch(0, 40)
+    assert without == [p[1:] or [tinystories.BOS] for p in with_bos] and [tinystories.BOS] in without
+
+
+def test_training_keeps_the_flag(tmp_path):
+    import train
+
+    bpe_folder(tmp_path / "in", False)
+    run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    lines = [json.dumps({"prompt": f"the dog {i}", "response": f"ran {i}"}) for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    train.main(["--sft", f"--init_from={tmp_path}/c.pt", f"--out_dir={tmp_path}/out",
+                f"--data={tmp_path}/d.jsonl", "--max_iters=1", "--batch_size=4", "--device=cpu",
+                "--eval_iters=1"])  # fmt: skip
+    assert load_checkpoint(tmp_path / "out/sft_ckpt.pt")["bos"] is False
+    assert struct.unpack_from("<i", (tmp_path / "out/sft_model.bin").read_bytes(), 152) == (1,)
+
+
+@pytest.mark.parametrize("kind, tokens, rows", [
+    ("bpe", 0, 64), ("bpe", 0, 128), ("sentencepiece", 0, 0), ("sentencepiece", 1, 0),
+    ("sentencepiece", 1, 64), ("sentencepiece", 0, 64)])  # fmt: skip
+def test_vocabularies_that_are_padded_or_have_more_tokens(tmp_path, program, kind, tokens, rows):  # noqa: F811
+    """Padded rows are left out, so that nothing can sample them, although they are the likeliest
+    here; all the rest writes the same text as transformers, where they are suppressed."""
+    folder = tmp_path / "in"
+    more = [f"<|more{i}|>" for i in range(tokens)]
+    size = 300 if kind == "bpe" else 512 + tokens
+    rows = -(-(size + 1) // rows) * rows if rows else size
+    if kind == "bpe":
+        model, _ = bpe_folder(folder, True, rows)
+    else:
+        model, _ = sentencepiece_folder(folder, True, more, rows)
+    with torch.no_grad():
+        model.lm_head.weight[size:] *= 3
+    model.save_pretrained(folder)
+    done = run(tmp_path / "c.pt", f"--hf={folder}")
+    assert (f"without the {rows - size} rows" in done.stdout) == (rows > size)
+    assert load_checkpoint(tmp_path / "c.pt")["model_args"]["vocab_size"] == size
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        [out] = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0,
+                               suppress_tokens=list(range(size, rows)) or None).tolist()  # fmt: skip
+        want = tokenizer.decode(out, skip_special_tokens=True).strip()
+        assert our_text(tmp_path / "c.pt", prompt) == want
+        got = c_text(program, tmp_path / "m.bin", prompt, "-n", str(len(out)))
+        assert plain(want).startswith(got[:-6]) and len(got) > len(prompt)
+    gguf = pytest.importorskip("gguf")
+    run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf")
+    names = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
+    assert len(names) == size and names[size - tokens :] == more
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/c.pt", "--format=hf")
+    for prompt in [*PROMPTS, *more]:
+        if prompt not in more:
+            assert their_text(tmp_path / "out", prompt) == our_text(tmp_path / "c.pt", prompt)
