@@ -45,6 +45,7 @@ from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece
                      open_tensors, ranks_to_json, read_hf, read_meta, sentencepiece_names,
                      sentencepiece_pieces, special_ids, template_from_jinja, token_text, write_gguf,
                      write_hf, write_json)
+from instruct import Template
 from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
 from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
@@ -544,19 +545,23 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
         checkpoint["end_ids"] = ends
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="replace") as f:
             settings["chat_template"] = f.read()
     source = settings.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
     if not source:
         return ""
     try:
         texts = token_text(settings, "bos_token"), token_text(settings, "eos_token")
-        checkpoint["template"] = template_from_jinja(source, *texts)
+        template = template_from_jinja(source, *texts)
+        if tokenizer:
+            Template(**template).check(tokenizer)
+        checkpoint["template"] = template
         return ", with its chat template"
     except ValueError as e:
-        return f"; its chat template was dropped, since strings cannot express it ({e})"
+        return f"; its chat template was dropped ({e}): --template of other commands names another"
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)

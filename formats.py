@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from instruct import ended
 from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
-from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, read_json
+from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, read_json, render_chats
 
 # -----------------------------------------------------------------------------
 # What all formats share
@@ -334,18 +335,6 @@ def read_meta(folder, dtype=None, max_seq_len=None):
 # -----------------------------------------------------------------------------
 # Ways to chat: Hugging Face's are programs (Jinja), ours are strings
 
-def jinja_environment():
-    """As transformers runs chat templates; sandboxed, since they come from strangers."""
-    need("jinja2")
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    def refuse(message):
-        raise ValueError(message)
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols"])
-    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    env.globals["raise_exception"] = refuse
-    return env
-
 def write_dialogue(template, turns, system, bos, eos):
     """A dialogue by our strings; of turns, (user, reply), the last reply may be None: a prompt."""
     text = ""
@@ -364,57 +353,66 @@ def write_dialogue(template, turns, system, bos, eos):
 def template_from_jinja(source, bos, eos):
     """
     Our strings for a Jinja template: it writes dialogues of marked texts, which are cut at the
-    marks. ValueError says why where that cannot be: a dialogue of three exchanges must come out
-    the same both ways, up to spaces around replies, which are the tokenizer's affair here.
+    marks. Where nothing follows a reply, {eos} is added, with which the model ends it. ValueError
+    says why where that cannot be: a dialogue of three exchanges must come out the same both ways,
+    up to spaces around replies, which are the tokenizer's affair here.
     """
-    try:
-        program = jinja_environment().from_string(source)
-        def render(turns, system=None):
-            messages = [{"role": "system", "content": system}] if system else []
-            for user, reply in turns:
-                messages.append({"role": "user", "content": user})
-                if reply is not None:
-                    messages.append({"role": "assistant", "content": reply})
-            return program.render(messages=messages, bos_token=bos, eos_token=eos, tools=None,
-                                  add_generation_prompt=turns[-1][1] is None)
-        def form(turn, system=None, before=()):
-            start = render(before, system) if before else ""
-            prompt = render([*before, (turn[0], None)], system)
-            whole = render([*before, turn], system)
-            if not (prompt.startswith(start) and whole.startswith(prompt.rstrip())):
-                raise ValueError("it changes earlier replies")
-            prompt, tail = prompt[len(start):], whole.rpartition(turn[1])[2]
-            return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
-        one, two, system = ("USER-1", "REPLY-1"), ("USER-2", "REPLY-2"), "SYSTEM-1"
-        template = {"turn": form(one), "next": form(two, None, [one])}
-        with contextlib.suppress(Exception):  # one that has no place for it may refuse
-            template["system"] = form(one, system)
-        knows_system = system in template.get("system", "")
-        if not knows_system:
-            template["system"] = template["turn"].replace(one[0], f"{system}\n\n{one[0]}")
-        for name, text in template.items():
-            for mark, value in ((eos, "{eos}"), (bos, "{bos}"), (system, "{system}"),
-                                (one[0], "{user}"), (two[0], "{user}")):
-                text = text.replace(mark, value) if mark else text
-            template[name] = text
-            if text.count("{user}") != 1 or text.count("{reply}") != 1:
-                raise ValueError("a text is left out, or written twice")
-        if template["next"] == template["turn"]:
-            template["next"] = ""
-        turns = [("Who are you?", "I am\n\na model."), ("Ünïcödé {x}", "<b>"), ("And?", "No.")]
-        def bare(text):
-            for _, reply in turns:
-                text = text.replace(f" {reply}", reply).replace(f"{reply} ", reply)
-            return text
-        for n, brief in ((1, ""), (3, ""), (3, "Be brief."))[:2 + knows_system]:
-            for last in (turns[n - 1][1], None):
-                said = [*turns[:n - 1], (turns[n - 1][0], last)]
-                ours = write_dialogue(template, said, brief, bos, eos)
-                if bare(render(said, brief)) != bare(ours):
-                    raise ValueError("a longer dialogue comes out otherwise")
-        return template
-    except Exception as e:  # a stranger's program fails as it likes
-        raise ValueError(" ".join(str(e).split())[:200]) from None
+    if isinstance(source, str) and len(source) > 1 << 20:
+        raise ValueError("it is longer than a megabyte")
+    one, two, system = ("USER-1", "REPLY-1"), ("USER-2", "REPLY-2"), "SYSTEM-1"
+    turns = [("Who are you?", "I am\n\na model."), ("Ünïcödé {x}", "<b>"), ("And?", "No.")]
+    said = [((one,), None), ((one, two), None), ((one,), system)]
+    said += [(tuple(turns[:n]), brief) for n, brief in ((1, None), (3, None), (3, "Be brief."))]
+    said += [((*t[:-1], (t[-1][0], None)), brief) for t, brief in said]
+    chats = []
+    for chat, brief in said:
+        messages = [{"role": "system", "content": brief}] if brief else []
+        for user, reply in chat:
+            messages.append({"role": "user", "content": user})
+            if reply is not None:
+                messages.append({"role": "assistant", "content": reply})
+        chats.append({"messages": messages, "bos_token": bos, "eos_token": eos, "tools": None,
+                      "add_generation_prompt": chat[-1][1] is None})
+    written = dict(zip(said, render_chats(source, chats)))
+    def render(turns, system=None):
+        text, error = written[tuple(turns), system or None]
+        if error:
+            raise ValueError(error)
+        return text
+    def form(turn, system=None, before=()):
+        start = render(before, system) if before else ""
+        prompt = render([*before, (turn[0], None)], system)
+        whole = render([*before, turn], system)
+        if not (prompt.startswith(start) and whole.startswith(prompt.rstrip())):
+            raise ValueError("it changes earlier replies")
+        prompt, tail = prompt[len(start):], whole.rpartition(turn[1])[2]
+        return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
+    template = {"turn": form(one), "next": form(two, None, [one])}
+    with contextlib.suppress(ValueError):  # one that has no place for it may refuse
+        template["system"] = form(one, system)
+    knows_system = system in template.get("system", "")
+    if not knows_system:
+        template["system"] = template["turn"].replace(one[0], f"{system}\n\n{one[0]}")
+    for name, text in template.items():
+        for mark, value in ((eos, "{eos}"), (bos, "{bos}"), (system, "{system}"),
+                            (one[0], "{user}"), (two[0], "{user}")):
+            text = text.replace(mark, value) if mark else text
+        template[name] = text
+        if text.count("{user}") != 1 or text.count("{reply}") != 1:
+            raise ValueError("a text is left out, or written twice")
+    if template["next"] == template["turn"]:
+        template["next"] = ""
+    def bare(text):
+        for _, reply in turns:
+            text = text.replace(f" {reply}", reply).replace(f"{reply} ", reply)
+        return text
+    for n, brief in ((1, ""), (3, ""), (3, "Be brief."))[:2 + knows_system]:
+        for last in (turns[n - 1][1], None):
+            chat = [*turns[:n - 1], (turns[n - 1][0], last)]
+            ours = write_dialogue(template, chat, brief, bos, eos)
+            if bare(render(chat, brief)) != bare(ours):
+                raise ValueError("a longer dialogue comes out otherwise")
+    return {name: ended(text) for name, text in template.items()}
 
 def template_to_jinja(template):
     """The Jinja template that writes what our strings write."""
@@ -715,7 +713,8 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
 def token_text(config, name):
     """A special token of a tokenizer_config.json, which may be a string or an object; or ""."""
     value = config.get(name)
-    return (value.get("content") if isinstance(value, dict) else value) or ""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
 
 def same_template(config, template):
     """Whether a tokenizer_config.json has a chat template that writes what ours does."""

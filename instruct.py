@@ -29,6 +29,7 @@ import json
 import os
 import random
 import re
+import sys
 from typing import NamedTuple
 
 import common  # noqa: F401  first: it says what to do where a package is not installed
@@ -137,6 +138,11 @@ class Template(NamedTuple):
                 raise ValueError(f"template {form!r}: a token must follow {{reply}} and end it")
         return self
 
+def ended(form):
+    """A form of a template in which {eos} follows {reply} where only white space did."""
+    before, reply, after = form.partition("{reply}")
+    return form if after.strip() or not reply else f"{before}{{reply}}{{eos}}{after}"
+
 TEMPLATES = {
     # Short, for small vocabularies, where each of these characters may be a token
     "plain": Template("{bos}{user}\n{reply}{eos}", "{bos}{system}\n{user}\n{reply}{eos}"),
@@ -146,13 +152,19 @@ TEMPLATES = {
 
 def find_template(name, checkpoint, tokenizer, default="llama2"):
     """
-    The template of a model: that of its checkpoint (a dict), else what `name` says, one of
-    TEMPLATES or a JSON file {"turn": ..., "system": ...}, else `default`. Raises ValueError where
-    both are there and differ, or the tokenizer does not fit; OSError.
+    The template of a model: what `name` says, one of TEMPLATES or a JSON file {"turn": ...,
+    "system": ...}, else that of its checkpoint (a dict), else `default`. One line on stderr says
+    where it is not the checkpoint's. TEMPLATES are without {bos} for a model whose text does not
+    begin with BOS. Raises ValueError where the tokenizer does not fit; OSError.
     """
     kept = checkpoint.get("template")
     if kept:
-        kept = Template(kept["turn"], kept.get("system", ""), kept.get("next", ""))
+        forms = (kept.get(form) or "" for form in ("turn", "system", "next"))
+        kept = Template(*map(ended, forms))
+    templates = TEMPLATES
+    if tokenizer.bos_id < 0 or not checkpoint.get("bos", True):
+        templates = {key: Template(*(form.replace("{bos}", "") for form in template))
+                     for key, template in TEMPLATES.items()}
     if name.endswith(".json"):
         with open(name, encoding="utf-8-sig") as f:
             try:
@@ -164,11 +176,16 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
     elif name and name not in TEMPLATES:
         raise ValueError(f"--template={name}: expected {', '.join(TEMPLATES)} or a .json file")
     else:
-        given = TEMPLATES.get(name)
-    if kept and given and kept != given:
-        raise ValueError(f"--template={name}: the checkpoint was trained with another template, "
-                         f"{kept.turn!r}")
-    return (kept or given or TEMPLATES[default]).check(tokenizer)
+        given = templates.get(name)
+    template = (given or kept or templates[default]).check(tokenizer)
+    if template != kept and os.environ.get("RANK", "0") == "0":
+        if kept:
+            print(f"note: --template={name} replaces the checkpoint's template {kept.turn!r}",
+                  file=sys.stderr)
+        elif not given:
+            print(f"note: the checkpoint has no chat template: using {default}, "
+                  f"{template.turn!r}; --template names another", file=sys.stderr)
+    return template
 
 # -----------------------------------------------------------------------------
 # Files

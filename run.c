@@ -1747,7 +1747,6 @@ typedef struct {
     uint64_t seed;
     int steps, stories;
     int stop;   // what the chat template has after a reply, or -1
-    int met;    // see render
     const char *prompt, *system;
     float *memory; // what bench reads
 } Run;
@@ -1920,7 +1919,7 @@ static void *append(void *block, size_t *n, const void *more, size_t count, size
 
 // Appends a turn to the *n_ids ids; an unfinished one ends where its reply would begin.
 // The template is cut at tokens before anything is inserted, so what a user types never becomes a
-// control token. Returns the ids, and in run->met the bits of the names that it has met.
+// control token. Returns the ids.
 static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *n_ids) {
     const Tokenizer *t = &run->tokenizer;
     char *text = NULL;
@@ -1928,7 +1927,6 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
         const char *insert = (const char *)in.data;
         int name = 0, id = -1;
         while (name < NO_NAME && !starts(in, names[name])) name++;
-        run->met |= 1 << name;
         used = name < NO_NAME ? strlen(names[name])
                               : (size_t)smaller(in.size, t->longest_special);
         for (; name == NO_NAME && used && id < 0; used -= id < 0)
@@ -1964,22 +1962,72 @@ static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) 
     return ids;
 }
 
+static bool find(Span *in, const char *text) { // cuts off what is before the text
+    while (in->size && !starts(*in, text)) cut(in, 1);
+    return in->size > 0;
+}
+
+static int count(Span in, const char *text) {
+    int n = 0;
+    for (; find(&in, text); cut(&in, strlen(text))) n++;
+    return n;
+}
+
+static bool token_at(const Run *run, Span in) { // whether a template has a token here
+    if (starts(in, names[BOS]) || starts(in, names[EOS])) return true;
+    for (int64_t n = smaller(in.size, run->tokenizer.longest_special); n > 0; n--)
+        if (*slot_of(&run->tokenizer, in.data, n, SPECIAL) >= 0) return true;
+    return false;
+}
+
+// The rule of Template.check in instruct.py. Where only white space follows a reply, the end of
+// text does.
+static void check_template(const Run *run, Span *form, bool system) {
+    Span rest = *form, name = *form, after;
+    for (int i = SYSTEM; i <= REPLY; i++)
+        if (count(rest, names[i]) != (i != SYSTEM || system))
+            die("this model's chat template has %s for %s", count(rest, names[i])
+                ? i == SYSTEM && !system ? "a place" : "more than one place" : "no place", names[i]);
+    for (; find(&name, "<|"); cut(&name, 2)) {
+        for (after = name, cut(&after, 2); after.size && !memchr("|<>", *after.data, 3);)
+            cut(&after, 1);
+        const int n = (int)(after.data + 2 - name.data);
+        if (starts(after, "|>") && *slot_of(&run->tokenizer, name.data, n, SPECIAL) < 0)
+            die("this model's chat template has %.*s, which is no token", n, (const char *)name.data);
+    }
+    find(&rest, names[REPLY]);
+    cut(&rest, strlen(names[REPLY]));
+    for (after = rest; after.size && memchr(" \n\r\t", *after.data, 4);) cut(&after, 1);
+    if (!after.size) {
+        const size_t head = (size_t)(rest.data - form->data), tail = (size_t)rest.size;
+        char *text = need(malloc(head + 5 + tail));
+        memcpy(text, form->data, head);
+        memcpy(text + head, names[EOS], 5);
+        memcpy(text + head + 5, rest.data, tail);
+        *form = (Span){(const uint8_t *)text, (int64_t)(head + 5 + tail)}; // which stays
+    } else if (!token_at(run, rest))
+        die("this model's chat template has no token after {reply} to end it");
+}
+
 // Checks the templates, and finds the token that the model was taught to end a reply with.
 static void open_templates(Run *run) {
     const Turn nothing = {.user = (char[]){""}};
     Span *chat = run->model.chat;
     const bool none = !chat[0].data;
     size_t before = 0, after = 0;
-    for (int i = 0; i < 3 && none; i++)
-        chat[i] = (Span){(const uint8_t *)llama2_chat[i], (int64_t)strlen(llama2_chat[i])};
+    for (int i = 0; i < 3 && none; i++) { // without {bos} where text does not begin with it
+        const char *text = llama2_chat[i] + (*llama2_chat[i] && run->model.c.no_bos ? 5 : 0);
+        chat[i] = (Span){(const uint8_t *)text, (int64_t)strlen(text)};
+    }
+    for (int i = 0; i < 3; i++)
+        if (!i || chat[i].size) check_template(run, &chat[i], i == 1);
+    if (run->system && !chat[1].size)
+        die("this model's chat template has no place for %s", names[SYSTEM]);
     if (!chat[2].size) chat[2] = chat[0];
     free(render(run, chat[run->system != NULL], &nothing, false, NULL, &before));
     int *ids = render(run, chat[run->system != NULL], &nothing, true, NULL, &after);
     run->stop = after > before ? ids[before] : -1;
     free(ids);
-    for (int name = run->system ? SYSTEM : USER; name <= REPLY; name++)
-        if (!(run->met >> name & 1))
-            die("this model's chat template has no place for %s", names[name]);
 }
 
 // A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
@@ -1988,6 +2036,7 @@ static void chat(Run *run) {
     const int context = run->model.c.seq_len;
     Sampler sampler = new_sampler(run, 0);
     Turn *turn = NULL;
+    const bool none = !run->model.chat[0].data;
     open_templates(run);
     state_open(&run->state, &run->model, &run->team, 1, context, MAX_ROWS);
     int *seen = NULL, n_seen = 0, first = 0, n, last = 0;
@@ -1999,6 +2048,8 @@ static void chat(Run *run) {
         turn[last].user = run->prompt ? strdup(run->prompt) : read_line(stdin);
         run->prompt = NULL;
         if (!turn[last].user) break;
+        if (!last && none)
+            fprintf(stderr, "note: this model brings no chat template: using Llama 2's\n");
         int *ids = render_all(run, turn, first, last, &n), dropped = first;
         for (; n >= context && first < last; ids = render_all(run, turn, ++first, last, &n))
             free(ids);

@@ -9,11 +9,13 @@ and files that are never half-written.
 import argparse
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import os
 import re
 import struct
+import subprocess
 import sys
 
 from common import write_atomic  # first: it says what to do where a package is not installed
@@ -247,6 +249,77 @@ def byte_level_blob(tokenizer):
         struct.pack("<3I", pattern, flags, len(merges)),
         *(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges),
         *(struct.pack("<I", len(b) << 1 | special) + b for b, special in pieces)])
+
+# -----------------------------------------------------------------------------
+# Chat templates of Hugging Face's are programs (Jinja) of strangers: a process runs them that has
+# little time and memory.
+
+RENDER_SECONDS, RENDER_BYTES, RENDER_CHARACTERS = 5, 1 << 30, 1 << 20
+
+def render_chats(source, chats):
+    """
+    What a chat template writes for each of `chats`, the variables it can use: pairs (text, error),
+    one of which is "". ValueError if the template as a whole fails or exceeds the limits.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise ValueError("this needs the jinja2 library: pip install jinja2")
+    folder = os.path.dirname(os.path.abspath(__file__))
+    code = f"import sys; sys.path.insert(0, {folder!r}); import tokenizer; tokenizer.render_child()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], input=json.dumps([source, chats]),
+                              capture_output=True, text=True, timeout=2 * RENDER_SECONDS)
+        written, error = json.loads(done.stdout) if done.returncode == 0 else (None, None)
+    except subprocess.TimeoutExpired:
+        done, error = None, None
+    if error:
+        raise ValueError(error)
+    if done and done.returncode == 1:
+        raise ValueError(done.stderr.strip().split("\n")[-1])
+    if done is None or done.returncode:
+        raise ValueError(f"it needs more than {RENDER_SECONDS} seconds or {RENDER_BYTES >> 20} MB")
+    return written
+
+def render_child():
+    """The process of render_chats: as transformers runs chat templates, and in a sandbox."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (RENDER_BYTES, RENDER_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (RENDER_SECONDS, RENDER_SECONDS))
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what transformers trains: the text stays."""
+        tags = {"generation"}
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+    def refuse(message):
+        raise ValueError(message)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols", Generation])
+    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.globals["raise_exception"] = refuse
+    source, chats = json.load(sys.stdin)
+    def reason(e):  # a stranger's program fails as it likes
+        if isinstance(e, MemoryError):
+            return f"it needs more than {RENDER_BYTES >> 20} MB"
+        return " ".join(str(e).split())[:200] or type(e).__name__
+    written, error = [], ""
+    try:
+        program = env.from_string(source)
+    except Exception as e:
+        chats, error = [], reason(e)
+    for chat in chats:
+        try:
+            text = program.render(**chat)
+            if len(text) > RENDER_CHARACTERS:
+                raise ValueError(f"it writes more than {RENDER_CHARACTERS:,} characters")
+            written.append((text, ""))
+        except Exception as e:
+            written.append(("", reason(e)))
+    json.dump([written, error], sys.stdout)
 
 # -----------------------------------------------------------------------------
 # Where tokenizers are

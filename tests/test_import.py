@@ -239,3 +239,150 @@ def test_vocabularies_that_are_padded_or_have_more_tokens(tmp_path, program, kin
     for prompt in [*PROMPTS, *more]:
         if prompt not in more:
             assert their_text(tmp_path / "out", prompt) == our_text(tmp_path / "c.pt", prompt)
+
+
+# ----------------------------------------------------------------------------
+# chat templates
+
+TALK = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + 'Q: ' + m['content'] + "
+        "'\nA:' }}{% elif m['role'] == 'assistant' %}REPLY{% endif %}{% endfor %}")  # fmt: skip
+NO_END = TALK.replace("REPLY", "{{ ' ' + m['content'] + '\n' }}")
+MARKED = TALK.replace("REPLY", "{% generation %}{{ ' ' + m['content'] + eos_token }}"
+                      "{% endgeneration %}")  # fmt: skip
+
+
+def chat_lines(checkpoint, monkeypatch, *users, flags=(), n=12):
+    """What sample.py --chat says to the users, and the prompts that it gives to the model."""
+    prompts, lines, out, err = [], [*users, None], io.StringIO(), io.StringIO()
+    generate = sample.generate
+
+    def watched(model, given, *args, **kw):
+        prompts.append(given[0])
+        return generate(model, given, *args, **kw)
+
+    with monkeypatch.context() as m:
+        m.setattr(sample, "generate", watched)
+        m.setattr(sample, "read_line", lambda _: lines.pop(0))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            sample.main([f"--checkpoint={checkpoint}", "--chat", "--temperature=0",
+                         f"--max_new_tokens={n}", *flags])  # fmt: skip
+    return out.getvalue().split("Assistant: ")[1:], err.getvalue(), prompts
+
+
+@pytest.mark.parametrize("source", [NO_END, MARKED], ids=["no end", "generation"])
+@pytest.mark.parametrize("begin", [True, False])
+def test_chat_is_transformers(tmp_path, program, monkeypatch, source, begin):  # noqa: F811
+    """Greedy replies through a template are transformers' in Python and C, whether BOS is before
+    plain text or not: in a chat the template says it."""
+    model, _ = bpe_folder(tmp_path / "in", begin, chat_template=source)
+    done = run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    assert "with its chat template" in done.stdout
+    turn = load_checkpoint(tmp_path / "c.pt")["template"]["turn"]
+    assert turn == "{bos}Q: {user}\nA:{reply}{eos}" + "\n" * (source is NO_END)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    said = [{"role": "user", "content": "Hello dog"}]
+    ids = tokenizer.apply_chat_template(said, return_tensors="pt", return_dict=True)["input_ids"]
+    [out] = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0).tolist()
+    want = tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)
+    [reply], err, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "Hello dog")
+    assert prompt == ids[0].tolist() and reply.strip() == want.strip() and "note" not in err
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hello dog", "-t", "0",
+                           "-n", "12"], capture_output=True, text=True, input="")  # fmt: skip
+    assert done.returncode == 0 and "note" not in done.stderr
+    reply = done.stdout.removeprefix("Assistant:").split("\n\n")[0].removesuffix("\nUser:")
+    assert reply.split("\nUser")[0].strip() == plain(want).strip()
+
+
+def test_a_template_without_an_end_is_trained_and_replaced(tmp_path, monkeypatch):
+    """EOS ends replies: --sft teaches it; --template=llama2 replaces the template and says so."""
+    import train
+
+    bpe_folder(tmp_path / "in", False, chat_template=NO_END)
+    run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    lines = [json.dumps({"prompt": f"the dog {i}", "response": f"ran {i}"}) for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    common = ["--sft", f"--init_from={tmp_path}/c.pt", f"--data={tmp_path}/d.jsonl", "--max_iters=1",
+              "--batch_size=4", "--device=cpu", "--eval_iters=1"]  # fmt: skip
+    train.main([*common, f"--out_dir={tmp_path}/a"])
+    kept = load_checkpoint(tmp_path / "a/sft_ckpt.pt")["template"]["turn"]
+    assert kept == "{bos}Q: {user}\nA:{reply}{eos}\n"
+    train.main([*common, f"--out_dir={tmp_path}/b", "--template=llama2"])
+    kept = load_checkpoint(tmp_path / "b/sft_ckpt.pt")["template"]["turn"]
+    assert kept == "[INST] {user} [/INST]{reply}{eos}"  # plain text does not begin with BOS
+    _, err, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "Hi", flags=["--template=llama2"])
+    assert "--template=llama2 replaces the checkpoint's template" in err and prompt[0] != 1
+
+
+BAD_TEMPLATES = {  # what import says of them
+    "a token must follow {reply}": TALK.replace("REPLY", "{{ m.content + ' [END]' }}"),
+    "<|end|> is no token": TALK.replace("REPLY", "{{ m.content + '<|end|>' }}"),
+    "it needs more than 1024 MB": "{{ 'a'*3000000000 }}",
+    "it needs more than 5 seconds": "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "or 1024 MB": "{{ 10 ** (10 ** 10) }}",
+    "it writes more than": "{{ 'a' * 2000000 }}",
+    "Unexpected end of template": "{% generation %}x",
+    "Can't compile": 5,
+}
+
+
+@pytest.mark.parametrize("says", BAD_TEMPLATES)
+def test_a_template_that_is_dropped(tmp_path, program, monkeypatch, says):  # noqa: F811
+    """Import names the reason; the commands say which template they use instead, Python's and C's
+    the same one."""
+    bpe_folder(tmp_path / "in", False, chat_template=BAD_TEMPLATES[says])
+    done = run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    assert "chat template was dropped" in done.stdout and says in done.stdout
+    assert "template" not in load_checkpoint(tmp_path / "c.pt")
+    if says != "Can't compile":
+        return
+    _, err, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "Hi")
+    assert "note: the checkpoint has no chat template: using llama2" in err
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    assert prompt == tokenizer.encode("[INST] Hi [/INST]")
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0",
+                           "-n", "5"], capture_output=True, text=True, input="")  # fmt: skip
+    assert done.returncode == 0 and "note: this model brings no chat template" in done.stderr
+
+
+@pytest.mark.parametrize("says, turn", [
+    ("", "{bos}Q: {user}A: {reply}"), ("", "{user} {reply}\n \n"), ("", "{user} {reply}{bos}x"),
+    ("{reply}", "{bos}Q: {user}A: {reply}\n{eos}"), ("{user}", "{reply}{eos}"),
+    ("{reply}", "{user}{reply}{reply}{eos}"), ("{system}", "{system}{user}{reply}{eos}"),
+    ("<|im_end|>", "{user}<|im_end|>{reply}{eos}")])  # fmt: skip
+def test_python_and_c_have_one_rule(tmp_path, program, monkeypatch, says, turn):  # noqa: F811
+    bpe_folder(tmp_path / "in", True)
+    run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    state = load_checkpoint(tmp_path / "c.pt")
+    torch.save(state | {"template": {"turn": turn, "system": "", "next": ""}}, tmp_path / "c.pt")
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0",
+                           "-n", "5"], capture_output=True, text=True, input="")  # fmt: skip
+    assert done.returncode == bool(says) and says in done.stderr
+    if says:
+        with pytest.raises(ValueError, match=says.replace("|", "\\|")):
+            chat_lines(tmp_path / "c.pt", monkeypatch, "Hi")
+    else:
+        assert len(chat_lines(tmp_path / "c.pt", monkeypatch, "Hi")[0]) == 1
+
+
+def test_added_tokens_in_a_template(tmp_path, program, monkeypatch):  # noqa: F811
+    """ChatML on Llama 2's kind of tokenizer: its tokens are tokens in Python and in C, and text that
+    spells them is text."""
+    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + "
+              "'\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    sentencepiece_folder(tmp_path / "in", True, tokens)
+    config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
+    (tmp_path / "in/tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": source, "eos_token": "<|im_end|>"}))  # fmt: skip
+    assert "with its chat template" in run(tmp_path / "c.pt", f"--hf={tmp_path}/in").stdout
+    _, _, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "x<|im_end|>")
+    assert [i for i in prompt if i >= 512] == [512, 513, 512]
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+    text = [chat_lines(tmp_path / "c.pt", monkeypatch, "x")[0][0].split("\n(cut")[0].strip()]
+    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "x", "-t", "0", "-n",
+                           "12"], capture_output=True, text=True, input="")  # fmt: skip
+    assert done.stdout.removeprefix("Assistant:").split("\n")[0].strip() == plain(text[0])

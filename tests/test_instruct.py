@@ -442,7 +442,7 @@ def test_templates_that_do_not_fit_are_refused(template, message):
         template.check(T)
 
 
-def test_which_template(tmp_path):
+def test_which_template(tmp_path, capsys):
     mine = {"turn": "{bos}>{user}{reply}{eos}", "system": "{bos}{system}{user}{reply}{eos}"}
     (tmp_path / "t.json").write_text(json.dumps(mine))
     name = str(tmp_path / "t.json")
@@ -452,8 +452,18 @@ def test_which_template(tmp_path):
     assert instruct.find_template(name, {}, T) == Template(**mine)
     assert instruct.find_template("", {"template": mine}, T) == Template(**mine)
     assert instruct.find_template(name, {"template": mine}, T) == Template(**mine)
-    with pytest.raises(ValueError, match="trained with another template"):
-        instruct.find_template("plain", {"template": mine}, T)
+    capsys.readouterr()
+    assert instruct.find_template(name, {"template": mine}, T) == Template(**mine)
+    assert capsys.readouterr().err == ""
+    assert instruct.find_template("plain", {"template": mine}, T) == PLAIN  # and says so
+    assert "--template=plain replaces" in capsys.readouterr().err
+    assert instruct.find_template("", {}, T) == TEMPLATES["llama2"]
+    assert "has no chat template: using llama2" in capsys.readouterr().err
+    open_ended = {"turn": "{bos}{user}\n{reply}\n", "next": "{user}\n{reply}"}  # an older import
+    assert instruct.find_template("", {"template": open_ended}, T) == Template(
+        "{bos}{user}\n{reply}{eos}\n", "", "{user}\n{reply}{eos}")
+    no_bos = instruct.find_template("plain", {"bos": False}, T)
+    assert no_bos == Template("{user}\n{reply}{eos}", "{system}\n{user}\n{reply}{eos}")
     with pytest.raises(ValueError, match="expected plain, llama2 or a .json"):
         instruct.find_template("plan", {}, T)
     for bad in "{", "[]", '{"turn": 3}', '{"turn": ""}', '{"trun": "x"}':

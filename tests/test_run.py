@@ -880,7 +880,7 @@ def test_chat_template(lib, build, own, request, kind):
         def encode(text):
             return own[1].encode(text, False, False)
         if kind == "its own":
-            template = {"turn": "{system}{user}{user}\n{reply}\n ",
+            template = {"turn": " {user}{user\n{reply}{bos}\n ",
                         "system": "{system}{bos}{user}{reply}{eos}"}
             path = build / "templated.bin"
             data = own[0].read_bytes()
@@ -944,7 +944,10 @@ def test_damaged_byte_level_files(program, llama3, build):
         assert done.returncode == 1 and done.err.startswith("error: "), (k, done.err)
         assert done.err.count("\n") == 1, k
     for template, says in (({"turn": "{user}", "system": ""}, "{reply}"),
-                           ({"turn": "{reply}", "system": ""}, "{user}")):
+                           ({"turn": "{reply}", "system": ""}, "{user}"),
+                           ({"turn": "{system}{user}{reply}{eos}", "system": ""}, "{system}"),
+                           ({"turn": "{user}{user}{reply}{eos}", "system": ""}, "{user}"),
+                           ({"turn": "{user}{reply} .", "system": ""}, "no token after")):
         blob = data[at:chat]
         path.write_bytes(with_tail(data, 1, blob, template))
         assert says in call(program, path, "-m", "chat", ok=1).err
@@ -1073,7 +1076,8 @@ def test_output_that_cannot_be_written(program, own, build):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([program, own[0], *map(str, args)], stdout=full, timeout=100,
                                   stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("error: cannot write"), args
+        last = done.stderr.splitlines()[-1]  # a chat says first that the model has no template
+        assert done.returncode == 1 and last.startswith("error: cannot write"), args
     with open("/dev/full", "wb") as full:
         assert subprocess.run([program, "-h"], stdout=full, stderr=subprocess.PIPE).returncode == 1
     # A reader that has seen enough ends the program by a signal, quietly.
