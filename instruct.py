@@ -208,11 +208,11 @@ class Record(NamedTuple):
 # read; of "context" all are read. Other keys are HARMLESS, REFUSED or counted as ignored.
 KEYS = {
     "messages": ("messages", "conversations", "conversation", "data"),
-    "prompt": ("prompt", "instruction", "query", "question", "input"),
+    "prompt": ("prompt", "instruction", "query", "question", "problem", "input", "inputs"),
     "context": ("input", "context"),
     "history": ("history",),
     "system": ("system", "system_prompt", "system_message"),
-    "reply": ("response", "output", "completion", "answer"),
+    "reply": ("response", "output", "completion", "solution", "answer", "targets"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "completions": ("completions", "answers"),
@@ -233,10 +233,11 @@ HARMLESS = set(
     rejected_rating chosen-rating rejected-rating num_turns num_responses
 """.split()
 )
+GOOD_OR_BAD = "label", "kto_tag", "desirable"  # of KTO
 REFUSED = {  # keys that change the meaning of a record, and what to do
-    "label": "it says which replies are bad, and those would be learned too: "
-    "keep the good replies and remove the key",
-    **dict.fromkeys(("images", "image", "audio", "audios", "video", "videos"),
+    **dict.fromkeys(GOOD_OR_BAD, "it says which replies are bad, and those would be learned too: "
+                    "keep the good replies and remove the key"),
+    **dict.fromkeys(("images", "image", "image_url", "audio", "audios", "video", "videos"),
                     "only text can be learned: remove these records"),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"),
                     "a template has no place for tools: remove these records"),
@@ -281,7 +282,8 @@ def record(item, replies=True):
         raise ValueError(f"expected an object, not {type(item).__name__}")
     present = {k: v for k, v in item.items() if v not in (None, "", [], {})}
     for k in REFUSED.keys() & present.keys():
-        if k != "label" or replies and isinstance(item[k], int):  # True and False are int too
+        marks = replies and isinstance(item[k], int)  # True and False are int too
+        if marks or k not in GOOD_OR_BAD:
             raise ValueError(f'"{k}" changes the meaning of the record: {REFUSED[k]}')
 
     def find(part):  # the key that is read, which may be empty where no other is present

@@ -329,6 +329,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     text = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
     lines, chars = [], 0
     for story in text:
+        story = story[:max_chars - chars]
         lines += itertools.chain.from_iterable(map(short_lines, story.split("\n")))
         chars += len(story)
         if chars >= max_chars:

@@ -320,6 +320,15 @@ def test_lines_of_any_length_are_used_in_full(tmp_path):
         ids = shard(folder / "tok330/a.bin")
         np.testing.assert_array_equal(ids, oracle([text], folder / "tok330.model"))
 
+def test_a_vocabulary_is_trained_on_max_chars(tmp_path, capsys):
+    """Also where one story is longer than that."""
+    (tmp_path / "a.txt").write_text("ab ba " * 20_000 + "zz " * 20_000)
+    tinystories.train_vocab(str(tmp_path), 266, max_chars=60_000)
+    assert "on 0.1 M characters" in capsys.readouterr().out
+    t = Tokenizer(tmp_path / "tok266.model")
+    assert "\u2581ab" in map(t.sp.id_to_piece, range(266))
+    assert not any("z" in t.sp.id_to_piece(i) for i in range(266))
+
 def test_short_lines():
     for line in "", "ab", "ab cd  ef   ", "x" * 100, " x" * 50, " " * 80 + "y", "ab " * 33 + "x" * 30:
         pieces = list(tinystories.short_lines(line, 10))

@@ -92,6 +92,8 @@ PUBLIC = {  # records as data sets of these names have them
     "gsm8k": ({"question": "A", "answer": "B"}, ONE),
     "metamath": ({"query": "A", "response": "B", "type": "x", "original_question": "O"},
                  ONE._replace(ignored=("original_question",))),
+    "numina": ({"problem": "A", "solution": "B"}, ONE),
+    "xp3": ({"inputs": "A", "targets": "B"}, ONE),
     "openorca": ({"id": "1", "system_prompt": "S", "question": "A", "response": "B"},
                  ONE._replace(system="S")),
     "alpaca-gpt4": ({"instruction": "A", "input": "", "output": "B"}, ONE),
@@ -184,6 +186,7 @@ def test_public_data_sets_are_read(name, tmp_path):
 REFUSED = {  # those whose meaning would change, and those of another shape: which keys, and why
     "kto": ({"prompt": "A", "completion": "B", "label": False}, '"label".*which replies are bad'),
     "kto 0/1": ({"prompt": "A", "completion": "B", "label": 1}, '"label".*which replies are bad'),
+    "kto, llama-factory": ({"instruction": "A", "output": "B", "kto_tag": True}, '"kto_tag"'),
     "images": ({"prompt": "A", "response": "B", "images": ["a.png"]}, '"images".*only text'),
     "tools": ({"messages": says("A", "B"), "tools": "[{}]"}, '"tools".*tools'),
     "tool calls": ({"messages": [*says("A"), {"role": "assistant", "content": None,
