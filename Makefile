@@ -77,8 +77,9 @@ $(DEMO)/model.bin: $(DEMO)/aligned
 START = $(DEMO)/ckpt.pt
 TASK = data/task
 # A story of 160 words has up to 440 tokens.
-HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --max_gen_len=440 \
-      --eval_interval=1000 --log_interval=20
+HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --eval_interval=1000 \
+      --log_interval=20
+LONG = --max_gen_len=440
 
 $(TASK)/sft.jsonl: | $(if $(filter $(START),$(DEMO)/ckpt.pt),$(DEMO)/pretrained,data/tok512.model)
 	$(PY) instruct.py stories --margin=0.4
@@ -96,18 +97,18 @@ $(RLHF)/pairs.jsonl: $(RLHF)/sft
 		--margin=0.35 --output=$@
 
 $(RLHF)/rm: $(RLHF)/pairs.jsonl
-	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(RM) \
+	$(PY) train.py --rm --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(LONG) $(RM) \
 		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@
 
 $(RLHF)/ppo: $(RLHF)/rm
 	$(PY) train.py --ppo --init_from=$(RLHF)/sft_ckpt.pt --reward=$(RLHF)/rm_ckpt.pt \
-		--value_model=$(RLHF)/rm_ckpt.pt $(HOW) --data=$(TASK)/sft.jsonl \
+		--value_model=$(RLHF)/rm_ckpt.pt $(HOW) $(LONG) --data=$(TASK)/sft.jsonl \
 		--val_data=$(TASK)/val.jsonl $(RLHF_PPO)
 	touch $@
 
 $(RLHF)/dpo: $(RLHF)/pairs.jsonl
-	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(DPO) \
+	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(LONG) $(DPO) \
 		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@
 

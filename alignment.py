@@ -11,7 +11,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +22,39 @@ from instruct import InstructPrompts, Instructions, OptionalInstructions
 from lora import add_lora, merged_state
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
 from report import print_report
-from stages import Packed, instructions, schedule, score, stage_template
+from sample import choose_device
+from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed
+from stages import instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
-from tokenizer import printable, write_atomic
+from tokenizer import flag, flag_names, printable, write_atomic
+
+
+@dataclass
+class AlignmentFlags:
+    """PPO: prompts, reward and report"""
+
+    ppo_iters: int = flag(
+        0, "PPO iterations; 0 continues to max_iters, which counts the checkpoint's iterations too"
+    )
+    reward: str = flag(
+        "length",
+        "length (--target_len), FILE.py:FUNCTION of lists of prompts and responses, or the "
+        "checkpoint of a reward model (.pt, --reward_device)",
+    )
+    target_len: int = flag(200, "tokens of prompt plus response that the length reward prefers")
+    reward_device: str = flag("", "device of the reward model; default: as --device")
+    ref_device: str = flag("", "device of the frozen reference model; default: as --device")
+    offload: bool = flag(False, "keep reference and reward model in CPU memory while unused")
+    start_len: int = flag(30, "prompts are BOS and the first 0 to start_len - 1 tokens of a story")
+    value_learning_rate: float = flag(
+        0.0, "learning rate of a separate critic; 0 means learning_rate"
+    )
+    ppo_warmup_steps: int = flag(10, "optimizer steps of linear warm-up")
+    ptx_data: str = flag("", "text for --ptx_coef, a folder or file; default: as --data")
+    roof_prompts: int = flag(32, "prompts for the estimate of the best achievable J (J*)")
+    roof_samples: int = flag(128, "samples of the reference model per prompt for J*")
+    report_rollouts: int = flag(512, "rollouts per model in the final report")
+    ppo_debug: bool = flag(False, "print every statistic of every iteration")
 
 
 def instruction_file(data):
@@ -145,12 +175,57 @@ class Alignment:
     """PPO against a reward; see ppo.py."""
 
     prefix = "ppo_"
+    flags = AlignmentFlags, ppo.PPOConfig, InstructionFlags, LoRAFlags
+    # The published commands give flags of pretraining. The shape of the model is checked against
+    # the checkpoint; PPO has no use for the others.
+    accepted = (
+        *MODEL_FLAGS, "vocab_source", "dropout", "warmup_iters", "eval_iters", "compile", "plot",
+    )  # fmt: skip
+
+    @staticmethod
+    def unused(args):
+        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
+        from_file, ptx_file = (instruction_file(d) for d in (args.data, args.ptx_data or args.data))
+        if args.reward != "length":
+            yield ["target_len"], "has no effect without --reward=length"
+        if not args.reward.endswith(".pt"):
+            yield ["reward_device"], "has no effect without a reward model, --reward=FILE.pt"
+        if not args.ptx_coef:
+            yield ["ptx_data"], "has no effect without --ptx_coef"
+        if not from_file:
+            yield ["val_data"], "has no effect without --data=FILE.json or .jsonl"
+        if not from_file and not (args.ptx_coef and ptx_file):
+            yield ["template"], "has no effect without --data=FILE.json or .jsonl"
+        if not args.adap_kl_ctrl:
+            yield ["target", "horizon"], "has no effect without --adap_kl_ctrl"
+        if args.kl_in != "reward":
+            yield ["whiten_rewards"], "has no effect without --kl_in=reward"
+        if not args.lora_rank:
+            yield ["lora_alpha", "lora_layers"], "has no effect without --lora_rank"
+        critic = "value_model", "lam", "lam_value", "vf_coef", "critic_warmup", "value_learning_rate"
+        if args.advantage != "gae":
+            yield critic, "has no effect without --advantage=gae"
+        elif args.value_model == "shared":
+            yield critic[-2:], "has no effect with --value_model=shared"
+        else:
+            yield ["vf_coef"], "has no effect without --value_model=shared"
+        if args.advantage in ("rloo", "grpo"):
+            yield ["gamma"], f"has no effect with --advantage={args.advantage}"
+
+    @staticmethod
+    def check(args):
+        """Raises ValueError for values of the stage's flags that make no sense."""
+        for device in args.ref_device, args.reward_device:
+            choose_device(device)
 
     def __init__(self, args, checkpoint, rank, world, context, tokenizer):
         self.args, self.rank, self.world, self.tokenizer = args, rank, world, tokenizer
-        values = {f.name: getattr(args, f.name, None) for f in fields(ppo.PPOConfig)}
-        values |= dict(mini_batch_size=args.batch_size, max_grad_norm=args.grad_clip)
-        config = ppo.PPOConfig(**values)
+        config = ppo.PPOConfig(
+            mini_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.grad_clip,
+            **{name: getattr(args, name) for name in flag_names(ppo.PPOConfig)},
+        )
         weights = checkpoint["ppo"]["reference"] if "ppo" in checkpoint else checkpoint["model"]
         start = {"model": weights, "model_args": checkpoint["model_args"]}
 

@@ -37,7 +37,8 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 import numpy as np
 
 from tinystories import Dealer, items, quoted, read_stories, story_files
-from tokenizer import Tokenizer, find_tokenizer, parse_args, printable, run_main, write_atomic
+from tokenizer import (Tokenizer, find_tokenizer, flags_of_others, parse_args, printable,
+                       run_main, write_atomic)
 
 # -----------------------------------------------------------------------------
 # The template
@@ -825,24 +826,33 @@ def print_judgement(args):
 
 # -----------------------------------------------------------------------------
 
+COMMANDS = {  # and their flags
+    "stories": ["data_dir", "samples", "per_story", "margin", "seed"],
+    "pairs": ["data_dir", "checkpoint", "tokenizer", "template", "prompts", "completions", "margin",
+              "output", "temperature", "seed", "device"],
+    "judge": ["data_dir", "checkpoint", "tokenizer", "template", "prompts", "temperature", "seed",
+              "device"],
+}
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("stage", choices=["stories", "pairs", "judge"])
-    add("--data_dir", default="data", help="where the stories lie; the task goes into its task/")
-    add("--checkpoint", default="out/sft_ckpt.pt", help="the model; judge: or several: a.pt,b.pt")
-    add("--tokenizer", default="", help="default: beside the checkpoint or in data/")
-    add("--template", default="", help="of a checkpoint that has none; default: plain")
-    add("--samples", type=int, default=20000, help="most records of a file that `stories` writes")
-    add("--per_story", type=int, default=3, help="instructions made from a story")
-    add("--prompts", type=int, default=500, help="of pairs and judge")
-    add("--completions", type=int, default=4, help="stories told for each prompt, for pairs")
-    add("--margin", type=float, default=0.1, help="least difference of rewards in a pair")
-    add("--output", default="", help="of pairs; default: task/own_pairs.jsonl in the data folder")
-    add("--temperature", type=float, default=1.0, help="of the stories that are told")
-    add("--seed", type=int, default=1337, help="of all choices")
-    add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    args = parse_args(parser, argv)
+    add("stage", choices=[*COMMANDS],
+        help="what to do; instruct.py pairs --help shows its own flags")
+    add("--data_dir", default="data", help="folder of the stories; the task is written to its task/")
+    add("--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt")
+    add("--tokenizer", default="", help="default: that beside the checkpoint or in data/")
+    add("--template", default="", help="template of a checkpoint that has none; default: plain")
+    add("--samples", type=int, default=20000, help="records per file, at most")
+    add("--per_story", type=int, default=3, help="instructions per story")
+    add("--prompts", type=int, default=500, help="prompts, at most")
+    add("--completions", type=int, default=4, help="stories per prompt")
+    add("--margin", type=float, default=0.1, help="minimum difference of rewards in a pair")
+    add("--output", default="", help="default: task/own_pairs.jsonl in the data folder")
+    add("--temperature", type=float, default=1.0, help="sampling temperature")
+    add("--seed", type=int, default=1337, help="random seed")
+    add("--device", default="", help="cpu, cuda, cuda:1 or mps; default: the best there is")
+    args = parse_args(parser, argv, lambda args: flags_of_others(args.stage, COMMANDS))
     for name in "samples", "per_story", "prompts", "completions":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 import kernels
 from model import BOS_ID, EOS_ID, generate
+from tokenizer import flag
 
 # ----------------------------------------------------------------------------
 # configuration
@@ -37,49 +38,80 @@ from model import BOS_ID, EOS_ID, generate
 
 @dataclass
 class PPOConfig:
-    """What PPO can be told; train.py makes a flag of each. Published names where there are any."""
+    """PPO: hyperparameters
+
+    A field with `flag` is a flag of train.py, the others are not: three of them are set from
+    --batch_size, --gradient_accumulation_steps and --grad_clip. Names follow the original
+    implementation."""
 
     # the objective
-    init_kl_coef: float = 0.2  # β
-    kl_penalty: str = "full"  # kl (k1) | abs | mse (k2) | k3 | full (exact, over the vocabulary)
-    kl_in: str = "both"  # reward | loss (full, mse) | both (full; the others act in the reward alone)
-    adap_kl_ctrl: bool = False  # steer β so that the KL of a rollout stays near `target`
-    target: float = 6.0  # nats a rollout, for adap_kl_ctrl
-    horizon: float = 10000.0  # rollouts over which β would change by a factor e at full error
+    init_kl_coef: float = flag(0.2, "β, the weight of the KL penalty in J")
+    kl_penalty: str = flag(
+        "full", "estimate of the KL: kl (k1), abs, mse (k2), k3, or full (exact, over the vocabulary)"
+    )
+    kl_in: str = flag(
+        "both",
+        "where the KL penalty acts: reward (--whiten_rewards), loss (with full or mse), or both "
+        "(with full; the other estimates act in the reward alone)",
+    )
+    adap_kl_ctrl: bool = flag(
+        False, "adapt β so that the KL per rollout stays near --target (--horizon)"
+    )
+    target: float = flag(6.0, "KL that adap_kl_ctrl aims at, nats per rollout")
+    horizon: float = flag(10000.0, "rollouts in which β changes by a factor of e at full error")
     # rollouts
-    rollouts: int = 0  # an iteration; 0: 8 * mini_batch_size
-    max_gen_len: int = 300  # tokens a response may have
-    temperature: float = 1.0  # of the sampled policy, which is also the one that is trained
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at max_gen_len
+    rollouts: int = flag(0, "rollouts per iteration; 0 means 8 × batch_size")
+    max_gen_len: int = flag(300, "tokens per response, at most")
+    temperature: float = flag(1.0, "temperature of the policy, in rollouts and in training")
+    missing_eos_penalty: float = flag(
+        0.0, "number subtracted from the score of a response that max_gen_len cut off"
+    )
     # advantages
-    advantage: str = "gae"  # gae | rloo | grpo | reinforce
-    group_size: int = 1  # responses a prompt; rloo and grpo compare within the group
-    gamma: float = 1.0  # discount a token
-    lam: float = 0.7  # of the policy's advantages: short, against the noise of late rewards
-    lam_value: float = 0.95  # of the critic's targets; 1: plain returns
-    whiten_rewards: bool = False  # scale a token's rewards to variance 1
-    whiten_advantages: bool = True  # scale and shift advantages to variance 1 and mean 0
-    reward_clip: float = 0.0  # scores are clipped to ±this; 0: not
-    reward_scale: bool = False  # divide scores by their standard deviation in the batch
+    advantage: str = flag(
+        "gae", "gae (with a critic), or without a critic rloo, grpo (both compare within the group) "
+        "or reinforce"
+    )
+    group_size: int = flag(1, "responses per prompt")
+    gamma: float = flag(1.0, "discount per token")
+    lam: float = flag(0.7, "GAE λ of the policy's advantages; low values reduce variance")
+    lam_value: float = flag(0.95, "GAE λ of the critic's targets; 1 means plain returns")
+    whiten_rewards: bool = flag(False, "scale the rewards of the tokens to variance 1")
+    whiten_advantages: bool = flag(True, "scale and shift advantages to variance 1 and mean 0")
+    reward_clip: float = flag(0.0, "bound to which scores are clipped, ±reward_clip; 0: no clipping")
+    reward_scale: bool = flag(False, "divide scores by their standard deviation in the batch")
     # the update
-    ppo_epochs: int = 1  # passes over the rollouts
-    mini_batch_size: int = 50  # rollouts a forward pass
-    gradient_accumulation_steps: int = 1  # forward passes an optimizer step
-    cliprange: float = 0.2  # how far the ratio may leave 1 and still be rewarded for it
-    cliprange_high: float = 0.0  # upper bound where it differs (clip-higher); 0: cliprange
-    cliprange_value: float = 0.0  # how far a value may move in an iteration; 0: anywhere
-    loss_aggregation: str = "token"  # token | sequence: what has equal weight
-    entropy_coef: float = 0.0  # weight of the entropy bonus
+    ppo_epochs: int = flag(1, "passes over the rollouts")
+    mini_batch_size: int = 50  # rollouts per forward pass
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
+    cliprange: float = flag(0.2, "PPO clip range ε of the ratio")
+    cliprange_high: float = flag(
+        0.0, "upper clip range where it differs (clip-higher); 0 means cliprange"
+    )
+    cliprange_value: float = 0.0  # how far a value may move in an iteration; 0: no clipping
+    loss_aggregation: str = flag("token", "what has equal weight in the loss: token or sequence")
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     max_grad_norm: float = 1.0  # of policy and critic, each by itself
     early_stopping: bool = True  # end the epochs when the policy has moved 1.5 * target_kl
-    target_kl: float = 0.1  # nats a token
+    target_kl: float = flag(
+        0.1, "the epochs end early when the policy has moved 1.5 × target_kl, nats per token"
+    )
     ratio_threshold: float = 10.0  # skip a step whose mean ratio is above it
-    ptx_coef: float = 0.0  # weight of the pretraining loss mixed in (PPO-ptx, InstructGPT)
+    ptx_coef: float = flag(
+        0.0, "weight of the pretraining loss mixed in (PPO-ptx, InstructGPT; --ptx_data)"
+    )
     # the critic
-    value_model: str = "separate"  # separate | shared | the path of a checkpoint
-    vf_coef: float = 0.5  # weight of the value loss where it shares the policy's trunk
-    critic_warmup: int = 0  # epochs in the first iteration, which trains a separate critic alone
-    averaging: float = 0.0  # the result is an average of the policy's weights with this decay
+    value_model: str = flag(
+        "separate",
+        "separate, shared (a value head on the policy, --vf_coef), or the checkpoint that a "
+        "separate critic starts from",
+    )
+    vf_coef: float = flag(0.5, "weight of the value loss of a shared critic")
+    critic_warmup: int = flag(
+        0, "epochs of the first iteration, in which a separate critic is trained alone"
+    )
+    averaging: float = flag(
+        0.0, "decay of the average of the policy's weights that is the result; 0: no average"
+    )
 
     def __post_init__(self):
         choices = {

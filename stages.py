@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,11 +30,138 @@ from lora import adapter_state, add_lora, merged_state
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
 from report import matmul_roof
 from tinystories import Windows
+from tokenizer import flag
 
 MODEL_FLAGS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len",
 )  # fmt: skip
 MAX_BAD_STEPS = 20  # in a row, before a run ends; float16 may need a few to find its loss scale
+
+# ----------------------------------------------------------------------------
+# flags: each stage lists the groups that it uses in `flags`
+
+
+@dataclass
+class TextFlags:
+    """training on text"""
+
+    eval_iters: int = flag(100, "batches per evaluation, of each split")
+    dropout: float = flag(0.0, "dropout rate")
+    optimizer: str = flag(
+        "adamw",
+        "adamw; or muon: Muon for the matrices inside the layers (--muon_learning_rate), AdamW for "
+        "the rest",
+        ("adamw", "muon"),
+    )
+    muon_learning_rate: float = flag(0.02, "peak learning rate of Muon")
+    warmup_iters: int = flag(1000, "iterations of linear warm-up")
+
+
+@dataclass
+class CompileFlags:
+    """compilation"""
+
+    compile: bool = flag(None, "use torch.compile; default: in pretraining on cuda")
+
+
+@dataclass
+class PretrainingFlags:
+    """pretraining"""
+
+    vocab_source: str = flag("llama2", "llama2 (32000 tokens) or custom", ("llama2", "custom"))
+    vocab_size: int = flag(32000, "tokens in the vocabulary")
+    max_seq_len: int = flag(256, "tokens per sequence, the context length of the model")
+    dim: int = flag(288, "width of the model")
+    n_layers: int = flag(6, "transformer layers")
+    n_heads: int = flag(6, "query heads")
+    n_kv_heads: int = flag(0, "key/value heads, shared by query heads; 0 means n_heads")
+    multiple_of: int = flag(32, "the feed-forward width is rounded up to a multiple of this number")
+    fsdp: bool = flag(
+        False, "shard model, gradients and optimizer over the processes of torchrun (FSDP2)"
+    )
+
+
+@dataclass
+class ToolFlags:
+    """instead of training"""
+
+    plot: bool = flag(False, "draw the logs in out_dir, and exit")
+    plan: bool = flag(
+        False,
+        "print memory, tokens/s and hours of this run on GPUs (--plan_gpu, --plan_mfu), and exit",
+    )
+    plan_gpu: str = flag("h100", "GPU to plan for; cpu is this machine", tuple(GPUS))
+    plan_mfu: float = flag(
+        0.4, "assumed share of the GPU's peak arithmetic (MFU); the log of a run has its own"
+    )
+
+
+@dataclass
+class InstructionFlags:
+    """instructions"""
+
+    val_data: str = flag("", "file of held-out instructions; default: a tenth of --data")
+    template: str = flag(
+        "",
+        'chat template: plain, llama2, or a JSON file {"turn": ..., "system": ...}; default: the '
+        "checkpoint's, else plain",
+    )
+
+
+@dataclass
+class LoRAFlags:
+    """LoRA"""
+
+    lora_rank: int = flag(
+        0,
+        "rank of LoRA adapters, trained instead of the weights (--lora_alpha, --lora_layers); 0 "
+        "trains all weights",
+    )
+    lora_alpha: float = flag(16.0, "the adapters' scale is lora_alpha / lora_rank")
+    lora_layers: str = flag("q,v", "matrices with an adapter, of q,k,v,o,gate,down,up")
+
+
+@dataclass
+class FineTuningFlags:
+    """supervised fine-tuning"""
+
+    lora_dropout: float = flag(0.0, "dropout rate before the adapters")
+    lora_4bit: bool = flag(
+        False, "keep the matrices below the adapters in 4 bits (QLoRA); needs bitsandbytes"
+    )
+
+
+@dataclass
+class PreferenceFlags:
+    """responses"""
+
+    reference_samples: int = flag(
+        256,
+        "replies to held-out prompts: --rm gives the rewards of the initial model's replies mean 0 "
+        "and variance 1, --dpo estimates its KL with its own",
+    )
+    max_gen_len: int = flag(300, "tokens per response, at most")
+
+
+@dataclass
+class RewardModelFlags:
+    """reward model"""
+
+    freeze_layers: int = flag(
+        0, "number of first layers that stay as they are, together with the embeddings"
+    )
+
+
+@dataclass
+class DPOFlags:
+    """DPO"""
+
+    dpo_beta: float = flag(0.1, "DPO β, the strength of the KL constraint")
+    dpo_label_smoothing: float = flag(0.0, "assumed share of pairs in the wrong order")
+    dpo_reference_free: bool = flag(
+        False, "leave the reference model out of the loss, as if it were uniform"
+    )
+
 
 # ----------------------------------------------------------------------------
 # optimizer and schedule
@@ -167,6 +295,8 @@ class Pretraining:
     with another `build`, `data` and `loss`, and maybe a `summary` of its evaluation."""
 
     prefix = ""
+    flags = PretrainingFlags, TextFlags, CompileFlags, ToolFlags
+    accepted = ()  # flags of other stages that this one accepts and does not use
     ddp = True  # `loss` calls the model as a whole: DistributedDataParallel sees it
 
     def __init__(self, args, checkpoint, rank, world, context, tokenizer):
@@ -199,6 +329,23 @@ class Pretraining:
         if world > 1 and self.ddp and not args.fsdp:
             # the only buffers, the tables of angles, never change
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+
+    @staticmethod
+    def unused(args):
+        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
+        if args.optimizer != "muon":
+            yield ["muon_learning_rate"], "has no effect without --optimizer=muon"
+        if not args.decay_lr:
+            yield ["warmup_iters"], "has no effect with --decay_lr=False"
+        if not args.plan:
+            yield ["plan_gpu", "plan_mfu"], "has no effect without --plan"
+        if not args.lora_rank:
+            names = "lora_alpha", "lora_layers", "lora_dropout", "lora_4bit"
+            yield names, "has no effect without --lora_rank"
+
+    @staticmethod
+    def check(args):
+        """Raises ValueError for values of the stage's flags that make no sense."""
 
     def build(self, checkpoint):
         """The model to train, on the CPU, with the checkpoint's weights where there is one."""
@@ -424,6 +571,8 @@ class FineTuning(Pretraining):
     reads it, and as they are, to go on; the adapters alone are in a file beside it."""
 
     prefix = "sft_"
+    flags = TextFlags, CompileFlags, InstructionFlags, LoRAFlags, FineTuningFlags
+    accepted = ("plot",)
 
     def build(self, checkpoint):
         a = self.args
@@ -575,6 +724,8 @@ class RewardModel(Preferences):
     bias that give the replies of the model it started from mean 0 and variance 1."""
 
     prefix = "rm_"
+    flags = TextFlags, InstructionFlags, PreferenceFlags, RewardModelFlags
+    accepted = ("plot",)
 
     def __init__(self, args, checkpoint, *more):
         super().__init__(args, checkpoint, *more)
@@ -651,6 +802,17 @@ class DPO(Preferences):
     beta log(policy / reference), is trained on pairs as a reward model is."""
 
     prefix = "dpo_"
+    flags = TextFlags, InstructionFlags, PreferenceFlags, DPOFlags
+    accepted = ("plot",)
+
+    @staticmethod
+    def check(args):
+        if not 0 <= args.dpo_label_smoothing < 0.5:
+            raise ValueError(
+                "--dpo_label_smoothing must be from 0 to below 0.5: a half says nothing"
+            )
+        if args.dpo_beta <= 0:
+            raise ValueError(f"--dpo_beta must be above 0, not {args.dpo_beta}")
 
     def build(self, checkpoint):
         weights = checkpoint["dpo"]["reference"] if "dpo" in checkpoint else checkpoint["model"]

@@ -42,7 +42,8 @@ import sentencepiece
 from tqdm import tqdm
 
 from grammar import tell_story
-from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
+from tokenizer import (Tokenizer, boolean, find_tokenizer, flags_of_others, parse_args, run_main,
+                       write_atomic)
 
 BOS = 1  # every story in a shard is preceded by it
 END_OF_TEXT = "<|endoftext|>"
@@ -676,20 +677,26 @@ class Prompts:
 
 # -----------------------------------------------------------------------------
 
+COMMANDS = {  # and their flags
+    "download": ["data_dir", "small", "url"],
+    "synthesize": ["data_dir", "stories", "seed"],
+    "train_vocab": ["data_dir", "vocab_size"],
+    "pretokenize": ["data_dir", "vocab_size"],
+}
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["download", "synthesize", "train_vocab", "pretokenize"])
+    parser.add_argument("stage", choices=[*COMMANDS],
+                        help="what to do; tinystories.py download --help shows its own flags")
     parser.add_argument("--data_dir", default="data", help="where the stories and all else lie")
-    group = parser.add_argument_group("train_vocab, pretokenize")
-    group.add_argument("--vocab_size", type=int, default=0, help="tokens; 0 for Llama 2's 32000")
-    group = parser.add_argument_group("download")
-    group.add_argument("--small", type=boolean, nargs="?", const=True, default=False,
-                       help="only the 22 MB of validation stories, cut into shards")
-    group.add_argument("--url", default=URL, help="folder to download from")
-    group = parser.add_argument_group("synthesize")
-    group.add_argument("--stories", type=int, default=20000, help="how many")
-    group.add_argument("--seed", type=int, default=1337, help="other seed, other stories")
-    args = parse_args(parser, argv)
+    parser.add_argument("--vocab_size", type=int, default=0,
+                        help="tokens in the vocabulary; 0 for Llama 2's 32000")
+    parser.add_argument("--small", type=boolean, nargs="?", const=True, default=False,
+                        help="only the 22 MB of validation stories, cut into shards")
+    parser.add_argument("--url", default=URL, help="folder to download from")
+    parser.add_argument("--stories", type=int, default=20000, help="number of stories")
+    parser.add_argument("--seed", type=int, default=1337, help="random seed of the stories")
+    args = parse_args(parser, argv, lambda args: flags_of_others(args.stage, COMMANDS))
     if args.stage == "download":
         download(args.data_dir, args.url, args.small)
     elif args.stage == "synthesize":

@@ -7,6 +7,7 @@ and files that are never half-written.
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -371,21 +372,87 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
-def parse_args(parser, argv=None):
+def flag(default, help, choices=None):
+    """
+    A field of a dataclass that add_flags makes a flag of:
+
+        @dataclass
+        class Flags:
+            "output"                       # the title in --help
+            out_dir: str = flag("out", "folder for checkpoints and logs")
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+def flag_names(kind):
+    """The fields of a dataclass that are flags."""
+    return [f.name for f in dataclasses.fields(kind) if "help" in f.metadata]
+
+def add_flags(parser, kind):
+    """Add the flags of a dataclass to a parser, as one group, unless it has them already."""
+    group = parser.add_argument_group(kind.__doc__.partition("\n")[0])
+    known = {a.dest for a in parser._actions}
+    for f in dataclasses.fields(kind):
+        if f.name in flag_names(kind) and f.name not in known:
+            options = {"type": type(f.default), "choices": f.metadata["choices"]}
+            if f.default is None or isinstance(f.default, bool):
+                options = {"type": boolean, "nargs": "?", "const": True}
+            group.add_argument(f"--{f.name}", default=f.default,
+                               help=f.metadata["help"].replace("%", "%%"), **options)
+
+def flags_of_others(mine, commands):
+    """
+    The flags that the command `mine` has not, of {command: names of its flags}, as {name: why}:
+
+        flags_of_others("b", {"a": ["x", "y"], "b": ["y"]})      # {"x": "is a flag of a"}
+    """
+    owners = {}
+    for command, names in commands.items():
+        for name in names:
+            owners.setdefault(name, []).append(command)
+    return {name: f"is a flag of {' and '.join([', '.join(o[:-1]), o[-1]][len(o) < 2:])}"
+            for name, o in owners.items() if mine not in o}
+
+def parse_args(parser, argv=None, unused=None):
     """
     parser.parse_args, kinder: no abbreviations, defaults in --help, and a mistake ends in one
-    line (exit status 2) that names the flag which was probably meant.
+    line (exit status 2) that names the flag which was probably meant. `args.given` holds the
+    names of the flags on the command line.
+
+    unused(args) returns the flags that have no effect beside the others, as {name: why}. --help
+    does not show them; on the command line they are an error that says why, if `why` is not None.
     """
     def error(message):
         parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
     parser.allow_abbrev, parser.formatter_class, parser.error = False, HelpFormatter, error
-    args, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    help_wanted = {"-h", "--help"} & set(words)
+    words = [w for w in words if w not in ("-h", "--help")]
+    positionals = [a for a in parser._actions if not a.option_strings and a.nargs is None]
+    if help_wanted:
+        for action in positionals:
+            action.nargs = "?"  # a command is not needed to ask for help
+    args, unknown = parser.parse_known_args(words)
+    hidden = unused(args) if unused else {}
+    if help_wanted:
+        for action in positionals:
+            action.nargs = None
+        for action in parser._actions:
+            action.help = argparse.SUPPRESS if action.dest in hidden else action.help
+        parser.print_help()
+        parser.exit()
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        known = {o.lstrip("-"): o for a in parser._actions for o in a.option_strings}
-        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
+        word = unknown[0].partition("=")[0]
+        known = {o.lstrip("-"): o for a in parser._actions for o in a.option_strings
+                 if a.dest not in hidden}
+        near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), known, n=1)
         hint = f", did you mean {known[near[0]]}?" if near else ""
-        parser.error(f"unknown argument {flag}{hint}")
+        parser.error(f"unknown argument {word}{hint}")
+    actions = {o: a for a in parser._actions for o in a.option_strings}
+    options = (word.partition("=")[0] for word in words)
+    args.given = list(dict.fromkeys(actions[o].dest for o in options if o in actions))
+    for name in args.given:
+        if hidden.get(name):
+            parser.error(f"--{name} {hidden[name]}")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name}: expected a finite number, not {value}")

@@ -20,11 +20,9 @@ NATIVE_KERNELS=0 in the environment turns the CPU kernels of kernels.c off; CC n
 
 import argparse
 import hashlib
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -32,7 +30,7 @@ import textwrap
 import time
 import zipfile
 from contextlib import nullcontext, suppress
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import common  # noqa: I001  first: it says what to do where a package is not installed
@@ -49,7 +47,8 @@ from model import ModelArgs
 from report import Log, load_boards, plain_config, plot, print_report
 from sample import choose_device
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
-from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
+from tokenizer import Tokenizer, add_flags, find_tokenizer, flag, flag_names, flags_of_others
+from tokenizer import parse_args, run_main, write_atomic
 
 # The stages by their flags; without one the run is Pretraining.
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
@@ -67,130 +66,117 @@ FREE_FLAGS = (
 # flags
 
 
+@dataclass
+class StageFlags:
+    """stage (default: pretraining)"""
+
+    sft: bool = flag(
+        False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions"
+    )
+    rm: bool = flag(False, "train a reward model from rankings of replies (--data=FILE.jsonl)")
+    dpo: bool = flag(False, "train on rankings directly, without reward model or samples")
+    ppo: bool = flag(False, "align the checkpoint in out_dir (or --init_from) with PPO")
+
+
+@dataclass
+class OutputFlags:
+    """output"""
+
+    out_dir: str = flag("out", "folder for checkpoints and logs")
+    init_from: str = flag(
+        "scratch", "scratch, resume (from out_dir), or a checkpoint whose weights to start from"
+    )
+    eval_interval: int = flag(2000, "iterations between evaluations; each saves a checkpoint")
+    eval_only: bool = flag(False, "evaluate, print and exit (PPO: print the report)")
+    log_interval: int = flag(1, "iterations between printed lines; log.jsonl has every iteration")
+    always_save_checkpoint: bool = flag(False, "accepted; each evaluation saves ckpt.pt anyway")
+    tensorboard: bool = flag(False, "also log to TensorBoard, in out_dir")
+    wandb_log: bool = flag(
+        False, "also log to Weights & Biases (--wandb_project, --wandb_run_name)"
+    )
+    wandb_project: str = flag("llamac", "project in Weights & Biases")
+    wandb_run_name: str = flag(
+        time.strftime("run%Y_%m_%d_%H_%M_%S"), "name of the run in Weights & Biases"
+    )
+
+
+@dataclass
+class DataFlags:
+    """data"""
+
+    data: str = flag(
+        "data",
+        "data folder, or several with weights: dirA:0.7,dirB:0.3; for instructions and rankings "
+        "JSON or JSONL files: a.jsonl,b.json",
+    )
+    batch_size: int = flag(
+        128, "sequences per forward pass (PPO: rollouts, --rm and --dpo: rankings)"
+    )
+    tokenizer: str = flag(
+        "", "SentencePiece model or tokenizer.json; default: that of out_dir or data/"
+    )
+
+
+@dataclass
+class OptimizerFlags:
+    """optimizer"""
+
+    learning_rate: float = flag(5e-4, "peak learning rate of AdamW")
+    gradient_accumulation_steps: int = flag(1, "forward passes per step, over all processes")
+    max_iters: int = flag(100000, "iterations in total, the checkpoint's included")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
+    beta1: float = flag(0.9, "Adam β1, decay of the first moment")
+    beta2: float = flag(0.95, "Adam β2, decay of the second moment")
+    adam_eps: float = flag(1e-8, "Adam ε, added to the root of the second moment")
+    grad_clip: float = flag(1.0, "maximum gradient norm; 0: no clipping")
+    decay_lr: bool = flag(True, "decay the learning rate to 0 at max_iters")
+    schedule: str = flag("cosine", "shape of this decay", ("cosine", "linear"))
+
+
+@dataclass
+class SystemFlags:
+    """system"""
+
+    device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the best there is")
+    dtype: str = flag(
+        "", "default: bfloat16 on cuda, else float32", ("", "float32", "bfloat16", "float16")
+    )
+    seed: int = flag(1337, "random seed of initialization, data order and samples")
+
+
+COMMON = StageFlags, OutputFlags, DataFlags, OptimizerFlags, SystemFlags
+EPILOG = """\
+A stage has more flags: train.py --sft --help, --rm --help, --dpo --help, --ppo --help.
+This help shows the flags that have an effect beside the others on the command line: with
+--optimizer=muon it shows --muon_learning_rate too.
+"""
+
+
 def flags(argv=None):
-    """The command line as a namespace; `args.given` holds the names that were on it."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    """The command line as a namespace; `args.given` holds the names of the flags on it."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=EPILOG)
+    for group in (*COMMON, *(g for stage in (Pretraining, *STAGES.values()) for g in stage.flags)):
+        add_flags(parser, group)
+    return parse_args(parser, argv, unused)
 
-    def group(title):
-        g = parser.add_argument_group(title)
 
-        def add(name, default, help, choices=None):
-            kind, more = type(default), {}
-            if kind is bool or default is None:
-                kind, more = boolean, dict(nargs="?", const=True)
-            g.add_argument(
-                f"--{name}", default=default, type=kind, help=help, choices=choices, **more
-            )
-
-        return add
-
-    add = group("output")
-    add("out_dir", "out", "folder for checkpoints and logs")
-    add("eval_interval", 2000, "iterations between evaluations; each saves a checkpoint")
-    add("eval_iters", 100, "batches an evaluation")
-    add("log_interval", 1, "iterations between printed lines; log.jsonl has them all")
-    add("eval_only", False, "evaluate, print, and leave (with --ppo: the report)")
-    add("plot", False, "draw the logs in out_dir, and leave")
-    add("plan", False, "print memory, tokens/s and hours for these shapes on GPUs, and leave")
-    add("plan_gpu", "h100", "which GPUs; cpu: this machine", tuple(GPUS))
-    add("plan_mfu", 0.4, "share of their arithmetic that training will use; a run's log has its own")
-    add("always_save_checkpoint", False, "accepted; each evaluation saves ckpt.pt anyway")
-    add("init_from", "scratch", "scratch, resume (from out_dir), or a checkpoint: its weights")
-    add("tensorboard", False, "also log to TensorBoard, in out_dir")
-    add("wandb_log", False, "also log to Weights & Biases")
-    add("wandb_project", "llamac", "its project")
-    add("wandb_run_name", time.strftime("run%Y_%m_%d_%H_%M_%S"), "its run")
-
-    add = group("data")
-    add("data", "data", "data folder, or several with weights: dirA:0.7,dirB:0.3; with --sft a "
-        "JSON or JSONL file of instructions, or several: a.jsonl,b.json")
-    add("val_data", "", "held-out instructions; default: a tenth of --data")
-    add("batch_size", 128, "sequences a forward pass (micro-batch)")
-    add("max_seq_len", 256, "tokens a sequence, the model's context")
-    add("vocab_source", "llama2", "llama2 (32000 tokens) or custom", ("llama2", "custom"))
-    add("vocab_size", 32000, "tokens in the vocabulary")
-    add("tokenizer", "", "SentencePiece model, if not tok<vocab_size>.model in out_dir or data/")
-
-    add = group("model")
-    add("dim", 288, "width")
-    add("n_layers", 6, "layers")
-    add("n_heads", 6, "query heads")
-    add("n_kv_heads", 0, "key/value heads, which query heads share; 0: as many as query heads")
-    add("multiple_of", 32, "the feed-forward width is rounded up to a multiple of it")
-    add("dropout", 0.0, "dropout rate")
-
-    add = group("optimizer")
-    add("optimizer", "adamw", "muon: Muon for matrices, AdamW for the rest", ("adamw", "muon"))
-    add("gradient_accumulation_steps", 1, "forward passes a step, over all processes")
-    add("learning_rate", 5e-4, "highest learning rate (of AdamW, where Muon is used too)")
-    add("muon_learning_rate", 0.02, "highest learning rate of Muon")
-    add("max_iters", 100000, "iterations in all, those of the checkpoint included")
-    add("weight_decay", 0.1, "decoupled weight decay of matrices")
-    add("beta1", 0.9, "Adam's first decay")
-    add("beta2", 0.95, "Adam's second decay")
-    add("adam_eps", 1e-8, "Adam's epsilon, which keeps small gradients from large steps")
-    add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
-    add("decay_lr", True, "let the learning rate fall to 0 at max_iters")
-    add("schedule", "cosine", "how it falls", ("cosine", "linear"))
-    add("warmup_iters", 1000, "iterations of linear warm-up")
-
-    add = group("system")
-    add("device", "", "cpu, cuda, cuda:1, mps; default: the best there is")
-    add("dtype", "", "default: bfloat16 on cuda, else float32",
-        ("", "float32", "bfloat16", "float16"))  # fmt: skip
-    add("compile", None, "use torch.compile; default: on cuda")
-    add("fsdp", False, "shard model, gradients and optimizer over the processes of torchrun")
-    add("seed", 1337, "of initialisation, data order and rollouts")
-
-    add = group("instructions")
-    add("sft", False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions")
-    add("template", "", "how a dialogue is written: plain, llama2, or a file {\"turn\": ..., "
-        "\"system\": ...}; default: the checkpoint's, else plain")
-
-    add = group("LoRA, with --sft and --ppo")
-    add("lora_rank", 0, "train adapters of this rank (LoRA) instead of the weights; 0: all weights")
-    add("lora_alpha", 16.0, "their scale is lora_alpha / lora_rank")
-    add("lora_layers", "q,v", "matrices that get one, of q,k,v,o,gate,down,up")
-    add("lora_dropout", 0.0, "dropout rate before them (--sft)")
-    add("lora_4bit", False, "keep these matrices in 4 bits (QLoRA, --sft); needs bitsandbytes")
-
-    add = group("preferences (--batch_size is the rankings a forward pass)")
-    add("rm", False, "train a reward model from rankings (--data=FILE.json or .jsonl)")
-    add("freeze_layers", 0, "--rm: embeddings and this many of the first layers stay as they are")
-    add("reference_samples", 256, "replies to held-out prompts: --rm gives those of the model it "
-        "starts from mean 0 and variance 1, --dpo estimates its KL")  # fmt: skip
-    add("dpo", False, "learn from rankings without reward model or samples")
-    add("dpo_beta", 0.1, "price of the distance from the model at the start")
-    add("dpo_label_smoothing", 0.0, "share of pairs whose order is thought to be wrong")
-    add("dpo_reference_free", False, "as if the model at the start found all replies alike")
-
-    add = group("PPO (--batch_size is the rollouts a forward pass, --grad_clip applies)")
-    add("ppo", False, "align the checkpoint in out_dir (or --init_from) with PPO")
-    add("ppo_iters", 0, "PPO iterations; 0: up to max_iters, those of the checkpoint included")
-    add("reward", "length", "length, FILE.py:FUNCTION of lists of prompts and responses, or a "
-        "reward model (.pt) of --rm")  # fmt: skip
-    add("ref_device", "", "where the frozen reference is; default: as --device")
-    add("reward_device", "", "where the reward model is; default: as --device")
-    add("ptx_data", "", "text that --ptx_coef mixes in: folder or file; default: as --data")
-    add("offload", False, "keep reference and reward model in the CPU's memory while unused")
-    add("target_len", 200, "tokens of prompt and response that the length reward wants")
-    add("start_len", 30, "prompts: BOS and the first 0 to start_len - 1 tokens of a story")
-    add("value_learning_rate", 0.0, "the critic's learning rate; 0: as the policy's")
-    add("ppo_warmup_steps", 10, "optimizer steps of linear warm-up")
-    add("ppo_debug", False, "print every statistic of every iteration")
-    add("roof_prompts", 32, "prompts from which the roof J* is estimated")
-    add("roof_samples", 128, "reference samples for each of them")
-    add("report_rollouts", 512, "rollouts before and after, for the report")
-    taken = {a.dest for a in parser._actions} | {"mini_batch_size", "max_grad_norm"}
-    # the help of a PPO flag is the comment behind its field
-    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(ppo.PPOConfig), re.M))
-    for f in fields(ppo.PPOConfig):
-        if f.name not in taken:
-            add(f.name, f.default, notes.get(f.name, f"see PPOConfig.{f.name}").replace("%", "%%"))
-    args = parse_args(parser, argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.given = {w.lstrip("-").partition("=")[0] for w in words}
-    return args
+def unused(args):
+    """The flags without effect beside the others: {name: why}, or None for why if they are accepted
+    all the same."""
+    stage = stage_class(args)
+    stages = {"pretraining": Pretraining, **{f"--{name}": other for name, other in STAGES.items()}}
+    names = {k: [n for group in s.flags for n in flag_names(group)] for k, s in stages.items()}
+    out = flags_of_others(next(k for k, s in stages.items() if s is stage), names)
+    if not args.decay_lr:
+        out["schedule"] = "has no effect with --decay_lr=False"
+    if not args.wandb_log:
+        out |= dict.fromkeys(["wandb_project", "wandb_run_name"], "has no effect without --wandb_log")
+    for names, why in stage.unused(args):
+        out = dict.fromkeys(names, why) | out
+    hidden = {"always_save_checkpoint", *stage.accepted}  # (what the former asks for is always done)
+    if stage is not Pretraining:  # two stages are an error of their own
+        hidden |= {name for name, other in STAGES.items() if other is not stage}
+    return out | dict.fromkeys(hidden)
 
 
 def setup(args):
@@ -210,18 +196,9 @@ def setup(args):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
     args.device = choose_device(args.device)
-    for name in (args.ref_device, args.reward_device):
-        choose_device(name)
     kind = args.device.partition(":")[0]
     args.dtype = args.dtype or ("bfloat16" if kind == "cuda" else "float32")
-    if args.lora_rank and (args.rm or args.dpo):
-        raise ValueError("--lora_rank is for --sft and --ppo")
-    if not 0 <= args.dpo_label_smoothing < 0.5:
-        raise ValueError("--dpo_label_smoothing must be from 0 to below 0.5: a half says nothing")
-    if args.dpo_beta <= 0:
-        raise ValueError(f"--dpo_beta must be above 0, not {args.dpo_beta}")
-    if args.lora_4bit and not (args.lora_rank and args.sft):
-        raise ValueError("--lora_4bit is for --sft with --lora_rank")
+    stage_class(args).check(args)
     pretraining = stage_class(args) is Pretraining
     # the other stages' batches change their shape
     args.compile = kind == "cuda" and pretraining if args.compile is None else args.compile
@@ -374,7 +351,8 @@ def check_fits(args, model_args):
 def differences(args, checkpoint):
     """The flags that make this another run than the checkpoint's, for a person to read."""
     then, now = checkpoint.get("config", {}), plain_config(args)
-    names = [k for k in now.keys() & then.keys() - set(FREE_FLAGS) if now[k] != then[k]]
+    names = now.keys() & then.keys() - set(FREE_FLAGS) - unused(args).keys()
+    names = [k for k in names if now[k] != then[k]]
     return ", ".join(f"{k} was {then[k]}, is {now[k]}" for k in sorted(names))
 
 

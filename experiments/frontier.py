@@ -78,16 +78,17 @@ def run(a, beta, iters, seed, kind="PPO"):
     # Without a reference to stay near, a short horizon would end stories too early, each alike, before
     # the critic knows better; and without some entropy a story becomes the same few words again and
     # again, which can end only where these do. Without a critic a step is noisier, so it is shorter.
-    flags = []
+    flags, common = [], FLAGS
     if not beta:
         flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
     elif kind != "PPO":
         rate = "3e-5" if kind == "GRPO" else "5e-5"
         flags = [f"--advantage={kind.lower()}", "--batch_size=100", f"--learning_rate={rate}"]
         flags += [f"--group_size={a.group_size}"]
+        common = [f for f in FLAGS if not f.startswith("--value_learning_rate")]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report, kept = folder / "ppo_report.json", folder / "command.txt"
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, f"--out_dir={folder}",
+    command = [sys.executable, str(ROOT / "train.py"), *common, f"--out_dir={folder}",
                f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={iters}",
                f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
     line = " ".join(command[2:])

@@ -64,9 +64,15 @@ def argv(home, out, **flags):
     values = dict(
         init_from=home / "ckpt.pt", out_dir=out, data=home / "pairs.jsonl", max_iters=40,
         batch_size=8, eval_interval=20, eval_iters=4, learning_rate=1e-2, warmup_iters=3,
-        weight_decay=0, device="cpu", log_interval=100, reference_samples=16, max_gen_len=12,
-        tokenizer=home / f"tok{VOCAB}.model",
-    ) | flags  # fmt: skip
+        weight_decay=0, device="cpu", log_interval=100, tokenizer=home / f"tok{VOCAB}.model",
+    )  # fmt: skip
+    if not flags.get("decay_lr", True):
+        del values["warmup_iters"]
+    if not flags.get("sft"):
+        values["max_gen_len"] = 12
+    if flags.get("rm") or flags.get("dpo"):
+        values["reference_samples"] = 16
+    values |= flags
     return [f"--{k}={v}" for k, v in values.items()]
 
 
@@ -625,7 +631,6 @@ def test_refuses_flags_that_make_no_sense(home, tmp_path, capsys):
         (dict(dpo=True, dpo_label_smoothing=0.6), "--dpo_label_smoothing"),
         (dict(dpo=True, dpo_beta=-1), "--dpo_beta"),
         (dict(rm=True, init_from="scratch"), "ckpt.pt"),
-        (dict(rm=True, lora_rank=2), "--lora_rank"),
         (dict(rm=True, reference_samples=0), "--reference_samples"),
         (dict(rm=True, data=home), "is a folder"),
         (dict(rm=True, template="x.json"), "x.json"),

@@ -72,7 +72,7 @@ kernels.keep_memory = lambda: None  # else freed memory counts too
 from model import ModelArgs
 torch.set_num_threads(1)
 def stage(*flags):
-    args = train.flags([f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", *flags])
+    args = train.flags([f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", "--plan", *flags])
     rank, world = train.setup(args)
     return args, train.Pretraining(args, None, rank, world, contextlib.nullcontext, None)
 small = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=2 --batch_size=2 --max_seq_len=32 --device=cpu"
