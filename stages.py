@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from checkpoint import model_from_checkpoint
+from experiments.plan import GPUS
 from instruct import InstructPrompts, Instructions, Rankings, find_template
 from kernels import TokenTerms, native_attention
 from lora import adapter_state, add_lora, merged_state

@@ -41,7 +41,7 @@ import torch.distributed as dist
 import ppo
 from alignment import Alignment
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
-from experiments.plan import GPUS, plan
+from experiments.plan import plan
 from export import write_v3
 from model import ModelArgs
 from report import Log, load_boards, plain_config, plot, print_report
