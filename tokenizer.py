@@ -372,16 +372,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
-def flag(default, help, choices=None):
+def flag(default, help, choices=None, also=()):
     """
-    A field of a dataclass that add_flags makes a flag of:
+    A field of a dataclass that add_flags makes a flag of (`also` are other names of it):
 
         @dataclass
         class Flags:
             "output"                       # the title in --help
             out_dir: str = flag("out", "folder for checkpoints and logs")
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    metadata = {"help": help, "choices": choices, "also": also}
+    return dataclasses.field(default=default, metadata=metadata)
 
 def flag_names(kind):
     """The fields of a dataclass that are flags."""
@@ -396,7 +397,8 @@ def add_flags(parser, kind):
             options = {"type": type(f.default), "choices": f.metadata["choices"]}
             if f.default is None or isinstance(f.default, bool):
                 options = {"type": boolean, "nargs": "?", "const": True}
-            group.add_argument(f"--{f.name}", default=f.default,
+            words = [f"--{name}" for name in (f.name, *f.metadata["also"])]
+            group.add_argument(*words, default=f.default,
                                help=f.metadata["help"].replace("%", "%%"), **options)
 
 def flags_of_others(mine, commands):

@@ -108,6 +108,7 @@ class DataFlags:
         "data",
         "data folder, or several with weights: dirA:0.7,dirB:0.3; for instructions and rankings "
         "JSON or JSONL files: a.jsonl,b.json",
+        also=("data_dir",),
     )
     batch_size: int = flag(
         128, "sequences per forward pass (PPO: rollouts, --rm and --dpo: rankings)"

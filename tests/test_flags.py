@@ -132,6 +132,8 @@ def test_two_lines_of_the_issue(capsys):
     )
     assert error_of(capsys, "--sft --rm")[1] == "error: one stage at a time, not --sft and --rm\n"
     assert train.flags(["--ppo", "--sft=False"]).ppo
+    args = train.flags(["--data_dir=x"])
+    assert args.data == "x" and args.given == ["data"]
 
 
 @pytest.mark.parametrize("line, name, why", [
@@ -168,11 +170,12 @@ def test_flag_without_effect_is_refused(capsys, line, name, why):
 
 
 def test_known_commands_parse(capsys):
-    """The published commands, and those of README, Makefile and the scripts of tests/."""
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^(?:torchrun [^#\n]*|python )(train.py[^#\n]*)", readme, re.M)
+    """The published commands, and those of README, doc/ and Makefile."""
+    files = ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))
+    text = "\n".join(f.read_text() for f in files).replace("\\\n", " ")
+    lines = re.findall(r"^(?:torchrun [^#\n]*|python )(train.py[^#\n]*)", text, re.M)
     assert len(lines) > 8
-    how = re.search(r'^HOW="(.*)"', readme, re.M)
+    how = re.search(r'^HOW="(.*)"', text, re.M)
     lines = [line.replace("$HOW", how[1]) if how else line for line in lines]
     if shutil.which("make"):
         made = subprocess.run(["make", "-n", "-B", "rlhf", "demo"], cwd=ROOT, capture_output=True, text=True)
