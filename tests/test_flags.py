@@ -19,7 +19,8 @@ import instruct
 import stages
 import tinystories
 import train
-from model import ModelArgs, Transformer, checkpoint_args, load_checkpoint, save_checkpoint
+from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from model import ModelArgs, Transformer
 from tokenizer import run_main
 
 ROOT = Path(train.__file__).parent
