@@ -82,6 +82,10 @@ def command(data, out, **flags):
         n_kv_heads=2, multiple_of=4, max_seq_len=32, batch_size=4, max_iters=12, eval_interval=4,
         eval_iters=3, learning_rate=1e-2, warmup_iters=3, device="cpu", log_interval=100,
     ) | flags  # fmt: skip
+    if not values.get("decay_lr", True):
+        del values["warmup_iters"]
+    if "reward" in values:
+        values.pop("target_len", None)
     return [f"--{k}={v}" for k, v in values.items()]
 
 
