@@ -7,6 +7,7 @@ and files that are never half-written.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
