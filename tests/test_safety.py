@@ -387,8 +387,8 @@ def test_examples_are_accepted(path, words, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def parse(parser, argv=None):
-        raise Parsed(tokenizer.parse_args(parser, argv))
+    def parse(parser, *more):
+        raise Parsed(tokenizer.parse_args(parser, *more))
 
     monkeypatch.setattr(module, "parse_args", parse)
     monkeypatch.setattr(sys, "argv", [str(path), *words])
