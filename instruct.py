@@ -288,22 +288,26 @@ def record(item, replies=True):
             raise ValueError(f'"{k}" changes the meaning of the record: {REFUSED[k]}')
 
     def find(part):  # the key that is read, which may be empty where no other is present
-        keys = [k for k in KEYS[part] if item.get(k) is not None]
-        if part == "completions":  # "answers" are often aliases of one answer
-            keys = [k for k in keys if k == "completions" or has_ranks(item[k])]
+        keys = [k for k in KEYS[part] if item.get(k) is not None and fits.get(k, True)]
         return next((k for k in keys if k in present), keys[0] if keys else None)
 
-    prompt, reply = find("prompt"), find("reply")
-    whole = next(filter(None, map(find, ("chosen", "completions", "messages"))), None)
+    # "answers" are often other spellings of one answer, and "data" may be anything
+    fits = {"answers": has_ranks(item.get("answers")), "data": is_strings(item.get("data"))}
+    prompt, reply, messages = find("prompt"), find("reply"), find("messages")
+    whole = next((k for k in (find("completions"), messages) if k in present), None)
+    if find("chosen"):
+        whole = "chosen"
+    elif not whole and not prompt:
+        whole = messages  # which is empty
     if not prompt and (not whole or whole in KEYS["completions"]):
         begins = (*KEYS["prompt"], *KEYS["messages"], "chosen")
         raise ValueError(f"it has {quoted(item)}, but none of {quoted(begins)}")
 
-    ignored = []
-    begin, space = [], False  # the messages before the replies; whether a space precedes each reply
-    used = {k for k in (find("history"), find("system")) if k}
-    for k in used & {find("history")}:
-        begin += read_messages(item[k], k, ignored)
+    # The messages before the replies, and whether the format puts a space before each reply
+    begin, space, ignored = [], False, []
+    used = {find("history"), find("system")}
+    if find("history"):
+        begin += read_messages(item["history"], "history", ignored)
     if prompt and whole not in KEYS["messages"]:
         more = [k for k in KEYS["context"] if k in present and k != prompt]
         used |= {prompt, *more}
@@ -318,13 +322,14 @@ def record(item, replies=True):
         if more:
             asked = [begin.pop()[1]] if begin and begin[-1][0] == "user" else []
             begin.append(("user", "\n".join([*asked, *(text_of(item[k], k) for k in more)])))
-    elif whole == "chosen" and find("messages"):
-        asked = read_messages(item[find("messages")], find("messages"), ignored)
+    elif whole == "chosen" and messages:
+        asked = read_messages(item[messages], messages, ignored)
         if asked and asked[-1][0] == "user":
-            used.add(find("messages"))
+            used.add(messages)
             begin += asked
 
-    def ending(value, k):  # the messages that a reply or a whole dialogue brings
+    # What follows: replies, or whole dialogues that may repeat the beginning
+    def ending(value, k):
         listed = isinstance(value, list) and not is_parts(value)
         if listed or isinstance(value, dict) or k in KEYS["messages"]:
             return read_messages(value, k, ignored)
@@ -336,7 +341,7 @@ def record(item, replies=True):
         return [("assistant", value)]
 
     if whole == "chosen":
-        ends = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in item]
+        ends = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in present]
     elif whole in KEYS["completions"]:
         ends = [(x, whole) for x in ranking(item[whole], whole, ignored)]
     elif whole or reply:
@@ -363,12 +368,17 @@ def record(item, replies=True):
     if any([*d[:-1], (d[-1][0], None)] != turns for d in dialogues):
         completions = []  # they part before the last reply: no two replies to one prompt
 
+    # Keys that are not used, unless they repeat what others say
     texts = {text.strip() for s in said for _, text in s} | {system.strip()}
     for k in present.keys() - used - HARMLESS:
-        if not repeats(item[k], k, texts):
+        if not repeats(item[k], texts):
             ignored.append(k)
     completions = [c for c in completions if c is not None]
     return Record(turns, system, completions, tuple(sorted(set(ignored))))
+
+
+def is_strings(value):
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
 
 def is_parts(value):
@@ -486,16 +496,18 @@ def exchanges(said, replies):
     return list(zip(texts[::2], texts[1::2]))
 
 
-def repeats(value, key, texts):
+def repeats(value, texts):
     """Whether the value of a key that is not used says nothing but what `texts` say."""
     if isinstance(value, str):
         return value.strip() in texts
+    if not isinstance(value, (list, dict)):
+        return False
+    others = []
     try:
-        return isinstance(value, (list, dict)) and all(
-            text.strip() in texts for _, text in read_messages(value, "messages", [])
-        )
+        said = read_messages(value, "messages", others)
     except ValueError:
         return False
+    return not others and all(text.strip() in texts for _, text in said)
 
 
 # -----------------------------------------------------------------------------

@@ -130,6 +130,9 @@ PUBLIC = {  # records as data sets of these names have them
     "no images": ({"prompt": "A", "response": "B", "images": [], "tools": None}, ONE),
     "labels that are words": ({"prompt": "A", "response": "B", "label": "math"},
                               ONE._replace(ignored=("label",))),
+    "empty messages": ({"prompt": "A", "response": "B", "messages": [], "completions": []}, ONE),
+    "data of another kind": ({"prompt": "A", "response": "B", "data": {"n": 3}},
+                             ONE._replace(ignored=("data",))),
     "null is absent": ({"prompt": None, "instruction": "A", "response": None, "output": "B"}, ONE),
     "helpsteer": ({"prompt": "A", "response": "B", "helpfulness": 3, "verbosity": 0},
                   ONE._replace(ignored=("helpfulness", "verbosity"))),
@@ -217,6 +220,7 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
                                                    {"answer": "X", "rank": 1}]}, 'different "ra'),
     "squad answers": ({"question": "A", "context": "K", "answers": {"text": ["B"]}},
                       '"response" is missing .*it has "question", "context", "answers"'),
+    "empty messages": ({"messages": []}, "in turn, not nothing"),
     "nothing": ({}, "it has no keys"),
     "replies of no prompt": ({"completions": ["B", "X"]}, "none of"),
     "a list as a reply": ({"question": "A", "answer": ["B", "C"]}, '"answer" must be a list of'),
@@ -247,6 +251,58 @@ def test_every_key_is_used_or_harmless_or_counted(tmp_path):
         assert data.summary() == f'{path}: 60 samples (3 with "mood", which is ignored)'
         parts = [kind(path, split, T, PLAIN, 99).counts for split in ("train", "val")]
         assert sum(parts, instruct.collections.Counter()) == data.counts
+
+
+def test_no_text_disappears_without_a_word():
+    """Random records: nothing but ValueError is raised; and where any text of a record changes, so
+    does what is learned of it, or its key is harmless or counted."""
+    rng = random.Random(0)
+    keys = [k for row in instruct.KEYS.values() for k in row] + ["mood", "label", "images", "tools"]
+    texts = ["", "A", "B", "\n\nHuman: A\n\nAssistant: B", "\n\nHuman: C\n\nAssistant:", " "]
+
+    def value(depth=0):
+        kinds = [None, 3, True, {}, [], rng.choice(texts), rng.choice(texts), says("A", "B"),
+                 says("A"), [SYSTEM, *says("A")], says("A", "B", **SHAREGPT), ["A", "B"],
+                 [["A", "B"]], {"role": "assistant", "content": "B", "mood": "x"},
+                 [{"answer": "B", "rank": 1, "mood": "x"}, {"answer": "X", "rank": 2}],
+                 [{"type": "text", "text": "A"}], [{"input": "A", "output": "B"}]]  # fmt: skip
+        return rng.choice(kinds)
+
+    def strings(x, path=()):
+        if isinstance(x, str) and x.strip():
+            yield path
+        for k, y in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+            yield from strings(y, (*path, k))
+
+    def learned(item, replies):
+        try:
+            return instruct.record(item, replies)
+        except ValueError:
+            return None
+
+    found = 0
+    for _ in range(8_000):
+        item = {k: value() for k in rng.sample(keys, rng.randint(1, 4))}
+        replies = rng.random() < 0.7
+        if rng.random() < 0.5:
+            item |= {"prompt": "A"} | ({"response": "B"} if replies else {})
+        before = learned(item, replies)
+        if before is None:
+            continue
+        found += 1
+        for path in strings(item):
+            if path[-1] in ("role", "from", "type"):
+                continue
+            other = json.loads(json.dumps(item))
+            place = other
+            for k in path[:-1]:
+                place = place[k]
+            place[path[-1]] = "new words"
+            names = {path[0], ".".join(str(k) for k in (path[0], path[-1]))}
+            answer = not replies and path[0] not in ("prompt", "messages")
+            assert learned(other, replies) != before or names & set(before.ignored) or answer, (
+                item, path, before)  # fmt: skip
+    assert found > 1000
 
 
 CODE = "    return x\n\n"
@@ -321,7 +377,7 @@ def test_layouts_of_files(tmp_path):
     ('{"prompt": "a", "response": "b"},\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
     ('{"data": [{"prompt": "a", "response": "b"}, {"prompt": 3}]}', 'item 2 of "data": "prompt"'),
     ('{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}', 'several lists.*"train", "test"'),
-    ('{"data": 5}', 'line 1: "data" must be a list'),
+    ('{"data": 5}', 'line 1: it has "data", but none of'),
 ])  # fmt: skip
 def test_broken_layouts_name_the_place(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
