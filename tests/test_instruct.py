@@ -271,7 +271,8 @@ def test_no_text_disappears_without_a_word():
     def strings(x, path=()):
         if isinstance(x, str) and x.strip():
             yield path
-        for k, y in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+        inner = x.items() if isinstance(x, dict) else enumerate(x if isinstance(x, list) else ())
+        for k, y in inner:
             yield from strings(y, (*path, k))
 
     def learned(item, replies):
