@@ -55,6 +55,8 @@ def flags(argv=None):
         raise ValueError("--chat has no --interactive, --start or --num_samples")
     if (args.system or args.template) and not args.chat:
         raise ValueError("--system and --template are for --chat")
+    if (args.chat or args.interactive) and sys.stdin is None:  # closed, as by <&-
+        raise ValueError("there is no standard input to read from")
     return args
 
 
@@ -140,8 +142,6 @@ def tell(model, tokenizer, prompts, args, end_ids=(), bos=True):
 
 def read_line(prompt):
     """A line from the terminal or a pipe, without a byte order mark; None at the end of input."""
-    if sys.stdin is None:  # closed, as by <&-
-        raise ValueError("there is no standard input to read from")
     try:
         return input(prompt if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except EOFError:
