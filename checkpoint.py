@@ -3,6 +3,8 @@
 Written to a temporary file and renamed, read without unpickling anything but tensors and plain values.
 """
 
+import re
+import struct
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import write_atomic
-from model import ModelArgs, Transformer
+from model import LARGEST, ModelArgs, Transformer
 
 
 def save_checkpoint(path, checkpoint):
@@ -25,13 +27,65 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"{path}: cannot write the checkpoint: {reason}") from None
 
 
+# What else people have in files of PyTorch, by a key
+KEYS = {
+    "lora": ", but adapters: give the checkpoint they are for, and --merge_lora to export.py",
+    "model.embed_tokens.weight": ", but weights of Hugging Face: import their folder with --hf",
+    "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
+}
+STARTS = {  # of files, in bytes
+    b"GGUF": "a GGUF file, which is for llama.cpp",
+    b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
+    b"version https://git-lfs": "a pointer of Git LFS: download the file itself",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x7fELF": "a program",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array of NumPy",
+}
+
+
+def kind_of_file(path, but=""):
+    """What a file seems to be that is no checkpoint, for messages; "" if that is not known or is the
+    kind whose usual suffix is `but`."""
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    if not head:
+        return "empty"
+    for start, what in STARTS.items():
+        if head.startswith(start):
+            return what
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size and but != ".safetensors":
+        return "safetensors of Hugging Face: import their folder with export.py ckpt.pt --hf=FOLDER"
+    if head[:1] == b"\n" and b"<unk>" in head[:32]:
+        return "a SentencePiece tokenizer"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            ours = any(name.endswith("data.pkl") for name in z.namelist())
+        return "" if ours else "a zip archive of something else"
+    dim, hidden, layers, heads, kv, vocab, context = struct.unpack("<7i", head[:28].ljust(28, b"\0"))
+    if 0 < layers <= LARGEST["n_layers"] and 0 < kv <= heads <= dim <= LARGEST["dim"] \
+            and 0 < hidden <= LARGEST["hidden_dim"] and 0 < abs(vocab) <= LARGEST["vocab_size"] \
+            and 0 < context <= LARGEST["max_seq_len"] and not dim % heads:  # fmt: skip
+        return "a llama2.c model of version 0: import it with export.py ckpt.pt --llama2c=FILE"
+    text = head.decode("utf-8", "ignore").strip()
+    if len(text.encode()) > len(head) - 100 and all(c.isprintable() or c.isspace() for c in text):
+        kind = "a web page" if text[:1] == "<" else "JSON" if text[:1] in ("{", "[") else "a text"
+        return f"{kind} that begins with {' '.join(text.split())[:30]!r}"
+    return ""
+
+
 def load_checkpoint(path, device="cpu", mmap=False):
     """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys:
     `template`, how the model was taught to chat ({"turn", "system", "next"}), `end_ids`, ids at
-    which it stops besides its tokenizer's EOS, and `bos`, whether its text begins with BOS. Only tensors and plain values are unpickled. With mmap
-    a tensor is read when it is used. Raises FileNotFoundError, or ValueError if the file is not such
-    a checkpoint."""
+    which it stops besides its tokenizer's EOS, and `bos`, whether its text begins with BOS. Only tensors and
+    plain values are unpickled. With mmap a tensor is read when it is used. Raises
+    FileNotFoundError, or ValueError if the file is not such a checkpoint."""
     path = Path(path)
+    if path.is_dir():
+        hint = ": import it with export.py ckpt.pt --hf" if (path / "config.json").exists() else ""
+        raise ValueError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
@@ -39,9 +93,17 @@ def load_checkpoint(path, device="cpu", mmap=False):
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
         reason = str(e).strip().split("\n")[0][:120]
+        if what := kind_of_file(path):
+            raise ValueError(f"{path} is not a readable checkpoint: it seems to be {what}") from None
+        if pickled := re.search(r"GLOBAL (\S+) was not", str(e)):
+            reason = f"it holds {pickled[1]}: only tensors and plain values are loaded"
+        elif "weights_only" in reason or "Weights only" in reason:
+            reason = "it holds neither tensors nor plain values"
         raise ValueError(f"{path} is not a readable checkpoint, or is cut short ({reason})") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'")
+        keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
+        what = next((text for key, text in KEYS.items() if key in keys), "")
+        raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'{what}")
     prefix = "_orig_mod."  # left in the names by torch.compile
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
     return checkpoint
@@ -57,7 +119,9 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     try:
         if "tok_embeddings.weight" in state and "output.weight" in state:
             given.setdefault("tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"]))
-        model = cls(ModelArgs(**{**given, **overrides}))
+        args = ModelArgs(**{**given, **overrides})
+        check_sizes(args, state)  # before memory is taken for them
+        model = cls(args)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (TypeError, RuntimeError, AttributeError) as e:
         raise ValueError(f"the checkpoint does not fit its model_args: {e}") from None
@@ -68,6 +132,23 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     if missing or unexpected:
         raise ValueError(f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}")
     return model
+
+
+def check_sizes(args, state):
+    """Raises ValueError where a state dict has other sizes than ModelArgs say."""
+    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if len(layers) != args.n_layers:
+        raise ValueError(f"model_args say n_layers={args.n_layers}, the weights have {len(layers)}")
+    for name, shape in (
+        ("tok_embeddings.weight", (args.vocab_size, args.dim)),
+        ("output.weight", (args.vocab_size, args.dim)),
+        ("layers.0.feed_forward.w1.weight", (args.ffn_dim, args.dim)),
+    ):
+        if name in state and tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"the checkpoint does not fit its model_args: {name} has the shape "
+                f"{tuple(state[name].shape)}, not {shape}"
+            )
 
 
 def checkpoint_args(args: ModelArgs):

@@ -492,12 +492,23 @@ def copy_tokenizer(tokenizer, output, vocab_size, config):
                 f.write("\n")
         print(f"wrote {beside}")
 
+def check_suffix(args):
+    """ValueError where the name of the output says another format than what is written."""
+    imports = not args.checkpoint
+    fits = {".gguf": args.format == "gguf", ".pt": imports or args.merge_lora, ".safetensors": False,
+            ".bin": not imports and args.format not in ("gguf", "hf", "peft")}
+    if not fits.get(os.path.splitext(args.output)[1], True):
+        kinds = {"gguf": "GGUF (.gguf)", "hf": "a folder", "peft": "a folder"}
+        written = "a checkpoint (.pt)" if imports else kinds.get(args.format, "a model.bin")
+        raise ValueError(f"{args.output}: this command writes {written}: choose another name")
+
 def import_model(args, scratch):
     """--llama2c, --hf or --meta -> .pt; `scratch` is a folder for a tokenizer that is converted."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folder = None
     if args.llama2c:
         config, weights = read_v0(args.llama2c)
+        check_suffix(args)
     else:
         read = read_hf if args.hf else read_meta
         config, weights, folder = read(args.hf or args.meta, dtype, args.max_seq_len)
@@ -610,6 +621,10 @@ def main(argv=None):
                          + f": choose from {', '.join(allowed)}" * bool(allowed))
     if args.format == "peft":
         return export_peft(args)
+    if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
+        args.format = args.format or "gguf"
+    if not args.llama2c:
+        check_suffix(args)
     if args.checkpoint:
         return export_model(args)
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from checkpoint import kind_of_file
 from instruct import ended
 from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
@@ -107,43 +108,81 @@ def hf_args(config, path, max_seq_len=None):
     """
     def refuse(what):
         raise ValueError(f"{path}: {what} is not supported")
+    def wrong(name, value, expected):
+        value = json.dumps(value)[:60]
+        raise ValueError(f"{path} has a wrong value: {name} must be {expected}, not {value}")
+    def size(name, default=None):
+        value = config[name] if default is None else config.get(name)
+        value = default if value is None and default is not None else value
+        if type(value) is not int or value < 1:
+            wrong(name, value, "a whole number above 0")
+        return value
     kinds = config.get("architectures") or [config.get("model_type")]
-    if kinds[0] not in ("LlamaForCausalLM", "llama"):
-        refuse(f"the architecture {kinds[0]}")
+    if not isinstance(kinds, list) or kinds[0] not in ("LlamaForCausalLM", "llama"):
+        refuse(f"the architecture {kinds[0] if isinstance(kinds, list) else json.dumps(kinds)}")
     for name in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
         if config.get(name):
             refuse(f"{name} {json.dumps(config[name])}")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse(f"hidden_act {config['hidden_act']}")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
-        refuse("partial_rotary_factor")
-    theta, scaling = rope.get("rope_theta", config.get("rope_theta", 10000.0)), None
+    tied = config.get("tie_word_embeddings", False)
+    if tied not in (True, False, None):
+        wrong("tie_word_embeddings", tied, "true or false")
     try:
-        heads, dim = config["num_attention_heads"], config["hidden_size"]
+        heads, dim = size("num_attention_heads"), size("hidden_size")
         if config.get("head_dim", None) not in (None, dim // heads):
             refuse(f"head_dim {config['head_dim']}, not hidden_size / num_attention_heads,")
-        if kind == "linear":
-            scaling = {"factor": float(rope["factor"])}
-        elif kind == "llama3":
-            numbers = (rope[n] for n in (*LLAMA3_SCALING[:3], "original_max_position_embeddings"))
-            scaling = dict(zip(LLAMA3_SCALING, numbers))
-        elif kind != "default":
-            refuse(f"the RoPE scaling {kind}")
+        theta, scaling = hf_rope(config, refuse, wrong)
         return ModelArgs(
-            dim=dim, n_layers=config["num_hidden_layers"], n_heads=heads,
-            n_kv_heads=config.get("num_key_value_heads"), vocab_size=config["vocab_size"],
-            hidden_dim=config["intermediate_size"], norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_seq_len=max_seq_len or config.get("max_position_embeddings", 2048),
-            rope_theta=float(theta), tied=bool(config.get("tie_word_embeddings", False)),
-            rope_scaling=scaling)
+            dim=dim, n_layers=size("num_hidden_layers"), n_heads=heads,
+            n_kv_heads=size("num_key_value_heads", heads), vocab_size=size("vocab_size"),
+            hidden_dim=size("intermediate_size"), norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_seq_len=max_seq_len or size("max_position_embeddings", 2048),
+            rope_theta=theta, tied=bool(tied), rope_scaling=scaling)
     except KeyError as e:
         raise ValueError(f"{path} does not say {e.args[0]}") from None
-    except (TypeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path} has a wrong value: {e}") from None
     except ValueError as e:
         raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+ROPE_KINDS = {"default": (), "linear": ("factor",),
+              "llama3": (*LLAMA3_SCALING[:3], "original_max_position_embeddings")}
+
+def hf_rope(config, refuse, wrong):
+    """
+    rope_theta and our rope_scaling of a config.json, which has them in rope_parameters (transformers
+    5) or in rope_theta and rope_scaling. Whatever is there must be understood: RoPE that is not
+    scaled as the model learnt it gives a model that runs and is wrong.
+    """
+    rope, factor = {}, config.get("partial_rotary_factor")
+    for name in "rope_scaling", "rope_parameters":
+        part = config.get(name)
+        if not isinstance(part or {}, dict):
+            wrong(name, part, "an object")
+        if any(isinstance(value, (dict, list)) for value in (part or {}).values()):
+            refuse(f"{name} {json.dumps(part)[:80]}, which differs from layer to layer,")
+        part = {"rope_type" if key == "type" and "rope_type" not in part else key: value
+                for key, value in (part or {}).items() if value is not None}
+        for key in rope.keys() & part.keys():
+            if rope[key] != part[key]:
+                refuse(f"{key} {rope[key]} in rope_scaling but {part[key]} in rope_parameters")
+        rope |= part
+    kind = rope.pop("rope_type", "default")
+    if kind not in ROPE_KINDS or rope.pop("type", kind) != kind:
+        refuse(f"the RoPE scaling {kind}")
+    if rope.pop("partial_rotary_factor", 1 if factor is None else factor) != 1:
+        refuse("partial_rotary_factor")
+    theta = rope.pop("rope_theta", config.get("rope_theta", None))
+    theta = 10000.0 if theta is None else theta
+    if type(theta) not in (int, float) or not theta > 0:
+        wrong("rope_theta", theta, "a number above 0")
+    numbers = [rope[key] for key in ROPE_KINDS[kind]]
+    for key, value in rope.items():
+        if key not in (*ROPE_KINDS[kind], "original_max_position_embeddings") and not (
+                key == "factor" and value == 1):
+            refuse(f"{key} {json.dumps(value)} with the RoPE scaling {kind}")
+        if type(value) not in (int, float) or not value > 0:
+            wrong(f"{key} of RoPE", value, "a number above 0")
+    return float(theta), dict(zip(LLAMA3_SCALING, numbers)) or None
 
 def hf_config(args, dtype, bos, ends):
     """The config.json of a model; rope_parameters is for transformers 5, the rest for all."""
@@ -172,6 +211,8 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
     """
     scaled = params.get("use_scaled_rope", False)
     vocab = params.get("vocab_size", -1)
+    if type(vocab) is not int or type(scaled) is not bool:
+        raise ValueError(f"{path}: vocab_size must be a whole number, use_scaled_rope true or false")
     tied = "output.weight" not in shapes
     try:
         if vocab < 1:
@@ -190,7 +231,7 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
             rope_scaling=dict(zip(LLAMA3_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
     except KeyError as e:
         raise ValueError(f"{path}: there is no {e.args[0]}") from None
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, IndexError) as e:
         raise ValueError(f"{path}: {e}") from None
 
 # -----------------------------------------------------------------------------
@@ -218,6 +259,8 @@ def open_tensors(path):
         if isinstance(e, ValueError) and "pip install" in str(e):
             raise
         reason = str(e).strip().split("\n")[0][:120]
+        if what := kind_of_file(path, but=os.path.splitext(path)[1]):
+            raise ValueError(f"{path} cannot be read: it seems to be {what}") from None
         raise ValueError(f"{path} cannot be read, or is cut short ({reason})") from None
 
 def gather(args, read, dtype=None):
@@ -454,6 +497,9 @@ def write_folder(path, known):
     try:
         os.makedirs(temporary)
         yield temporary
+        os.umask(mask := os.umask(0))
+        for name in os.listdir(temporary):  # libraries make some that only their owner can read
+            os.chmod(os.path.join(temporary, name), 0o666 & ~mask)
         shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
             os.rename(path, old)

@@ -50,17 +50,23 @@ class ModelArgs:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if name == "hidden_dim" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= largest:
+                range_ = "at least 1" if value == 0 else f"a whole number from 1 to {largest}"
+                raise ValueError(f"{name} must be {range_}, not {value!r}")
+        for name, largest in ("norm_eps", 1), ("rope_theta", 1e30), ("dropout", 1):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < largest:
+                raise ValueError(f"{name} must be in [0, {largest}), not {value!r}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim ({self.dim}) must be an even multiple of n_heads ({self.n_heads})")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.rope_scaling is not None:
             check_rope_scaling(self.rope_scaling)
 
@@ -76,6 +82,10 @@ class ModelArgs:
         return -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
 
 
+LARGEST = {  # run.c has the same limits
+    "dim": 1 << 16, "n_layers": 1 << 10, "n_heads": 1 << 14, "n_kv_heads": 1 << 14,
+    "vocab_size": 1 << 22, "hidden_dim": 1 << 20, "multiple_of": 1 << 20, "max_seq_len": 1 << 22,
+}  # fmt: skip
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
 
 
@@ -84,7 +94,7 @@ def check_rope_scaling(scaling):
     if not isinstance(scaling, dict) or set(scaling) not in ({"factor"}, set(LLAMA3_SCALING)):
         raise ValueError(f"rope_scaling needs factor, or {', '.join(LLAMA3_SCALING)}: not {scaling}")
     for name, value in scaling.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"rope_scaling: {name} must be a positive number, not {value!r}")
     if len(scaling) > 1 and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")

@@ -806,6 +806,34 @@ CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
     'quantization_config {"bits": 4}': dict(quantization_config={"bits": 4}),
     "does not say factor": dict(rope_parameters={"rope_type": "linear"}),
+    "factor 4.0 with the RoPE scaling default": dict(rope_parameters={"factor": 4.0}),
+    "factor 4 with the RoPE scaling default": dict(rope_parameters=..., rope_scaling={"factor": 4}),
+    "which differs from layer to layer": dict(rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 2.0}}),
+    "rope_parameters must be an object, not [2]": dict(rope_parameters=[2]),
+    "rope_scaling must be an object, not \"linear\"": dict(rope_scaling="linear"),
+    "factor of RoPE must be a number above 0, not \"two\"": dict(
+        rope_parameters={"rope_type": "linear", "factor": "two"}),
+    "factor of RoPE must be a number above 0, not true": dict(
+        rope_parameters={"rope_type": "linear", "factor": True}),
+    "rope_type linear in rope_scaling but default": dict(
+        rope_scaling={"type": "linear", "factor": 2.0}),
+    'rope_scaling {"type": ["linear"]}, which': dict(rope_scaling={"type": ["linear"]}),
+    "rope_theta must be a number above 0, not \"x\"": dict(rope_parameters={"rope_theta": "x"}),
+    "low_freq_factor must be below high": dict(rope_parameters=LLAMA3 | {"low_freq_factor": 8.0}),
+    "num_hidden_layers must be a whole number above 0, not 2.0": dict(num_hidden_layers=2.0),
+    "num_hidden_layers must be a whole number above 0, not true": dict(num_hidden_layers=True),
+    "n_layers must be a whole number from 1 to 1024": dict(num_hidden_layers=10**9),
+    "dim must be a whole number from 1 to 65536": dict(hidden_size=10**12, head_dim=None),
+    "hidden_dim must be a whole number": dict(intermediate_size=10**9),
+    "vocab_size must be a whole number from": dict(vocab_size=10**10),
+    "max_seq_len must be a whole number": dict(max_position_embeddings=10**12),
+    "num_key_value_heads must be a whole number above 0, not 0": dict(num_key_value_heads=0),
+    "num_attention_heads must be a whole number above 0, not []": dict(num_attention_heads=[]),
+    "norm_eps must be in [0, 1), not '1e-5'": dict(rms_norm_eps="1e-5"),
+    "norm_eps must be in [0, 1), not nan": dict(rms_norm_eps=float("nan")),
+    "tie_word_embeddings must be true or false": dict(tie_word_embeddings="no"),
+    "the architecture \"LlamaForCausalLM\"": dict(architectures="LlamaForCausalLM"),
     "does not say hidden_size": dict(hidden_size=...),
     "has a wrong value": dict(hidden_size="big"),
     "n_heads (4) must be a multiple": dict(num_key_value_heads=3),
@@ -846,6 +874,80 @@ def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
     assert says in done.stderr and done.stderr.startswith("error:"), done.stderr
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
     assert os.listdir(tmp_path) == ["in"]
+
+@pytest.mark.parametrize("name, value", [
+    ("n_layers", 10**9), ("n_layers", 3), ("dim", 10**9), ("dim", 96), ("vocab_size", 10**9),
+    ("vocab_size", 10**6), ("hidden_dim", 10**9), ("hidden_dim", 10**5), ("max_seq_len", 10**12),
+    ("n_heads", 2.0), ("n_layers", "2"), ("rope_theta", "big"), ("norm_eps", None)])
+def test_sizes_are_checked_before_a_model_is_built(tmp_path, monkeypatch, name, value):
+    """model_args of a checkpoint, and params.json for what it says."""
+    checkpoint(tmp_path / "c.pt")
+    state = load_checkpoint(tmp_path / "c.pt")
+    state["model_args"][name] = value
+    save_checkpoint(tmp_path / "c.pt", state)
+    (tmp_path / "in").mkdir()
+    torch.save(state["model"], tmp_path / "in/consolidated.00.pth")
+    (tmp_path / "in/params.json").write_text(json.dumps(state["model_args"]))
+    built = []
+    monkeypatch.setattr("torch.nn.Linear.__init__", lambda *_, **__: built.append(1) or 1 / 0)
+    with pytest.raises(ValueError, match=name if value not in (96, 10**5, 10**6) else "shape"):
+        model_from_checkpoint(load_checkpoint(tmp_path / "c.pt"))
+    assert not built
+    monkeypatch.undo()
+    if name in ("n_layers", "dim", "vocab_size", "n_heads", "rope_theta", "norm_eps"):
+        done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+def test_the_suffix_says_what_is_written(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    checkpoint(tmp_path / "c.pt")
+    run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt")
+    assert gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    for name, *flags in (("m.gguf", "--format=q8_0"), ("m.gguf", "--version=2"), ("m.pt",),
+                         ("m.safetensors",), ("m.bin", "--format=gguf"), ("m.bin", "--format=hf")):
+        done = run(tmp_path / "new" / name, f"--checkpoint={tmp_path}/c.pt", *flags, ok=1)
+        assert f"{name}: this command writes" in done.stderr and done.stderr.count("\n") == 1
+    hugging_face(tmp_path / "in", "smollm2")
+    done = run(tmp_path / "new/m.bin", f"--hf={tmp_path}/in", ok=1)
+    assert "this command writes a checkpoint (.pt)" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+def test_files_follow_the_umask(tmp_path):
+    pytest.importorskip("safetensors")
+    model = checkpoint(tmp_path / "c.pt")
+    add_lora(model, 2, 8.0, 0.0, "q,v")
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    torch.save({"lora": {"rank": 2, "alpha": 8.0, "layers": "q,v", "four_bit": False,
+                         "state": state}, "model_args": checkpoint_args(model.args)},
+               tmp_path / "lora.pt")
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            run(tmp_path / "hf", f"--checkpoint={tmp_path}/c.pt", "--format=hf")
+            run(tmp_path / "peft", f"--checkpoint={tmp_path}/lora.pt", "--format=peft")
+        finally:
+            os.umask(before)
+        for path in [*(tmp_path / "hf").iterdir(), *(tmp_path / "peft").iterdir()]:
+            assert path.stat().st_mode & 0o777 == mode, path
+
+def test_id_0_ends_a_text(tmp_path, program):
+    """In model.bin and Hugging Face's config, beside four other ids, and run.c stops there."""
+    model = checkpoint(tmp_path / "c.pt", vocab_size=512)
+    path = sentencepiece_model(tmp_path / "data", "made")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # all logits are equal: the most likely token is the first, 0
+    state = load_checkpoint(tmp_path / "c.pt") | {"model": model.state_dict()}
+    for ends, tokens in (([], 8), ([0], 1), ([5, 6, 0, 7, 8], 1)):
+        save_checkpoint(tmp_path / "c.pt", state | {"end_ids": ends})
+        run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={path}")
+        data = (tmp_path / "m.bin").read_bytes()
+        assert struct.unpack_from("<i", data, 156) == (int(0 in ends),)
+        done = subprocess.run([program, tmp_path / "m.bin", "-t", "0", "-n", "8"],
+                              capture_output=True, text=True)
+        assert re.search(r"story: (\d+) tokens", done.stderr)[1] == str(tokens), done.stderr
+    run(tmp_path / "hf", f"--checkpoint={tmp_path}/c.pt", "--format=hf", f"--tokenizer={path}")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [2, 5, 6, 0, 7, 8]
 
 def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     checkpoint(tmp_path / "ckpt.pt")

@@ -1018,3 +1018,47 @@ def test_kernels_under_sanitizers(native, tmp_path, monkeypatch):
     calls = record_calls(monkeypatch, small(), small(dim=48, n_heads=3, n_kv_heads=3, multiple_of=1))
     compiler = [probe[0], "-O0", "-g", "-march=native", *flags]
     replay(calls, compiler + ([NARROW[native]] if native in NARROW else []), [], tmp_path)
+
+
+def write_kinds(folder):
+    """Files that are no checkpoints: {path: what the message says}."""
+    import argparse
+    import zipfile
+
+    import numpy as np
+
+    weights = {"model.embed_tokens.weight": torch.ones(2, 2)}
+    kinds = {
+        "GGUF": b"GGUF\3\0\0\0" + bytes(100), "model.bin for run.c": b"24ka\3\0\0\0" + bytes(300),
+        "llama2.c model of version 0": np.int32([8, 16, 1, 2, 2, 9, 16]).tobytes() + bytes(99),
+        "safetensors of Hugging Face": (40).to_bytes(8, "little") + b'{"a": 1}'.ljust(60),
+        "SentencePiece": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2", "empty": b"", "gzip": b"\x1f\x8b\x08",
+        "web page": b"<!DOCTYPE html>\n<html></html>", "JSON that begins": b'{"a": [1, 2]}',
+        "a text that begins with 'Once upon": "Once upon a time, é".encode() * 300,
+        "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid", "NumPy": b"\x93NUMPY\1\0v",
+    }  # fmt: skip
+    paths = {}
+    for i, (says, data) in enumerate(kinds.items()):
+        paths[folder / f"{i}.pt"] = says
+        (folder / f"{i}.pt").write_bytes(data)
+    with zipfile.ZipFile(folder / "zip.pt", "w") as z:
+        z.writestr("thesis.txt", "x")
+    torch.save(weights, folder / "hf.pt")
+    torch.save({"lora": {}, "model_args": {}}, folder / "lora.pt")
+    torch.save({"model": {}, "config": argparse.Namespace()}, folder / "namespace.pt")
+    (folder / "folder").mkdir()
+    (folder / "folder/config.json").write_text("{}")
+    more = {"zip": "zip archive of something else", "hf": "weights of Hugging Face",
+            "lora": "adapters", "namespace": "it holds argparse.Namespace"}  # fmt: skip
+    paths |= {folder / f"{name}.pt": says for name, says in more.items()}
+    return paths | {folder / "folder": "is a folder"}
+
+
+def test_a_wrong_file_says_what_it_is(tmp_path):
+    for path, says in write_kinds(tmp_path).items():
+        for mmap in (False, True):
+            with pytest.raises(ValueError) as error:
+                load_checkpoint(path, mmap=mmap)
+            text = str(error.value)
+            assert says in text and str(path) in text and "\n" not in text and len(text) < 250
+            assert "weights_only" not in text
