@@ -341,6 +341,8 @@ def record(item, replies=True):
         return [("assistant", value)]
 
     if whole == "chosen":
+        if replies and item.get("rejected") is None:
+            raise ValueError(f'"rejected" is missing: it has {quoted(item)}')
         ends = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in present]
     elif whole in KEYS["completions"]:
         ends = [(x, whole) for x in ranking(item[whole], whole, ignored)]

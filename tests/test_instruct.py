@@ -212,7 +212,7 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
             'it has "post_id", "history", .*but none of'),
     "safe-rlhf": ({"prompt": "A", "response_0": "B", "response_1": "X", "better_response_id": 0},
                   r'"response" is missing \(or "output".*: it has "prompt", "response_0"'),
-    "no rejected": ({"prompt": "A", "chosen": "B"}, '"rejected" is missing'),
+    "no rejected": ({"prompt": "A", "chosen": "B"}, '"rejected" is missing: it has "prompt", "ch'),
     "argilla completions": ({"instruction": "A", "completions": [
         {"response": "B", "overall_score": 8}, {"response": "X", "overall_score": 3}]},
         '"completions" must be replies, best first, or objects with different "rank"s'),
