@@ -537,6 +537,10 @@ def train(args, rank, world):
                 return 128 + number if number == signal.SIGTERM else 0
         evaluate_and_save()
     except (FloatingPointError, ppo.Mismatch) as e:
+        # Mismatch is raised before an iteration has changed any weight.
+        if isinstance(e, ppo.Mismatch) and iter_num > (first if saved is None else saved):
+            save(args, stage, iter_num, best_val_loss, False, rank)
+            saved = iter_num
         where = f"{args.out_dir}/{stage.prefix}ckpt.pt has iteration {saved}" if saved else "none"
         raise ValueError(f"{e}; the last good checkpoint: {where}") from None
     finally:

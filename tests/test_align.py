@@ -573,10 +573,11 @@ def test_a_failed_check_is_one_line(home, rm, tmp_path, capsys, monkeypatch):
         return step(self, *a)
 
     monkeypatch.setattr(ppo.PPOTrainer, "step", drifts)
-    flags = PPO | dict(reward=rm / "rm_ckpt.pt", eval_interval=1)
+    flags = PPO | dict(reward=rm / "rm_ckpt.pt", eval_interval=100)
     text = error_of(capsys, argv(home, tmp_path, **flags))
     assert "from the rollout's log-probability" in text
-    assert f"the last good checkpoint: {tmp_path}/ppo_ckpt.pt has iteration " in text
+    assert f"the last good checkpoint: {tmp_path}/ppo_ckpt.pt has iteration 1" in text
+    assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 1
 
 
 def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):

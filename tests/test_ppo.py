@@ -776,7 +776,7 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
         far = ppo.against_reference(trainer.policy, trainer.reference, given["queries"],
                                     given["responses"], 16)[0]  # fmt: skip
     assert 0.02 < float(far.mean()) < 0.19
-    trainer.worst_limit = trainer.mean_limit = 1.0  # of a token
+    trainer.token_limit = trainer.mean_limit = trainer.bias_limit = 1.0  # of a token
     with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
         trainer.step(**given)
 
@@ -789,6 +789,84 @@ def test_refuses_log_probabilities_of_another_policy(factor):
         for model in (trainer.policy, trainer.reference):
             model.norm.weight.mul_(factor)
     with pytest.raises(Mismatch, match="the rollout's log-probability"):
+        trainer.step(**given)
+
+
+@pytest.mark.parametrize("kind,scale", [("tf32", 6e-4), ("half", 0.0134)])
+def test_checks_tell_rounding_from_mistakes(kind, scale, monkeypatch):
+    """Rounding has long tails: among 60,000 tokens some are off by 60 times the mean. What is wrong at
+    one token of each response, or a little at each token in one direction, is not rounding."""
+    monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS[kind])
+    trainer, n = make_trainer(), 60_000
+    off = scale * torch.randn(n) / 0.8
+    off[:30] = 60 * scale
+    trainer.check("x", off)
+    trainer.check_ratio(off, off > math.log(1.2))
+    trainer.check("x", off[29:150])  # one of few is more than a thousandth
+    one_of_150 = off.clone()
+    one_of_150[::150] = 80 * scale
+    for wrong in (one_of_150, off.abs() + 2 * scale, off * 12, torch.full((n,), math.nan)):
+        with pytest.raises(Mismatch, match="from x"):
+            trainer.check("x", wrong)
+    with pytest.raises(Mismatch, match="0.20% of the tokens are clipped"):
+        trainer.check_ratio(off, torch.arange(n) < n // 500)
+
+
+def round_as(kind, monkeypatch):
+    """Products that round as those of a GPU do, in another order in every call."""
+    noise = torch.Generator().manual_seed(0)
+
+    def tf32(x):
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            cast = tf32 if kind == "tf32" else lambda x: x.bfloat16().float()
+            y = torch.nn.functional.linear(cast(x.detach()), cast(w.detach()))
+            y = y * (1 + 1e-6 * torch.randn(y.shape, generator=noise))
+            return y if kind == "tf32" else y.bfloat16().float()
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, w = ctx.saved_tensors
+            return grad @ w, grad.T @ x
+
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "multiply", lambda x, w: Rounded.apply(x, w))
+    monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS["half" if kind == "bf16" else kind])
+
+
+@pytest.mark.parametrize("fault", ["none", "policy", "top_k", "temperature", "top_p", "ratio", "reference"])
+@pytest.mark.parametrize("kind", ["bf16", "tf32"])
+def test_mistakes_are_seen_through_the_rounding_of_a_gpu(kind, fault, monkeypatch):
+    round_as(kind, monkeypatch)
+    trainer = make_trainer(rollouts=64, mini_batch_size=16)
+    if fault == "none":
+        assert math.isfinite(iterate(trainer, 4)["ppo/loss/total"])
+        return
+    sampling = dict(top_k=dict(top_k=5), temperature=dict(temperature=0.8), top_p=dict(top_p=0.9))
+    if fault in sampling:
+        plain = ppo.generate
+        changed = lambda *a, **kw: plain(*a[:3], **{"temperature": 1.0, **kw, **sampling[fault]})  # noqa: E731
+        monkeypatch.setattr(ppo, "generate", changed)
+    given = rollouts(trainer, [[BOS_ID, 4, 5]] * 64)
+    models = dict(policy=(trainer.policy, trainer.reference), reference=(trainer.reference,))
+
+    def drift(*which):
+        with torch.no_grad():
+            for model in which:
+                model.norm.weight.mul_(1.1 if fault != "reference" else 1.5)
+
+    if fault == "ratio":
+        gradients = PPOTrainer.gradients
+        drifted = lambda self, *a: drift(self.policy) or gradients(self, *a)  # noqa: E731
+        monkeypatch.setattr(PPOTrainer, "gradients", drifted)
+    else:
+        drift(*models.get(fault, ()))
+    says = dict(ratio="the ratio is not 1", reference="a KL of 0")
+    with pytest.raises(Mismatch, match=says.get(fault, "the rollout's log-probability")):
         trainer.step(**given)
 
 
