@@ -5,6 +5,7 @@ The algorithm is in ppo.py; here it gets its models and optimizers, its prompts 
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from lora import add_lora, merged_state
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
 from report import print_report
 from sample import choose_device
-from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed
+from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed, flags_decide
 from stages import instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
 from tokenizer import flag, flag_names, printable, write_atomic
@@ -78,7 +79,7 @@ def borrowed(model, device, offload):
 def load_reward(spec, target_len, decode):
     """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings;
     a function with an attribute `tokens = True` gets lists of ids. It returns one number a
-    response, or a list of numbers, one for each token of it. Raises ValueError, with the line of
+    response, or a list of numbers, one for each token of it. Raises ppo.RewardError, with the line of
     the file where it is the file's mistake, and OSError."""
     if spec == "length":
         return ppo.LengthReward(target_len)
@@ -97,7 +98,7 @@ def load_reward(spec, target_len, decode):
             frames = traceback.extract_tb(e.__traceback__)
             lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
             where = lines[-1] if lines else ""
-            raise ValueError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
+            raise ppo.RewardError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
 
     attempt(lambda: module_spec.loader.exec_module(module))
     function = getattr(module, name, None)
@@ -112,12 +113,14 @@ def load_reward(spec, target_len, decode):
             prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
         scores = attempt(lambda: [plain(x) for x in plain(function(prompts, responses))])
         if len(scores) != len(prompts):
-            raise ValueError(
+            raise ppo.RewardError(
                 f"--reward={spec} gave {len(scores)} scores for {len(prompts)} responses"
             )
         for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
             if not isinstance(x, (int, float)) or not math.isfinite(x):
-                raise ValueError(f"--reward={spec} gave {x!r} as a score, not a finite number")
+                raise ppo.RewardError(
+                    f"--reward={spec} gave {x!r} as a score, not a finite number"
+                )
         return scores
 
     return reward
@@ -151,6 +154,21 @@ def load_scorer(path, like, template):
     state["value_head.weight"] = gain * state["value_head.weight"]
     state["value_head.bias"] = gain * state["value_head.bias"] + bias
     return checkpoint
+
+
+def in_two_groups(state, model):
+    """The state of a model's optimizer with the two groups of Alignment.adam. Older checkpoints have
+    all parameters in one group, in the order of the model."""
+    if len(state["param_groups"]) > 1:
+        return state
+    params = [p for p in model.parameters() if p.requires_grad]
+    order = sorted(range(len(params)), key=lambda i: params[i].dim() < 2)  # matrices first
+    matrices = sum(p.dim() > 1 for p in params)
+    group, every = state["param_groups"][0], list(range(len(params)))
+    return {
+        "state": {i: state["state"][j] for i, j in enumerate(order) if j in state["state"]},
+        "param_groups": [group | {"params": x} for x in (every[:matrices], every[matrices:])],
+    }
 
 
 class ModelReward:
@@ -323,20 +341,23 @@ class Alignment:
         return share, x.to(device), y.to(device), *packed[:1]  # lengths, where packed
 
     def adam(self, model, rate):
-        """Adam whose first steps are short: its second moments are rough estimates then. The count
-        of steps lies in the parameter group, and so in the checkpoint."""
+        """AdamW with weight decay on matrices only, whose first steps are short: its second moments are
+        rough estimates then. The count of steps lies in the parameter groups, and so in the checkpoint."""
         a = self.args
         params = [p for p in model.parameters() if p.requires_grad]
-        betas = a.beta1, a.beta2
-        optimizer = torch.optim.AdamW(
-            params, rate, betas, a.adam_eps, weight_decay=a.weight_decay, fused=True
-        )
-        optimizer.param_groups[0].update(peak_lr=rate, scale=1.0, steps=0)
+        groups = [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": a.weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, rate, (a.beta1, a.beta2), a.adam_eps, fused=True)
+        for g in optimizer.param_groups:
+            g.update(peak_lr=rate, scale=1.0, steps=0)
 
         def warm_up(optimizer, args, kwargs):
-            g = optimizer.param_groups[0]
-            g["steps"] += 1
-            g["lr"] = g["peak_lr"] * g["scale"] * min(1.0, g["steps"] / max(a.ppo_warmup_steps, 1))
+            for g in optimizer.param_groups:
+                g["steps"] += 1
+                warm = min(1.0, g["steps"] / max(a.ppo_warmup_steps, 1))
+                g["lr"] = g["peak_lr"] * g["scale"] * warm
 
         optimizer.register_step_pre_hook(warm_up)
         return optimizer
@@ -430,9 +451,10 @@ class Alignment:
         prompts = self.held_out.batch(0, a.roof_prompts)
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]
-        if a.reward != "length":  # FILE.py:FUNCTION or FILE.pt: the file may change under its name
-            path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
-            key.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        # The reward may change under its name: FILE.py:FUNCTION, FILE.pt, or the code of a built-in.
+        path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
+        code = Path(path).read_bytes() if path else inspect.getsource(type(self.reward)).encode()
+        key.append(hashlib.sha256(code).hexdigest())
         path = Path(a.out_dir) / "roof.json"
         try:
             kept = json.loads(path.read_text())
@@ -452,8 +474,8 @@ class Alignment:
 
     def step(self, iteration):
         a, c, t0 = self.args, self.trainer.config, time.perf_counter()
-        for o in self.optimizers:
-            o.param_groups[0]["scale"] = schedule(iteration, a, self.first, warmup=0)
+        for g in (g for o in self.optimizers for g in o.param_groups):
+            g["scale"] = schedule(iteration, a, self.first, warmup=0)
         n_prompts = c.rollouts // c.group_size
         prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
@@ -468,7 +490,7 @@ class Alignment:
         return stats | {
             "ppo/objective_roof": ppo.objective_roof(self.roof_scores, stats["ppo/kl_coef"])[0],
             "time/ppo/rollout": t1 - t0,
-            "time/ppo/scoring": t2 - t1 - stats["time/ppo/optimize_step"],
+            "time/ppo/scoring": t2 - t1 - stats["time/ppo/optimize_step"] - stats["time/ppo/calc_stats"],
             "time/ppo/iteration": t2 - t0,
         }
 
@@ -523,6 +545,10 @@ class Alignment:
     def resume(self, checkpoint):
         state = checkpoint["ppo"]
         self.model.load_state_dict(state["policy"])
-        self.trainer.load_state_dict(state)
+        models = (self.model, self.trainer.critic)
+        for name, model in zip(("optimizer", "critic_optimizer"), models):
+            state[name] = state[name] and in_two_groups(state[name], model)
+        with flags_decide(self.optimizers, counters=("steps", "scale")):
+            self.trainer.load_state_dict(state)
         self.position, self.ptx_position = checkpoint["position"], state["ptx_position"]
         self.first = state["first"]

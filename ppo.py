@@ -317,6 +317,10 @@ LIMITS = {
 }
 
 
+class RewardError(ValueError):
+    """The user's reward failed, or gave something that is no score."""
+
+
 class Mismatch(RuntimeError):
     """Models, rollouts, mask and scores do not belong together: going on would be silently wrong."""
 
@@ -541,15 +545,20 @@ class PPOTrainer:
             rewards = rewards - beta * data["kl"]
         if c.whiten_rewards:
             rewards = whiten(rewards, shift_mean=False)
-        data["advantages"], data["returns"] = self.advantages(rewards, data["values"], counts)
         t2 = time.perf_counter()
-        stats = self.update(data) | self.statistics(data, raw, ended, beta)
+        data["advantages"], data["returns"] = self.advantages(rewards, data["values"], counts)
+        t3 = time.perf_counter()
+        stats = self.update(data)
+        t4 = time.perf_counter()
+        stats |= self.statistics(data, raw, ended, beta)
         self.kl_ctl.update(stats["ppo/kl_ref"], all_sum(torch.tensor(len(raw)))[0])
         self.iteration += 1
         return stats | {
             "time/ppo/forward_pass": t1 - t0,
-            "time/ppo/compute_advantages": t2 - t1,
-            "time/ppo/optimize_step": time.perf_counter() - t2,
+            "time/ppo/compute_rewards": t2 - t1,
+            "time/ppo/compute_advantages": t3 - t2,
+            "time/ppo/optimize_step": t4 - t3,
+            "time/ppo/calc_stats": time.perf_counter() - t4,
             "time/ppo/total": time.perf_counter() - t0,
         }
 
@@ -573,7 +582,7 @@ class PPOTrainer:
             sizes = [1] * len(scores)
             flat = torch.as_tensor(scores, dtype=torch.float32)
         if sizes not in ([1] * len(counts), counts.tolist()):
-            raise ValueError(
+            raise RewardError(
                 f"the reward gave {len(flat)} numbers for {len(counts)} responses of "
                 f"{int(counts.sum())} tokens: it must be one a response or one a token"
             )

@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -230,6 +230,20 @@ def make_optimizers(model, args):
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+@contextmanager
+def flags_decide(optimizers, counters=()):
+    """Optimizers that get the state of a checkpoint inside keep the hyperparameters of the flags; only
+    the `counters` in their parameter groups are those of the checkpoint."""
+    groups = [
+        [{k: v for k, v in g.items() if k not in ("params", *counters)} for g in o.param_groups]
+        for o in optimizers
+    ]
+    yield
+    for o, kept in zip(optimizers, groups):
+        for group, values in zip(o.param_groups, kept):
+            group.update(values)
 
 
 def schedule(step, args, first=0, warmup=None):
@@ -459,19 +473,28 @@ class Pretraining:
         a, out = self.args, {}
         self.model.eval()
         for name, windows in (("loss/train_eval", self.train), ("loss/val", self.val)):
-            n, total, seen = min(a.eval_iters * a.batch_size, len(windows)), 0.0, []
+            n, seen = min(a.eval_iters * a.batch_size, len(windows)), []
+            total, weights = 0.0, 0.0
             for i in range(0, n, self.world * a.batch_size):
                 start = i + self.rank * a.batch_size
                 rows = max(min(a.batch_size, n - start), 0)
                 batch = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
                 with torch.no_grad(), self.context():
                     loss, _, found = self.loss(self.model, batch)
-                total += float(loss) * rows
+                weight = self.weight(batch, rows)
+                if weight:
+                    total, weights = total + float(loss) * weight, weights + weight
                 seen.append({k: v if rows else v[:0] for k, v in found.items()})
-            out[name] = ppo.all_sum(torch.tensor(total, dtype=torch.float64))[0] / n
+            total, weights = ppo.all_sum(*torch.tensor([total, weights], dtype=torch.float64))
+            out[name] = total / weights
         out |= self.summary(seen)
         self.model.train()
         return out
+
+    def weight(self, batch, rows):
+        """What the loss of a batch counts in the mean of an evaluation: its number of samples, `rows`.
+        It is 0 for the batch of a process that has no samples left."""
+        return rows
 
     def summary(self, seen):
         """More numbers of an evaluation, {name: number}, from what `loss` found in each held-out
@@ -506,14 +529,12 @@ class Pretraining:
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
-        peaks = [[g["peak_lr"] for g in o.param_groups] for o in self.optimizers]
         try:
             if len(states) != len(self.optimizers):
                 raise ValueError
-            for o, state, rates in zip(self.optimizers, states, peaks):
-                o.load_state_dict(sharded(state, o))
-                for g, rate in zip(o.param_groups, rates):
-                    g["peak_lr"] = rate  # the flags decide, not the checkpoint
+            with flags_decide(self.optimizers):
+                for o, state in zip(self.optimizers, states):
+                    o.load_state_dict(sharded(state, o))
         except (ValueError, TypeError, LookupError, AttributeError):
             print("the checkpoint's optimizer is another one: it starts anew", file=sys.stderr)
             self.optimizers = make_optimizers(self.model, self.args)
@@ -601,6 +622,10 @@ class FineTuning(Pretraining):
         mean, count = model(tokens, targets, lengths=lengths), int((targets >= 0).sum())
         share = count / expected if self.model.training else 1
         return mean * share, len(tokens), {"loss/train": mean.detach().expand(count)}
+
+    def weight(self, batch, rows):
+        """The tokens that the loss is the mean of."""
+        return int((batch[1] >= 0).sum()) if rows else 0
 
     def line(self, iteration, s):
         return super().line(iteration, s).replace(f" | mfu {s['mfu']:5.1%}", "")
