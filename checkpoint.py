@@ -109,6 +109,15 @@ def load_checkpoint(path, device="cpu", mmap=False):
     return checkpoint
 
 
+def check_generates(checkpoint, path):
+    """Raises ValueError where a checkpoint is a reward model, which cannot continue text."""
+    if "reward" in checkpoint:
+        raise ValueError(
+            f"{path} is a reward model, made by --rm: it scores text and does not write it. Give the "
+            f"model that it was made from, or use it with train.py --ppo --reward={path}"
+        )
+
+
 def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     """The model of a checkpoint, on the CPU in fp32. `overrides` replace fields of its ModelArgs;
     a class with a head that the checkpoint lacks gets a fresh one. Raises ValueError where names

@@ -40,7 +40,8 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
+from checkpoint import (check_generates, checkpoint_args, load_checkpoint, model_from_checkpoint,
+                        save_checkpoint)
 from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece, model_shapes,
                      open_tensors, ranks_to_json, read_hf, read_meta, sentencepiece_names,
                      sentencepiece_pieces, special_ids, template_from_jinja, token_text, write_gguf,
@@ -302,6 +303,7 @@ def open_model(path):
     when they are used. ValueError where names or shapes do not fit.
     """
     checkpoint = load_checkpoint(path, mmap=True)
+    check_generates(checkpoint, path)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing is copied
         config = model_from_checkpoint(checkpoint).args
@@ -316,6 +318,7 @@ def open_merged(path, adapters):
     open_model, with adapters merged into the weights, and the template that they were trained with.
     """
     checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
+    check_generates(checkpoint, path)
     model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
     checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids", "bos") if k in checkpoint}
     checkpoint |= {"model": merged_state(model), "optimizer": None, "iter_num": 0,

@@ -784,10 +784,11 @@ def make_task(args):
 def tell(args, prompts, n):
     """n stories for each prompt of a checkpoint: lists of (story, whether it ended by itself)."""
     import torch  # here: what reads files need not wait a second for it
-    from checkpoint import load_checkpoint, model_from_checkpoint
+    from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
     from model import generate
     from sample import choose_device
     checkpoint = load_checkpoint(args.checkpoint)
+    check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(choose_device(args.device)).eval()
     folder = os.path.dirname(os.path.abspath(args.checkpoint))
     tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))

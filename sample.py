@@ -16,7 +16,7 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 
 import torch
 
-from checkpoint import load_checkpoint, model_from_checkpoint
+from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
 from instruct import find_template
 from model import generate
 from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, printable, run_main
@@ -190,6 +190,7 @@ def main(argv=None):
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(args.checkpoint)
+    check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(device).eval()
     folder = os.path.dirname(os.path.abspath(args.checkpoint))
     tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))

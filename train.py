@@ -40,7 +40,7 @@ import torch.distributed as dist
 
 import ppo
 from alignment import Alignment
-from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
 from experiments.plan import plan
 from export import write_v3
 from model import ModelArgs
@@ -368,15 +368,17 @@ def starting_point(args, rank):
     if args.ppo and args.eval_only:
         return newest(mine), True
     if args.init_from not in ("scratch", "resume"):
-        state = {**load_checkpoint(args.init_from), "iter_num": 0, "best_val_loss": 1e9}
-        for name in ("ppo", "dpo", "reward", "position", "optimizer"):  # its weights alone
-            state.pop(name, None)
+        state = weights_alone(load_checkpoint(args.init_from), args.init_from, args)
+        state |= {"iter_num": 0, "best_val_loss": 1e9}
     elif not args.ppo:
-        if args.init_from == "resume" and (mine == base or mine.exists()):
+        if args.init_from == "resume" and mine != base and mine.exists():
             return newest(mine), True
+        if args.init_from == "resume" and mine == base:
+            state = newest(base)
+            return weights_alone(state, base, args) if another_stage(state) else state, True
         state = None
         if mine != base:  # another stage starts from the pretrained model beside it
-            state = {**newest(base), "iter_num": 0, "best_val_loss": 1e9}
+            state = weights_alone(newest(base), base, args) | {"iter_num": 0, "best_val_loss": 1e9}
     else:
         if args.init_from == "resume" and mine.exists():
             state = newest(mine)
@@ -385,8 +387,25 @@ def starting_point(args, rank):
                 return state, True
             if rank == 0:
                 print(f"the PPO run there had other flags ({changed}): a new one starts")
-        state = newest(base)
+        state = weights_alone(newest(base), base, args)
     return state, False
+
+
+def another_stage(state):
+    """Whether a checkpoint was written by a stage after pretraining."""
+    written_by = state.get("config") or {}
+    return any(k in state for k in ("ppo", "dpo", "reward")) or bool(written_by.get("sft"))
+
+
+def weights_alone(state, path, args):
+    """What a new run takes from a checkpoint: all but the state of the run that wrote it, so that the
+    reference of this run is the checkpoint's model. Raises ValueError for a reward model, but as the
+    start of another one."""
+    if not args.rm:
+        check_generates(state, path)
+    run = ("ppo", "dpo", "reward", "position", "tokens", "bad_steps", "optimizer", "optimizers",
+           "scaler", "unmerged", "lora")  # fmt: skip
+    return {k: v for k, v in state.items() if k not in run}
 
 
 def move_aside(path, rank):
@@ -464,7 +483,7 @@ def start(args, rank, world):
         print(f"{count:,} parameters; iterations {iter_num} to {args.max_iters}; {how}")
         changed = differences(args, checkpoint) if resumed else ""
         if changed:
-            print(f"going on with other flags: {changed}")
+            print(f"resumed with other flags than the checkpoint's; the flags count: {changed}")
         then, now = checkpoint.get("code_version") if resumed else None, code_version()
         if then not in (None, now):
             print(f"code was {then}, is {now}: the numbers may not be those of a run without a pause")
@@ -517,7 +536,7 @@ def train(args, rank, world):
                 evaluate_and_save()
             try:
                 stats = stage.step(iter_num)
-            except ValueError as e:  # a mistake in the user's reward, before any weight has changed
+            except ppo.RewardError as e:  # raised before any weight has changed
                 if world > 1 or iter_num == first:
                     raise
                 save(args, stage, iter_num, best_val_loss, False, rank)

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 import alignment
+import export
 import instruct
 import kernels
 import ppo
-from experiments import preference_data
-from experiments import story_task
+import sample
 import stages
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from experiments import preference_data, story_task
 from instruct import Template
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from test_train import finish, processes
@@ -264,6 +265,33 @@ def test_two_processes_learn_the_same(home, tmp_path, stage):
         a, b = ({k: v for k, v in r.items() if k not in timing} for r in (a, b))
         assert a == pytest.approx(b, abs=2e-5, rel=1e-4)
     assert one[0]["loss/val"] > one[-1]["loss/val"]
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])
+def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
+    """Nor on how many processes share the samples: of replies, or rankings, of many lengths."""
+    flags = {stage: True, "max_iters": 2, "eval_interval": 2, "data": home / "rankings.jsonl",
+             "eval_iters": 150, "learning_rate": 3e-2, "warmup_iters": 0}  # fmt: skip
+    if stage == "sft":
+        rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
+        rows = [{"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
+                for i, r in enumerate(rows)]  # fmt: skip
+        flags["data"] = tmp_path / "sft.jsonl"
+        flags["data"].write_text("\n".join(map(json.dumps, rows)))
+    run(home, tmp_path / "run", batch_size=8, **flags)
+    flags |= {"init_from": "resume", "eval_only": True}
+    found = []
+    for size, n in ((1, 1), (4, 1), (7, 1), (50, 1), (4, 2)):
+        line = argv(home, tmp_path / "run", batch_size=size, **flags)
+        if n == 1:
+            train.main(line)
+        else:
+            both = processes(n, line, tmp_path)
+            assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
+        log = [json.loads(line) for line in (tmp_path / "run" / f"{stage}_log.jsonl").open()]
+        names = {"rm": ["rm/val/accuracy", "rm/val/margin"], "dpo": ["dpo/val/margin"], "sft": []}
+        found.append([log[-1][k] for k in ("loss/val", "loss/train_eval", *names[stage])])
+    assert found == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 5
 
 
 # ----------------------------------------------------------------------------
@@ -557,6 +585,59 @@ def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
         prompt, reward = text.index("prompt: "), text.index("reward: ")
         assert prompt < text.index("response: ") < reward
         assert math.isfinite(float(text[reward + 8 :]))
+
+
+# ----------------------------------------------------------------------------
+# what a checkpoint is for
+
+
+@pytest.mark.parametrize("how", ["copied", "named"])
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_a_new_run_takes_the_weights_of_its_checkpoint_as_reference(home, rm, tmp_path, stage, how):
+    """Not the reference of the run that made it; to resume a run keeps its own."""
+    flags = dict(dpo=True, max_iters=4, learning_rate=1e-2) if stage == "dpo" else PPO
+    flags |= dict(reward=rm / "rm_ckpt.pt") if stage == "ppo" else {}
+    name = f"{stage}_ckpt.pt"
+    (tmp_path / "b").mkdir()
+    run(home, tmp_path / "a", **flags)
+    first = load_checkpoint(tmp_path / "a" / name)
+    save_checkpoint(tmp_path / "b/ckpt.pt", first)  # its dpo_ckpt.pt, copied to go on from it
+    again = flags | {"init_from": "resume" if how == "copied" else tmp_path / "a" / name}
+    run(home, tmp_path / "b", **again)
+    second = load_checkpoint(tmp_path / "b" / name)
+    old, new = first[stage]["reference"], second[stage]["reference"]
+    assert all(torch.equal(new[k], first["model"][k]) for k in new)
+    assert not all(torch.equal(new[k], old[k]) for k in new)
+    kl = {"ppo": "ppo/kl_ref", "dpo": "dpo/val/kl_ref"}[stage]
+    assert records(tmp_path / "b", f"{stage}_log.jsonl", kl)[0] == pytest.approx(0, abs=1e-5)
+    longer = {"ppo_iters": 5} if stage == "ppo" else {"max_iters": 6}
+    run(home, tmp_path / "b", **flags | longer | {"init_from": "resume"})
+    third = load_checkpoint(tmp_path / "b" / name)
+    assert third["iter_num"] == second["iter_num"] + 2
+    assert all(torch.equal(third[stage]["reference"][k], v) for k, v in new.items())
+
+
+def test_a_reward_model_is_no_policy(home, rm, tmp_path, capsys):
+    path = rm / "rm_ckpt.pt"
+    (tmp_path / "copy").mkdir()
+    save_checkpoint(tmp_path / "copy/ckpt.pt", load_checkpoint(path))
+    for flags in (dict(PPO), dict(sft=True), dict(dpo=True), dict(data=home, vocab_source="custom")):
+        assert "is a reward model" in error_of(capsys, argv(home, tmp_path / "x", init_from=path, **flags))
+        copied = argv(home, tmp_path / "copy", init_from="resume", **flags)
+        assert "is a reward model" in error_of(capsys, copied)
+    assert [p.name for p in (tmp_path / "copy").glob("*.pt")] == ["ckpt.pt"]
+    tokenizer = f"--tokenizer={home}/tok{VOCAB}.model"
+    for main, line in (
+        (sample.main, [f"--checkpoint={path}", tokenizer]),
+        (export.main, [f"{tmp_path}/model.bin", f"--checkpoint={path}", tokenizer]),
+    ):
+        with pytest.raises(ValueError, match="rm_ckpt.pt is a reward model, made by --rm"):
+            main(line)
+    assert not (tmp_path / "model.bin").exists()
+    # another reward model may start from it, with samples of its own
+    run(home, tmp_path / "rm", init_from=path, rm=True, max_iters=2)
+    one, two = (load_checkpoint(d / "rm_ckpt.pt")["reward"] for d in (rm, tmp_path / "rm"))
+    assert one["samples"] != two["samples"]
 
 
 # ----------------------------------------------------------------------------

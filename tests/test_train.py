@@ -300,6 +300,74 @@ def test_weight_decay_is_of_matrices_only(data, tmp_path):
         torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
+def ppo_stage(data, out, **flags):
+    args = train.flags(command(data, out, init_from="resume", **PPO | flags))
+    train.setup(args)
+    return train.start(args, 0, 1)[0]
+
+
+@pytest.mark.parametrize("value_model", ["separate", "shared"])
+def test_ppo_decays_matrices_only(data, tmp_path, value_model):
+    """With gradients of zero a step shrinks each matrix of policy and critic, and no norm or bias."""
+    train.main(command(data, tmp_path, max_iters=1))
+    stage = ppo_stage(data, tmp_path, weight_decay=0.5, ppo_warmup_steps=1, value_model=value_model)
+    models = [m for m in (stage.model, stage.trainer.critic) if m is not None]
+    for model, optimizer in zip(models, stage.optimizers, strict=True):
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            factor = 1 if p.dim() == 1 else 1 - 1e-3 * 0.5
+            torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_ppo_resumes_checkpoints_with_one_parameter_group(data, tmp_path):
+    """Which older versions wrote: the moments go to the parameters that they belong to."""
+    train.main(command(data, tmp_path, max_iters=1))
+    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=2)))
+    state, new = (load_checkpoint(tmp_path / "ppo_ckpt.pt") for _ in "ab")
+    stage = ppo_stage(data, tmp_path, ppo_iters=2)
+    for name, model in (("optimizer", stage.model), ("critic_optimizer", stage.trainer.critic)):
+        optimizer = stage.optimizers[name != "optimizer"]
+        grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        old = state["ppo"][name]
+        moments = {i: old["state"][grouped.index(id(p))] for i, p in enumerate(model.parameters())}
+        group = old["param_groups"][0] | {"params": list(range(len(moments))), "weight_decay": 0.3}
+        state["ppo"][name] = {"state": moments, "param_groups": [group]}
+    stage.resume(state)
+    found = {"optimizer": stage.optimizers[0], "critic_optimizer": stage.optimizers[1]}
+    for name, optimizer in found.items():
+        assert equal(optimizer.state_dict()["state"], new["ppo"][name]["state"]) == []
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0]
+        assert [g["steps"] for g in optimizer.param_groups] == [4, 4]
+
+
+def test_flags_decide_about_the_optimizer_of_a_resumed_run(data, tmp_path, capsys):
+    """In every stage, for each hyperparameter, and the log says so."""
+    train.main(command(data, tmp_path, max_iters=2))
+    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=1)))
+    changed = dict(learning_rate=0.123, beta2=0.9, adam_eps=1e-3, weight_decay=0.03, max_iters=3)
+    args = train.flags(command(data, tmp_path, init_from="resume", **changed))
+    train.setup(args)
+    capsys.readouterr()
+    stage = train.start(args, 0, 1)[0]
+    assert "the flags count: adam_eps was 1e-08, is 0.001, beta2 was" in capsys.readouterr().out
+    aligned = ppo_stage(data, tmp_path, **changed)  # a new run, which then gets the old one's state
+    aligned.resume(load_checkpoint(tmp_path / "ppo_ckpt.pt"))
+    for optimizers in (stage.optimizers, aligned.optimizers):
+        for optimizer in optimizers:
+            assert optimizer.state, "the moments are the checkpoint's"
+            assert [g["weight_decay"] for g in optimizer.param_groups] == [0.03, 0]
+            for g in optimizer.param_groups:
+                assert (g["peak_lr"], g["betas"][1], g["eps"]) == (0.123, 0.9, 1e-3)
+
+
+def test_ppo_has_no_muon(data, tmp_path):
+    with pytest.raises(ValueError, match="--optimizer is a flag of"):
+        train.main(command(data, tmp_path, optimizer="muon", **PPO))
+
+
 def test_adam_eps(data, tmp_path):
     """With gradients of 1, Adam's first step is rate / (1 + eps)."""
     args = train.flags(command(data, tmp_path, adam_eps=0.6, weight_decay=0))
