@@ -69,7 +69,7 @@ def argv(home, out, **flags):
     )  # fmt: skip
     if not flags.get("decay_lr", True):
         del values["warmup_iters"]
-    if not flags.get("sft"):
+    if any(flags.get(stage) for stage in ("rm", "dpo", "ppo")):
         values["max_gen_len"] = 12
     if flags.get("rm") or flags.get("dpo"):
         values["reference_samples"] = 16
