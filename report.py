@@ -35,6 +35,16 @@ def load_boards(args):
     return SummaryWriter, wandb
 
 
+def read_log(path):
+    """The records of a log; a line that is cut short, by a crash or because it is being written, is none."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            records.append({**record, "iter": int(record["iter"])})
+    return records
+
+
 class Log:
     """One JSON object an iteration into a file, the same scalars to TensorBoard and Weights &
     Biases where asked for, a progress bar and lines on the terminal. Silent but on rank 0."""
@@ -48,12 +58,9 @@ class Log:
                         dynamic_ncols=True, smoothing=0.05, leave=False)  # fmt: skip
         if not self.master:
             return
-        kept = []  # a resumed run continues its log, without the iterations that it does again
-        if resumed and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-                    if json.loads(line)["iter"] < first:
-                        kept.append(line + "\n")
+        # A resumed run continues its log, without the iterations that it does again.
+        old = read_log(self.path) if resumed and self.path.exists() else []
+        kept = [json.dumps(record) + "\n" for record in old if record["iter"] < first]
         if not args.eval_only:  # which may look at a run that goes on
             with write_atomic(self.path, "w") as f:
                 f.writelines(kept)
@@ -174,7 +181,7 @@ def plot(out_dir):
         raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
     for name in found:
         path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read_log(path)
         curves = {
             k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None] for k in (*keys, "grad_norm")
         }

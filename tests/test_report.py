@@ -200,6 +200,15 @@ def test_time_left(tmp_path, monkeypatch):
     log.close()
 
 
+def test_a_line_that_is_being_written_is_no_line(tmp_path, capsys):
+    """--plot may look at a run that goes on, or has crashed."""
+    whole = "".join(json.dumps(r) + "\n" for r in LOG)
+    for end in ("", '{"iter": 41, "lo', "null\n", '{"loss/train": 3}\n'):
+        (tmp_path / "log.jsonl").write_text(whole + end)
+        assert report.read_log(tmp_path / "log.jsonl") == LOG
+        report.plot(tmp_path)
+
+
 LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
 
 

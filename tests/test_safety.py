@@ -361,13 +361,17 @@ def test_what_is_looked_for_is_what_is_required():
 
 
 def examples():
-    """(file, words) of every command in the docstring of a command."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("experiments/*.py")]:
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        for line in text.splitlines():
-            found = re.search(r"(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line)
+    """(file, words) of every command in the docstring of a command, README and doc/."""
+    codes = [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("experiments/*.py")]
+    texts = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in codes]
+    texts += [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("doc/*.md"))]
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            found = re.search(r"^(?:.*: )? *(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line)
             if found:
-                words = shlex.split(re.sub(r"[][]", "", found[2] or ""), comments=True)
+                # [--optional], a variable of the shell, and what comes after this command
+                words = re.sub(r"[][]|\$\w+|\.\.\.$|&&.*", "", found[2] or "")
+                words = shlex.split(words, comments=True)
                 yield pytest.param(ROOT / found[1], words, id=f"{found[1]} {' '.join(words)}")
 
 
