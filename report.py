@@ -143,9 +143,10 @@ def print_report(found):
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
     roof, error = found["roof"]
     gap = roof - before["objective"]
-    closed = (after["objective"] - before["objective"]) / gap if gap > 0 else float("nan")
-    print(f"  roof J*: {roof:.3f} ±{error:.3f} (95 %, from reference samples); "
-          f"{closed:.0%} of the gap closed")  # fmt: skip
+    closed = "J was as high before PPO, within the error of both"
+    if gap > 0:
+        closed = f"{(after['objective'] - before['objective']) / gap:.0%} of the gap closed"
+    print(f"  roof J*: {roof:.3f} ±{error:.3f} (95 %, from reference samples); {closed}")
     print("\n  tokens     before" + " " * 26 + "after")
     every = before["lengths"] + after["lengths"]
     for low in range(min(every) // 20 * 20, max(every) + 1, 20):

@@ -16,6 +16,7 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 
 import torch
 
+import kernels
 from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
 from instruct import find_template
 from model import generate
@@ -74,6 +75,13 @@ def choose_device(name=""):
     if int(number or 0) >= counts[kind]:
         raise ValueError(f"--device={name}: there is no such device here; use --device=cpu")
     return name
+
+
+def out_of_memory(error):
+    """Whether an exception says that the device, or the CPU, has no memory left."""
+    words = ("out of memory", "not enough memory", "DefaultCPUAllocator")
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or any(w in str(error) for w in words)
 
 
 def read_prompts(start):
@@ -187,6 +195,18 @@ def chat(model, tokenizer, template, end_ids, args):
 
 def main(argv=None):
     args = flags(argv)
+    try:
+        return run(args)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise OSError(
+            f"out of memory: take fewer samples (--num_samples={args.num_samples}) or prompts at a time, "
+            f"or a smaller --max_new_tokens than {args.max_new_tokens}"
+        ) from None
+
+
+def run(args):
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(args.checkpoint)
@@ -216,6 +236,8 @@ def main(argv=None):
                 except ValueError as e:  # a prompt too long must not end the session
                     print(f"error: {e}", file=sys.stderr)
             return
+        if device == "cpu":
+            kernels.library()  # compiled now, if ever, not while the time is taken
         t0 = time.perf_counter()
         n = tell(model, tokenizer, read_prompts(args.start), args, end_ids, bos)
         seconds = time.perf_counter() - t0

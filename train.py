@@ -45,7 +45,7 @@ from experiments.plan import plan
 from export import write_v3
 from model import ModelArgs
 from report import Log, load_boards, plain_config, plot, print_report
-from sample import choose_device
+from sample import choose_device, out_of_memory
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tokenizer import Tokenizer, add_flags, find_tokenizer, flag, flag_names, flags_of_others
 from tokenizer import parse_args, run_main, write_atomic
@@ -586,7 +586,12 @@ def main(argv=None):
     try:
         with alone, common.unbreakable_output():
             return train(args, rank, world)
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            raise OSError(
+                f"out of memory on {args.device}: take a smaller --batch_size than {args.batch_size} "
+                "(with more --gradient_accumulation_steps a step has as many tokens), or a smaller model"
+            ) from None
         if world == 1 or "onnection" not in str(e):
             raise
         raise OSError(f"rank {rank}: another process of this run has gone: {e}") from None

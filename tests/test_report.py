@@ -212,6 +212,17 @@ def test_a_line_that_is_being_written_is_no_line(tmp_path, capsys):
 LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
 
 
+@pytest.mark.parametrize("roof,says", [(-0.5, "40% of the gap closed"), (-1.0, "as high before PPO"),
+                                       (-1.2, "as high before PPO")])  # fmt: skip
+def test_report_without_a_gap(capsys, roof, says):
+    part = dict(reward=-1.0, kl=0.0, length_mean=9.0, length_std=1.0, ended=1.0, ref_loss=1.0,
+                val_loss=1.0, lengths=[9, 10], story="")  # fmt: skip
+    before, after = part | {"objective": -1.0}, part | {"objective": -0.8}
+    report.print_report(dict(beta=0.1, roof=(roof, 0.01), before=before, after=after))
+    out = capsys.readouterr().out
+    assert says in out and "nan" not in out
+
+
 def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -238,3 +238,32 @@ def test_without_standard_input(stories260k, how, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     status, text = error_of(capsys, f"--checkpoint={stories260k}", how)
     assert status == 1 and "no standard input" in text
+
+
+@pytest.mark.parametrize("how", ["cpu", "cuda"])
+def test_too_many_samples_for_the_memory_are_one_line(stories260k, monkeypatch, capsys, how):
+    def too_much(*_, **__):
+        if how == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        torch.empty(10**17)
+
+    monkeypatch.setattr(sample, "generate", too_much)
+    with pytest.raises(SystemExit):
+        run_main(lambda: tell(stories260k, "--num_samples=9"))
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory: take fewer samples (--num_samples=9)")
+    assert error.count("\n") == 1
+
+
+def test_compiling_is_not_in_the_tokens_per_second(stories260k, monkeypatch, capsys):
+    times, clock = [], [0.0]
+    library = sample.kernels.library
+    monkeypatch.setattr(sample.kernels, "library", lambda: times.append(clock[0]) or library())
+
+    def now():
+        clock[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(sample.time, "perf_counter", now)
+    tell(stories260k, "--max_new_tokens=3")
+    assert times[0] == 0 and "3 tokens, 3 tokens/s" in capsys.readouterr().err

@@ -498,6 +498,88 @@ def test_roof_is_kept_until_the_text_changes(data, tmp_path, monkeypatch):
     assert samples_of_a_start() == 1
 
 
+def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monkeypatch):
+    """As on that of a file: an edit of the length reward makes the kept J* that of another one."""
+    train.main(command(data, tmp_path, max_iters=1))
+    ppo_stage(data, tmp_path)
+    sample, calls = train.Alignment.sample, []
+    monkeypatch.setattr(train.Alignment, "sample", lambda *a: calls.append(0) or sample(*a))
+    ppo_stage(data, tmp_path)
+    assert not calls
+    source = alignment.inspect.getsource
+    edited = lambda x: source(x).replace("/ 100", "/ 10")  # noqa: E731
+    monkeypatch.setattr(alignment.inspect, "getsource", edited)
+    assert "/ 10 " in edited(alignment.ppo.LengthReward)
+    ppo_stage(data, tmp_path)
+    assert calls
+
+
+def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkeypatch):
+    """Both in the second iteration, of which the first is saved where the reward is to be mended."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("calls = []\ndef f(p, r):\n    calls.append(0)\n"
+                      "    if len(calls) > 3:\n        raise ValueError('mine')\n"
+                      "    return [0.0] * len(r)\nf.tokens = True\n")  # fmt: skip
+    train.main(command(data, tmp_path, max_iters=1))
+    flags = PPO | dict(init_from="resume", eval_interval=100, ptx_coef=0)
+    with pytest.raises(ValueError, match="line 5: ValueError: mine; iteration 3 is saved: when it"):
+        train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
+    step = alignment.Alignment.step
+
+    def fails(self, iteration):
+        if iteration > self.first:
+            raise ValueError("of another part")
+        return step(self, iteration)
+
+    monkeypatch.setattr(alignment.Alignment, "step", fails)
+    with pytest.raises(ValueError, match="^of another part$"):
+        train.main(command(data, tmp_path, **flags))
+
+
+def test_times_of_an_iteration_have_their_published_names(data, tmp_path):
+    train.main(command(data, tmp_path, max_iters=1))
+    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=1)))
+    record = json.loads((tmp_path / "ppo_log.jsonl").read_text().splitlines()[0])
+    names = "forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats"
+    parts = [record[f"time/ppo/{name}"] for name in names]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(record["time/ppo/total"], abs=1e-3)
+
+
+@pytest.mark.parametrize("ppo", [False, True])
+@pytest.mark.parametrize("how", ["cpu", "cuda", "numpy"])
+def test_a_batch_too_large_for_the_memory_is_one_line(data, tmp_path, monkeypatch, capsys, how, ppo):
+    def too_much(*_):
+        if how == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        np.empty(10**17) if how == "numpy" else torch.empty(10**17)
+
+    stage = alignment.ppo.PPOTrainer if ppo else stages.Pretraining
+    if ppo:
+        train.main(command(data, tmp_path, max_iters=1))
+    monkeypatch.setattr(stage, "loss", too_much)
+    flags = PPO | dict(init_from="resume") if ppo else {}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run_main(lambda: train.main(command(data, tmp_path, **flags)))
+    error = capsys.readouterr().err
+    assert e.value.code == 1 and error.count("\n") == 1
+    assert f"out of memory on cpu: take a smaller --batch_size than {8 if ppo else 4}" in error
+
+
+def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
+    """Also where the machine was busy while its matrix product was measured; kernels.c is compiled
+    before the first step, whose tokens are counted per second."""
+    monkeypatch.setattr(stages, "matmul_roof", lambda *_: 1.0)
+    args = train.flags(command(data, tmp_path, dim=96, n_heads=2))
+    train.setup(args)
+    compiled = []
+    monkeypatch.setattr(stages, "library", lambda: compiled.append(0))
+    stage = train.start(args, 0, 1)[0]
+    assert compiled
+    rates = [stage.step(i) for i in range(3)]
+    assert max(r["mfu"] for r in rates) == 1 and min(r["mfu"] for r in rates) > 0
+
+
 def test_seeds_share_their_held_out_prompts(data, tmp_path):
     """Else the J of two runs would differ by their prompts."""
     train.main(command(data, tmp_path))
