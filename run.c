@@ -35,7 +35,7 @@
  * with fewer bits, a server. Little-endian machines only.
  */
 
-#ifndef ISA_LEVEL // ------ all up to the kernels is compiled once
+#ifndef LATER_PASS // ====== the first pass: the whole program, in portable C
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include <errno.h>
@@ -60,6 +60,18 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #define O_BINARY 0
+#endif
+#if defined __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+// Before version 16 clang's header has sdot only where it may be used everywhere.
+#elif defined __aarch64__ \
+    && (defined __ARM_FEATURE_DOTPROD || !defined __clang__ || __clang_major__ > 15)
+#define HAVE_NEON
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 #endif
 
 // ------------------------------------------------------------------------------------------
@@ -755,57 +767,37 @@ typedef struct {
     float (*above)(const float *x, int n, float least);
     float (*maximum)(const float *x, int n);
 } Kernels;
-#endif // ISA_LEVEL
+
+static const Kernels *pick_kernels(void); // defined after the last pass
+
+#define LANES 4 // 32-bit numbers per vector register
+#define TARGET  // the attribute that lets a function use an instruction set
+#define ISA_NAME "portable C"
+#endif // LATER_PASS
 
 // ------------------------------------------------------------------------------------------
-// Kernels and forward pass, compiled once for each instruction set
+// Kernels and forward pass. Each later pass compiles this section, and nothing else, again.
 
-#ifdef ISA_LEVEL
-#define PARTS (TILE / LANES) // registers for 16 lanes
+#ifndef LATER_PASS // these macros depend on LANES and TARGET where they are used, not here
+#define PARTS (TILE / LANES) // vector registers per 16 rows of a tile
 #define BLOCK (LANES == 16 ? 8 : 2) // rows of input that share one pass over a tile
 #define KERNEL TARGET static
 #define INLINE TARGET static inline __attribute__((always_inline))
-
-#define PASTE2(a, b) a##b
-#define PASTE(a, b) PASTE2(a, b)
-#define MY(name) PASTE(name##_, ISA) // a name of this instruction set's own
-#define vf float __attribute__((vector_size(4 * LANES)))
-#define vi int32_t __attribute__((vector_size(4 * LANES)))
-#define vb int8_t __attribute__((vector_size(LANES)))
-#define v4 float __attribute__((vector_size(16)))
-#define AT(p) (*(MY(at) *)(p)) // LANES floats from p on
+#define AT(p) (*(floats_at *)(p)) // the LANES floats from p on
 #define ALL(x) ((x) - (vf){0}) // x in every lane
 #define PICK(mask, a, b) ((vf)(((vi)(a) & (mask)) | ((vi)(b) & ~(mask))))
+#endif
 
-#define larger MY(larger)
-#define sum MY(sum)
-#define largest MY(largest)
-#define dot4 MY(dot4)
-#define halves MY(halves)
-#define cached MY(cached)
-#define fast_exp MY(fast_exp)
-#define exp_sum MY(exp_sum)
-#define normalize MY(normalize)
-#define quantize MY(quantize)
-#define store MY(store)
-#define tile_q8 MY(tile_q8)
-#define tile_f32 MY(tile_f32)
-#define product_by MY(product_by)
-#define product MY(product)
-#define store_heads MY(store_heads)
-#define score MY(score)
-#define softmax MY(softmax)
-#define mix MY(mix)
-#define attention_by MY(attention_by)
-#define attention MY(attention)
-#define swiglu MY(swiglu)
-
-typedef float MY(at) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vf larger(vf a, vf b) { // b where either is NaN
-#if ISA_LEVEL == 1
+#if defined ISA_AVX2
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#elif ISA_LEVEL == 2
+#elif defined ISA_AVX512
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     return PICK(a > b, a, b);
@@ -829,44 +821,52 @@ INLINE float largest(vf v) { // of the lanes, none of which is NaN
     return q[0];
 }
 
-// The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
-// with w stored as w + 128. DOT_START is the accumulator to begin a group with: vpdpbusd wants
-// one operand unsigned, so there the + 128 stays in, and bias = -128 * (sum of x) takes it out.
-#define DOT_START(bias) ((ISA_LEVEL == 2 ? (bias) : 0) - (vi){0})
-
-INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
-#if ISA_LEVEL == 0 // the specification
-    for (int r = 0; r < LANES; r++)
-        for (int k = 0; k < 4; k++) acc[r] += (w[4 * r + k] - 128) * x[k];
-    return acc;
+// The accumulator that a group begins with. vpdpbusd takes one operand as unsigned, so there the
+// + 128 of the weights stays in, and bias = -128 * (sum of x) takes it out again.
+INLINE vi dot_start(int32_t bias) {
+#ifdef ISA_AVX512
+    return bias - (vi){0};
 #else
-    const int32_t x4 = (int32_t)read_u32(x);
-#if ISA_LEVEL == 1 // |x| * (w with the sign of x) stays within 16 bits, twice 128 * 127
-    __m256i xs = _mm256_set1_epi32(x4);
+    (void)bias;
+    return (vi){0};
+#endif
+}
+
+// The multiply-accumulate of int8, for LANES rows: acc[r] += sum over k < 4 of w[r][k] * x[k],
+// with w (LANES, 4) stored as w + 128, and x (4,).
+INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
+#if defined ISA_AVX2 // |x| * (w with the sign of x) stays within 16 bits, twice 128 * 127
+    __m256i xs = _mm256_set1_epi32((int32_t)read_u32(x));
     __m256i ws = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)w),
                                   _mm256_set1_epi8((char)-128));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(xs), _mm256_sign_epi8(ws, xs));
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#elif ISA_LEVEL == 2
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(x4));
-#else
+#elif defined ISA_AVX512
+    __m512i xs = _mm512_set1_epi32((int32_t)read_u32(x));
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), xs);
+#elif defined ISA_NEON
+    int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32((int32_t)read_u32(x)));
     int8x16_t ws = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
-    return (vi)vdotq_s32((int32x4_t)acc, ws, vreinterpretq_s8_s32(vdupq_n_s32(x4)));
-#endif
+    return (vi)vdotq_s32((int32x4_t)acc, ws, xs);
+#else // the specification
+    for (int r = 0; r < LANES; r++)
+        for (int k = 0; k < 4; k++) acc[r] += (w[4 * r + k] - 128) * x[k];
+    return acc;
 #endif
 }
 
-INLINE vf halves(const uint16_t *p) { // LANES fp16 numbers as floats
-#if ISA_LEVEL == 0
+// LANES fp16 numbers as floats.
+INLINE vf halves(const uint16_t *p) {
+#if defined ISA_AVX2
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+#elif defined ISA_AVX512
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+#elif defined ISA_NEON
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else // the specification
     vf v = {0};
     for (int i = 0; i < LANES; i++) v[i] = from_half(p[i]);
     return v;
-#elif ISA_LEVEL == 1
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
-#elif ISA_LEVEL == 2
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
-#else
-    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #endif
 }
 
@@ -903,11 +903,11 @@ INLINE float exp_sum(float *x, int n, float scale, float shift, bool keep) {
     return sum(total);
 }
 
-KERNEL float MY(exps)(float *x, int n, float scale, float shift) {
+KERNEL float exps(float *x, int n, float scale, float shift) {
     return exp_sum(x, n, scale, shift, false);
 }
 
-KERNEL float MY(maximum)(const float *x, int n) { // NaNs are skipped
+KERNEL float maximum(const float *x, int n) { // NaNs are skipped
     vf top[4]; // since each waits for the one before
     int i = 0;
     for (int j = 0; j < 4; j++) top[j] = ALL(-INFINITY);
@@ -917,7 +917,7 @@ KERNEL float MY(maximum)(const float *x, int n) { // NaNs are skipped
     return largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 }
 
-KERNEL float MY(above)(const float *x, int n, float least) { // the sum of those that are larger
+KERNEL float above(const float *x, int n, float least) { // the sum of those that are larger
     vf total = {0};
     for (int i = 0; i < n; i += LANES) total += PICK(AT(x + i) > least, AT(x + i), (vf){0});
     return sum(total);
@@ -987,7 +987,7 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
         vi hi[BLOCK][PARTS], lo[BLOCK][PARTS];
         for (int b = 0; b < nb; b++)
             for (int j = 0; j < PARTS; j++) {
-                lo[b][j] = DOT_START(bias[b * (width / 4) + g]);
+                lo[b][j] = dot_start(bias[b * (width / 4) + g]);
                 hi[b][j] = (vi){0};
             }
         for (int i = 0; i < G; i += 4, q += 4 * TILE)
@@ -1115,7 +1115,7 @@ INLINE void score(float *scores, const float *q, const void *keys, int n, int E,
 // that is NaN, of a damaged model, stays so, for the logits to tell.
 KERNEL float softmax(float *scores, int n) {
     n = pad(scores, n);
-    return exp_sum(scores, n, 1, MY(maximum)(scores, n), true);
+    return exp_sum(scores, n, 1, maximum(scores, n), true);
 }
 
 // out[e] = sum over t < n of weight[t] * values[e][t] / total, for nb dimensions of a head from e;
@@ -1171,7 +1171,7 @@ KERNEL void swiglu(State *s, int64_t lo, int64_t hi) {
 // The forward pass: B rows through the model, by all threads of the team together. After it the
 // keys and values of the rows are in the cache and s->logits has the logits of those that want
 // them. Rows of one sequence must be in order of position.
-KERNEL void MY(forward)(void *arg, Team *team, int thread) {
+KERNEL void forward_pass(void *arg, Team *team, int thread) {
     State *s = arg;
     const Model *m = s->m;
     const Config *c = &m->c;
@@ -1209,85 +1209,9 @@ KERNEL void MY(forward)(void *arg, Team *team, int thread) {
                 s->n_logits, m->norm, &m->output, 1);
 }
 
-static const Kernels MY(kernels) = {NAME, MY(forward), MY(exps), MY(above), MY(maximum)};
+static const Kernels kernels = {ISA_NAME, forward_pass, exps, above, maximum};
 
-#undef ISA_LEVEL
-#undef ISA
-#undef NAME
-#undef TARGET
-#undef LANES
-#else // ------ the rest is compiled once
-
-#define ISA_LEVEL 0
-#define ISA portable
-#define NAME "portable C"
-#define TARGET
-#define LANES 4 // 32-bit numbers in a register
-#include "run.c"
-#if defined __x86_64__
-#include <cpuid.h>
-#include <immintrin.h>
-#define ISA_LEVEL 1
-#define ISA avx2
-#define NAME "AVX2"
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define LANES 8
-#include "run.c"
-#define ISA_LEVEL 2
-#define ISA avx512
-#define NAME "AVX-512 VNNI"
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
-#define LANES 16
-#include "run.c"
-// before version 16 clang's header has sdot only where it may be used everywhere
-#elif defined __aarch64__ \
-    && (defined __ARM_FEATURE_DOTPROD || !defined __clang__ || __clang_major__ > 15)
-#define HAVE_NEON
-#include <arm_neon.h>
-#ifdef __linux__
-#include <sys/auxv.h>
-#endif
-#define ISA_LEVEL 3
-#define ISA neon
-#define NAME "NEON dotprod"
-#ifdef __clang__
-#define TARGET __attribute__((target("dotprod")))
-#else
-#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
-#endif
-#define LANES 4
-#include "run.c"
-#endif
-
-// The kernels that this machine can run, the fastest first; RUN_ISA=portable (or another name's
-// beginning) in the environment asks for others.
-static const Kernels *pick_kernels(void) {
-    const Kernels *able[4];
-    int n = 0;
-#if defined __x86_64__
-    unsigned a, b, c = 0, d;
-    __get_cpuid(1, &a, &b, &c, &d); // clang 14's builtin does not know f16c
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
-    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        able[n++] = &kernels_avx512;
-    if (avx2) able[n++] = &kernels_avx2;
-#elif defined HAVE_NEON && defined __linux__
-    if (getauxval(AT_HWCAP) & 1 << 20) able[n++] = &kernels_neon; // HWCAP_ASIMDDP
-#elif defined HAVE_NEON && defined __ARM_FEATURE_DOTPROD
-    able[n++] = &kernels_neon;
-#endif
-    able[n++] = &kernels_portable;
-    const char *name = getenv("RUN_ISA");
-    for (int i = 0; name && i < n; i++)
-        if (!strncmp(able[i]->name, name, strlen(name))) return able[i];
-    if (name) fail(2, "RUN_ISA=%s: here it is the beginning of %s%s%s%s%s", name, able[0]->name,
-                   n > 1 ? ", " : "", n > 1 ? able[1]->name : "", n > 2 ? ", " : "",
-                   n > 2 ? able[2]->name : "");
-    return able[0];
-}
-
+#ifndef LATER_PASS // ====== the first pass goes on to the end of the file
 // ------------------------------------------------------------------------------------------
 // The tokenizer: byte pair encoding
 //
@@ -2294,4 +2218,118 @@ int main(int argc, char **argv) {
     return 0;
 }
 #endif // RUN_NO_MAIN
-#endif // ISA_LEVEL
+
+// ------------------------------------------------------------------------------------------
+// The later passes: the kernels section again, for each wider instruction set
+//
+// The compiler reads this file once more for each of them. The macros below give everything that
+// the section defines a name of its own, such as softmax_avx2.
+
+#define LATER_PASS
+#undef LANES
+#undef TARGET
+#undef ISA_NAME
+
+#define PASTE2(a, b) a##_##b
+#define PASTE(a, b) PASTE2(a, b)
+#define MY(name) PASTE(name, ISA)
+
+#define vf MY(vf)
+#define vi MY(vi)
+#define vb MY(vb)
+#define v4 MY(v4)
+#define floats_at MY(floats_at)
+#define larger MY(larger)
+#define sum MY(sum)
+#define largest MY(largest)
+#define dot_start MY(dot_start)
+#define dot4 MY(dot4)
+#define halves MY(halves)
+#define cached MY(cached)
+#define fast_exp MY(fast_exp)
+#define exp_sum MY(exp_sum)
+#define exps MY(exps)
+#define maximum MY(maximum)
+#define above MY(above)
+#define normalize MY(normalize)
+#define quantize MY(quantize)
+#define store MY(store)
+#define tile_q8 MY(tile_q8)
+#define tile_f32 MY(tile_f32)
+#define product_by MY(product_by)
+#define product MY(product)
+#define store_heads MY(store_heads)
+#define score MY(score)
+#define softmax MY(softmax)
+#define mix MY(mix)
+#define attention_by MY(attention_by)
+#define attention MY(attention)
+#define swiglu MY(swiglu)
+#define forward_pass MY(forward_pass)
+#define kernels MY(kernels)
+
+#if defined __x86_64__
+#define ISA avx2
+#define ISA_AVX2
+#define ISA_NAME "AVX2"
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#include "run.c"
+#undef ISA
+#undef ISA_AVX2
+#undef ISA_NAME
+#undef TARGET
+#undef LANES
+
+#define ISA avx512
+#define ISA_AVX512
+#define ISA_NAME "AVX-512 VNNI"
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+#define LANES 16
+#include "run.c"
+
+#elif defined HAVE_NEON
+#define ISA neon
+#define ISA_NEON
+#define ISA_NAME "NEON dotprod"
+#ifdef __clang__
+#define TARGET __attribute__((target("dotprod")))
+#else
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#define LANES 4
+#include "run.c"
+#endif
+
+#undef MY
+#define MY(name) name // from here on the names are the portable ones again
+
+// The kernels that this processor can run, the fastest first; RUN_ISA=portable (or another name's
+// beginning) in the environment asks for others.
+static const Kernels *pick_kernels(void) {
+    const Kernels *able[4];
+    int n = 0;
+#if defined __x86_64__
+    unsigned a, b, c = 0, d;
+    __get_cpuid(1, &a, &b, &c, &d); // clang 14's builtin does not know f16c
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && c & bit_F16C;
+    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        able[n++] = &kernels_avx512;
+    if (avx2) able[n++] = &kernels_avx2;
+#elif defined HAVE_NEON && defined __linux__
+    if (getauxval(AT_HWCAP) & 1 << 20) able[n++] = &kernels_neon; // HWCAP_ASIMDDP
+#elif defined HAVE_NEON && defined __ARM_FEATURE_DOTPROD
+    able[n++] = &kernels_neon;
+#endif
+    able[n++] = &kernels; // the portable ones
+    const char *name = getenv("RUN_ISA");
+    for (int i = 0; name && i < n; i++)
+        if (!strncmp(able[i]->name, name, strlen(name))) return able[i];
+    if (name) fail(2, "RUN_ISA=%s: here it is the beginning of %s%s%s%s%s", name, able[0]->name,
+                   n > 1 ? ", " : "", n > 1 ? able[1]->name : "", n > 2 ? ", " : "",
+                   n > 2 ? able[2]->name : "");
+    return able[0];
+}
+#endif // LATER_PASS

@@ -41,11 +41,11 @@ static void use(uint8_t options, const char *prompt, size_t prompt_size, Span fi
     free(ids);
     state_open(&run.state, m, team_of(1), 1, max_pos, 3);
     set_rows(&run.state, rows, max_pos, 1);
-    const Kernels *kernels = options & 2 ? &kernels_portable : pick_kernels();
-    team_run(run.state.team, kernels->forward, &run.state);
-    int id = sample(&sampler, kernels, run.state.logits, c->vocab_size);
+    const Kernels *chosen = options & 2 ? &kernels : pick_kernels();
+    team_run(run.state.team, chosen->forward, &run.state);
+    int id = sample(&sampler, chosen, run.state.logits, c->vocab_size);
     if (id < -1 || id >= c->vocab_size) abort();
-    if (id >= 0 && t->n) print_pieces(t, &id, 0, 1);
+    if (id >= 0 && t->n) print_pieces(t, &id, 0, 1, -1);
     if (!t->n) return;
     open_templates(&run);
     char *user = need(malloc(prompt_size + 1));
