@@ -431,14 +431,17 @@ def add_pieces(tokenizer, folder, rows, settings):
     to add. ValueError if ids are left out.
     """
     n = tokenizer.n_words
+    decoder = settings.get("added_tokens_decoder")
     added = {int(i): token_text({"": t}, "") for i, t in
-             (settings.get("added_tokens_decoder") or {}).items() if str(i).isdigit()}
+             (decoder.items() if isinstance(decoder, dict) else ()) if i.isdecimal()}
     texts = read_json(os.path.join(folder, "added_tokens.json"))
     added |= {i: text for text, i in texts.items() if isinstance(i, int)}
     tokens = read_json(os.path.join(folder, "tokenizer.json")).get("added_tokens") or []
-    added |= {t.get("id"): t.get("content") for t in tokens if isinstance(t, dict)}
+    if isinstance(tokens, list):
+        added |= {t.get("id"): t.get("content") for t in tokens if isinstance(t, dict)}
     new = {i: text for i, text in added.items() if isinstance(i, int) and n <= i < rows}
-    if sorted(new) != list(range(n, n + len(new))) or not all(new.values()):
+    if sorted(new) != list(range(n, n + len(new))) or \
+            not all(isinstance(text, str) and text for text in new.values()):
         raise ValueError(f"{folder}: the ids of the added tokens are not those after the "
                          f"{n} of {tokenizer.model_path}: {sorted(new)[:5]}")
     names, known = {}, {text: i for i, text in new.items()} | tokenizer.special
@@ -526,7 +529,7 @@ def import_model(args, scratch):
         tokenizer = imported_tokenizer(args, folder or ".", rows, scratch)
     if tokenizer and tokenizer.n_words < rows:
         config = trim_vocabulary(config, weights, tokenizer.n_words)
-        note = f" without the {rows - config.vocab_size} rows that its tokenizer does not use"
+        note = f", without the {rows - config.vocab_size} rows that its tokenizer does not use"
     if folder:
         settings = read_json(os.path.join(folder, "tokenizer_config.json"))
         note += chat_settings(checkpoint, folder, settings, tokenizer, config.vocab_size)

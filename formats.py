@@ -663,7 +663,10 @@ def json_to_sentencepiece(tokenizer):
     for prefix, squeeze in ((1, 0), (0, 0), (1, 1), (0, 1)):
         data = body + field(3, field(3, prefix) + field(4, squeeze) + field(5, 1))
         sp = SentencePieceProcessor()
-        sp.LoadFromSerializedProto(data)
+        try:
+            sp.LoadFromSerializedProto(data)
+        except RuntimeError:  # pieces that it does not take
+            return None
         if all(sp.encode(t) == tokenizer.encode(t, False, False) for t in PROBES):
             return data
     return None

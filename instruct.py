@@ -857,7 +857,8 @@ def main(argv=None):
     add("--data_dir", default="data", help="folder of the stories; the task is written to its task/")
     add("--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt")
     add("--tokenizer", default="", help="default: that beside the checkpoint or in data/")
-    add("--template", default="", help="template of a checkpoint that has none; default: plain")
+    add("--template", default="", help="plain, llama2, or a JSON file; default: the "
+        "checkpoint's, else plain")
     add("--samples", type=int, default=20000, help="records per file, at most")
     add("--per_story", type=int, default=3, help="instructions per story")
     add("--prompts", type=int, default=500, help="prompts, at most")

@@ -2,11 +2,13 @@
 and in C as in transformers."""
 
 import contextlib
+import functools
 import io
 import json
 import struct
 import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import export
 import sample
 from checkpoint import load_checkpoint
 from test_export import program, run  # noqa: F401
+from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -66,19 +69,27 @@ def bpe_folder(folder, begin, rows=None, changes=None, **values):
     return model, size
 
 
-def sentencepiece_folder(folder, begin, tokens=(), rows=None, **changes):
-    """Llama 2's kind of tokenizer as transformers 5 saves it: a tokenizer.json alone, made of a
-    SentencePiece model by transformers' own rule for merges, with more tokens after its own."""
+@functools.cache
+def sentencepiece_vocabulary():
+    """{piece: id}, merges, and the file's bytes of a SentencePiece model with 512 tokens."""
     import tinystories
     from sentencepiece import SentencePieceProcessor
     from transformers.convert_slow_tokenizer import generate_merges
 
-    data = folder.parent / f"{folder.name}_data"
-    tinystories.synthesize(str(data), 300, seed=1)
-    tinystories.train_vocab(str(data), 512)
-    sp = SentencePieceProcessor(model_file=str(data / "tok512.model"))
+    with tempfile.TemporaryDirectory() as data:
+        tinystories.synthesize(data, 300, seed=1)
+        tinystories.train_vocab(data, 512)
+        file = Path(data, "tok512.model").read_bytes()
+    sp = SentencePieceProcessor(model_proto=file)
     vocab = {sp.id_to_piece(i): i for i in range(512)}
     merges = generate_merges(vocab, {p: sp.get_score(i) for p, i in vocab.items()})
+    return vocab, merges, file
+
+
+def sentencepiece_folder(folder, begin, tokens=(), rows=None, **changes):
+    """Llama 2's kind of tokenizer as transformers 5 saves it: a tokenizer.json alone, made of a
+    SentencePiece model by transformers' own rule for merges, with more tokens after its own."""
+    vocab, merges, _ = sentencepiece_vocabulary()
     t = transformers.LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=begin)
     t.add_special_tokens({"extra_special_tokens": list(tokens)})
     model = llama(folder, rows or 512 + len(tokens), range(259), **changes)
@@ -236,9 +247,41 @@ def test_vocabularies_that_are_padded_or_have_more_tokens(tmp_path, program, kin
     names = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
     assert len(names) == size and names[size - tokens :] == more
     run(tmp_path / "out", f"--checkpoint={tmp_path}/c.pt", "--format=hf")
-    for prompt in [*PROMPTS, *more]:
-        if prompt not in more:
-            assert their_text(tmp_path / "out", prompt) == our_text(tmp_path / "c.pt", prompt)
+    for prompt in PROMPTS:
+        assert their_text(tmp_path / "out", prompt) == our_text(tmp_path / "c.pt", prompt)
+    run(tmp_path / "d/c.pt", f"--hf={folder}", f"--tokenizer={folder}/tokenizer.json")
+    assert our_text(tmp_path / "d/c.pt", "The dog") == our_text(tmp_path / "c.pt", "The dog")
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_tokens_that_are_added_to_a_sentencepiece_model(tmp_path, where):
+    """Older folders have tokenizer.model and name the added tokens elsewhere, EOS among them."""
+    folder = tmp_path / "in"
+    llama(folder, 576)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_vocabulary()[2])
+    more = {"<|pad|>": 512, "<|im_end|>": 513}
+    values = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": False}
+    if where == "tokenizer_config.json":
+        decoder = {str(i): {"content": text} for text, i in more.items()}
+        values["added_tokens_decoder"] = decoder
+    elif where == "added_tokens.json":
+        (folder / where).write_text(json.dumps(more))
+    else:
+        sentencepiece_folder(tmp_path / "json", False, more)
+        (folder / where).write_bytes((tmp_path / "json" / where).read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    run(tmp_path / "c/c.pt", f"--hf={folder}")
+    state = load_checkpoint(tmp_path / "c/c.pt")
+    assert state["model_args"]["vocab_size"] == 514 and state["bos"] is False
+    t = Tokenizer(next((tmp_path / "c").glob("*.model")))
+    assert (t.n_words, t.bos_id, t.eos_id) == (514, 1, 513) and t.special["<|pad|>"] == 512
+    assert t.encode("the <|pad|>", False, False)[-1] != 512
+    values["added_tokens_decoder"] = {"514": {"content": "<|late|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    if where == "added_tokens.json":
+        (folder / where).write_text("{}")
+        done = run(tmp_path / "x.pt", f"--hf={folder}", ok=1)
+        assert "ids of the added tokens are not those after" in done.stderr
 
 
 # ----------------------------------------------------------------------------
