@@ -3,6 +3,7 @@ and in C as in transformers."""
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import struct
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 import export
+import formats
 import sample
+import tokenizer
 from checkpoint import load_checkpoint
 from test_export import program, run  # noqa: F401
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, run_main
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -429,3 +432,37 @@ def test_added_tokens_in_a_template(tmp_path, program, monkeypatch):  # noqa: F8
     done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "x", "-t", "0", "-n",
                            "12"], capture_output=True, text=True, input="")  # fmt: skip
     assert done.stdout.removeprefix("Assistant:").split("\n")[0].strip() == plain(text[0])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_whatever_a_config_says_is_an_import_or_one_line(tmp_path, name):
+    """Each value of a model's files, and of RoPE's settings, replaced by what it should not be."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 1e4,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    bpe_folder(tmp_path / "in", True, 320, {"rope_parameters": llama3}, add_bos_token=True,
+               added_tokens_decoder={}, chat_template="")  # fmt: skip
+    good = json.loads((tmp_path / "in" / name).read_text())
+    source = inspect.getsource(export) + inspect.getsource(formats) + inspect.getsource(tokenizer)
+    keys = [(key,) for key in good if f'"{key}"' in source]  # that are read at all
+    keys += [("rope_parameters", key) for key in good.get("rope_parameters", ())]
+    values = [None, 2.5, "x", [3], {"a": 1}]
+    values += [-1, 0, {}, True, 10**12, float("nan")] if name == "config.json" else []
+    imported = 0
+    for key in keys:
+        for value in values:
+            config = json.loads(json.dumps(good))
+            place = config["rope_parameters"] if len(key) > 1 else config
+            place[key[-1]] = value
+            (tmp_path / "in" / name).write_text(json.dumps(config))
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                with pytest.raises(SystemExit) as end:
+                    run_main(lambda: export.main([f"{tmp_path}/c.pt", f"--hf={tmp_path}/in"]))
+            if end.value.code:
+                assert end.value.code == 1 and err.getvalue().startswith("error: "), (key, value)
+                assert err.getvalue().count("\n") == 1, (key, value)
+            else:
+                imported += 1
+                saved = load_checkpoint(tmp_path / "c.pt")["model_args"]
+                assert len(key) < 2 or saved["rope_scaling"] is not None, (key, value)
+    assert imported
