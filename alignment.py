@@ -27,7 +27,7 @@ from sample import choose_device
 from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed, flags_decide
 from stages import instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
-from tokenizer import flag, flag_names, printable, write_atomic
+from tokenizer import check_same_tokenizer, flag, flag_names, printable, write_atomic
 
 
 @dataclass
@@ -269,7 +269,7 @@ class Alignment:
             source, path = start, config.value_model
             if path != "separate":
                 source = load_checkpoint(path)
-                source = self.scorer(path) if "reward" in source else source
+                source = self.scorer(path) if "reward" in source else self.same_tokenizer(path, source)
             critic = build(source, TransformerWithValueHead)
             if critic.args.vocab_size != self.model.args.vocab_size:
                 raise ValueError(f"--value_model={path} has another vocabulary than the policy")
@@ -289,7 +289,15 @@ class Alignment:
         self.first, self.roof = checkpoint["iter_num"], None
 
     def scorer(self, path):
-        return load_scorer(path, self.model.args, self.args.kept.get("template"))
+        scorer = load_scorer(path, self.model.args, self.args.kept.get("template"))
+        return self.same_tokenizer(path, scorer)
+
+    def same_tokenizer(self, path, checkpoint):
+        """The checkpoint that was read from path. Raises ValueError if its tokenizer is not the
+        policy's."""
+        mine, other = self.args.kept.get("tokenizer_hash"), checkpoint.get("tokenizer_hash")
+        check_same_tokenizer("the policy", mine, path, other)
+        return checkpoint
 
     def open_prompts(self, config):
         """Prompts, and text to see what is forgotten (`text`) and to hold it (`ptx_text`):

@@ -27,9 +27,7 @@ hidden size is no multiple of it, and its reader then silently drops weights.)
 
 import argparse
 import contextlib
-import json
 import os
-import shutil
 import struct
 import tempfile
 import warnings
@@ -49,8 +47,8 @@ from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece
 from instruct import Template
 from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
-from tokenizer import (Tokenizer, byte_level_blob, find_tokenizer, parse_args, read_json, run_main,
-                       write_atomic)
+from tokenizer import (Tokenizer, byte_level_blob, check_same_tokenizer, copy_tokenizer, disagree,
+                       own_tokenizer, parse_args, read_json, run_main, write_atomic)
 
 MAGIC = 0x616B3432  # "ak42"
 TILE = 16  # rows that version 3 interleaves
@@ -177,7 +175,12 @@ def rope_numbers(scaling):
     numbers = [s.get(name, 0) for name in LLAMA3_SCALING]
     return struct.pack("<3fi", *numbers[:3], int(numbers[3]))
 
-def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True):
+def hash_bytes(tokenizer, tokenizer_hash=""):
+    """The hash of a model's tokenizer, which goes to the end of a header; zeros: it is not known."""
+    return bytes.fromhex(tokenizer.hash if tokenizer else tokenizer_hash).rjust(32, b"\0")
+
+def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True,
+             tokenizer_hash=""):
     group = best_group(args)
     f.write(bytes(256))
     for w in tensors_v3(args, weights):
@@ -207,6 +210,8 @@ def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=Tr
                         offset + len(blob) if chat else 0, len(chat)))
     f.write(rope_numbers(args.rope_scaling) + struct.pack("<4i", *ends[:4]))
     f.write(bytes(8) + struct.pack("<2i", no_bos, end_zero))
+    f.seek(256 - 32)
+    f.write(hash_bytes(tokenizer, tokenizer_hash))
 
 # -----------------------------------------------------------------------------
 # llama2.c's versions
@@ -236,20 +241,21 @@ def matrices(args, weights):
             *sum((per_layer(weights, args, name) for name in MATRICES), []),
             *([] if args.tied else [weights["output.weight"]])]
 
-def write_v1(f, args, weights):
+def write_v1(f, args, weights, tokenizer_hash=""):
     """fp32 after a header of 256 bytes."""
     f.write((struct.pack("<Ii", MAGIC, 1) + header_ints(args)
-             + struct.pack("<B", args.tied)).ljust(256, b"\0"))
+             + struct.pack("<B", args.tied)).ljust(224, b"\0") + hash_bytes(None, tokenizer_hash))
     for tensor in norms(args, weights) + matrices(args, weights):
         f.write(floats(tensor).tobytes())
 
-def write_v2(f, args, weights):
+def write_v2(f, args, weights, tokenizer_hash=""):
     """int8 with fp32 scales; the group is the largest power of two that divides every row."""
     group = 64
     while args.dim % group or args.ffn_dim % group:
         group //= 2
     f.write((struct.pack("<Ii", MAGIC, 2) + header_ints(args)
-             + struct.pack("<Bi", args.tied, group)).ljust(256, b"\0"))
+             + struct.pack("<Bi", args.tied, group)).ljust(224, b"\0")
+            + hash_bytes(None, tokenizer_hash))
     for tensor in norms(args, weights):
         f.write(floats(tensor).tobytes())
     for tensor in matrices(args, weights):
@@ -320,24 +326,14 @@ def open_merged(path, adapters):
     checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
     model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
-    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids", "bos") if k in checkpoint}
+    check_same_tokenizer(path, checkpoint.get("tokenizer_hash"), adapters,
+                         kept.get("tokenizer_hash"))
+    checkpoint.setdefault("tokenizer_hash", kept.get("tokenizer_hash") or "")
+    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids", "bos",
+                                               "tokenizer_hash") if k in checkpoint}
     checkpoint |= {"model": merged_state(model), "optimizer": None, "iter_num": 0,
                    "best_val_loss": 1e9, "template": kept.get("template")}
     return model.args, checkpoint["model"], checkpoint
-
-def open_tokenizer(path, vocab_size, *folders):
-    """
-    The tokenizer of a model: the given one, which must fit, or the one that find_tokenizer
-    finds. None if there is none to find.
-    """
-    try:
-        found = path or find_tokenizer(vocab_size, *folders)
-    except FileNotFoundError:
-        return None
-    tokenizer = Tokenizer(found)
-    if tokenizer.n_words != vocab_size:
-        raise ValueError(f"{found} has {tokenizer.n_words} tokens, the model has {vocab_size}")
-    return tokenizer
 
 def folder_of(path):
     return os.path.dirname(os.path.abspath(path))
@@ -346,15 +342,18 @@ def export_model(args):
     """.pt -> whatever --format and --version say"""
     config, weights, checkpoint = open_merged(args.checkpoint, args.merge_lora) \
         if args.merge_lora else open_model(args.checkpoint)
-    if args.merge_lora and args.output.endswith(".pt"):
-        save_checkpoint(args.output, checkpoint)
-        return print(f"wrote {args.output}: {args.checkpoint} with the adapters {args.merge_lora}")
     tokenizer = None
-    if args.version == 3:
-        tokenizer = open_tokenizer(args.tokenizer, config.vocab_size, folder_of(args.checkpoint),
-                                   folder_of(args.output))
+    if args.version == 3 or args.tokenizer:
+        tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer,
+                                  folder_of(args.output), required=False)
+    tokenizer_hash = tokenizer.hash if tokenizer else checkpoint.get("tokenizer_hash") or ""
+    if args.merge_lora and args.output.endswith(".pt"):
+        if tokenizer:
+            copy_tokenizer(tokenizer, folder_of(args.output))
+        save_checkpoint(args.output, checkpoint | {"tokenizer_hash": tokenizer_hash})
+        return print(f"wrote {args.output}: {args.checkpoint} with the adapters {args.merge_lora}")
     how = {"template": checkpoint.get("template"), "end_ids": checkpoint.get("end_ids") or [],
-           "bos": checkpoint.get("bos", True)}
+           "bos": checkpoint.get("bos", True), "tokenizer_hash": tokenizer_hash}
     fmt = args.format or ("q8_0" if args.version == 3 else {2: "int8"}.get(args.version, "fp32"))
     kind, size = fmt, args.output
     if fmt == "hf":
@@ -372,10 +371,13 @@ def export_model(args):
             raise ValueError("llama2.c computes with rope_theta 10000, norm_eps 1e-5 and no RoPE "
                              f"scaling; {args.checkpoint} has others: use version 3")
         with write_atomic(args.output) as f:
-            {0: write_v0, 1: write_v1, 2: write_v2}[args.version](f, config, weights)
+            if args.version == 0:  # its header has no room for the hash
+                write_v0(f, config, weights)
+            else:
+                {1: write_v1, 2: write_v2}[args.version](f, config, weights, tokenizer_hash)
     name = f"version {args.version}" if fmt not in ("hf", "gguf") else fmt
     n = sum(int(np.prod(shape)) for shape in model_shapes(config).values())
-    note = f", tokenizer {tokenizer.model_path}" if tokenizer else ""
+    note = f", tokenizer {tokenizer.model_path}" if tokenizer and args.version == 3 else ""
     if args.version == 3 and not tokenizer:
         note = ", no tokenizer found: give --tokenizer" + ", or ./run needs -z" * (fmt in FORMATS)
     print(f"wrote {args.output}: {name}, {kind}, {n:,} parameters, "
@@ -395,6 +397,10 @@ def imported_tokenizer(args, folder, rows, scratch):
     tokenizer.json that was made of a SentencePiece model becomes one again, in `scratch`.
     """
     names = [args.tokenizer] if args.tokenizer else ["tokenizer.model", "tokenizer.json"]
+    paths = [os.path.join(folder, name) for name in names]
+    if len(paths) == 2 and all(map(os.path.isfile, paths)) and not meta_ranks(paths[0]) \
+            and disagree(*paths):
+        raise ValueError(f"{paths[0]} and {paths[1]} disagree: name one of them with --tokenizer")
     sizes, settings = [], read_json(os.path.join(folder, "tokenizer_config.json"))
     for path in (os.path.join(folder, name) for name in names) if not args.tokenizer else names:
         if not os.path.isfile(path) and not args.tokenizer:
@@ -485,19 +491,6 @@ def meta_ranks(path):
     except ValueError:
         return path
 
-def copy_tokenizer(tokenizer, output, vocab_size, config):
-    """The tokenizer's files to beside the checkpoint `output`, as find_tokenizer looks for them."""
-    name = f"tok{vocab_size}.model" if tokenizer.sp else "tokenizer.json"
-    beside = os.path.join(folder_of(output), name)
-    if not (os.path.exists(beside) and os.path.samefile(beside, tokenizer.model_path)):
-        with open(tokenizer.model_path, "rb") as source, write_atomic(beside) as f:
-            shutil.copyfileobj(source, f)
-        if tokenizer.bpe and config:
-            with write_atomic(os.path.join(folder_of(output), "tokenizer_config.json"), "w") as f:
-                json.dump(config, f, indent=2, ensure_ascii=False)
-                f.write("\n")
-        print(f"wrote {beside}")
-
 def check_suffix(args):
     """ValueError where the name of the output says another format than what is written."""
     imports = not args.checkpoint
@@ -544,11 +537,18 @@ def import_model(args, scratch):
         "iter_num": args.iter_num, "best_val_loss": 1e9,
         "config": {"vocab_source": source, "vocab_size": config.vocab_size}}
     os.makedirs(folder_of(args.output), exist_ok=True)
+    beside = None
+    if tokenizer:
+        if tokenizer.bpe and settings not in ({}, tokenizer.config):  # they say what BOS and EOS are
+            own = os.path.join(scratch, "own")
+            tokenizer = Tokenizer(copy_tokenizer(tokenizer, own, settings))
+        beside = copy_tokenizer(tokenizer, folder_of(args.output))
+        checkpoint["tokenizer_hash"] = tokenizer.hash
     save_checkpoint(args.output, checkpoint)
     print(f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
           f"vocabulary {config.vocab_size}, iteration {args.iter_num}{note}")
-    if tokenizer:
-        copy_tokenizer(tokenizer, args.output, config.vocab_size, settings)
+    if beside:
+        print(f"wrote {beside}")
 
 def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
     """Puts the template and the end ids of a model of Hugging Face's into a checkpoint; a note."""

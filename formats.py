@@ -774,7 +774,8 @@ def same_template(config, template):
         return False
     return {k: v for k, v in ours.items() if v} == {k: v for k, v in template.items() if v}
 
-def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True):
+def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
+             tokenizer_hash=""):
     """The folder that transformers loads; returns the number types of its weights."""
     save_file = need("safetensors.torch").save_file
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
@@ -783,6 +784,7 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True)
     bos, eos, ends = special_ids(tokenizer, end_ids)
     with write_folder(path, HF_FILES) as folder:
         config = hf_config(args, kinds[-1], bos, [eos, *ends])
+        config |= {"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {}
         write_json(os.path.join(folder, "config.json"), config)
         write_json(os.path.join(folder, "generation_config.json"),
                    {key: config[key] for key in ("bos_token_id", "eos_token_id")})
@@ -793,8 +795,9 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True)
 
 def find_adapters(path):
     """
-    ({"rank", "alpha", "layers"}, {name: lora_a or lora_b}, head size) of a checkpoint of --sft or
-    --ppo with --lora_rank, or of a file of adapters. ValueError if it has none.
+    ({"rank", "alpha", "layers"}, {name: lora_a or lora_b}, head size, the tokenizer's hash or None)
+    of a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. ValueError if it
+    has none.
     """
     checkpoint = open_tensors(path)
     lora = checkpoint.get("lora") or checkpoint
@@ -806,12 +809,13 @@ def find_adapters(path):
         raise ValueError(f"{path} has no LoRA adapters")
     if "model_args" not in checkpoint:
         raise ValueError(f"{path} does not say what model it is for: give the checkpoint beside it")
-    return lora, adapters, ModelArgs(**checkpoint["model_args"]).head_dim
+    head_dim = ModelArgs(**checkpoint["model_args"]).head_dim
+    return lora, adapters, head_dim, checkpoint.get("tokenizer_hash")
 
 def export_peft(args):
     """The adapters of a checkpoint, without its weights, for peft.PeftModel.from_pretrained."""
     save_file = need("safetensors.torch").save_file
-    lora, adapters, head_dim = find_adapters(args.checkpoint)
+    lora, adapters, head_dim, tokenizer_hash = find_adapters(args.checkpoint)
     tensors = {}
     for name, w in adapters.items():  # layers.0.attention.wq.lora_a
         matrix, _, letter = name.rpartition(".lora_")
@@ -825,7 +829,8 @@ def export_peft(args):
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
             "base_model_name_or_path": args.base, "r": lora["rank"], "lora_alpha": lora["alpha"],
             "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": targets})
-        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+        metadata = {"format": "pt"} | ({"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {})
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata)
     n = sum(w.numel() for w in tensors.values())
     print(f"wrote {args.output}: LoRA adapters of rank {lora['rank']} for {lora['layers']}, "
           f"{n:,} parameters")
@@ -873,7 +878,8 @@ def gguf_tokenizer(writer, tokenizer, end_ids, begin):
     writer.add_eos_token_id(eos)
     writer.add_add_bos_token(begin)
 
-def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True):
+def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
+               tokenizer_hash=""):
     """
     The model at `path`, tensor by tensor. dtype "q8_0" is int8 by groups of 32 columns, with rows
     that are no multiple of 32, and norms, in fp32; else "float32".
@@ -902,6 +908,8 @@ def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=Tru
         extra["rope_freqs.weight"] = (plain / rope_frequencies(args)).numpy()
     if tokenizer:
         gguf_tokenizer(writer, tokenizer, end_ids, begins_with_bos(tokenizer, bos))
+    if tokenizer_hash:
+        writer.add_string("fable.tokenizer_hash", tokenizer_hash)
     if template:
         writer.add_chat_template(template_to_jinja(template))
     def as_type(w):

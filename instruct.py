@@ -37,8 +37,8 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 import numpy as np
 
 from tinystories import Dealer, items, quoted, read_stories, story_files
-from tokenizer import (Tokenizer, find_tokenizer, flags_of_others, parse_args, printable,
-                       run_main, write_atomic)
+from tokenizer import (flags_of_others, own_tokenizer, parse_args, printable, run_main,
+                       write_atomic)
 
 # -----------------------------------------------------------------------------
 # The template
@@ -790,8 +790,7 @@ def tell(args, prompts, n):
     checkpoint = load_checkpoint(args.checkpoint)
     check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(choose_device(args.device)).eval()
-    folder = os.path.dirname(os.path.abspath(args.checkpoint))
-    tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))
+    tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer, args.data_dir)
     template = find_template(args.template, checkpoint, tokenizer, "plain")
     ids = [template.prompt(tokenizer, [(p, None)]) for p in prompts for _ in range(n)]
     torch.manual_seed(args.seed)
@@ -854,7 +853,8 @@ def main(argv=None):
     add = parser.add_argument
     add("stage", choices=[*COMMANDS],
         help="what to do; instruct.py pairs --help shows its own flags")
-    add("--data_dir", default="data", help="folder of the stories; the task is written to its task/")
+    add("--data_dir", "--data", default="data",
+        help="folder of the stories; the task is written to its task/")
     add("--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt")
     add("--tokenizer", default="", help="default: that beside the checkpoint or in data/")
     add("--template", default="", help="plain, llama2, or a JSON file; default: the "

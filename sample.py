@@ -20,7 +20,7 @@ import kernels
 from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
 from instruct import find_template
 from model import generate
-from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, printable, run_main
+from tokenizer import boolean, own_tokenizer, parse_args, printable, run_main
 
 
 def flags(argv=None):
@@ -212,13 +212,7 @@ def run(args):
     checkpoint = load_checkpoint(args.checkpoint)
     check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(device).eval()
-    folder = os.path.dirname(os.path.abspath(args.checkpoint))
-    tokenizer = Tokenizer(args.tokenizer or find_tokenizer(model.args.vocab_size, folder))
-    if tokenizer.n_words != model.args.vocab_size:
-        raise ValueError(
-            f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model "
-            f"{model.args.vocab_size}: it is not this model's tokenizer"
-        )
+    tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
     if args.compile:
         model.compile()
     dtype = getattr(torch, args.dtype)

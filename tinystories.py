@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -42,9 +43,10 @@ import sentencepiece
 from tqdm import tqdm
 
 from grammar import tell_story
-from tokenizer import (Tokenizer, boolean, find_tokenizer, flags_of_others, parse_args, run_main,
-                       write_atomic)
+from tokenizer import (Tokenizer, boolean, find_tokenizer, flags_of_others, hashed_name, parse_args,
+                       read_json, run_main, write_atomic)
 
+META = "shards.meta"  # beside the shards: JSON, what they were made of
 BOS = 1  # every story in a shard is preceded by it
 END_OF_TEXT = "<|endoftext|>"
 
@@ -60,7 +62,8 @@ def story_files(data_dir):
     """All files of stories in a data folder, by name. Raises FileNotFoundError if there is none."""
     folder = stories_folder(data_dir)
     files = sorted(path for path in glob.glob(glob.escape(folder) + "/*")
-                   if path.endswith((".json", ".jsonl", ".txt")))
+                   if path.endswith((".json", ".jsonl", ".txt"))
+                   and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json"))
     if not files:
         raise FileNotFoundError(f"no stories (.json, .jsonl, .txt) in {folder}; get some with: "
                                 "python tinystories.py download, or offline: synthesize")
@@ -355,9 +358,34 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
         reason = str(e).rpartition("] ")[2] or str(e)  # what precedes it is for its authors
         raise ValueError(f"SentencePiece can not make a vocabulary of {vocab_size}: {reason}")
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
-    with write_atomic(path) as f:
-        f.write(model.getvalue())
+    replace_vocabulary(path, model.getvalue())
+    folder = os.path.join(data_dir, f"tok{vocab_size}")
+    if glob.glob(glob.escape(folder) + "/*.bin") and read_meta(folder).get("tokenizer") \
+            != Tokenizer(path).hash:
+        print(f"note: the shards in {folder} were made with another vocabulary: make them again "
+              f"with: {pretokenize_command(data_dir, vocab_size)}")
+
+def replace_vocabulary(path, data):
+    """
+    Write a SentencePiece model. Another one that is there gets its hash into its name: models that
+    were trained with it still need it.
+    """
+    old = None
+    with contextlib.suppress(OSError, ValueError):
+        old = Tokenizer(path)
+    with write_atomic(path + ".new") as f:  # complete before the old one is renamed
+        f.write(data)
+    if old and old.hash != Tokenizer(path + ".new").hash:
+        os.replace(path, hashed_name(old))
+        print(f"note: the vocabulary that was in {path} is another one and is now "
+              f"{hashed_name(old)}; checkpoints that were trained with it need it, not the new one")
+    os.replace(path + ".new", path)
     print(f"wrote {path}")
+
+def pretokenize_command(data_dir, vocab_size):
+    flags = [f"--vocab_size={vocab_size}"] * (vocab_size != 32000)
+    flags += [f"--data_dir={data_dir}"] * (data_dir != "data")
+    return " ".join(["python tinystories.py pretokenize", *flags])
 
 class Encoder(dict):
     """
@@ -425,13 +453,39 @@ def encode_files(pool, paths, ahead):
     for path, chunk, future in pending:
         yield path, chunk, future.result()
 
-def pretokenize(data_dir, vocab_size=0):
+def read_meta(folder):
+    """
+    What shards were made of, from the file META beside them: {"tokenizer": hash, "sources": {shard:
+    SHA-256 of its file of stories}}; {} where there is none, as beside llama2.c's.
+    """
+    meta = read_json(os.path.join(folder, META))
+    sources = meta.get("sources")
+    if meta and not (isinstance(meta.get("tokenizer"), str) and isinstance(sources, dict)):
+        raise ValueError(f"{folder}/{META} is damaged: delete it, and run pretokenize again")
+    return meta
+
+def write_meta(folder, meta):
+    with write_atomic(os.path.join(folder, META), "w") as f:
+        json.dump(meta, f, indent=1)
+
+def begins_as(shard, path, tokenizer):
+    """
+    Whether a shard without META may be what the tokenizer makes of a file of stories: it is newer
+    than both, and begins with the first story.
+    """
+    if os.path.getmtime(shard) < max(map(os.path.getmtime, (path, tokenizer.model_path))):
+        return False
+    ids = np.fromfile(shard, "<u2", count=100)
+    story = next(read_stories(path))
+    return [BOS, *tokenizer.encode(story, bos=False, eos=False)][:len(ids)] == ids.tolist()
+
+def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     """
     Each file of stories to a shard of uint16 ids, every story after BOS, on all cores. A shard
-    that is newer than its file and the tokenizer is not made again. vocab_size 0: Llama 2's, with
+    whose file and tokenizer have not changed is not made again. vocab_size 0: Llama 2's, with
     the shards beside the stories, as in llama2.c.
     """
-    model_path = find_tokenizer(vocab_size or 32000, data_dir)
+    model_path = tokenizer_path or find_tokenizer(vocab_size or 32000, data_dir)
     tokenizer = Tokenizer(model_path)
     n_words = tokenizer.n_words
     if n_words > 65536:
@@ -447,9 +501,25 @@ def pretokenize(data_dir, vocab_size=0):
         raise ValueError(f"two files in {stories_folder(data_dir)} differ only in their ending")
     for stray in set(glob.glob(glob.escape(folder) + "/*.bin")) - set(shards.values()):
         print(f"note: {stray} belongs to no file of stories; if it is old, delete it")
-    age = os.path.getmtime
+    sums = {}
+    for path in shards:
+        with open(path, "rb") as f:
+            sums[path] = hashlib.file_digest(f, "sha256").hexdigest()
+    meta = read_meta(folder)
+    if meta and meta["tokenizer"] != tokenizer.hash:
+        print(f"{folder}: made with another tokenizer than {model_path}: all shards are made again")
+    def up_to_date(path, shard):
+        if not meta:
+            return begins_as(shard, path, tokenizer)
+        return meta["tokenizer"] == tokenizer.hash \
+            and meta["sources"].get(os.path.basename(shard)) == sums[path]
     todo = [path for path, shard in shards.items()
-            if not os.path.exists(shard) or age(shard) < max(age(path), age(model_path))]
+            if not os.path.exists(shard) or not up_to_date(path, shard)]
+    # what is made again is not listed until it is whole
+    sources = {os.path.basename(shards[path]): sums[path] for path in shards if path not in todo}
+    meta = {"tokenizer": tokenizer.hash, "sources": sources}
+    if todo or read_meta(folder) != meta:
+        write_meta(folder, meta)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     start, n_stories, n_tokens = time.time(), 0, 0
     try:
@@ -463,16 +533,49 @@ def pretokenize(data_dir, vocab_size=0):
                         f.write(ids)
                         bar.update(sum(map(len, chunk)))
                         n_stories, n_tokens = n_stories + len(chunk), n_tokens + len(ids) // 2
+                sources[os.path.basename(shards[path])] = sums[path]
+                write_meta(folder, meta)
     except concurrent.futures.BrokenExecutor:
         raise OSError("a process of the pool died (out of memory?); run the same command again "
                       "and it goes on with the shards that are missing")
     print(f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
-          f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s")
+          f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
+          f"tokenizer {model_path}")
     if len(shards) == 1:
         print("note: there is only one file: the end of its shard, a twentieth, is for validation")
 
 # -----------------------------------------------------------------------------
 # Shards: files of uint16 token ids, no header. The first is for validation.
+
+def shard_paths(folder, vocab_size):
+    """The paths of a folder's shards, see open_shards, by name. Raises FileNotFoundError."""
+    folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
+    folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
+    found = (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)
+    # tokN.bin beside the shards is a vocabulary that tokenizer.py has written for C
+    found = ([p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
+             for paths in found)
+    paths = next(filter(None, found), [])
+    if not paths:
+        raise FileNotFoundError(f"no .bin shards in {' or '.join(folders)}; make them with: "
+                                + pretokenize_command(folder, vocab_size))
+    return paths
+
+def shards_tokenizer(folder, vocab_size):
+    """
+    The folder where the shards of a data folder lie, and the hash of the tokenizer that they were
+    made with, "" if it is not known. ValueError where that holds for a part of them alone.
+    """
+    paths = shard_paths(folder, vocab_size)
+    folder = os.path.dirname(paths[0])
+    meta = read_meta(folder)
+    if not meta:
+        return folder, ""
+    for path in paths:
+        if os.path.basename(path) not in meta["sources"]:
+            raise ValueError(f"{path} is not of the last pretokenize in {folder}, which may have been "
+                             "interrupted: run it again, or delete the file")
+    return folder, meta["tokenizer"]
 
 def open_shards(folder, split, vocab_size):
     """
@@ -483,17 +586,7 @@ def open_shards(folder, split, vocab_size):
     training; a shard that is alone gives its last twentieth to validation.
     Raises FileNotFoundError without shards, ValueError for one that is damaged or does not fit.
     """
-    folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
-    folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
-    found = (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)
-    # tokN.bin beside the shards is a vocabulary that tokenizer.py has written for C
-    found = ([p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
-             for paths in found)
-    paths = next(filter(None, found), [])
-    if not paths:
-        flag = "" if vocab_size == 32000 else f" --vocab_size={vocab_size}"
-        raise FileNotFoundError(f"no .bin shards in {' or '.join(folders)}; "
-                                f"make them with: python tinystories.py pretokenize{flag}")
+    paths = shard_paths(folder, vocab_size)
     if len(paths) > 1:
         paths = paths[:1] if split == "val" else paths[1:]
         return [open_shard(path, vocab_size) for path in paths]
@@ -681,16 +774,19 @@ COMMANDS = {  # and their flags
     "download": ["data_dir", "small", "url"],
     "synthesize": ["data_dir", "stories", "seed"],
     "train_vocab": ["data_dir", "vocab_size"],
-    "pretokenize": ["data_dir", "vocab_size"],
+    "pretokenize": ["data_dir", "vocab_size", "tokenizer"],
 }
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=[*COMMANDS],
                         help="what to do; tinystories.py download --help shows its own flags")
-    parser.add_argument("--data_dir", default="data", help="where the stories and all else lie")
+    parser.add_argument("--data_dir", "--data", default="data",
+                        help="where the stories and all else lie")
     parser.add_argument("--vocab_size", type=int, default=0,
                         help="tokens in the vocabulary; 0 for Llama 2's 32000")
+    parser.add_argument("--tokenizer", default="", help="tokenizer of the shards; default: that of "
+                        "data_dir or data/ with vocab_size tokens")
     parser.add_argument("--small", type=boolean, nargs="?", const=True, default=False,
                         help="only the 22 MB of validation stories, cut into shards")
     parser.add_argument("--url", default=URL, help="folder to download from")
@@ -704,7 +800,7 @@ def main(argv=None):
     elif args.stage == "train_vocab":
         train_vocab(args.data_dir, args.vocab_size)
     else:
-        pretokenize(args.data_dir, args.vocab_size)
+        pretokenize(args.data_dir, args.vocab_size, args.tokenizer)
 
 if __name__ == "__main__":
     run_main(main)

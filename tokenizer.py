@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import glob
+import hashlib
 import importlib.util
 import json
 import math
@@ -19,6 +21,7 @@ import re
 import struct
 import subprocess
 import sys
+import zlib
 
 from common import write_atomic  # first: it says what to do where a package is not installed
 
@@ -46,8 +49,8 @@ class Tokenizer:
     def __init__(self, model_path):
         self.model_path = str(model_path)
         with open(self.model_path, "rb") as f:
-            data = f.read()
-        self.special, self.sp, self.bpe = {}, None, None
+            self.data = data = f.read()
+        self.special, self.sp, self.bpe, self.config = {}, None, None, {}
         if self.model_path.endswith(".json"):
             self._open_json(data)
             return
@@ -87,6 +90,7 @@ class Tokenizer:
         self.bpe.encode_special_tokens = True  # as ordinary text, that is
         self.n_words = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         named = read_json(os.path.join(os.path.dirname(self.model_path), "tokenizer_config.json"))
+        self.config = named
         def find(key, *usual):
             given = named.get(key)
             given = given.get("content") if isinstance(given, dict) else given
@@ -137,9 +141,29 @@ class Tokenizer:
                                  f"({self.n_words}): is it another model's tokenizer?")
         return self.sp.decode(ids) if self.sp else self.bpe.decode(ids)
 
-    def export(self, path):
+    @functools.cached_property
+    def hash(self):
         """
-        Write llama2.c's tok.bin: uint32 max_token_length, then for each token float32 score,
+        64 hexadecimal digits that identify the tokenizer: a SHA-256 of everything that decides ids
+        and text. A vocabulary that was saved again has the same hash; a vocabulary that was trained
+        again has another one. The last 8 digits are, for a SentencePiece model, the CRC-32 of
+        llama2.c's tok.bin, by which run.c checks the file of its option -z; else 0.
+        """
+        identity = sentencepiece_identity(self.data) if self.sp else json_identity(self.json)
+        identity += [self.bos_id, self.eos_id]
+        text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
+        crc = zlib.crc32(self.for_llama2c()) if self.sp else 0
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:56]}{crc:08x}"
+
+    def export(self, path):
+        """Write llama2.c's tok.bin. ValueError for a tokenizer.json."""
+        data = self.for_llama2c()
+        with write_atomic(path) as f:
+            f.write(data)
+
+    def for_llama2c(self):
+        """
+        The bytes of llama2.c's tok.bin: uint32 max_token_length, then for each token float32 score,
         uint32 length, bytes; little-endian. Pieces for raw bytes keep SentencePiece's spelling
         (<0x0A>): the reader in C unescapes them. Not for a tokenizer.json, which export.py puts
         into the model file: ValueError.
@@ -153,11 +177,72 @@ class Tokenizer:
             pieces[self.eos_id] = "\n</s>\n"
         control = set(self.special.values())  # never found in text: -inf
         pieces = [p.replace("\u2581", " ").encode() for p in pieces]  # ▁ is how a space is spelt
-        with write_atomic(path) as f:
-            f.write(struct.pack("<I", max(map(len, pieces))))
-            for i, piece in enumerate(pieces):
-                score = -math.inf if i in control else self.sp.get_score(i)
-                f.write(struct.pack("<fI", score, len(piece)) + piece)
+        scores = [-math.inf if i in control else self.sp.get_score(i) for i in range(len(pieces))]
+        return struct.pack("<I", max(map(len, pieces))) + b"".join(
+            struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces))
+
+# -----------------------------------------------------------------------------
+# What identifies a tokenizer
+
+def protobuf_fields(data):
+    """Yield (field number, value) of a protobuf message; value is an int, or the field's bytes."""
+    at = 0
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        yield key >> 3, data[at:at + size]
+        at += size
+
+def sentencepiece_identity(data):
+    """
+    What of a SentencePiece model decides ids and text: pieces, scores and types, the kind of
+    model, the normalizer. The names and the statistics of its training do not.
+    """
+    NORMAL, UNIGRAM = 1, 1
+    pieces, trainer, normalizer = [], {}, {}
+    for field, value in protobuf_fields(data):
+        if field == 1:
+            piece = dict(protobuf_fields(value))  # 1 the text, 2 the score, 3 the type
+            pieces.append([piece.get(1, b"").hex(), piece.get(2, bytes(4)).hex(),
+                           piece.get(3, NORMAL)])
+        elif field == 2:
+            trainer |= dict(protobuf_fields(value))
+        elif field == 3:
+            normalizer |= dict(protobuf_fields(value))
+    return ["sentencepiece", pieces,
+            trainer.get(3, UNIGRAM),                             # model_type
+            trainer.get(24, 0),                                  # treat_whitespace_as_suffix
+            trainer.get(44, " \u2047 ".encode()).hex(),          # unk_surface
+            hashlib.sha256(normalizer.get(2, b"")).hexdigest(),  # precompiled_charsmap
+            *(normalizer.get(i, 1) for i in (3, 4, 5))]          # dummy prefix, spaces
+
+def json_identity(config):
+    """What of a tokenizer.json decides ids and text, in one spelling of the library's several."""
+    model = {k: v for k, v in config["model"].items() if v is not None and v is not False}
+    model["type"] = model.get("type", "BPE")
+    if "merges" in model:
+        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+    parts = [plain(config.get(k)) for k in ("normalizer", "pre_tokenizer", "decoder")]
+    added = sorted(config.get("added_tokens") or [], key=lambda token: token["id"])
+    return ["json", model, *parts, plain(added)]
 
 def printable(text):
     """Generated text without control characters (C0 but newline and tab, DEL, C1), which could move
@@ -339,31 +424,210 @@ def read_json(path):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
 
-def find_tokenizer(vocab_size, *folders):
+def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
     """
-    Path of the tokenizer for `vocab_size`: tok<vocab_size>.model, or a tokenizer.json with as many
-    tokens, in one of `folders` (None is skipped), in data/ or here; for 32000 Meta's
-    tokenizer.model will do as well.
-    """
-    names = [f"tok{vocab_size}.model"] + ["tokenizer.model"] * (vocab_size == 32000)
-    names.append("tokenizer.json")
-    paths = [os.path.join(d, n) for d in (*folders, "data", "") if d is not None for n in names]
-    for path in paths:
-        if os.path.isfile(path) and (not path.endswith(".json") or json_size(path) == vocab_size):
-            return path
-    remedy = "download Llama 2's tokenizer.model" if vocab_size == 32000 else \
-             f"make it with: python tinystories.py train_vocab --vocab_size={vocab_size}"
-    raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens "
-                            f"(looked for {', '.join(dict.fromkeys(paths))}); {remedy}")
+    Path of a tokenizer in one of `folders` (None is skipped), in data/ or here.
 
-def json_size(path):
-    """How many tokens a tokenizer.json has; 0 if it is damaged, or of a kind without a list."""
+    wanted  its hash: the search is for a file with this hash. Without it, the search is for the
+            first folder with a tok<vocab_size>.model, tokenizer.model or tokenizer.json of this size
+    owner   what was made with the tokenizer, for the messages; "": nothing was yet
+
+    Raises FileNotFoundError where there is none, ValueError where there are only others than the
+    wanted one, or where the tokenizers of a folder disagree.
+    """
+    folders = list(dict.fromkeys(d for d in (*folders, "data", "") if d is not None))
+    others = []
+    for folder in folders:
+        found = tokenizers_in(folder, vocab_size)
+        if not wanted:
+            for other in found[1:]:
+                if disagree(found[0], other):
+                    raise ValueError(f"{found[0]} and {other} disagree: name one of them with "
+                                     "--tokenizer, or move the other one away")
+            if found:
+                return found[0]
+            continue
+        for path in dict.fromkeys(found + all_tokenizers_in(folder)):
+            try:
+                tokenizer = Tokenizer(path)
+            except (OSError, ValueError):
+                continue
+            if tokenizer.hash == wanted:
+                return path
+            if tokenizer.n_words == vocab_size:
+                others.append(path)
+    if others:
+        raise ValueError(mismatch(others[0], owner, wanted))
+    places = ", ".join(os.path.join(d, name) for d in folders for name in names_of(vocab_size))
+    train = f"python tinystories.py train_vocab --vocab_size={vocab_size}"
+    if owner:  # a new vocabulary would have other words
+        remedy = f"copy the one that {owner} was made with beside it, or name it with --tokenizer"
+    elif vocab_size == 32000:
+        remedy = "download Llama 2's tokenizer.model"
+    else:
+        remedy = f"make it with: {train} (for a model that exists, copy the model's own instead)"
+    raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens (looked for {places}); {remedy}")
+
+def names_of(vocab_size):
+    return f"tok{vocab_size}.model", "tokenizer.model", "tokenizer.json"
+
+def tokenizers_in(folder, vocab_size):
+    """Paths of the tokenizers of this size in a folder, under their usual names."""
+    certain = [f"tok{vocab_size}.model"] + ["tokenizer.model"] * (vocab_size == 32000)
+    paths = [(name, os.path.join(folder, name)) for name in names_of(vocab_size)]
+    return [path for name, path in paths
+            if os.path.isfile(path) and (name in certain or size_of(path) == vocab_size)]
+
+def all_tokenizers_in(folder):
+    """Paths of all tokenizers in a folder, those with a hash in their names included."""
+    names = "tok*.model", "tokenizer*.json"
+    paths = [p for name in names for p in glob.glob(os.path.join(glob.escape(folder), name))]
+    return [path for path in sorted(paths) if not path.endswith("tokenizer_config.json")]
+
+def size_of(path):
+    """How many tokens a tokenizer has; 0 if it is damaged, or of a kind without a list."""
+    if path.endswith(".json"):
+        return max(json_vocabulary(path).values(), default=-1) + 1
+    try:
+        return Tokenizer(path).n_words
+    except ValueError:
+        return 0
+
+def json_vocabulary(path):
+    """{token: id} of a tokenizer.json; {} if it is damaged, or of a kind without a list."""
     try:
         config = read_json(path)
-        ids = [*config["model"]["vocab"].values()]
-        return max(ids + [token["id"] for token in config.get("added_tokens") or []]) + 1
+        added = {token["content"]: int(token["id"]) for token in config.get("added_tokens") or []}
+        return {**{token: int(i) for token, i in config["model"]["vocab"].items()}, **added}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return 0
+        return {}
+
+def disagree(one, other):
+    """
+    Whether two tokenizers differ, by their paths. A tokenizer.json agrees with a SentencePiece
+    model whose tokens it has; it may have more.
+    """
+    if one.endswith(".json") == other.endswith(".json"):
+        return Tokenizer(one).hash != Tokenizer(other).hash
+    model, config = (other, one) if one.endswith(".json") else (one, other)
+    sp, vocabulary = Tokenizer(model).sp, json_vocabulary(config)
+    return any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(sp.vocab_size()))
+
+def data_folders(data):
+    """The folders where the tokenizer of some data may lie; `data` is as in train.py's --data."""
+    folders = []
+    for item in str(data).split(","):
+        path = next((p for p in (item, item.rpartition(":")[0]) if p and os.path.exists(p)), None)
+        if path and os.path.isfile(path):  # mystories/task/sft.jsonl
+            path = os.path.dirname(os.path.abspath(path))
+            folders += [path, os.path.dirname(path)]
+        elif path:
+            shards = glob.glob(os.path.join(glob.escape(path), "*.bin"))  # mystories/tok512
+            folders += [path] + [os.path.dirname(os.path.abspath(path))] * bool(shards)
+    return folders
+
+def open_tokenizer(vocab_size, folders, wanted="", given="", owner="", required=True):
+    """
+    The Tokenizer of a model: the file that `given` names, else the one that find_tokenizer finds,
+    with its arguments and errors; None where there is none and none is required. Raises ValueError
+    also where the given one is not the wanted one. Where no tokenizer is wanted or given, a line on
+    stderr says which one the owner is assumed to have.
+    """
+    try:
+        path = given or find_tokenizer(vocab_size, *folders, wanted=wanted, owner=owner)
+    except FileNotFoundError:
+        if required:
+            raise
+        return None
+    tokenizer = Tokenizer(path)
+    if tokenizer.n_words != vocab_size:
+        raise ValueError(f"{path} has {tokenizer.n_words} tokens, the model {vocab_size}: "
+                         "it is not this model's tokenizer")
+    if wanted and tokenizer.hash != wanted:
+        raise ValueError(mismatch(path, owner, wanted))
+    if owner and not wanted and not given:
+        note(f"{owner} does not say which tokenizer it was made with: assuming {path}")
+    return tokenizer
+
+def own_tokenizer(checkpoint, path, given="", *folders, required=True):
+    """
+    The Tokenizer of the checkpoint that was read from `path`: the file that `given` names, else
+    the one beside the checkpoint, in `folders` or in the data folder of its training.
+    """
+    folders = [os.path.dirname(os.path.abspath(path)), *folders]
+    folders += data_folders((checkpoint.get("config") or {}).get("data", ""))
+    wanted, n = checkpoint.get("tokenizer_hash", ""), checkpoint["model_args"]["vocab_size"]
+    return open_tokenizer(n, folders, wanted, given, path, required)
+
+def check_same_tokenizer(owner, wanted, other, found):
+    """
+    Compare the hashes `wanted` and `found` of the tokenizers of two things, named for the messages.
+    ValueError where they differ; a line on stderr where the other one's is not known.
+    """
+    if wanted and found and wanted != found:
+        raise ValueError(f"{other} was made with another tokenizer ({found[:16]}) than {owner} "
+                         f"({wanted[:16]})")
+    if not found:
+        note(f"{other} does not say which tokenizer it was made with: assuming that of {owner}")
+
+def mismatch(path, owner, wanted):
+    remedy = "run `python tinystories.py pretokenize` again" if os.path.isdir(owner) else \
+             f"copy that one beside {owner}"
+    return (f"{path} is not the tokenizer of {owner}, whose hash is {wanted[:16]}: {remedy}, or "
+            "name the right one with --tokenizer")
+
+def note(message):
+    """Print a line on stderr, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr)
+
+def place_of(tokenizer, folder):
+    """
+    Where copy_tokenizer puts a tokenizer, and the Tokenizer that is there already: None where there
+    is none, or a damaged one.
+    """
+    name = f"tok{tokenizer.n_words}.model" if tokenizer.sp else "tokenizer.json"
+    path = os.path.join(folder, name)
+    try:
+        return path, Tokenizer(path)
+    except (OSError, ValueError):
+        return path, None
+
+def check_place(tokenizer, folder):
+    """ValueError where a folder has another tokenizer under the name that copy_tokenizer uses."""
+    path, there = place_of(tokenizer, folder)
+    if there and there.hash != tokenizer.hash:
+        raise ValueError(f"{path} is another tokenizer than {tokenizer.model_path}: choose another "
+                         "folder for what is made with the latter, or move the former away")
+
+def copy_tokenizer(tokenizer, folder, config=None, replace=False):
+    """
+    Put a tokenizer into a folder as find_tokenizer looks for it: tok<n_words>.model, or
+    tokenizer.json with tokenizer_config.json, which holds `config`. Returns its path, or None if
+    it is there already. Another tokenizer that is there under this name gets its hash into its
+    name with `replace`; without, it is a ValueError.
+    """
+    if not replace:
+        check_place(tokenizer, folder)
+    path, there = place_of(tokenizer, folder)
+    if there and there.hash == tokenizer.hash:
+        return None
+    if there:
+        os.replace(path, hashed_name(there))
+        note(f"{path} was another tokenizer, which is now {hashed_name(there)}")
+    config = config or tokenizer.config
+    if tokenizer.bpe and config:
+        with write_atomic(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+            json.dump(config, f, indent=2, ensure_ascii=False)
+            f.write("\n")
+    with write_atomic(path) as f:
+        f.write(tokenizer.data)
+    return path
+
+def hashed_name(tokenizer):
+    """The path of a tokenizer with its hash in it: data/tok512.model -> data/tok512.1a2b3c4d.model"""
+    stem, ending = os.path.splitext(tokenizer.model_path)
+    return f"{stem}.{tokenizer.hash[:8]}{ending}"
 
 # -----------------------------------------------------------------------------
 # What the commands share: flags, errors, files

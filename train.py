@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 import ppo
-from alignment import Alignment
+from alignment import Alignment, instruction_file
 from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
 from experiments.plan import plan
 from export import write_v3
@@ -47,8 +47,10 @@ from model import ModelArgs
 from report import Log, load_boards, plain_config, plot, print_report
 from sample import choose_device, out_of_memory
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
-from tokenizer import Tokenizer, add_flags, find_tokenizer, flag, flag_names, flags_of_others
-from tokenizer import parse_args, run_main, write_atomic
+from tinystories import parse_data, shards_tokenizer
+from tokenizer import Tokenizer, add_flags, check_place, copy_tokenizer, data_folders, flag
+from tokenizer import flag_names, flags_of_others, note, open_tokenizer, parse_args, run_main
+from tokenizer import tokenizers_in, write_atomic
 
 # The stages by their flags; without one the run is Pretraining.
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
@@ -273,6 +275,8 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
     if rank:
         return
     path = Path(args.out_dir) / f"{stage.prefix}ckpt.pt"
+    if stage.tokenizer:
+        copy_tokenizer(stage.tokenizer, args.out_dir, replace=True)
     if path.exists():
         link(path, path.with_suffix(".prev.pt"))
     save_checkpoint(path, {
@@ -287,7 +291,7 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
     })  # fmt: skip
     if "lora" in state:
         kept = {"model_args": checkpoint_args(stage.model.args),
-                **{k: state[k] for k in ("lora", "template")}}  # fmt: skip
+                **{k: (args.kept | state)[k] for k in ("lora", "template", "tokenizer_hash")}}  # fmt: skip
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), kept)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
@@ -434,21 +438,46 @@ def last_iteration(args, first):
 # the loop
 
 
-def load_tokenizer(args, vocab_size):
-    """The model's tokenizer; None if there is none: training needs it only to show text."""
-    try:
-        folders = args.out_dir, os.path.dirname(os.path.abspath(args.init_from))
-        tokenizer = Tokenizer(args.tokenizer or find_tokenizer(vocab_size, *folders))
-    except FileNotFoundError:
-        if args.tokenizer:
-            raise
-        return None
-    if tokenizer.n_words != vocab_size:
-        raise ValueError(
-            f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model {vocab_size}: "
-            "it is not this model's tokenizer"
-        )
-    return tokenizer
+def shard_folders(args):
+    """The folders of shards that the run reads."""
+    data = [args.data] if stage_class(args) in (Pretraining, Alignment) else []
+    data += [args.ptx_data or args.data] if args.ppo and args.ptx_coef else []
+    return dict.fromkeys(f for d in data if not instruction_file(d) for f in parse_data(d)[0])
+
+
+def load_tokenizer(args, checkpoint, vocab_size):
+    """The run's tokenizer; its hash, "" if it is not known; and lines that say what is assumed. The
+    tokenizer is None where there is none: pretraining needs it only to show text. Raises ValueError
+    where the tokenizers of the checkpoint, of the shards and of --tokenizer are not the same."""
+    other = args.init_from not in ("scratch", "resume")
+    path = args.init_from if other else os.path.join(args.out_dir, "ckpt.pt")
+    folder = os.path.dirname(os.path.abspath(path))
+    made = [(path, checkpoint.get("tokenizer_hash"))] if checkpoint else []
+    made += [shards_tokenizer(f, vocab_size) for f in shard_folders(args)]
+    known = [(name, found) for name, found in made if found]
+    owner, wanted = known[0] if known else ("", "")
+    for name, found in known:
+        if found != wanted:
+            raise ValueError(
+                f"{name} was made with another tokenizer ({found[:16]}) than {owner} "
+                f"({wanted[:16]}): make shards of the same text with that tokenizer (pretokenize)"
+            )
+    if checkpoint and wanted and owner != path and not args.tokenizer:
+        beside = tokenizers_in(folder, vocab_size)  # which are thought to be the checkpoint's
+        if beside and wanted not in (Tokenizer(t).hash for t in beside):
+            raise ValueError(
+                f"{beside[0]}, which is beside {path}, is another tokenizer than that of {owner}: "
+                "name the right one with --tokenizer, or make the shards again with it"
+            )
+    data = data_folders(args.data)
+    folders = [folder, args.out_dir, *data] if checkpoint else [*data, args.out_dir]
+    tokenizer = open_tokenizer(vocab_size, folders, wanted, args.tokenizer, owner, required=False)
+    assumed = [
+        f"{name} does not say which tokenizer it was made with: assuming {tokenizer.model_path}"
+        for name, found in made
+        if tokenizer and not found
+    ]
+    return tokenizer, tokenizer.hash if tokenizer else wanted, assumed
 
 
 def start(args, rank, world):
@@ -468,15 +497,20 @@ def start(args, rank, world):
         return torch.autocast(args.device.partition(":")[0], dtype) if half else nullcontext()
 
     vocab_size = checkpoint["model_args"]["vocab_size"] if checkpoint else args.vocab_size
-    tokenizer = load_tokenizer(args, vocab_size)
+    tokenizer, tokenizer_hash, assumed = load_tokenizer(args, checkpoint, vocab_size)
+    if tokenizer and not args.eval_only and (resumed or stage_class(args) is not Pretraining):
+        check_place(tokenizer, args.out_dir)  # a new run of pretraining moves another one aside
     # What a checkpoint says of its text and dialogues goes into those that are made from it.
     kept = "template", "end_ids", "bos"
     args.kept = {k: checkpoint[k] for k in kept if k in (checkpoint or ())}
+    args.kept["tokenizer_hash"] = tokenizer_hash
     stage = stage_class(args)(args, checkpoint, rank, world, context, tokenizer)
     if resumed:
         stage.resume(checkpoint)
     if args.ppo:
         args.max_iters = last_iteration(args, stage.first)
+    for line in assumed:  # only now, so that a mistake in the flags ends in one line
+        note(line)
     if rank == 0:
         count = sum(p.numel() for p in stage.model.parameters())
         how = f"{args.device}, {args.dtype}" + (f", {world} processes" if world > 1 else "")

@@ -160,6 +160,9 @@ def stories260k(home, stories260k_bin, tok512_model):
         export.main([f"stories260K/{name}", f"--llama2c={stories260k_bin}", "--iter_num=98000",
                      f"--tokenizer={tok512_model}"])  # fmt: skip
     run("python tokenizer.py --tokenizer-model=stories260K/tok512.model")
+    # the model reads its own tokens; home's vocabulary of the same size has others
+    shutil.copy("stories260K/tok512.model", "data")
+    run("python tinystories.py pretokenize --vocab_size=512")
 
 
 @pytest.mark.parametrize("line,more,iterations,start_len", [

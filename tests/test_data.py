@@ -376,12 +376,18 @@ def test_up_to_date_shards_are_kept(told, tmp_path):
     os.symlink(told / "TinyStories_all_data", tmp_path / "TinyStories_all_data")
     (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
     (tmp_path / "tok512").mkdir()
-    (tmp_path / "tok512/data00.bin").write_bytes(b"kept")
+    # shards without a record are kept if they are newer and begin as the stories do
+    start = oracle(stories_in(tmp_path)[0][:2], tmp_path / "tok512.model").tobytes()
+    (tmp_path / "tok512/data00.bin").write_bytes(start)
     old = tmp_path / "tok512/data01.bin"
     old.write_bytes(b"old")
     os.utime(old, (1, 1))
     tinystories.pretokenize(str(tmp_path), 512)
-    assert (tmp_path / "tok512/data00.bin").read_bytes() == b"kept" and len(shard(old)) > 1000
+    assert (tmp_path / "tok512/data00.bin").read_bytes() == start and len(shard(old)) > 1000
+    os.remove(tmp_path / "tok512/shards.meta")
+    (tmp_path / "tok512/data00.bin").write_bytes(start[:4] + start[2:])
+    tinystories.pretokenize(str(tmp_path), 512)
+    assert len(shard(tmp_path / "tok512/data00.bin")) > 1000
 
 def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatch):
     (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
@@ -396,7 +402,7 @@ def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatc
     monkeypatch.setattr(tinystories, "encode_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tinystories.pretokenize(str(tmp_path), 512)
-    assert os.listdir(tmp_path / "tok512") == ["a.bin"]
+    assert sorted(os.listdir(tmp_path / "tok512")) == ["a.bin", tinystories.META]
     assert (shard(tmp_path / "tok512/a.bin") == BOS).sum() == 100_000
 
 def test_json_that_is_no_text(tmp_path):

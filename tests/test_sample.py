@@ -12,7 +12,7 @@ import export
 import sample
 from checkpoint import checkpoint_args, save_checkpoint
 from model import ModelArgs, Transformer
-from tokenizer import run_main
+from tokenizer import Tokenizer, run_main
 
 # What stories260K tells when it always takes the likeliest token, as in llama2.c's README.
 GOLDEN = """\
@@ -100,7 +100,7 @@ def test_interactive(stories260k, capsys, monkeypatch):
 ])  # fmt: skip
 def test_streaming_shows_whole_characters_only(tok512_model, capsys, text):
     """The small vocabulary spells Korean and emoji by bytes: none is shown before its last."""
-    tokenizer = sample.Tokenizer(tok512_model)
+    tokenizer = Tokenizer(tok512_model)
     prompt, *rest = [tokenizer.encode("So", bos=True, eos=False), *tokenizer.encode(text, False, False)]
     stream, shown = sample.Stream(tokenizer, prompt), ""
     for token in rest:
@@ -114,7 +114,7 @@ def test_streaming_shows_whole_characters_only(tok512_model, capsys, text):
 
 def test_streaming_of_bytes_that_are_no_text(tok512_model, capsys):
     """Half characters inside and at the end: what is streamed is what is printed at once."""
-    tokenizer = sample.Tokenizer(tok512_model)
+    tokenizer = Tokenizer(tok512_model)
     a, b, c = (3 + x for x in "한".encode())  # ids of bytes follow the three special ones
     for ids in ([a], [a, b], [a, b, c], [a, b, 403], [a, a, b, c], [c, 403, a, b]):
         stream = sample.Stream(tokenizer, [1])
