@@ -126,7 +126,7 @@ def test_streaming_of_bytes_that_are_no_text(tok512_model, capsys):
 
 def test_control_characters_are_left_out(tok512_model, monkeypatch, capsys):
     """Generated escape sequences must not reach a terminal: streamed, printed at once, in a prompt."""
-    tokenizer = sample.Tokenizer(tok512_model)
+    tokenizer = Tokenizer(tok512_model)
     text = "a\tb\nc" + "".join(map(chr, [*range(32), *range(127, 160)])) + "\x1b[2J\u009b31m é한"
     expected = "a\tb\nc\t\n[2J31m é한\n"
     tokens = tokenizer.encode(text, bos=False, eos=False)
