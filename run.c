@@ -237,7 +237,8 @@ typedef struct {        // the number is where it is in the file
     int32_t kv_dim;     // 148 K * E
     int32_t no_bos;     // 152 1: text does not begin with BOS, which then only separates texts
     int32_t end_zero;   // 156 1: generation ends at id 0 as well
-    int32_t zero[24];
+    int32_t zero[16];
+    uint8_t hash[32];   // 224 of the tokenizer, see tokenizer.py; zeros: it is not known
 } Config;
 
 _Static_assert(sizeof(Config) == HEADER, "the file's header");
@@ -433,6 +434,7 @@ static void open_old(Model *m, Span in) {
     const uint8_t *p = in.data + (q8 ? HEADER : 28);
     const int group = q8 ? (int)read_u32(in.data + 37) : 32;
     memcpy(&c->dim, in.data + (q8 ? 8 : 0), 28); // up to seq_len they are the same
+    if (q8) memcpy(c->hash, in.data + HEADER - sizeof c->hash, sizeof c->hash);
     c->tied = q8 ? in.data[36] != 0 : c->vocab_size > 0; // llama2.c marks a classifier of its own
     if (!q8 && !c->tied) c->vocab_size = (int)-(unsigned)c->vocab_size; // by a negative V
     // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
@@ -1341,6 +1343,29 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
     }
 }
 
+static uint32_t crc32(Span s) { // as zlib's
+    uint32_t crc = ~0u;
+    for (int64_t i = 0; i < s.size; i++) {
+        crc ^= s.data[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+    }
+    return ~crc;
+}
+
+// The file of -z must be the tokenizer that the model was made with, where the model says which:
+// it brings it, or the hash, whose last 4 bytes are the CRC-32 of such a file, big-endian.
+static void check_same_tokenizer(const Model *m, Span file, const char *path) {
+    const uint8_t *h = m->c.hash, *crc = h + 28;
+    bool known = false;
+    for (int i = 0; i < 32; i++) known |= h[i] != 0;
+    uint32_t want = (uint32_t)crc[0] << 24 | (uint32_t)crc[1] << 16 | (uint32_t)crc[2] << 8 | crc[3];
+    if (m->tokenizer.size && m->c.kind == 0) want = crc32(m->tokenizer), known = true;
+    if (m->tokenizer.size && m->c.kind == 1) want = 0, known = true; // no file of -z has its kind
+    if (known && want != crc32(file))
+        die("%s is not the tokenizer that %s was made with%s", path, m->path,
+            m->tokenizer.size ? ", which it brings: leave out -z" : "");
+}
+
 static int utf8_length(const uint8_t *s, int64_t left) { // of the character at s; 1 if it is none
     int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3
           : *s >= 0xf0 && *s < 0xf5 ? 4 : 1;
@@ -2190,6 +2215,7 @@ int main(int argc, char **argv) {
     Model *m = &run.model;
     model_open(m, map_file(path), path);
     if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
+        check_same_tokenizer(m, map_file(tokenizer), tokenizer);
         Config c = m->c;
         c.kind = 0, c.squeeze = -1;
         const Span file = map_file(tokenizer);

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +330,37 @@ def test_adapters_of_another_tokenizer(here, capsys):
     capsys.readouterr()
     export.main(argv)
     assert "lora.pt does not say which tokenizer" in capsys.readouterr().err
+
+
+def test_run_z(here):
+    """The file of run's -z must be the model's tokenizer, which the model brings or names."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source = Path(train.__file__).parent / "run.c"
+    subprocess.run([compiler, "-O1", "-o", "run", source, "-lm", "-pthread"], check=True)
+    for kind in "ab":
+        Tokenizer(f"{kind}/tok300.model").export(f"{kind}.bin")
+    export.main(["v3.bin", "--checkpoint=outa/ckpt.pt"])
+    export.main(["v2.bin", "--checkpoint=outa/ckpt.pt", "--version=2"])
+    export.main(["v0.bin", "--checkpoint=outa/ckpt.pt", "--version=0"])
+    for path in Path("a").glob("*.model"):
+        path.unlink()
+    os.remove("outa/tok300.model")
+    export.main(["alone.bin", "--checkpoint=outa/ckpt.pt"])  # without a tokenizer
+    assert not embedded("alone.bin")
+
+    def run(model, kind):
+        words = ["./run", model, "-z", f"{kind}.bin", "-n", "5", "-t", "0"]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        return done.returncode, done.stderr
+
+    for model in "v3.bin", "v2.bin", "alone.bin":
+        assert run(model, "a")[0] == 0
+        status, text = run(model, "b")
+        assert status == 1 and text.count("\n") == 1
+        assert f"b.bin is not the tokenizer that {model} was made with" in text
+    assert run("v0.bin", "b")[0] == 0  # llama2.c's header has no room for it
 
 
 # ----------------------------------------------------------------------------
