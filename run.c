@@ -2215,7 +2215,6 @@ int main(int argc, char **argv) {
     Model *m = &run.model;
     model_open(m, map_file(path), path);
     if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
-        check_same_tokenizer(m, map_file(tokenizer), tokenizer);
         Config c = m->c;
         c.kind = 0, c.squeeze = -1;
         const Span file = map_file(tokenizer);
@@ -2224,6 +2223,7 @@ int main(int argc, char **argv) {
         if (file.size >= 4 && read_u32(file.data) == MAGIC)
             die("%s is a model, not a tokenizer", tokenizer);
         tokenizer_open(&run.tokenizer, file, &c, tokenizer);
+        check_same_tokenizer(m, file, tokenizer);
     } else if (m->tokenizer.size) tokenizer_open(&run.tokenizer, m->tokenizer, &m->c, path);
     else if (mode != BENCH) die("the model brings no tokenizer: give one with -z");
     const int context = m->c.seq_len;
