@@ -1,38 +1,43 @@
-/* run.c: a Llama told by one C file: int8 (or fp32) inference on the CPU, with no dependencies.
+/* run.c: inference of Llama models on the CPU in one C file, int8 or fp32, without dependencies.
  *
  *     cc -O3 run.c -o run -lm -pthread
  *     ./run model.bin -i "Once upon a time"
  *
- * How to read it. The file goes from the disk to the screen: the model file and its checks, the
- * threads, the state, the kernels and the forward pass, the tokenizer, the sampler, the loops
- * that generate, chat and measure, the command line.
+ * How to read it. The file is a portable program that reads from top to bottom: the model file and
+ * its checks, the threads, the state, the kernels and the forward pass, the tokenizer, the sampler,
+ * the loops that generate, chat and measure, and the command line. The last section includes this
+ * file again, once for each wider instruction set that the compiler can target: these later passes
+ * compile the kernels section only, and the program picks one of its versions when it starts. Only
+ * vmax(), dot_start(), dot4() and load_fp16() know instructions by name. Their portable versions
+ * are the specification, the fallback and the oracle of the tests. Vectors are the GNU C vector
+ * extensions, so the compiler is gcc or clang (on Windows: mingw-w64).
  *
- * Where the time goes. To decode one token every weight is read once and used for one multiply
- * and one add, so a large model runs as fast as memory delivers its weights, and nothing else
- * matters; a model that fits a cache runs as fast as the arithmetic. Hence four decisions:
- *   1. Weights are int8, with one fp16 scale for every 16 to 64 of them: 1.03 to 1.13 bytes each.
- *   2. Weights lie in the file in the order in which they are used, so the file is mapped and
- *      used as it is. Sixteen rows are interleaved, four columns at a time: one vector register
+ * Where the time goes. Decoding one token reads every weight once and uses it for one multiply and
+ * one add. A large model therefore runs as fast as memory delivers its weights; a model that fits
+ * into a cache runs as fast as the arithmetic. Four decisions follow:
+ *   1. Weights are int8, with one fp16 scale per 16 to 64 weights: 1.03 to 1.13 bytes per weight.
+ *   2. Weights lie in the file in the order in which they are used, so the file is memory-mapped
+ *      and used as it is. Sixteen rows are interleaved, four columns at a time: one vector register
  *      holds 4 columns of 16 rows, one instruction (vpdpbusd, sdot) multiplies them with 4
- *      activations, and each of the 16 lanes sums its own row. No sum across lanes, ever.
- *   3. A prompt goes through in blocks of rows, so that a weight is fetched once for many tokens;
- *      so do N stories (-b N). It is the same code: a row is a (token, position, sequence).
- *   4. All threads run the same forward pass, each on its share of every matrix's rows, and meet
- *      five times a layer. What is cheap (norms, quantization) each of them does for itself. No
- *      sum is ever split between threads, so the numbers are the same for any number of them.
+ *      activations, and each of the 16 lanes sums its own row. No product sums across lanes.
+ *   3. A prompt goes through the model in blocks of rows, so that a weight is fetched once for many
+ *      tokens; N stories (-b N) do the same. Both are one code: a row is a (token, position,
+ *      sequence).
+ *   4. All threads run the same forward pass, each on its share of every matrix's rows, and meet at
+ *      five barriers per layer. Each thread does what is cheap (norms, quantization) for itself. No
+ *      sum is split between threads, so the numbers do not depend on the number of threads.
  *
- * One text, several instruction sets. The kernels section is compiled once for each instruction
- * set that this compiler can target, by including this very file again; the program picks one
- * when it starts. Only dot4(), halves() and larger() know instructions by name. Their plain C
- * versions are the specification, the fallback and the oracle of the tests. The vectors are the
- * GNU C vector extensions, so the compiler is gcc or clang (on Windows: mingw-w64).
+ * Files. The program reads llama2.c's version 0 (fp32) and version 2 (int8), which it repacks when
+ * it loads them, and version 3, which export.py writes and which is memory-mapped. Every error in a
+ * file is found before a pointer is made from it, and ends in one line on stderr and exit status 1.
  *
- * Files: llama2.c's version 0 (fp32) and version 2 (int8), which are repacked when loaded, and
- * version 3, which export.py writes and which is mapped. Whatever is wrong with a file is found
- * before a pointer is made from it, and is one line on stderr and exit status 1.
+ * Refused: -ffast-math (the checks for NaN depend on its absence), GPUs, assembly, architectures
+ * other than x86-64 and arm64 beyond portable C, big-endian machines, formats below 8 bits, a
+ * server.
  *
- * Refused: -ffast-math (NaN checks depend on it), GPUs, assembly, other architectures, formats
- * with fewer bits, a server. Little-endian machines only.
+ * Letters: D dim, F hidden dim, H query heads, K key/value heads, E head dim, V vocabulary, G group
+ * size of the quantization, B rows of a pass, T positions of the cache. A comment like (B, width)
+ * after an array is its shape.
  */
 
 #ifndef LATER_PASS // ====== the first pass: the whole program, in portable C
@@ -77,7 +82,7 @@
 // ------------------------------------------------------------------------------------------
 // Errors, memory, time, files
 
-// Whatever goes wrong ends here: one line on stderr, exit status 1; 2 for a wrong command line.
+// Every error ends here: one line on stderr and exit status 1, or 2 for a wrong command line.
 #define die(...) fail(1, __VA_ARGS__)
 static _Noreturn void fail(int status, const char *format, ...) {
     va_list args;
@@ -89,40 +94,43 @@ static _Noreturn void fail(int status, const char *format, ...) {
     exit(status);
 }
 
-// Writes what was printed. A disk that is full is an error; a pipe that was closed ends the program
-// by a signal.
+// Flushes stdout. A full disk is an error; a closed pipe ends the program by a signal.
 static void flush(void) {
     if (fflush(stdout) || ferror(stdout)) die("cannot write: %s", strerror(errno));
 }
 
+// Returns the block, or ends the program if the allocation failed.
 static void *need(void *block) {
-    if (!block) die("not enough memory");
+    if (!block) die("out of memory");
     return block;
 }
 
-// Zeroed memory, from the beginning of a cache line on. It is for what stays until the program
-// ends, and is never freed. The kernel's fresh pages: what is never touched is never there.
+// Zeroed memory that begins at a cache line. It is for data that lives until the program ends, and
+// is never freed. Its pages come fresh from the system: those never touched take no memory.
 static void *zeros(int64_t bytes) {
     uint8_t *p = need(calloc(1, (size_t)bytes + 64));
     return p + -(uintptr_t)p % 64;
 }
 
+// A monotonic clock, in seconds.
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// n rounded up to a multiple of `to`.
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-typedef struct { // some bytes, mostly of a file
+typedef struct { // a range of bytes, mostly of a file
     const uint8_t *data;
     int64_t size;
 } Span;
 
-static Span map_file(const char *path) { // which stays mapped
+// Maps a whole file into memory, where it stays.
+static Span map_file(const char *path) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_BINARY | O_NONBLOCK); // a FIFO would wait for its writer
     if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
@@ -136,41 +144,45 @@ static Span map_file(const char *path) { // which stays mapped
     void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED) die("cannot map %s: %s", path, strerror(errno));
 #endif
-#ifdef MADV_HUGEPAGE // what is read from the disk now comes in pages of 2 MB, for later runs too
+#ifdef MADV_HUGEPAGE // the page cache then holds pages of 2 MB, for later runs too
     madvise(p, (size_t)st.st_size, MADV_HUGEPAGE);
 #endif
     close(fd);
     return (Span){p, st.st_size};
 }
 
-// Cuts the first bytes off a span; NULL if there are not so many.
-static const uint8_t *cut(Span *from, uint64_t bytes) {
+// Takes the first bytes off a span and returns a pointer to them, or NULL if it has fewer.
+static const uint8_t *take(Span *from, uint64_t bytes) {
     const uint8_t *p = from->data;
     if (bytes > (uint64_t)from->size) return NULL;
     from->data += bytes, from->size -= (int64_t)bytes;
     return p;
 }
 
-static bool starts(Span s, const char *with) {
-    size_t n = strlen(with);
-    return (uint64_t)s.size >= n && !memcmp(s.data, with, n);
+// Whether a span starts with a text.
+static bool starts_with(Span s, const char *prefix) {
+    size_t n = strlen(prefix);
+    return (uint64_t)s.size >= n && !memcmp(s.data, prefix, n);
 }
 
-static const char bom[] = "\xef\xbb\xbf"; // the byte order mark that some editors put before a text
+static const char byte_order_mark[] = "\xef\xbb\xbf"; // some editors write it before a text
 
-static uint32_t read_u32(const void *p) { // at any address, or a float's bits; as the next
+// The 32 bits at any address, aligned or not; also the bits of a float.
+static uint32_t read_u32(const void *p) {
     uint32_t v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
+// The float at any address, or that 32 bits stand for.
 static float read_f32(const void *p) {
     float v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-static int cores(void) { // those that this process may use
+// The number of processor cores that this process may use.
+static int count_cores(void) {
 #ifdef __linux__
     cpu_set_t set;
     if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
@@ -186,37 +198,38 @@ static int cores(void) { // those that this process may use
 // ------------------------------------------------------------------------------------------
 // The model file
 //
-// Version 3, little-endian: the header, which is Config; then the tensors, each at the next
-// multiple of 64 bytes; the tokenizer and the chat template, of 0 bytes if there is none, each
-// described where it is read. The tensors:
-//     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H+2K)E, D), wo (D, D),
-//     ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
-// Norms are fp32. A matrix of (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
-//   fp32: for each tile, for each column: 16 floats, one a row.
-//   q8_0: columns zero-padded to a multiple of G. For each tile, for each 4 columns, for each of
-//         the 16 rows: 4 bytes, value + 128. After all tiles, at a multiple of 64: for each tile,
-//         for each group of G columns: 16 fp16 scales, one a row. weight = (byte - 128) * scale.
-// wq|wk|wv are stacked row upon row; w1|w3 tile by tile: 16 rows of w1, 16 of w3, and so on, so
-// that whoever computes one tile of w1 has the gate and the value of the SwiGLU side by side.
+// Version 3 is little-endian. The header, which is Config, comes first; then the tensors, each at
+// the next multiple of 64 bytes; then the tokenizer and the chat template, of 0 bytes where there
+// is none, each described where it is read. The tensors, in this order:
+//     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H + 2K) E, D),
+//     wo (D, D), ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
+// Norms are fp32. A matrix (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
+//   fp32: for each tile, for each column: 16 floats, one per row.
+//   q8_0: columns are zero-padded to a multiple of G. For each tile, for each 4 columns, for each
+//         of the 16 rows: 4 bytes, value + 128. After all tiles, at a multiple of 64 bytes: for
+//         each tile, for each group of G columns: 16 fp16 scales, one per row.
+//         weight = (byte - 128) * scale.
+// wq|wk|wv are stacked row upon row. w1|w3 alternate tile by tile, 16 rows of w1, then 16 of w3, so
+// that the thread that computes a tile of w1 has the gate and the value of the SwiGLU side by side.
 
 #define MAGIC 0x616b3432
 #define HEADER 256
 #define MAX_VOCAB (1 << 22)
 #define TILE 16 // rows of a matrix that are interleaved
-#define AHEAD 8192 // bytes: prefetch across pages, at whose ends the processor's own stops
+#define AHEAD 8192 // bytes to prefetch: the processor's own prefetch stops at the end of a page
 
 enum { FP32 = 0, Q8_0 = 1 };
 
-typedef struct {        // the number is where it is in the file
+typedef struct {        // the numbers are offsets in the file
     uint32_t magic;     //  0
     int32_t version;    //  4
     int32_t dim;        //  8 D
     int32_t hidden_dim; // 12 F
     int32_t n_layers;   // 16
     int32_t n_heads;    // 20 H query heads
-    int32_t n_kv_heads; // 24 K key and value heads; H / K query heads share one
+    int32_t n_kv_heads; // 24 K key and value heads, each shared by H / K query heads
     int32_t vocab_size; // 28 V
-    int32_t seq_len;    // 32 the context: positions that the model was trained for
+    int32_t seq_len;    // 32 the context: positions the model was trained for
     int32_t format;     // 36 FP32 or Q8_0
     int32_t group;      // 40 G
     int32_t tied;       // 44 the classifier is the token embedding
@@ -225,20 +238,20 @@ typedef struct {        // the number is where it is in the file
     float norm_eps;     // 60
     uint64_t tokenizer_at, tokenizer_bytes; // 64
     uint64_t file_bytes;                    // 80
-    int32_t squeeze;    // 88 1: the vocabulary wants no outer spaces and no runs of them
-    int32_t kind;       // 92 of tokenizer
+    int32_t squeeze;    // 88 1: text is stripped, and runs of spaces become one
+    int32_t kind;       // 92 of the tokenizer
     uint64_t chat_at, chat_bytes; // 96
-    // The frequencies of RoPE are divided by the factor (0: they are not); with low and high
-    // (Llama 3) only where their wavelength is long, against the original context.
+    // RoPE's frequencies are divided by the factor unless it is 0; if low and high are set
+    // (Llama 3), only those whose wavelength is long against the original context.
     float rope_factor, rope_low, rope_high; // 112
     int32_t rope_context;                   // 124
-    int32_t ends[4];    // 128 more ids at which generation ends, 0: none
-    int32_t head_dim;   // 144 E = D / H; zero in the file, as the rest
+    int32_t ends[4];    // 128 more ids at which generation ends; 0: unused
+    int32_t head_dim;   // 144 E = D / H; zero in the file, like kv_dim
     int32_t kv_dim;     // 148 K * E
-    int32_t no_bos;     // 152 1: text does not begin with BOS, which then only separates texts
+    int32_t no_bos;     // 152 1: text does not begin with BOS, which only separates texts
     int32_t end_zero;   // 156 1: generation ends at id 0 as well
     int32_t zero[16];
-    uint8_t hash[32];   // 224 of the tokenizer, see tokenizer.py; zeros: it is not known
+    uint8_t hash[32];   // 224 of the tokenizer, see tokenizer.py; zeros: unknown
 } Config;
 
 _Static_assert(sizeof(Config) == HEADER, "the file's header");
@@ -256,7 +269,7 @@ typedef struct {
     Matrix wqkv;     // ((H + 2K) * E, D)
     Matrix wo;       // (D, D)
     float *ffn_norm; // (D,)
-    Matrix w13;      // (2F, D), tiles of w1 and of w3 in turn
+    Matrix w13;      // (2F, D), tiles of w1 and of w3 alternate
     Matrix w2;       // (D, F)
 } Layer;
 
@@ -266,16 +279,16 @@ typedef struct {
     Layer *layers;  // (n_layers,)
     float *norm;    // (D,)
     Matrix output;  // (V, D); the embedding again if tied
-    int64_t bytes;  // read for one token
-    Span tokenizer; // empty: none
+    int64_t bytes;  // of the weights that one token reads
+    Span tokenizer; // empty if there is none
     Span chat[3];   // the template, see render
     const char *path;
 } Model;
 
-// Every number that the forward pass depends on; derives head_dim and kv_dim.
+// Checks every number that the forward pass depends on; derives head_dim and kv_dim.
 static void check_config(Model *m) {
     Config *c = &m->c;
-    const int last = c->vocab_size > 0 ? c->vocab_size - 1 : 0;
+    const int last_id = c->vocab_size > 0 ? c->vocab_size - 1 : 0;
     const float low = c->rope_low, high = c->rope_high;
     const struct {
         const char *name;
@@ -288,47 +301,49 @@ static void check_config(Model *m) {
                   {"vocab_size", c->vocab_size, 1, MAX_VOCAB},
                   {"max_seq_len", c->seq_len, 1, 1 << 22},
                   {"format", c->format, FP32, Q8_0},
-                  {"group size", c->group, 4, 256}, // above it 32 bits are too few for a sum
+                  {"group size", c->group, 4, 256}, // above 256 a sum overflows 32 bits
                   {"tied", c->tied, 0, 1},
                   {"tokenizer kind", c->kind, 0, 1},
                   {"no BOS", c->no_bos, 0, 1},
                   {"end at id 0", c->end_zero, 0, 1},
-                  {"BOS id", c->bos, 0, last},
-                  {"EOS id", c->eos, 0, last},
+                  {"BOS id", c->bos, 0, last_id},
+                  {"EOS id", c->eos, 0, last_id},
                   {"original context", c->rope_context, 0, 1 << 30}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (limits[i].value < limits[i].min || limits[i].value > limits[i].max)
-            die("%s%s: %s is %d, should be %d to %d", m->path,
+            die("%s%s: %s is %d, must be %d to %d", m->path,
                 c->version ? "" : " is not a model file, or is damaged", limits[i].name,
                 limits[i].value, limits[i].min, limits[i].max);
     for (int i = 0; i < 4; i++)
-        if (c->ends[i] < 0 || c->ends[i] > last)
-            die("%s: end id %d is %d, should be 0 to %d", m->path, i + 1, c->ends[i], last);
+        if (c->ends[i] < 0 || c->ends[i] > last_id)
+            die("%s: end id %d is %d, must be 0 to %d", m->path, i + 1, c->ends[i], last_id);
     if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
-        die("%s: dim %d is not %d heads of even size", m->path, c->dim, c->n_heads);
+        die("%s: dim %d is not %d heads of an even size", m->path, c->dim, c->n_heads);
     if (c->n_heads % c->n_kv_heads)
-        die("%s: %d heads cannot share %d key heads", m->path, c->n_heads, c->n_kv_heads);
-    if (c->group % 4) die("%s: group size %d is no multiple of 4", m->path, c->group);
+        die("%s: %d heads cannot share %d key/value heads", m->path, c->n_heads, c->n_kv_heads);
+    if (c->group % 4) die("%s: group size %d is not a multiple of 4", m->path, c->group);
     if (!(c->rope_theta > 0 && c->rope_theta < 1e30f) || !(c->norm_eps >= 0 && c->norm_eps < 1))
-        die("%s: rope_theta %g or norm_eps %g is absurd", m->path, c->rope_theta, c->norm_eps);
+        die("%s: rope_theta %g or norm_eps %g is out of range", m->path, c->rope_theta,
+            c->norm_eps);
     if (!(c->rope_factor >= 0 && c->rope_factor < 1e9f)
         || !((low == 0 && high == 0) || (low > 0 && high > low && high < 1e9f && c->rope_context)))
-        die("%s: rope factor %g, from %g to %g of a context of %d, is absurd", m->path,
-            c->rope_factor, low, high, c->rope_context);
+        die("%s: RoPE scaling (factor %g, low %g, high %g, original context %d) is out of range",
+            m->path, c->rope_factor, low, high, c->rope_context);
     c->head_dim = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_dim;
 }
 
-// The next tensor of a file of version 3, or, where there is no such file, memory for it.
+// The next tensor of a version-3 file, or zeroed memory for it if `in` is NULL.
 static void *tensor(Model *m, Span *in, int64_t bytes) {
     const uint8_t *p = NULL;
     m->bytes += bytes;
     if (!in) return zeros(bytes);
-    if (cut(in, -(uintptr_t)in->data % 64)) p = cut(in, (uint64_t)bytes);
-    if (!p) die("%s: the tensors do not fit into it", m->path);
+    if (take(in, -(uintptr_t)in->data % 64)) p = take(in, (uint64_t)bytes);
+    if (!p) die("%s: the tensors do not fit into the file", m->path);
     return (void *)p;
 }
 
+// Makes w a matrix (rows, cols) of the next tensors.
 static void open_matrix(Model *m, Matrix *w, Span *in, int64_t rows, int cols) {
     const bool fp32 = m->c.format == FP32;
     *w = (Matrix){.tiles = round_up(rows, TILE) / TILE,
@@ -338,12 +353,12 @@ static void open_matrix(Model *m, Matrix *w, Span *in, int64_t rows, int cols) {
     else w->q = tensor(m, in, cells), w->s = tensor(m, in, 2 * (cells / m->c.group));
 }
 
-// All tensors, in the file's order. Within the limits of check_config nothing overflows.
+// Opens all tensors, in the file's order. Within the limits of check_config nothing overflows.
 static void open_tensors(Model *m, Span *in) {
     const Config *c = &m->c;
     m->layers = zeros(c->n_layers * (int64_t)sizeof *m->layers);
     open_matrix(m, &m->embed, in, c->vocab_size, c->dim);
-    if (!c->tied) m->bytes = 0; // then a token reads only one row of it
+    if (!c->tied) m->bytes = 0; // a token reads one row of it only
     for (Layer *l = m->layers; l < m->layers + c->n_layers; l++) {
         l->att_norm = tensor(m, in, 4 * c->dim);
         open_matrix(m, &l->wqkv, in, c->dim + 2 * c->kv_dim, c->dim);
@@ -357,8 +372,8 @@ static void open_tensors(Model *m, Span *in) {
     else open_matrix(m, &m->output, in, c->vocab_size, c->dim);
 }
 
-// fp32 -> fp16 bits, to nearest even, clamped to the largest finite. The multiplication moves
-// the exponent's bias, and makes fp16's subnormals come out right.
+// fp32 to the bits of fp16, rounded to nearest even, clamped to the largest finite number. The
+// multiplication moves the exponent's bias, and makes fp16's subnormal numbers come out right.
 static uint16_t to_half(float x) {
     const uint32_t sign = read_u32(&x) >> 16 & 0x8000;
     x = (fabsf(x) < 65504.0f ? fabsf(x) : 65504.0f) * 0x1p-112f;
@@ -366,19 +381,21 @@ static uint16_t to_half(float x) {
     return (uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+// The bits of fp16 to fp32.
 static float from_half(uint16_t h) {
     const uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
     const float x = read_f32(&bits) * 0x1p112f;
     return h & 0x8000 ? -x : x;
 }
 
-// Where (row, col) of a matrix of so many columns is, of which `width` lie side by side.
+// The index of (row, col) in a matrix of `cols` columns, of which `width` lie side by side.
 static int64_t cell(int64_t cols, int width, int64_t row, int64_t col) {
     return (row / TILE * cols + col / width * width) * TILE + row % TILE * width + col % width;
 }
 
-// Writes one row of n values into a matrix of this model's format, quantizing if it is q8_0. Where
-// they were quantized before, by the same groups, `scales` gives back the very same integers.
+// Writes one row of n values into a matrix of the model's format, quantized if that is q8_0. Values
+// that were quantized before, in the same groups, get the same integers back from their `scales`
+// (n / G,); otherwise scales is NULL.
 static void pack_row(const Config *c, Matrix *m, int64_t row, const float *values, int n,
                      const float *scales) {
     const int64_t cols = m->cols, G = c->group;
@@ -392,23 +409,24 @@ static void pack_row(const Config *c, Matrix *m, int64_t row, const float *value
         m->s[cell(cols / G, 1, row, g)] = half;
         for (int64_t i = g * G; i < (g + 1) * G; i++) {
             float v = i < n && scale != 0 ? rintf(values[i] / scale) : 0;
-            v = v < 127 ? v > -127 ? v : -127 : 127; // also where the scale was rounded down; NaN
+            v = v < 127 ? v > -127 ? v : -127 : 127; // the scale may be rounded down; v may be NaN
             m->q[cell(cols, 4, row, i)] = (uint8_t)(v + 128);
         }
     }
 }
 
-static void embed_row(float *x, const Matrix *w, int token, int D, int G) { // x (D,)
+// x (D,) = the embedding of a token.
+static void embed_row(float *x, const Matrix *w, int token, int D, int G) {
     for (int i = 0; i < D; i++)
         x[i] = w->f ? w->f[cell(w->cols, 1, token, i)]
                     : (float)(w->q[cell(w->cols, 4, token, i)] - 128)
                           * from_half(w->s[cell(w->cols / G, 1, token, i / G)]);
 }
 
-// Packs a tensor of version 0 or 2, of (rows, cols), into m; row r of it goes to at + r, or, with
-// stride 2, into every second tile. Version 0 has floats; version 2 int8, and after them a float
-// scale for every `group` of them, counted over the flattened tensor. Returns where it ends.
-static const uint8_t *unpack(const Config *c, Matrix *m, const uint8_t *p, int group, int rows,
+// Packs a tensor (rows, cols) of version 0 or 2 at p into m. Its row r becomes row at + r, or, with
+// stride 2, goes into every second tile. Version 0 has floats. Version 2 has int8, followed by one
+// float scale per `group` values of the flattened tensor. Returns the end of the tensor.
+static const uint8_t *repack(const Config *c, Matrix *m, const uint8_t *p, int group, int rows,
                              int cols, int at, int stride) {
     const int64_t total = (int64_t)rows * cols;
     float *row = need(malloc(2 * sizeof *row * (size_t)cols)), *scales = row + cols;
@@ -425,21 +443,22 @@ static const uint8_t *unpack(const Config *c, Matrix *m, const uint8_t *p, int g
     return p + (c->version == 2 ? total + 4 * (total / group) : 4 * total);
 }
 
-// Repacks a file of version 0 or 2. Both keep each kind of tensor together for all layers; the
-// letters say in which order: Embedding, attention norms, q, k, v, o, ffn norms, 1, 2, 3, the last
-// norm, version 0's unused RoPE tables, Classifier.
-static void open_old(Model *m, Span in) {
+// Repacks a file of version 0 or 2. Both keep each kind of tensor together for all layers. The
+// letters below give the order: E embedding, a attention norms, q, k, v, o, f ffn norms, 1, 2, 3,
+// n the last norm, r version 0's unused RoPE tables, C classifier.
+static void open_v0_v2(Model *m, Span in) {
     Config *c = &m->c;
     const bool q8 = c->version == 2;
     const uint8_t *p = in.data + (q8 ? HEADER : 28);
     const int group = q8 ? (int)read_u32(in.data + 37) : 32;
-    memcpy(&c->dim, in.data + (q8 ? 8 : 0), 28); // up to seq_len they are the same
+    memcpy(&c->dim, in.data + (q8 ? 8 : 0), 28); // dim to seq_len are the same in all versions
     if (q8) memcpy(c->hash, in.data + HEADER - sizeof c->hash, sizeof c->hash);
-    c->tied = q8 ? in.data[36] != 0 : c->vocab_size > 0; // llama2.c marks a classifier of its own
-    if (!q8 && !c->tied) c->vocab_size = (int)-(unsigned)c->vocab_size; // by a negative V
-    // A group that straddles rows (the hidden size is no multiple of it) is dequantized as it
-    // was meant, and quantized again by 32.
-    if (group < 1) die("%s: group size %d", m->path, group);
+    // Version 0 marks an untied classifier by a negative vocabulary size.
+    c->tied = q8 ? in.data[36] != 0 : c->vocab_size > 0;
+    if (!q8 && !c->tied) c->vocab_size = (int)-(unsigned)c->vocab_size;
+    // Where a group straddles rows (the hidden size is not a multiple of it), the weights are
+    // dequantized and quantized again in groups of 32.
+    if (group < 1) die("%s: group size is %d, must be at least 1", m->path, group);
     bool fits = group % 4 == 0 && group <= 256 && c->dim % group == 0 && c->hidden_dim % group == 0;
     c->format = q8 ? Q8_0 : FP32, c->group = fits ? group : 32;
     c->bos = 1, c->eos = 2, c->rope_theta = 10000, c->norm_eps = 1e-5f;
@@ -448,9 +467,10 @@ static void open_old(Model *m, Span in) {
     const int64_t tables = (int64_t)c->seq_len * c->head_dim, sizes[] = {V, D, kv, F};
     const int64_t times[] = {2 - c->tied, 2 * L, 2 * L, 3 * L};
     int64_t bytes = (q8 ? HEADER : 28 + 4 * tables) + 4 * (2 * (int64_t)L + 1) * D;
-    for (int i = 0; i < 4; i++) { // the matrices, each of a size times D
+    for (int i = 0; i < 4; i++) { // each matrix has one of the sizes times D numbers
         int64_t n = sizes[i] * D;
-        if (q8 && n % group) die("%s: group size %d divides no tensor", m->path, group);
+        if (q8 && n % group)
+            die("%s: a tensor is not a multiple of the group size %d", m->path, group);
         bytes += times[i] * (q8 ? n + n / group * 4 : 4 * n);
     }
     if (bytes != in.size)
@@ -462,61 +482,65 @@ static void open_old(Model *m, Span in) {
             Layer *l = &m->layers[i];
             float *norm = *kind == 'a' ? l->att_norm : *kind == 'f' ? l->ffn_norm : m->norm;
             if (strchr("afn", *kind)) memcpy(norm, p, 4 * (size_t)D), p += 4 * D;
-            if (*kind == 'E') p = unpack(c, &m->embed, p, group, V, D, 0, 1);
-            if (*kind == 'q') p = unpack(c, &l->wqkv, p, group, D, D, 0, 1);
-            if (*kind == 'k') p = unpack(c, &l->wqkv, p, group, kv, D, D, 1);
-            if (*kind == 'v') p = unpack(c, &l->wqkv, p, group, kv, D, D + kv, 1);
-            if (*kind == 'o') p = unpack(c, &l->wo, p, group, D, D, 0, 1);
-            if (*kind == '1') p = unpack(c, &l->w13, p, group, F, D, 0, 2);
-            if (*kind == '2') p = unpack(c, &l->w2, p, group, D, F, 0, 1);
-            if (*kind == '3') p = unpack(c, &l->w13, p, group, F, D, TILE, 2);
+            if (*kind == 'E') p = repack(c, &m->embed, p, group, V, D, 0, 1);
+            if (*kind == 'q') p = repack(c, &l->wqkv, p, group, D, D, 0, 1);
+            if (*kind == 'k') p = repack(c, &l->wqkv, p, group, kv, D, D, 1);
+            if (*kind == 'v') p = repack(c, &l->wqkv, p, group, kv, D, D + kv, 1);
+            if (*kind == 'o') p = repack(c, &l->wo, p, group, D, D, 0, 1);
+            if (*kind == '1') p = repack(c, &l->w13, p, group, F, D, 0, 2);
+            if (*kind == '2') p = repack(c, &l->w2, p, group, D, F, 0, 1);
+            if (*kind == '3') p = repack(c, &l->w13, p, group, F, D, TILE, 2);
             if (*kind == 'r') p += 4 * tables;
-            if (*kind == 'C' && !c->tied) p = unpack(c, &m->output, p, group, V, D, 0, 1);
+            if (*kind == 'C' && !c->tied) p = repack(c, &m->output, p, group, V, D, 0, 1);
         }
 }
 
-static bool cut_span(Span *from, Span *part, uint64_t bytes) {
-    *part = (Span){cut(from, bytes), (int64_t)bytes};
+// Takes `bytes` bytes off a span as a part of its own; false if it has fewer.
+static bool take_span(Span *from, Span *part, uint64_t bytes) {
+    *part = (Span){take(from, bytes), (int64_t)bytes};
     return part->data;
 }
 
-static bool cut_text(Span *from, Span *text) { // its length is in front
-    const uint8_t *size = cut(from, 4);
-    return size && cut_span(from, text, read_u32(size));
+// Takes a text off a span: its length as u32, then its bytes.
+static bool take_text(Span *from, Span *text) {
+    const uint8_t *size = take(from, 4);
+    return size && take_span(from, text, read_u32(size));
 }
 
+// Opens a file of version 3.
 static void open_v3(Model *m, Span in) {
     Config *c = &m->c;
     const Span file = in;
     Span tensors;
-    memcpy(c, cut(&in, sizeof *c), sizeof *c);
+    memcpy(c, take(&in, sizeof *c), sizeof *c);
     check_config(m);
     if (c->file_bytes != (uint64_t)file.size)
         die("%s: %lld bytes long, its header says %llu%s", m->path, (long long)file.size,
             (unsigned long long)c->file_bytes,
             c->file_bytes > (uint64_t)file.size ? ": it is cut short" : "");
-    if (!cut_span(&in, &tensors, c->tokenizer_at - sizeof *c)
-        || !cut_span(&in, &m->tokenizer, c->tokenizer_bytes) || c->chat_bytes != (uint64_t)in.size
+    if (!take_span(&in, &tensors, c->tokenizer_at - sizeof *c)
+        || !take_span(&in, &m->tokenizer, c->tokenizer_bytes) || c->chat_bytes != (uint64_t)in.size
         || (in.size && c->chat_at != (uint64_t)(in.data - file.data)))
-        die("%s: its parts do not fill it", m->path);
+        die("%s: the parts in its header do not fill it", m->path);
     open_tensors(m, &tensors);
     if (tensors.size) die("%s: the tensors do not fill their part of it", m->path);
-    if (in.size && (!cut_text(&in, &m->chat[0]) || !cut_text(&in, &m->chat[1])
-                    || (in.size && !cut_text(&in, &m->chat[2])) || in.size))
+    if (in.size && (!take_text(&in, &m->chat[0]) || !take_text(&in, &m->chat[1])
+                    || (in.size && !take_text(&in, &m->chat[2])) || in.size))
         die("%s: the chat template does not fill its bytes", m->path);
 }
 
 static const char a_tokenizer[] = "a tokenizer, not a model: give it with -z";
 
-// What a file is, by its first bytes, if it is something that people have beside models; else NULL.
-// None of these can be a model of version 0, which begins with its dim, at most 2^16.
-static const char *kind_of(Span in) {
+// What a file of another kind is and what to do with it, by its first bytes; NULL if it is none
+// that people have beside models. A version-0 model cannot be mistaken for one: it begins with its
+// dim, at most 2^16.
+static const char *other_kind(Span in) {
     static const struct {
         const char *first, *what;
     } known[] = {
-        {"PK\3\4", "a checkpoint: export.py makes a model for this program of it"}, // a zip file
-        {"\x80\2\x8a\n", "a checkpoint: export.py makes a model for this program of it"},
-        {"GGUF", "a GGUF file, for llama.cpp: this program reads those that export.py writes"},
+        {"PK\3\4", "a checkpoint: export.py converts it for this program"}, // a zip file
+        {"\x80\2\x8a\n", "a checkpoint: export.py converts it for this program"},
+        {"GGUF", "a GGUF file, for llama.cpp: this program reads the .bin files of export.py"},
         {"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"},
         {"\x1f\x8b", "a gzip archive: unpack it first"},
         {"\x7f" "ELF", "a program, not a model"},
@@ -524,13 +548,13 @@ static const char *kind_of(Span in) {
         {"\xfe\xff", "UTF-16 text: this program reads UTF-8"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (starts(in, known[i].first)) return known[i].what;
+        if (starts_with(in, known[i].first)) return known[i].what;
     if (in.size > 9 && in.data[8] == '{' && in.data[9] == '"' && !read_u32(in.data + 4))
-        return "a safetensors file: export.py --hf=FOLDER makes a checkpoint of its folder";
+        return "a safetensors file: export.py --hf=FOLDER imports the folder that it is in";
     for (int64_t at = 0; at <= 32 && at + 5 <= in.size; at++)
         if (!memcmp(in.data + at, "<unk>", 5) && (at == 12 || in.data[0] == '\n'))
             return at == 12 ? a_tokenizer
-                            : "a SentencePiece model: tokenizer.py makes a tokenizer for -z of it";
+                            : "a SentencePiece model: tokenizer.py converts it for -z";
     bool text = in.size > 0, zero = true;
     for (int64_t i = 0; i < in.size && i < 4096; i++) {
         text &= in.data[i] >= ' ' || (in.data[i] >= '\t' && in.data[i] <= '\r');
@@ -539,16 +563,16 @@ static const char *kind_of(Span in) {
     return text ? "a text file, not a model" : zero && in.size ? "empty: all zeros" : NULL;
 }
 
-// Makes a model of a file, which must stay: of version 0, 2 or 3.
+// Opens a model file of version 0, 2 or 3. The model points into the file, which must stay mapped.
 static void model_open(Model *m, Span in, const char *path) {
     const bool magic = in.size >= 8 && read_u32(in.data) == MAGIC;
     const int version = magic ? (int)read_u32(in.data + 4) : 0;
-    const char *kind = magic ? NULL : kind_of(in);
+    const char *kind = magic ? NULL : other_kind(in);
     *m = (Model){.c.version = version, .path = path};
     if (kind) die("%s is %s", path, kind);
     if (in.size < (magic ? HEADER : 28)) die("%s is too short for a model, or is cut short", path);
     if (version == 3) open_v3(m, in);
-    else if (version == 0 || version == 2) open_old(m, in);
+    else if (version == 0 || version == 2) open_v0_v2(m, in);
     else
         die("%s: version %d, this program reads 0, 2 and 3, which export.py writes", path, version);
 }
@@ -556,26 +580,27 @@ static void model_open(Model *m, Span in, const char *path) {
 // ------------------------------------------------------------------------------------------
 // Threads: a team that runs one function together, and a barrier within it
 //
-// Members spin for the microseconds between two steps, yield when it takes longer (another process
-// may have the core), and sleep most of the time when there is nothing to do for long.
+// A waiting thread spins during the microseconds between two steps, yields its core when the wait
+// is longer (another process may need it), and sleeps most of the time when the wait is long.
 
 typedef struct Team Team;
 typedef void Work(void *arg, Team *team, int thread);
 
 struct Team {
-    int n;               // threads, the caller among them
-    bool pinned;         // each to a core of its own
+    int n;               // threads, including the caller
+    bool pinned;         // each thread is bound to a core of its own
 #ifdef __linux__
     cpu_set_t cores;
 #endif
-    atomic_int members;  // that have begun
-    atomic_int arrived;  // at the barrier
+    atomic_int members;  // threads that have started, without the caller
+    atomic_int arrived;  // threads at the barrier
     atomic_uint phase;   // how often the barrier has opened
     Work *work;
     void *arg;
 };
 
-static void pause_core(unsigned spin) { // which may wrap: a chat can wait for weeks
+// One step of waiting. `spin` counts the steps, and may wrap: a chat can wait for weeks.
+static void pause_core(unsigned spin) {
     if (spin > 20000) nanosleep(&(struct timespec){0, 1000000}, NULL);
     else if (spin > 2000) sched_yield();
 #if defined __x86_64__ || defined __i386__
@@ -585,7 +610,7 @@ static void pause_core(unsigned spin) { // which may wrap: a chat can wait for w
 #endif
 }
 
-// Returns when all n threads of the team have called it.
+// Waits until all n threads of the team have called it.
 static void barrier(Team *t) {
     if (t->n == 1) return;
     unsigned phase = atomic_load_explicit(&t->phase, memory_order_acquire);
@@ -598,8 +623,8 @@ static void barrier(Team *t) {
         pause_core(spin);
 }
 
-// On Linux, binds the calling thread to the index-th core of the team's: two members on one core,
-// where a busy machine likes to leave them, would wait for each other.
+// On Linux, binds the calling thread to the team's core number `index`. A busy machine may leave
+// two threads on one core, where they would wait for each other.
 static void pin(const Team *t, int index) {
 #ifdef __linux__
     cpu_set_t set = t->cores;
@@ -611,18 +636,20 @@ static void pin(const Team *t, int index) {
 #endif
 }
 
+// The loop of each thread but the caller's.
 static void *member_main(void *arg) {
     Team *t = arg;
     const int index = atomic_fetch_add(&t->members, 1) + 1; // 0 is the caller
     pin(t, index);
     for (;; barrier(t)) {
-        barrier(t); // opens when there is work
+        barrier(t); // opens in team_run
         t->work(t->arg, t, index);
     }
     return NULL;
 }
 
-// Calls work(arg, team, 0 .. n-1), each in its own thread, and returns when all have returned.
+// Calls work(arg, team, thread) for thread 0 to n - 1, each in its own thread, and returns when all
+// have returned.
 static void team_run(Team *t, Work *work, void *arg) {
     t->work = work, t->arg = arg;
     barrier(t);
@@ -630,49 +657,50 @@ static void team_run(Team *t, Work *work, void *arg) {
     barrier(t);
 }
 
-static void team_open(Team *t, int n) { // starts n - 1 threads, which stay until the program ends
+// Starts n - 1 threads, which live until the program ends.
+static void team_open(Team *t, int n) {
     pthread_t thread;
     *t = (Team){.n = n};
 #ifdef __linux__
-    t->pinned = n > 1 && n == cores() && !sched_getaffinity(0, sizeof t->cores, &t->cores);
+    t->pinned = n > 1 && n == count_cores() && !sched_getaffinity(0, sizeof t->cores, &t->cores);
 #endif
     for (int i = 1; i < n; i++)
         if (pthread_create(&thread, NULL, member_main, t) || pthread_detach(thread))
-            die("the system gives no more than %d threads: use -j", i);
+            die("the system allows %d threads only: set -j", i);
     pin(t, 0);
 }
 
 typedef struct {
-    int64_t lo, hi; // from lo to hi - 1
+    int64_t lo, hi; // the indices lo to hi - 1
 } Range;
 
-// The share of thread `thread` of n things, which go out in units of so many.
+// The share of one thread of the indices 0 to n - 1, which are shared in units of `unit` indices.
 static Range share(int64_t n, int64_t unit, int thread, const Team *t) {
     const int64_t units = round_up(n, unit) / unit;
-    return (Range){smaller(n, units * thread / t->n * unit),
-                   smaller(n, units * (thread + 1) / t->n * unit)};
+    return (Range){min64(n, units * thread / t->n * unit),
+                   min64(n, units * (thread + 1) / t->n * unit)};
 }
 
 // ------------------------------------------------------------------------------------------
 // The state of a run: the rows of one forward pass, their activations, the KV cache
 
-#define MAX_ROWS 64 // of a prompt that go through the model together
+#define MAX_ROWS 64 // rows of a prompt that go through the model together
 
 typedef struct {
     int token;
-    int pos;   // in its sequence
-    int seq;   // which sequence's cache
+    int pos;   // position in its sequence
+    int seq;   // index of its sequence in the cache
 } Row;
 
-// The input of a matrix product: B rows, as floats, or quantized by groups of G to 15 bits, in two
+// The input of a matrix product: B rows, as floats, or quantized in groups of G to 15 bits in two
 // int8 digits: f is close to s * (128 * high + low). The second digit costs no memory traffic,
-// which is what decoding waits for, and leaves the weights as the only source of int8's error.
+// which is what decoding waits for, so that the error of int8 comes from the weights alone.
 typedef struct {
-    const float *f;     // (B, width) normalized, or what was given
-    float *own;         // (B, width) where it is normalized to
+    const float *f;     // (B, width) the rows: `own`, or the caller's array
+    float *own;         // (B, width) the normalized rows
     int8_t *high, *low; // (B, width)
-    float *s;           // (B, width / 4), the first cols / G used
-    int32_t *bias;      // likewise: -128 * sum of the group, takes back the weights' + 128
+    float *s;           // (B, width / 4) scales, the first cols / G of each row used
+    int32_t *bias;      // (B, width / 4) -128 * sum of the group, for the weights' + 128
     int64_t width;
 } Input;
 
@@ -681,29 +709,29 @@ typedef struct {
     Team *team;
     int B;              // rows of this pass
     const Row *row;     // (B,)
-    int n_logits;       // how many of the last rows want logits
+    int n_logits;       // the number of last rows that get logits
     // Activations. Each row is padded with zeros to a whole number of tiles and groups.
     float *x;           // (B, width) the residual stream
     float *qkv;         // (B, width) queries, keys, values
-    float *att;         // (B, width) what attention returns
-    float *h13;         // (B, width) tiles of w1 x and of w3 x in turn
+    float *att;         // (B, width) the output of attention
+    float *h13;         // (B, width) tiles of w1 x and of w3 x alternate
     float *h;           // (B, width) silu(w1 x) * w3 x
     float *logits;      // (n_logits, v_width)
     int64_t width, v_width;
-    Input *in;          // (threads,) each thread prepares its own
+    Input *in;          // (threads,) each thread prepares an input of its own
     float *scores;      // (threads, T)
     float *rope;        // (T, E / 2, 2) cos and sin
-    double *frequency;  // (E / 2,) of RoPE, in radians a position
-    int n_rope;         // positions whose rope is there
-    // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side. fp16 when
-    // the weights are int8, fp32 when they are fp32.
+    double *frequency;  // (E / 2,) of RoPE, in radians per position
+    int n_rope;         // positions that rope is filled for
+    // KV cache, in tiles of 16 positions, so that 16 scores are computed side by side: fp16 where
+    // the weights are int8, fp32 where they are fp32.
     uint8_t *keys, *values; // (seq, layer, K, T / 16, E, 16)
     int half;           // the cache is fp16
-    int64_t head_bytes; // of one head's keys, or values
-    int64_t T;          // positions, a multiple of 16
+    int64_t head_bytes; // of the keys, or of the values, of one head
+    int64_t T;          // positions, rounded up to a multiple of 16
 } State;
 
-// Prepares for n_seq sequences of up to max_pos positions, in passes of up to B rows.
+// Allocates the state for n_seq sequences of up to max_pos positions, in passes of up to B rows.
 static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_pos, int64_t B) {
     const Config *c = &m->c;
     const int64_t heads = (int64_t)n_seq * c->n_layers * c->n_kv_heads;
@@ -731,8 +759,9 @@ static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_
     s->frequency = zeros(4 * c->head_dim);
     for (int i = 0; i < c->head_dim / 2; i++) {
         double f = pow(c->rope_theta, -2.0 * i / c->head_dim), scaled = 1;
-        // Llama 3: waves that turn more than `high` times in the original context stay as they
-        // are, those that turn less than `low` times are stretched, between them it is linear.
+        // Llama 3: a frequency that turns more than `high` times within the original context
+        // stays as it is, one that turns less than `low` times is divided by the factor, and
+        // between them the change is linear.
         if (c->rope_high > 0) {
             double turns = c->rope_context * f / 6.283185307179586;
             scaled = (c->rope_high - turns) / (c->rope_high - c->rope_low);
@@ -742,14 +771,15 @@ static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_
     }
 }
 
-// Fills x from n up to a multiple of 16, which it returns, with what has no weight in a softmax.
+// Fills x (n,) up to a multiple of 16 with -infinity, which has no weight in a softmax; returns
+// that multiple.
 static int pad(float *x, int n) {
     for (; n % 16; n++) x[n] = -INFINITY;
     return n;
 }
 
-// Sets the rows of the next pass, the last n_logits of which want logits, and RoPE's angles for
-// positions that were not seen so far.
+// Sets the rows of the next pass, of which the last n_logits get logits, and fills in RoPE's angles
+// up to their positions.
 static void set_rows(State *s, const Row *rows, int B, int n_logits) {
     const int E = s->m->c.head_dim;
     s->row = rows, s->B = B, s->n_logits = n_logits;
@@ -762,9 +792,10 @@ static void set_rows(State *s, const Row *rows, int B, int n_logits) {
             }
 }
 
+// The kernels that the rest of the program calls; each pass through this file defines one of these.
 typedef struct {
-    const char *name;
-    Work *forward; // arg is the State
+    const char *name; // of the instruction set
+    Work *forward;    // forward_pass, whose arg is the State
     float (*exps)(float *x, int n, float scale, float shift);
     float (*above)(const float *x, int n, float least);
     float (*maximum)(const float *x, int n);
@@ -778,7 +809,7 @@ static const Kernels *pick_kernels(void); // defined after the last pass
 #endif // LATER_PASS
 
 // ------------------------------------------------------------------------------------------
-// Kernels and forward pass. Each later pass compiles this section, and nothing else, again.
+// Kernels and forward pass: the only section that the later passes compile again
 
 #ifndef LATER_PASS // these macros depend on LANES and TARGET where they are used, not here
 #define PARTS (TILE / LANES) // vector registers per 16 rows of a tile
@@ -786,27 +817,30 @@ static const Kernels *pick_kernels(void); // defined after the last pass
 #define KERNEL TARGET static
 #define INLINE TARGET static inline __attribute__((always_inline))
 #define AT(p) (*(floats_at *)(p)) // the LANES floats from p on
-#define ALL(x) ((x) - (vf){0}) // x in every lane
-#define PICK(mask, a, b) ((vf)(((vi)(a) & (mask)) | ((vi)(b) & ~(mask))))
+#define SPLAT(x) ((x) - (vf){0}) // x in every lane
+#define SELECT(mask, a, b) ((vf)(((vi)(a) & (mask)) | ((vi)(b) & ~(mask))))
 #endif
 
+// Vectors of LANES floats, 32-bit integers and bytes, of four floats, and of floats at any address.
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-INLINE vf larger(vf a, vf b) { // b where either is NaN
+// a > b ? a : b in each lane, so b where either is NaN.
+INLINE vf vmax(vf a, vf b) {
 #if defined ISA_AVX2
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined ISA_AVX512
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-    return PICK(a > b, a, b);
+    return SELECT(a > b, a, b);
 #endif
 }
 
-INLINE float sum(vf v) { // of the lanes, folded to four, then to one
+// The sum of the lanes, which are folded to four, then to one.
+INLINE float lane_sum(vf v) {
     v4 q[LANES / 4];
     memcpy(q, &v, sizeof v);
     for (int n = LANES / 8; n > 0; n /= 2)
@@ -814,7 +848,8 @@ INLINE float sum(vf v) { // of the lanes, folded to four, then to one
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-INLINE float largest(vf v) { // of the lanes, none of which is NaN
+// The maximum of the lanes, none of which is NaN.
+INLINE float lane_max(vf v) {
     float x[LANES];
     memcpy(x, &v, sizeof v);
     float q[4] = {x[0], x[1], x[2], x[3]};
@@ -858,7 +893,7 @@ INLINE vi dot4(vi acc, const uint8_t *w, const int8_t *x) {
 }
 
 // LANES fp16 numbers as floats.
-INLINE vf halves(const uint16_t *p) {
+INLINE vf load_fp16(const uint16_t *p) {
 #if defined ISA_AVX2
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
 #elif defined ISA_AVX512
@@ -872,15 +907,16 @@ INLINE vf halves(const uint16_t *p) {
 #endif
 }
 
-INLINE vf cached(const void *p, int64_t i, int half) { // LANES numbers of a KV cache
-    if (half) return halves((const uint16_t *)p + i);
+// LANES numbers of a KV cache, from index i on.
+INLINE vf load_cached(const void *p, int64_t i, int half) {
+    if (half) return load_fp16((const uint16_t *)p + i);
     return AT((const float *)p + i);
 }
 
-// exp, to 2 ulp: 2^n * e^r with |r| <= ln(2) / 2, e^r by a polynomial (Cephes). For x from -88,
-// where it is 0, to 88; NaN stays NaN.
+// exp(x) to 2 ulp, for x from -88, where it returns 0, to 88; NaN stays NaN. It is 2^n * e^r with
+// |r| <= ln(2) / 2, and e^r is a polynomial (Cephes).
 INLINE vf fast_exp(vf x) {
-    vf n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23: to the nearest integer
+    vf n = x * 1.44269504f + 12582912.0f; // + 1.5 * 2^23 rounds to nearest
     vi power = (((vi)n & 0xffff) + 127) << 23;
     n -= 12582912.0f;
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -893,49 +929,53 @@ INLINE vf fast_exp(vf x) {
     return p * (vf)power;
 }
 
-// x = exp((x - shift) * scale); returns the sum. What is NaN stays so if `keep`, else it becomes 0.
-// Of this and the next three n is a multiple of 16, see pad.
+// x (n,) = exp((x - shift) * scale); returns the sum. NaN is kept if `keep`, else it becomes 0. n
+// must be a multiple of 16 (see pad), here and in the next three functions.
 INLINE float exp_sum(float *x, int n, float scale, float shift, bool keep) {
-    vf total = {0}, least = ALL(-88.0f);
+    vf total = {0}, least = SPLAT(-88.0f);
     for (int i = 0; i < n; i += LANES) {
         vf v = (AT(x + i) - shift) * scale;
-        v = fast_exp(keep ? larger(least, v) : larger(v, least));
+        v = fast_exp(keep ? vmax(least, v) : vmax(v, least));
         total += AT(x + i) = v;
     }
-    return sum(total);
+    return lane_sum(total);
 }
 
+// exp_sum without NaN.
 KERNEL float exps(float *x, int n, float scale, float shift) {
     return exp_sum(x, n, scale, shift, false);
 }
 
-KERNEL float maximum(const float *x, int n) { // NaNs are skipped
-    vf top[4]; // since each waits for the one before
+// The maximum of x (n,). NaNs are skipped.
+KERNEL float maximum(const float *x, int n) {
+    vf top[4]; // four, since each vmax() waits for the one before
     int i = 0;
-    for (int j = 0; j < 4; j++) top[j] = ALL(-INFINITY);
+    for (int j = 0; j < 4; j++) top[j] = SPLAT(-INFINITY);
     for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) top[j] = larger(AT(x + i + j * LANES), top[j]);
-    for (; i < n; i += LANES) top[0] = larger(AT(x + i), top[0]);
-    return largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+        for (int j = 0; j < 4; j++) top[j] = vmax(AT(x + i + j * LANES), top[j]);
+    for (; i < n; i += LANES) top[0] = vmax(AT(x + i), top[0]);
+    return lane_max(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
 
-KERNEL float above(const float *x, int n, float least) { // the sum of those that are larger
+// The sum of the x (n,) that are larger than `least`.
+KERNEL float above(const float *x, int n, float least) {
     vf total = {0};
-    for (int i = 0; i < n; i += LANES) total += PICK(AT(x + i) > least, AT(x + i), (vf){0});
-    return sum(total);
+    for (int i = 0; i < n; i += LANES) total += SELECT(AT(x + i) > least, AT(x + i), (vf){0});
+    return lane_sum(total);
 }
 
-// to = x * weight / rms(x), all (n,); beyond n x is zero.
+// to = x * weight / rms(x), all (n,). x must be zero from n up to a multiple of LANES.
 KERNEL void normalize(float *to, const float *x, const float *weight, int n, float eps) {
     vf squares = {0};
     for (int i = 0; i < n; i += LANES) squares += AT(x + i) * AT(x + i);
-    float scale = 1.0f / sqrtf(sum(squares) / (float)n + eps);
+    float scale = 1.0f / sqrtf(lane_sum(squares) / (float)n + eps);
     for (int i = 0; i < n; i++) to[i] = weight[i] * (scale * x[i]);
 }
 
-// Quantizes one group of G floats: 128 * high + low = round(x / s), s = max|x| / (127 * 128).
-// The maximum is taken over the bits as integers: non-negative floats order alike, and a NaN wins
-// and makes the scale NaN instead of vanishing.
+// Quantizes one group of G floats: 128 * high + low = round(x / s), s = max|x| / (127 * 128); all
+// of x, high, low are (G,). The maximum is taken over the bits as integers, which order
+// non-negative floats alike. A NaN is above all numbers there, so it makes the scale NaN instead of
+// vanishing.
 INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s, int32_t *bias) {
     vi top = {0}, total = {0};
     int32_t lane[LANES];
@@ -943,20 +983,20 @@ INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s,
         vi bits = {0};
         memcpy(&bits, x + i, 4 * (size_t)(G - i < LANES ? G - i : LANES));
         bits &= 0x7fffffff;
-        vi more = bits > top;
-        top = (bits & more) | (top & ~more);
+        vi is_larger = bits > top;
+        top = (bits & is_larger) | (top & ~is_larger);
     }
     memcpy(lane, &top, sizeof top);
     for (int n = LANES / 2; n > 0; n /= 2)
         for (int i = 0; i < n; i++) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
     const float max = read_f32(lane);
     *s = max / 16256.0f;
-    const float inverse = max > 1e-30f && max < INFINITY ? 16256.0f / max : 0.0f; // else s tells
+    const float inverse = max > 1e-30f && max < INFINITY ? 16256.0f / max : 0.0f;
     for (int i = 0; i < G; i += LANES) {
         size_t count = (size_t)(G - i < LANES ? G - i : LANES);
         vf v = {0};
         if (inverse != 0) memcpy(&v, x + i, 4 * count);
-        vi q = (vi)(v * inverse + 12582912.0f) - 0x4b400000; // + 1.5 * 2^23: to the nearest
+        vi q = (vi)(v * inverse + 12582912.0f) - 0x4b400000; // + 1.5 * 2^23 rounds to nearest
         vi digit = (q + 64) >> 7;
         vb high_bytes = __builtin_convertvector(digit, vb);
         vb low_bytes = __builtin_convertvector(q - 128 * digit, vb);
@@ -964,16 +1004,17 @@ INLINE void quantize(const float *x, int G, int8_t *high, int8_t *low, float *s,
         memcpy(low + i, &low_bytes, count);
         total += q;
     }
-    *bias = -128 * (int32_t)sum(__builtin_convertvector(total, vf)); // exact: below 2^24
+    *bias = -128 * (int32_t)lane_sum(__builtin_convertvector(total, vf)); // below 2^24, so exact
 }
 
-INLINE void store(float *to, vf v, bool add) { // to (LANES,) = (or += if add) v
+// to (LANES,) = v, or += v if add.
+INLINE void store_lanes(float *to, vf v, bool add) {
     if (add) v += AT(to);
     AT(to) = v;
 }
 
-// One tile of a q8_0 matrix times nb rows of the input, starting at row b0:
-// out (nb, ld), 16 columns of it, = (or += if add) in (nb, cols) @ tile (16, cols)^T.
+// One tile of a q8_0 matrix times nb rows of the input from row b0 on: the tile's 16 columns of
+// out (nb, ld) = in (nb, cols) @ tile (16, cols)^T, or += if add.
 INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t tile, int G,
                     const Input *in, int b0, const int nb) {
     const int64_t groups = w->cols / G, width = in->width;
@@ -1000,7 +1041,7 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
                     lo[b][j] = dot4(lo[b][j], q + 4 * LANES * j, low + b * width + i);
                 }
         for (int j = 0; j < PARTS; j++, scale += LANES) {
-            vf ws = halves(scale);
+            vf ws = load_fp16(scale);
             for (int b = 0; b < nb; b++)
                 total[b][j] += __builtin_convertvector(hi[b][j] * 128 + lo[b][j], vf)
                                * (ws * xs[b * (width / 4) + g]);
@@ -1008,10 +1049,11 @@ INLINE void tile_q8(float *out, int64_t ld, bool add, const Matrix *w, int64_t t
     }
     for (int b = 0; b < nb; b++)
         for (int j = 0; j < PARTS; j++)
-            store(out + (b0 + b) * ld + tile * TILE + j * LANES, total[b][j], add);
+            store_lanes(out + (b0 + b) * ld + tile * TILE + j * LANES, total[b][j], add);
 }
 
-// The same for an fp32 matrix. Four partial sums, so that additions need not wait for each other.
+// tile_q8 for an fp32 matrix. It has four partial sums, so that additions do not wait for each
+// other.
 INLINE void tile_f32(float *out, int64_t ld, bool add, const Matrix *w, int64_t tile,
                      const Input *in, int b0, const int nb) {
     const float *x = in->f + b0 * in->width;
@@ -1027,14 +1069,15 @@ INLINE void tile_f32(float *out, int64_t ld, bool add, const Matrix *w, int64_t 
         for (; i < w->cols; i++, f += TILE)
             for (int b = 0; b < nb; b++) part[b][0] += AT(f) * x[b * in->width + i];
         for (int b = 0; b < nb; b++)
-            store(out + (b0 + b) * ld + tile * TILE + j * LANES,
-                  (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]), add);
+            store_lanes(out + (b0 + b) * ld + tile * TILE + j * LANES,
+                        (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]), add);
     }
 }
 
-// product, for groups of G; fp32 if G is 0.
-INLINE Range product_by(const int G, State *s, int thread, float *out, int64_t ld, bool add,
-                        const float *x, int B, const float *norm, const Matrix *w, int64_t unit) {
+// product for groups of G; for fp32 if G is 0.
+INLINE Range product_for_group(const int G, State *s, int thread, float *out, int64_t ld,
+                               bool add, const float *x, int B, const float *norm, const Matrix *w,
+                               int64_t unit) {
     const Config *c = &s->m->c;
     const int block = G ? BLOCK : BLOCK / 2;
     Input *in = &s->in[thread];
@@ -1059,22 +1102,24 @@ INLINE Range product_by(const int G, State *s, int thread, float *out, int64_t l
     return r;
 }
 
-// out (B, ld) = (or += if add) x (B, width) @ w (rows, cols)^T, of which this thread computes its
-// share of w's tiles, in units of so many; returns which. Each thread prepares the input for
-// itself: RMSNorm if there is its weight, quantized if w is. Beyond a row's end x is zero.
+// out (B, ld) = x (B, width) @ w (rows, cols)^T, or += if add. This thread computes its share of
+// the tiles of w, in units of `unit` tiles, and returns it. Each thread prepares the input for
+// itself: it applies RMSNorm if `norm` (D,) is not NULL, and quantizes it if w is quantized. x must
+// be zero beyond the end of each row.
 KERNEL Range product(State *s, int thread, float *out, int64_t ld, bool add, const float *x, int B,
                      const float *norm, const Matrix *w, int64_t unit) {
-    switch (w->q ? s->m->c.group : 0) { // loops of a length that the compiler knows
-    case 0: return product_by(0, s, thread, out, ld, add, x, B, norm, w, unit);
-    case 16: return product_by(16, s, thread, out, ld, add, x, B, norm, w, unit);
-    case 32: return product_by(32, s, thread, out, ld, add, x, B, norm, w, unit);
-    case 64: return product_by(64, s, thread, out, ld, add, x, B, norm, w, unit);
-    default: return product_by(s->m->c.group, s, thread, out, ld, add, x, B, norm, w, unit);
+    switch (w->q ? s->m->c.group : 0) { // a constant G gives loops of constant length
+    case 0: return product_for_group(0, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 16: return product_for_group(16, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 32: return product_for_group(32, s, thread, out, ld, add, x, B, norm, w, unit);
+    case 64: return product_for_group(64, s, thread, out, ld, add, x, B, norm, w, unit);
+    default: return product_for_group(s->m->c.group, s, thread, out, ld, add, x, B, norm, w, unit);
     }
 }
 
-// Of the H + K + K heads of qkv those of a range: rotates queries and keys, pair by pair, by
-// the angle of their position (RoFormer, eq. 34), scales queries, caches keys and values.
+// For a range of the H + K + K heads of qkv: rotates queries and keys, pair by pair, by the angle
+// of their position (RoFormer, eq. 34), scales the queries, and writes keys and values to the
+// cache.
 KERNEL void store_heads(State *s, int layer, Range r) {
     const Config *c = &s->m->c;
     const int H = c->n_heads, K = c->n_kv_heads, E = c->head_dim;
@@ -1099,45 +1144,46 @@ KERNEL void store_heads(State *s, int layer, Range r) {
     }
 }
 
-// scores[t] = q . keys[t], for t < n rounded up to 16. q (E,) scaled, keys (T / 16, E, 16), E even.
-INLINE void score(float *scores, const float *q, const void *keys, int n, int E, int half) {
+// scores[t] = q . keys[t] for t < n rounded up to 16; q (E,) scaled, keys (T / 16, E, 16), E even.
+INLINE void score_keys(float *scores, const float *q, const void *keys, int n, int E, int half) {
     for (int64_t t = 0; t < n; t += 16)
         for (int j = 0; j < 16; j += LANES) {
             vf s0 = {0}, s1 = {0};
             int64_t k = t * E + j;
             for (int e = 0; e < E; e += 2, k += 32) {
-                s0 += q[e] * cached(keys, k, half);
-                s1 += q[e + 1] * cached(keys, k + 16, half);
+                s0 += q[e] * load_cached(keys, k, half);
+                s1 += q[e + 1] * load_cached(keys, k + 16, half);
             }
             AT(scores + t + j) = s0 + s1;
         }
 }
 
-// scores = exp(scores - their maximum), 0 from n up to a multiple of 16; returns the sum. A score
-// that is NaN, of a damaged model, stays so, for the logits to tell.
+// scores (n,) = exp(scores - their maximum), and 0 from n up to a multiple of 16; returns the sum.
+// A NaN, of a damaged model, is kept, so that it reaches the logits.
 KERNEL float softmax(float *scores, int n) {
     n = pad(scores, n);
     return exp_sum(scores, n, 1, maximum(scores, n), true);
 }
 
-// out[e] = sum over t < n of weight[t] * values[e][t] / total, for nb dimensions of a head from e;
-// values (T / 16, E, 16).
-INLINE void mix(float *out, const float *weight, float total, const void *values, int n, int E,
-                int e, int half, const int nb) {
-    vf acc[8]; // set by a loop, since gcc clears an initialized array by a slow string move
+// out[e] = sum over t < n of weight[t] * values[e][t] / total, for the nb dimensions of a head from
+// e on; weight (n,), values (T / 16, E, 16).
+INLINE void mix_values(float *out, const float *weight, float total, const void *values, int n,
+                       int E, int e, int half, const int nb) {
+    vf acc[8]; // set by a loop: gcc clears an initialized array by a slow string instruction
     for (int i = 0; i < nb; i++) acc[i] = (vf){0};
     int64_t from = 16 * (int64_t)e;
     for (int t = 0; t < n; t += 16, from += 16 * (int64_t)E)
         for (int j = 0; j < 16; j += LANES) {
             vf w = AT(weight + t + j);
-            for (int i = 0; i < nb; i++) acc[i] += w * cached(values, from + 16 * i + j, half);
+            for (int i = 0; i < nb; i++) acc[i] += w * load_cached(values, from + 16 * i + j, half);
         }
     float scale = 1.0f / total;
-    for (int i = 0; i < nb; i++) out[e + i] = sum(acc[i]) * scale;
+    for (int i = 0; i < nb; i++) out[e + i] = lane_sum(acc[i]) * scale;
 }
 
-// Attention of a range of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
-INLINE void attention_by(const int half, State *s, int layer, Range r, float *scores) {
+// Attention for a range of the H * B (head, row) pairs: att = softmax(q . keys) @ values.
+// scores (T,) is the thread's own memory.
+INLINE void attention_for_cache(const int half, State *s, int layer, Range r, float *scores) {
     const Config *c = &s->m->c;
     const int E = c->head_dim;
     for (int64_t i = r.lo; i < r.hi; i++) {
@@ -1148,39 +1194,42 @@ INLINE void attention_by(const int half, State *s, int layer, Range r, float *sc
         const float *q = s->qkv + b * s->width + h * E;
         float *out = s->att + b * s->width + h * E;
         int n = s->row[b].pos + 1, e = 0;
-        score(scores, q, k, n, E, half);
+        score_keys(scores, q, k, n, E, half);
         float total = softmax(scores, n);
-        for (; e + 8 <= E; e += 8) mix(out, scores, total, v, n, E, e, half, 8);
-        for (; e < E; e++) mix(out, scores, total, v, n, E, e, half, 1);
+        for (; e + 8 <= E; e += 8) mix_values(out, scores, total, v, n, E, e, half, 8);
+        for (; e < E; e++) mix_values(out, scores, total, v, n, E, e, half, 1);
     }
 }
 
+// attention_for_cache with `half` as a constant.
 KERNEL void attention(State *s, int layer, Range r, float *scores) {
-    if (s->half) attention_by(1, s, layer, r, scores);
-    else attention_by(0, s, layer, r, scores);
+    if (s->half) attention_for_cache(1, s, layer, r, scores);
+    else attention_for_cache(0, s, layer, r, scores);
 }
 
-// h (B, F) = silu(w1 x) * w3 x, for the tiles of w1 from lo to hi.
+// h (B, F) = silu(w1 x) * w3 x, for the tiles lo to hi - 1 of w1.
 KERNEL void swiglu(State *s, int64_t lo, int64_t hi) {
     for (int b = 0; b < s->B; b++)
         for (int64_t i = lo * TILE; i < hi * TILE; i += LANES) {
             const float *gate = s->h13 + b * s->width + i / TILE * TILE + i;
-            vf v = AT(gate), x = larger(ALL(-88.0f), -larger(ALL(-88.0f), v));
+            vf v = AT(gate), x = vmax(SPLAT(-88.0f), -vmax(SPLAT(-88.0f), v));
             AT(s->h + b * s->width + i) = v / (1.0f + fast_exp(x)) * AT(gate + TILE);
         }
 }
 
-// The forward pass: B rows through the model, by all threads of the team together. After it the
-// keys and values of the rows are in the cache and s->logits has the logits of those that want
-// them. Rows of one sequence must be in order of position.
+// The forward pass: all threads of the team together compute B rows. It writes the keys and values
+// of the rows to the cache, and to s->logits the logits of the last n_logits rows. Rows of one
+// sequence must be in order of position.
 KERNEL void forward_pass(void *arg, Team *team, int thread) {
     State *s = arg;
     const Model *m = s->m;
     const Config *c = &m->c;
     const int B = s->B, E = c->head_dim, heads = c->n_heads + 2 * c->n_kv_heads;
     const int64_t width = s->width;
-    int64_t unit = E; // of queries, keys and values: whole heads and whole tiles, so that who
-    while (unit % TILE) unit += E; // computes a head can also rotate and cache it
+    // Rows of wqkv are shared in units of whole heads and whole tiles, so that the thread that
+    // computes a head can also rotate and cache it.
+    int64_t unit = E;
+    while (unit % TILE) unit += E;
 
     Range r = share(B, 1, thread, team);
     for (int64_t b = r.lo; b < r.hi; b++)
@@ -1189,7 +1238,7 @@ KERNEL void forward_pass(void *arg, Team *team, int thread) {
     for (int i = 0; i < c->n_layers; i++) {
         const Layer *l = &m->layers[i];
         r = product(s, thread, s->qkv, width, false, s->x, B, l->att_norm, &l->wqkv, unit / TILE);
-        store_heads(s, i, (Range){r.lo * TILE / E, smaller(heads, r.hi * TILE / E)});
+        store_heads(s, i, (Range){r.lo * TILE / E, min64(heads, r.hi * TILE / E)});
         barrier(team);
 
         r = share((int64_t)c->n_heads * B, 1, thread, team);
@@ -1217,45 +1266,46 @@ static const Kernels kernels = {ISA_NAME, forward_pass, exps, above, maximum};
 // ------------------------------------------------------------------------------------------
 // The tokenizer: byte pair encoding
 //
-// Of all adjacent pairs that can be merged the best one is, the leftmost of equals, until there is
-// none. Two kinds differ in what is cut into words first and in which pairs can be merged:
-//   0, SentencePiece: a text is one word of characters, with a space in front. Two symbols whose
-//      concatenation is a piece can be merged, the piece with the best score first. What is no
-//      piece then becomes its bytes. llama2.c's file: u32 longest piece, then for each id f32
+// The best of all adjacent pairs that can be merged is merged, the leftmost of equals, until no
+// pair can be merged. Two kinds of tokenizer differ in what is cut into words first, and in which
+// pairs can be merged:
+//   0, SentencePiece: a text is one word of characters, with a space in front. Two symbols can be
+//      merged if their concatenation is a piece, the piece with the best score first. A symbol that
+//      is not a piece then becomes its bytes. llama2.c's file: u32 longest piece; for each id f32
 //      score, u32 length, bytes; a score of -inf marks a control token.
-//   1, byte-level BPE (GPT-2, Llama 3): a regular expression cuts a text into words of bytes;
-//      merges are a list, the first comes first. The file:
-//      u32 n, n * (u32 first, u32 last, u32 class): Unicode ranges, ascending; 1 letters (\p{L}),
-//        2 numbers (\p{N}), 3 white space (\s); so that C needs no tables of its own
-//      u32 pattern: the expression of 0 GPT-2, 1 Llama 3, 2 none: not cut
+//   1, byte-level BPE (GPT-2, Llama 3): a regular expression cuts a text into words of bytes. The
+//      merges are a list in order of rank. The file:
+//      u32 n, n * (u32 first, u32 last, u32 class): Unicode ranges, ascending; class 1 letters
+//        (\p{L}), 2 numbers (\p{N}), 3 white space (\s); so that C needs no tables of its own
+//      u32 pattern: the regular expression of 0 GPT-2, 1 Llama 3; 2: the text is not cut
 //      u32 flags: 1 a word that is a piece is not merged, 2 each number is cut off first, 4 a space
-//        is put in front of what does not have one
+//        is put in front of a text that does not begin with one
 //      u32 n, n * (u32 left, u32 right, u32 merged): ids, in order of rank
-//      for each id: u32 2 * length + 1 if it is special, which no text ever becomes; bytes
+//      for each id: u32 2 * length + (1 if it is special: no text ever becomes it); bytes
 
 typedef struct {
     const uint8_t *text;
     uint32_t len;
     int what;    // TEXT, SPECIAL, ONE_BYTE or MERGE
-    float score; // the best is merged first
+    float score; // the highest is merged first
 } Piece;
 
-enum { TEXT, SPECIAL, ONE_BYTE, MERGE }; // a merge is looked up as a text of its two ids
-enum { OTHER, LETTER, NUMBER, SPACE, END };
-enum { WHOLE_WORDS = 1, SPLIT_NUMBERS = 2, PREFIX_SPACE = 4 };
+enum { TEXT, SPECIAL, ONE_BYTE, MERGE };       // of a Piece; the text of a MERGE is its two ids
+enum { OTHER, LETTER, NUMBER, SPACE, END };    // classes of characters
+enum { WHOLE_WORDS = 1, SPLIT_NUMBERS = 2, PREFIX_SPACE = 4 }; // flags of a tokenizer
 
 typedef struct {
     Piece *piece;     // (n + n_merges,)
     int n, bos, kind;
-    bool squeeze;     // strip outer spaces and collapse runs, as this vocabulary was trained
-    int32_t *table;   // (mask + 1,) hash table of indices of pieces, -1 empty
+    bool squeeze;     // text is stripped, and runs of spaces become one
+    int32_t *table;   // (mask + 1,) hash table of indices of pieces, -1 where empty
     uint32_t mask;
-    int byte_id[256]; // ids of <0x00> to <0xFF>, or -1
-    const uint8_t *ranges; // the rest is of kind 1
+    int byte_id[256]; // ids of <0x00> to <0xFF>, -1 where there is none
+    const uint8_t *ranges; // (n_ranges, 3) u32; this and the rest are for kind 1
     uint32_t n_ranges, n_merges, pattern, flags, longest_special;
 } Tokenizer;
 
-// The slot of a text in the hash table: where it is, or the empty one where it would be.
+// The slot of a text in the hash table, or the empty slot where it belongs.
 static int32_t *slot_of(const Tokenizer *t, const void *text, int64_t len, int what) {
     uint32_t h = 2166136261u;
     for (int64_t i = 0; i < len; i++) h = (h ^ ((const uint8_t *)text)[i]) * 16777619u;
@@ -1267,12 +1317,12 @@ static int32_t *slot_of(const Tokenizer *t, const void *text, int64_t len, int w
     }
 }
 
-// What kind 1 has in front of its pieces, after the number of ranges; returns the merges.
+// Reads what kind 1 has between the number of ranges and the pieces; returns the merges.
 static const uint8_t *read_tables(Tokenizer *t, Span *in, const char *path) {
-    const uint8_t *merges = NULL, *p = t->ranges = cut(in, 12 * (uint64_t)t->n_ranges);
-    if (p && (p = cut(in, 12))) {
+    const uint8_t *merges = NULL, *p = t->ranges = take(in, 12 * (uint64_t)t->n_ranges);
+    if (p && (p = take(in, 12))) {
         t->pattern = read_u32(p), t->flags = read_u32(p + 4), t->n_merges = read_u32(p + 8);
-        merges = cut(in, 12 * (uint64_t)t->n_merges);
+        merges = take(in, 12 * (uint64_t)t->n_merges);
     }
     if (!merges) die("%s: the tokenizer ends within its tables", path);
     if (t->pattern > 2 || t->flags > 7 || t->n_merges > 1 << 24) // 2^24: ranks are exact as floats
@@ -1288,12 +1338,12 @@ static const uint8_t *read_tables(Tokenizer *t, Span *in, const char *path) {
     return merges;
 }
 
-// Reads the tokenizer of a model, which must stay. squeeze < 0: not known, so guess: a vocabulary
-// that has a piece of two spaces has seen some.
+// Opens the tokenizer of a model. It points into `in`, which must stay. If c->squeeze < 0 it is
+// unknown, and guessed: a vocabulary with a piece of two spaces was not trained on squeezed text.
 static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *path) {
     static uint8_t bytes[256];
     const uint32_t n = (uint32_t)c->vocab_size;
-    const uint8_t *p = cut(&in, 4), *merges = NULL;
+    const uint8_t *p = take(&in, 4), *merges = NULL;
     *t = (Tokenizer){.n = (int)n, .bos = c->bos, .kind = c->kind,
                      .squeeze = c->squeeze == 1 || c->squeeze < 0};
     if (!p) die("%s: the tokenizer is empty", path);
@@ -1304,9 +1354,9 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
     t->mask--;
     for (uint32_t i = 0; i < n; i++) {
         Piece *piece = &t->piece[i];
-        if ((p = cut(&in, t->kind == 0 ? 8 : 4))) {
+        if ((p = take(&in, t->kind == 0 ? 8 : 4))) {
             piece->len = t->kind == 0 ? read_u32(p + 4) : read_u32(p) >> 1;
-            piece->text = cut(&in, piece->len);
+            piece->text = take(&in, piece->len);
         }
         if (!piece->text) die("%s: the tokenizer ends within piece %u of %u", path, i, n);
         if (t->kind == 0) piece->score = read_f32(p);
@@ -1321,7 +1371,7 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
                 t->squeeze = false;
         }
     }
-    for (int b = 0; b < 256; b++) { // pieces that stand for a byte, if they are there
+    for (int b = 0; b < 256; b++) { // pieces that stand for a byte
         char name[8];
         snprintf(name, sizeof name, "<0x%02X>", b);
         int id = t->byte_id[b] = t->kind == 0 ? *slot_of(t, name, 6, TEXT) : -1;
@@ -1329,7 +1379,7 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
         if (id >= 0) t->piece[id] = (Piece){&bytes[b], 1, ONE_BYTE, 0};
     }
     if (in.size)
-        die("%s: the tokenizer goes on after its %u pieces: it is another model's", path, n);
+        die("%s: the tokenizer has more than %u pieces: it is another model's", path, n);
     for (uint32_t i = 0; i < t->n_merges; i++, merges += 12) {
         const uint32_t id[3] = {read_u32(merges), read_u32(merges + 4), read_u32(merges + 8)};
         const Piece *left = t->piece + id[0], *right = t->piece + id[1], *both = t->piece + id[2];
@@ -1337,13 +1387,14 @@ static void tokenizer_open(Tokenizer *t, Span in, const Config *c, const char *p
             || (uint64_t)left->len + right->len != both->len
             || memcmp(both->text, left->text, left->len)
             || memcmp(both->text + left->len, right->text, right->len))
-            die("%s: the tokenizer's merge %u is not the sum of its parts", path, i);
+            die("%s: the tokenizer's merge %u is not the concatenation of its parts", path, i);
         t->piece[n + i] = (Piece){merges, 8, MERGE, -(float)i};
         *slot_of(t, merges, 8, MERGE) = (int32_t)(n + i);
     }
 }
 
-static uint32_t crc32(Span s) { // as zlib's
+// The CRC-32 of a span, as zlib computes it.
+static uint32_t crc32(Span s) {
     uint32_t crc = ~0u;
     for (int64_t i = 0; i < s.size; i++) {
         crc ^= s.data[i];
@@ -1352,21 +1403,23 @@ static uint32_t crc32(Span s) { // as zlib's
     return ~crc;
 }
 
-// The file of -z must be the tokenizer that the model was made with, where the model says which:
-// it brings it, or the hash, whose last 4 bytes are the CRC-32 of such a file, big-endian.
+// Checks that the file of -z is the tokenizer that the model was made with, if the model file says
+// which: it contains the tokenizer, or its hash, whose last 4 bytes are the CRC-32 of the file for
+// -z, big-endian.
 static void check_same_tokenizer(const Model *m, Span file, const char *path) {
     const uint8_t *h = m->c.hash, *crc = h + 28;
     bool known = false;
     for (int i = 0; i < 32; i++) known |= h[i] != 0;
     uint32_t want = (uint32_t)crc[0] << 24 | (uint32_t)crc[1] << 16 | (uint32_t)crc[2] << 8 | crc[3];
     if (m->tokenizer.size && m->c.kind == 0) want = crc32(m->tokenizer), known = true;
-    if (m->tokenizer.size && m->c.kind == 1) want = 0, known = true; // no file of -z has its kind
+    if (m->tokenizer.size && m->c.kind == 1) want = 0, known = true; // -z reads kind 0 only
     if (known && want != crc32(file))
         die("%s is not the tokenizer that %s was made with%s", path, m->path,
-            m->tokenizer.size ? ", which it brings: leave out -z" : "");
+            m->tokenizer.size ? ", which it contains: leave out -z" : "");
 }
 
-static int utf8_length(const uint8_t *s, int64_t left) { // of the character at s; 1 if it is none
+// The length of the character at s, of which `left` bytes are there; 1 if it is not valid UTF-8.
+static int utf8_length(const uint8_t *s, int64_t left) {
     int n = *s < 0x80 ? 1 : *s >= 0xc2 && *s < 0xe0 ? 2 : *s >= 0xe0 && *s < 0xf0 ? 3
           : *s >= 0xf0 && *s < 0xf5 ? 4 : 1;
     if (n > left) return 1;
@@ -1375,14 +1428,14 @@ static int utf8_length(const uint8_t *s, int64_t left) { // of the character at 
     return n;
 }
 
-// The class of the character at `at` of a text that ends at `end`, and its length.
+// The class of the character at `at` in a text that ends at `end`; *len becomes its length.
 static int class_of(const Tokenizer *t, const uint8_t *text, int64_t at, int64_t end, int *len) {
     if (at >= end) return *len = 0, END;
     *len = utf8_length(text + at, end - at);
     uint32_t code = *len == 1 ? text[at] : text[at] & (0xffu >> (*len + 1)), lo = 0;
     for (int i = 1; i < *len; i++) code = code << 6 | (text[at + i] & 0x3f);
     if (*len == 1 && code >= 0x80) return OTHER;
-    for (uint32_t hi = t->n_ranges; lo < hi;) { // the first range that does not end before it
+    for (uint32_t hi = t->n_ranges; lo < hi;) { // find the first range that does not end before it
         uint32_t mid = lo + (hi - lo) / 2;
         if (read_u32(t->ranges + 12 * (int64_t)mid + 4) < code) lo = mid + 1;
         else hi = mid;
@@ -1391,7 +1444,8 @@ static int class_of(const Tokenizer *t, const uint8_t *text, int64_t at, int64_t
     return lo < t->n_ranges && read_u32(range) <= code ? (int)read_u32(range + 8) : OTHER;
 }
 
-static int contraction(const uint8_t *s, int64_t left, bool fold) { // 's|'t|'re|'ve|'m|'ll|'d
+// The length of 's|'t|'re|'ve|'m|'ll|'d at s, in any case if `fold`; 0 if there is none.
+static int contraction(const uint8_t *s, int64_t left, bool fold) {
     if (left < 2 || s[0] != '\'') return 0;
     int a = s[1] | fold << 5, b = left > 2 ? s[2] | fold << 5 : 0;
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
@@ -1399,7 +1453,7 @@ static int contraction(const uint8_t *s, int64_t left, bool fold) { // 's|'t|'re
            || (fold && left > 2 && s[1] == 0xc5 && s[2] == 0xbf) ? 3 : 0; // the long s
 }
 
-// Where the word that begins at `at` ends: what the pattern matches there.
+// The end of the word that begins at `at`: what the pattern matches there.
 //   GPT-2:   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //   Llama 3: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
 //            | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
@@ -1421,7 +1475,8 @@ static int64_t word_end(const Tokenizer *t, const uint8_t *s, int64_t at, int64_
         while (llama && class == OTHER && at < end && (s[at] == '\r' || s[at] == '\n')) at++;
         return at;
     }
-    int64_t from = at, last = at, line = -1; // last: its last character, line: after its last end
+    // White space: `last` is its last character, `line` the position after its last end of line.
+    int64_t from = at, last = at, line = -1;
     for (; class_of(t, s, at, end, &len) == SPACE; at += len) {
         last = at;
         if (s[at] == '\r' || s[at] == '\n') line = at + 1;
@@ -1430,18 +1485,18 @@ static int64_t word_end(const Tokenizer *t, const uint8_t *s, int64_t at, int64_
 }
 
 typedef struct {
-    int64_t at, len;    // bytes of the word; len 0: merged into its left neighbour
-    int64_t prev, next; // symbols, or -1
-    int id;             // -1: no piece
+    int64_t at, len;    // its bytes in the word; len 0: merged into its left neighbour
+    int64_t prev, next; // the neighbouring symbols, or -1
+    int id;             // of the piece, -1 if it is none
 } Symbol;
 
 typedef struct {
     float score;
-    int id; // of the piece that left and its neighbour become, of len bytes
+    int id; // of the piece, of len bytes, that symbol `left` and its right neighbour become
     int64_t left, len;
 } Merge;
 
-static bool before(const Merge *a, const Merge *b) {
+static bool is_better(const Merge *a, const Merge *b) {
     return a->score > b->score || (a->score == b->score && a->left < b->left);
 }
 
@@ -1449,47 +1504,49 @@ typedef struct {
     const Tokenizer *t;
     const uint8_t *word;
     Symbol *symbol;
-    Merge *heap; // best first
+    Merge *heap; // (n,) binary heap, the best merge first
     int64_t n;
 } Merger;
 
-// What a symbol and its right neighbour can become; false: nothing.
-static bool together(const Merger *m, int64_t at, Merge *new) {
+// Whether a symbol and its right neighbour can be merged; *merge becomes that merge.
+static bool can_merge(const Merger *m, int64_t at, Merge *merge) {
     const Tokenizer *t = m->t;
     if (at < 0 || !m->symbol[at].len || m->symbol[at].next < 0) return false;
     const Symbol *left = &m->symbol[at], *right = &m->symbol[left->next];
     const int pair[2] = {left->id, right->id};
-    *new = (Merge){.left = at, .len = left->len + right->len};
-    int found = t->kind == 0 ? *slot_of(t, m->word + left->at, new->len, TEXT)
+    *merge = (Merge){.left = at, .len = left->len + right->len};
+    int piece = t->kind == 0 ? *slot_of(t, m->word + left->at, merge->len, TEXT)
                              : *slot_of(t, pair, 8, MERGE);
-    if (found < 0) return false;
-    new->score = t->piece[found].score;
-    new->id = t->kind == 0 ? found : (int)read_u32(t->piece[found].text + 8);
+    if (piece < 0) return false;
+    merge->score = t->piece[piece].score;
+    merge->id = t->kind == 0 ? piece : (int)read_u32(t->piece[piece].text + 8);
     return true;
 }
 
-static void consider(Merger *m, int64_t left) { // puts it on the heap if it can be merged
-    Merge new;
-    if (!together(m, left, &new)) return;
+// Puts the merge of a symbol and its right neighbour on the heap, if there is one.
+static void push_merge(Merger *m, int64_t left) {
+    Merge merge;
+    if (!can_merge(m, left, &merge)) return;
     int64_t i = m->n++;
-    for (; i > 0 && before(&new, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
+    for (; i > 0 && is_better(&merge, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
         m->heap[i] = m->heap[(i - 1) / 2];
-    m->heap[i] = new;
+    m->heap[i] = merge;
 }
 
-static Merge take_best(Merger *m) {
+// Takes the best merge off the heap.
+static Merge pop_merge(Merger *m) {
     Merge best = m->heap[0], last = m->heap[--m->n];
     int64_t i = 0;
     for (int64_t child; (child = 2 * i + 1) < m->n; i = child) {
-        if (child + 1 < m->n && before(&m->heap[child + 1], &m->heap[child])) child++;
-        if (!before(&m->heap[child], &last)) break;
+        if (child + 1 < m->n && is_better(&m->heap[child + 1], &m->heap[child])) child++;
+        if (!is_better(&m->heap[child], &last)) break;
         m->heap[i] = m->heap[child];
     }
     m->heap[i] = last;
     return best;
 }
 
-// Encodes a word of n bytes; returns the number of ids.
+// Encodes a word into ids; returns their number.
 static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *ids) {
     const Tokenizer *t = m->t;
     Symbol *symbol = m->symbol;
@@ -1502,16 +1559,17 @@ static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *i
     }
     if (n) symbol[n - 1].next = -1;
     m->word = word;
-    for (int64_t i = 0; i < n; i++) consider(m, i);
+    for (int64_t i = 0; i < n; i++) push_merge(m, i);
     while (m->n) {
-        Merge best = take_best(m), now; // stale if one of the two has changed since
-        if (!together(m, best.left, &now) || now.id != best.id || now.len != best.len) continue;
+        Merge best = pop_merge(m), current; // best is stale if one of its symbols has changed
+        if (!can_merge(m, best.left, &current) || current.id != best.id || current.len != best.len)
+            continue;
         Symbol *left = &symbol[best.left], *right = &symbol[left->next];
         *left = (Symbol){left->at, best.len, left->prev, right->next, best.id};
         right->len = 0;
         if (left->next >= 0) symbol[left->next].prev = best.left;
-        consider(m, left->prev);
-        consider(m, best.left);
+        push_merge(m, left->prev);
+        push_merge(m, best.left);
     }
     for (int64_t i = 0; i >= 0 && i < n; i = symbol[i].next)
         if (symbol[i].id >= 0) ids[count++] = symbol[i].id;
@@ -1522,8 +1580,8 @@ static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *i
     return count;
 }
 
-// Copies text as SentencePiece normalizes it: a space in front, its word mark U+2581 as a space,
-// and where the vocabulary wants it no outer spaces and no runs. `to` has room for len + 1.
+// Copies a text as SentencePiece normalizes it: with a space in front, its word mark U+2581 as a
+// space, and squeezed if t->squeeze. `to` has room for len + 1 bytes. Returns the new length.
 static int64_t normalize_text(const Tokenizer *t, const uint8_t *text, int64_t len, uint8_t *to) {
     int64_t n = 0;
     bool after_space = true;
@@ -1539,15 +1597,15 @@ static int64_t normalize_text(const Tokenizer *t, const uint8_t *text, int64_t l
     return n;
 }
 
-// Appends the ids of len bytes of text, after BOS if `bos`, to the *count ids that there are (NULL
-// if none). Returns all, to be freed.
+// Appends the ids of a text of len bytes, after BOS if `bos`, to the *count ids (NULL if none).
+// Returns all ids, which the caller frees.
 static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos, int *ids,
                    size_t *count) {
     const uint8_t *text = (const uint8_t *)string;
     const int64_t size = (int64_t)len;
     if (len > 1u << 29) die("a text of %lld bytes is too long", (long long)size);
     uint8_t *buffer = need(malloc(len + 1));
-    ids = need(realloc(ids, sizeof *ids * (*count + 2 * (len + 1)))); // PREFIX_SPACE: two of a byte
+    ids = need(realloc(ids, sizeof *ids * (*count + 2 * (len + 1)))); // PREFIX_SPACE: two per byte
     Merger m = {.t = t, .symbol = need(malloc(sizeof(Symbol) * (len + 1))),
                 .heap = need(malloc(sizeof(Merge) * 3 * (len + 1)))}; // a merge adds at most two
     int64_t n = (int64_t)*count, used;
@@ -1572,9 +1630,9 @@ static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos,
     return ids;
 }
 
-// Writes the text of the tokens from lo to hi; `previous` is the one before them. After BOS
-// SentencePiece drops the leading space. Control characters but white space are left out: a story
-// should not move a terminal's cursor.
+// Prints the text of tokens lo to hi - 1 of ids; `previous` is the token before them. SentencePiece
+// drops the leading space after BOS. Control characters other than white space are left out: a
+// story should not move the cursor of a terminal.
 static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi, int previous) {
     for (; lo < hi; previous = ids[lo++]) {
         const Piece *p = &t->piece[ids[lo]];
@@ -1589,103 +1647,111 @@ static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi, int
 // The sampler
 
 typedef struct {
-    float temperature; // 0: the most likely token, always
-    int topk;          // the k most likely tokens and their equals; off at 0
-    float topp;        // of these the smallest set with more than this probability; off at 0, 1
+    float temperature; // 0: always the most likely token
+    int topk;          // sample from the k most likely tokens and their equals; 0: from all
+    float topp;        // and from the smallest set of these above this probability; 0, 1: all
     uint64_t rng;
 } Sampler;
 
-static uint64_t seed_rng(uint64_t seed) { // splitmix64: neighbouring seeds, unrelated streams
+// The state of the random number generator for a seed, by splitmix64: neighbouring seeds give
+// unrelated streams.
+static uint64_t seed_rng(uint64_t seed) {
     seed += 0x9e3779b97f4a7c15u;
     seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9u;
     seed = (seed ^ seed >> 27) * 0x94d049bb133111ebu;
     return (seed ^ seed >> 31) | 1;
 }
 
-static float random_float(uint64_t *rng) { // xorshift*, in [0, 1)
+// The next random number in [0, 1), by xorshift*.
+static float random_float(uint64_t *rng) {
     *rng ^= *rng >> 12;
     *rng ^= *rng << 25;
     *rng ^= *rng >> 27;
     return (float)((*rng * 0x2545f4914f6cdd1du) >> 40) / 16777216.0f;
 }
 
-#define SKIP 256 // that many numbers have one sum
+#define BLOCK_SUM 256 // the sampler keeps one sum per block of so many numbers
 
-// Draws one of the x (n,) that are larger than least, each with probability x / total. sums are
-// those of the x that are larger than least, for each SKIP of them.
-static int draw(const float *x, int n, float least, const float *sums, float total, uint64_t *rng) {
+// Samples the index of one of the x (n,) that are larger than `least`, each with probability
+// x / total. sums (n / BLOCK_SUM,) are the sums of those x in each block.
+static int sample_index(const float *x, int n, float least, const float *sums, float total,
+                        uint64_t *rng) {
     float r = random_float(rng) * total;
-    int last = -1; // where rounding errors lead beyond the end
-    for (int i = 0; i < n; i += SKIP, sums++) {
-        if (*sums <= r && i + SKIP < n) {
+    int last = -1; // the result where rounding errors lead beyond the end
+    for (int i = 0; i < n; i += BLOCK_SUM, sums++) {
+        if (*sums <= r && i + BLOCK_SUM < n) {
             r -= *sums;
             if (*sums > 0) last = i;
             continue;
         }
-        for (int j = i; j < i + SKIP && j < n; j++)
+        for (int j = i; j < i + BLOCK_SUM && j < n; j++)
             if (x[j] > least) {
                 last = j;
                 if ((r -= x[j]) < 0) return j;
             }
     }
-    while (last >= 0 && !(x[last] > least)) last++; // it may be the beginning of a block
+    while (last >= 0 && !(x[last] > least)) last++; // it may be the start of a block
     return last;
 }
 
-// The sums of those of the x (n,) that are larger than least, for each SKIP of them, and of all.
-static float sums_above(const Kernels *k, const float *x, int n, float least, float *sums) {
+// sums (n / BLOCK_SUM,) = the sums of the x (n,) that are larger than `least`, in each block;
+// returns the sum of all.
+static float block_sums(const Kernels *k, const float *x, int n, float least, float *sums) {
     float all = 0;
-    for (int i = 0; i < n; i += SKIP)
-        all += *sums++ = k->above(x + i, (int)smaller(SKIP, n - i), least);
+    for (int i = 0; i < n; i += BLOCK_SUM)
+        all += *sums++ = k->above(x + i, (int)min64(BLOCK_SUM, n - i), least);
     return all;
 }
 
-// What only the k largest of the x (n,), from 0 to 1, and their equals are larger than; 0 if fewer
-// are above it. Floats that are not negative have the order of their bits, over which it bisects.
-static float below_largest(const float *x, int n, int k) {
+// A threshold that only the k largest of the x (n,), which are in [0, 1], and their equals exceed;
+// 0 if fewer than k exceed 0. It bisects over the bits of floats, which order non-negative floats
+// alike.
+static float top_k_threshold(const float *x, int n, int k) {
     float least = 0;
     for (uint32_t bits = 0, bit = 1u << 29; bit; bit /= 2) {
-        const uint32_t more = bits | bit;
-        const float try = read_f32(&more);
-        int larger = 0;
-        for (int i = 0; i < n; i++) larger += x[i] > try;
-        if (larger >= k) bits = more, least = try;
-        if (larger == k) break;
+        const uint32_t candidate_bits = bits | bit;
+        const float candidate = read_f32(&candidate_bits);
+        int count = 0;
+        for (int i = 0; i < n; i++) count += x[i] > candidate;
+        if (count >= k) bits = candidate_bits, least = candidate;
+        if (count == k) break;
     }
     return least;
 }
 
-// The next token, from logits (n, in room for a multiple of 16), which it overwrites; -1 if none of
-// them is a finite number.
-// Top-p (nucleus) sampling draws from the smallest set of most probable tokens whose probabilities
-// exceed p. A token is in it if those that are more probable sum to p at most. So nothing has to
-// be sorted: draw from all; if the token is not in the set, draw again from the more probable
-// ones. It is in the set with probability p or more, so one or two passes do.
+// Samples the next token from logits (n,), in memory for a multiple of 16, which it overwrites.
+// Returns -1 if no logit is finite, or one is +infinity.
+//
+// Top-p (nucleus) sampling samples from the smallest set of most probable tokens whose
+// probabilities sum to more than p. A token is in it if the more probable tokens sum to p at most.
+// So nothing has to be sorted: sample from all tokens; if the token is not in the set, sample again
+// from the more probable ones. It is in the set with probability p or more, so one or two passes
+// suffice.
 static int sample(Sampler *s, const Kernels *k, float *x, int n) {
-    static float sums[MAX_VOCAB / SKIP];
+    static float sums[MAX_VOCAB / BLOCK_SUM];
     n = pad(x, n);
     float max = k->maximum(x, n), least = 0, all = 0, left, *sum = sums;
     if (!(max > -INFINITY && max < INFINITY)) return -1;
     for (int i = 0; i < n && s->temperature < 1e-30f; i++)
         if (x[i] == max) return i;
-    for (int i = 0; i < n; i += SKIP)
-        all += *sum++ = k->exps(x + i, (int)smaller(SKIP, n - i), 1 / s->temperature, max);
+    for (int i = 0; i < n; i += BLOCK_SUM)
+        all += *sum++ = k->exps(x + i, (int)min64(BLOCK_SUM, n - i), 1 / s->temperature, max);
     if (s->topk > 0 && s->topk < n) {
-        least = below_largest(x, n, s->topk);
-        all = sums_above(k, x, n, least, sums);
+        least = top_k_threshold(x, n, s->topk);
+        all = block_sums(k, x, n, least, sums);
     }
     for (left = all;;) {
-        int drawn = draw(x, n, least, sums, left, &s->rng);
-        if (drawn < 0 || s->topp <= 0 || s->topp >= 1) return drawn;
-        left = sums_above(k, x, n, least = x[drawn], sums);
-        if (left <= s->topp * all) return drawn;
+        int id = sample_index(x, n, least, sums, left, &s->rng);
+        if (id < 0 || s->topp <= 0 || s->topp >= 1) return id;
+        left = block_sums(k, x, n, least = x[id], sums);
+        if (left <= s->topp * all) return id;
     }
 }
 
 // ------------------------------------------------------------------------------------------
 // Generate, chat, perplexity, bench
 
-typedef struct {
+typedef struct { // a run of the program
     Model model;
     Tokenizer tokenizer;
     Team team;
@@ -1695,56 +1761,63 @@ typedef struct {
     int topk;
     uint64_t seed;
     int steps, stories;
-    int stop;   // what the chat template has after a reply, or -1
+    int stop;   // the token that the chat template has after a reply, or -1
     const char *prompt, *system;
-    float *memory; // what bench reads
+    float *memory; // (MEMORY / 4,) read by bench
 } Run;
 
+// Computes the logits of the last n_logits of B rows.
 static void forward(Run *run, const Row *rows, int B, int n_logits) {
     set_rows(&run->state, rows, B, n_logits);
     team_run(&run->team, run->kernels->forward, &run->state);
 }
 
-// Puts the first of n ids through sequence 0 from position pos on, and returns how many. Logits are
-// left of all of them, or of the last of all.
+// Computes the next block of n ids, in sequence 0 from position pos on; returns its size. It leaves
+// the logits of the whole block if `all`, else those of the last of the n ids if it is in the
+// block.
 static int feed(Run *run, const int *ids, int64_t n, int pos, bool all) {
     Row rows[MAX_ROWS];
-    const int B = (int)smaller(n, MAX_ROWS);
+    const int B = (int)min64(n, MAX_ROWS);
     for (int b = 0; b < B; b++) rows[b] = (Row){ids[b], pos + b, 0};
     forward(run, rows, B, all ? B : B == n);
     return B;
 }
 
+// Computes n ids, in sequence 0 from position pos on, and leaves the logits of the last one.
 static void prefill(Run *run, const int *ids, int n, int pos) {
     for (int i = 0; i < n;) i += feed(run, ids + i, n - i, pos + i, false);
 }
 
+// The sampler of one of the stories.
 static Sampler new_sampler(const Run *run, int story) {
     return (Sampler){run->temperature, run->topk, run->topp, seed_rng(run->seed + (uint64_t)story)};
 }
 
 static const char not_a_number[] = "the model's output is not a number: its file is damaged";
 
+// sample, which ends the program if the logits are not numbers.
 static int sample_or_die(Run *run, Sampler *s, float *logits) {
     int id = sample(s, run->kernels, logits, run->model.c.vocab_size);
     if (id < 0) die(not_a_number);
     return id;
 }
 
-static bool is_end(const Run *run, int id) { // whether a text ends where this id is drawn
+// Whether a text ends when this id is sampled.
+static bool is_end(const Run *run, int id) {
     const Config *c = &run->model.c;
     for (int i = 0; i < 4; i++)
         if (c->ends[i] && id == c->ends[i]) return true;
     return (c->end_zero && id == 0) || id == c->bos || id == c->eos || id == run->stop;
 }
 
-// Bytes read from the KV cache for one token, when it holds n.
+// The bytes that one token reads from a KV cache of n positions.
 static double cache_bytes(const Run *run, int n) {
     const Config *c = &run->model.c;
     return 2.0 * (run->state.half ? 2 : 4) * c->n_layers * c->kv_dim * n;
 }
 
-static const char *machine(const Run *run) {
+// The instruction set and the number of threads in words.
+static const char *describe_machine(const Run *run) {
     static char text[64];
     snprintf(text, sizeof text, "%s, %d thread%s", run->kernels->name, run->team.n,
              run->team.n == 1 ? "" : "s");
@@ -1753,22 +1826,22 @@ static const char *machine(const Run *run) {
 
 typedef struct {
     Sampler sampler;
-    int *ids, n; // what it has told, the prompt included
+    int *ids, n; // its tokens, including the prompt
     bool done;
 } Story;
 
-// Tells `stories` stories at once: the same prompt, seeds seed, seed + 1, ... The first is written
-// as it comes, the others when those before them have ended.
+// Generates `stories` stories at once, of the same prompt and with seeds seed, seed + 1, ... The
+// first is printed as it comes, each other one when those before it have ended.
 static void generate(Run *run) {
     const Config *c = &run->model.c;
     const Tokenizer *t = &run->tokenizer;
     const char *prompt = run->prompt ? run->prompt : "";
     State *s = &run->state;
-    int N = run->stories, B = N, front = 0, told = 0;
+    int N = run->stories, B = N, front = 0, generated = 0;
     size_t count = 0;
     int *ids = encode(t, prompt, strlen(prompt), !c->no_bos, NULL, &count), n = (int)count;
     if (!n) ids[n++] = c->bos; // there must be something to continue
-    const int skip = ids[0] == c->bos; // it is silent
+    const int skip = ids[0] == c->bos; // BOS is not printed
     if (n > run->steps)
         die("the prompt has %d tokens, %s %d", n, run->steps == c->seq_len
             ? "the model's context is" : "the limit (-n) is", run->steps);
@@ -1779,7 +1852,7 @@ static void generate(Run *run) {
     prefill(run, ids, n, 0);
     double prompt_time = seconds() - start;
     int64_t heads = (int64_t)c->n_layers * c->n_kv_heads;
-    size_t used = (size_t)(s->head_bytes / s->T * round_up(n, 16)); // of a head's cache
+    size_t used = (size_t)(s->head_bytes / s->T * round_up(n, 16)); // bytes of a head's cache
     for (int i = 0; i < N; i++) { // every story starts from the same prompt
         int *own = need(malloc(sizeof *own * (size_t)(run->steps + 1)));
         memcpy(own, ids, sizeof *ids * (size_t)n);
@@ -1793,13 +1866,13 @@ static void generate(Run *run) {
     }
     print_pieces(t, ids, skip, n, c->bos);
     for (start = seconds(); B;) {
-        float *logits = s->logits; // of the last pass, in the order of the unfinished stories
+        float *logits = s->logits; // of the last pass, one row per unfinished story
         B = 0;
         for (int i = 0; i < N; i++) {
             Story *y = &story[i];
             if (y->done) continue;
             int id = sample_or_die(run, &y->sampler, logits);
-            logits += s->v_width, told++;
+            logits += s->v_width, generated++;
             if (!is_end(run, id)) {
                 y->ids[y->n++] = id;
                 if (i == front)
@@ -1815,21 +1888,22 @@ static void generate(Run *run) {
             if (front + 1 < N)
                 print_pieces(t, story[front + 1].ids, skip, story[front + 1].n, c->bos);
         }
-        // A write for each token would cost more than the token; a hundredth of a second is soon.
-        double now = seconds();
-        if (now - flushed > 0.01) flush(), flushed = now;
+        // A write per token would cost more than the token, so output is flushed each 10 ms.
+        double time = seconds();
+        if (time - flushed > 0.01) flush(), flushed = time;
         if (B) forward(run, rows, B, B), bytes += (double)run->model.bytes;
     }
     double time = seconds() - start;
     flush();
     fprintf(stderr, "prompt: %d tokens at %.0f tokens/s; %s: %d tokens at %.0f tokens/s, "
             "%.1f GB/s (%s)\n", n, n / prompt_time, N == 1 ? "story" : "stories",
-            told, told / time, bytes / time * 1e-9, machine(run));
+            generated, generated / time, bytes / time * 1e-9, describe_machine(run));
     for (int i = 0; i < N; i++) free(story[i].ids);
     free(story), free(rows), free(ids);
 }
 
-// Reads a line of any length without its end; NULL at the end of the input. To be freed.
+// Reads a line of any length, without its end of line; NULL at the end of the input. The caller
+// frees it.
 static char *read_line(FILE *in) {
     size_t size = 256, n = 0;
     char *line = need(malloc(size));
@@ -1838,15 +1912,16 @@ static char *read_line(FILE *in) {
         if (n + 2 > size) line = need(realloc(line, size *= 2));
     if (ferror(in)) die("cannot read the input: %s", strerror(errno));
     if (n == 0 && c == EOF) return free(line), NULL;
-    if (n >= 3 && !memcmp(line, bom, 3)) n -= 3, memmove(line, line + 3, n);
+    if (n >= 3 && !memcmp(line, byte_order_mark, 3)) n -= 3, memmove(line, line + 3, n);
     line[n] = 0;
     return line;
 }
 
-// A chat template is three texts in the model file, each u32 length and bytes: an exchange, the
-// first exchange after a system prompt, and all but the first (may be absent: as the first).
-// {user}, {system} and {reply} stand for what was said, {bos} and {eos} for those tokens; of a
-// byte-level tokenizer special tokens may be spelled out. Llama 2's, where the file has none:
+// A chat template is three texts in the model file, each as u32 length and bytes: an exchange, the
+// first exchange where there is a system prompt, and every later exchange (if absent, the first
+// text serves). {user}, {system} and {reply} stand for what was said, {bos} and {eos} for these
+// tokens; with a byte-level tokenizer special tokens may be spelled out. A file without a template
+// gets Llama 2's:
 enum { BOS, EOS, SYSTEM, USER, REPLY, NO_NAME };
 static const char *const names[NO_NAME] = {"{bos}", "{eos}", "{system}", "{user}", "{reply}"};
 static const char *const llama2_chat[3] = {
@@ -1855,10 +1930,10 @@ static const char *const llama2_chat[3] = {
 
 typedef struct {
     char *user;
-    int *reply, n_reply; // tokens
+    int *reply, n_reply; // the tokens of the reply
 } Turn;
 
-// Appends count things of so many bytes to the *n that there are.
+// Appends `count` elements of `bytes` bytes each to a block of *n elements; returns the new block.
 static void *append(void *block, size_t *n, const void *more, size_t count, size_t bytes) {
     block = need(realloc(block, (*n + count + 1) * bytes));
     if (count) memcpy((char *)block + *n * bytes, more, count * bytes);
@@ -1866,18 +1941,18 @@ static void *append(void *block, size_t *n, const void *more, size_t count, size
     return block;
 }
 
-// Appends a turn to the *n_ids ids; an unfinished one ends where its reply would begin.
-// The template is cut at tokens before anything is inserted, so what a user types never becomes a
-// control token. Returns the ids.
+// Appends a turn to the *n_ids ids and returns them; a turn that is not finished ends where its
+// reply begins. The template is cut at its tokens before anything is inserted, so text of a user
+// never becomes a control token.
 static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids, size_t *n_ids) {
     const Tokenizer *t = &run->tokenizer;
     char *text = NULL;
-    for (size_t used = 0, n = 0;; cut(&in, used)) {
+    for (size_t used = 0, n = 0;; take(&in, used)) {
         const char *insert = (const char *)in.data;
         int name = 0, id = -1;
-        while (name < NO_NAME && !starts(in, names[name])) name++;
+        while (name < NO_NAME && !starts_with(in, names[name])) name++;
         used = name < NO_NAME ? strlen(names[name])
-                              : (size_t)smaller(in.size, t->longest_special);
+                              : (size_t)min64(in.size, t->longest_special);
         for (; name == NO_NAME && used && id < 0; used -= id < 0)
             id = *slot_of(t, in.data, (int64_t)used, SPECIAL);
         if (id < 0 && name == NO_NAME) used = 1;
@@ -1899,7 +1974,7 @@ static int *render(Run *run, Span in, const Turn *turn, bool finished, int *ids,
     return ids;
 }
 
-// The ids of the turns from `first` to `last`, the last without its reply; to be freed.
+// The ids of the turns `first` to `last`, the last one without its reply. The caller frees them.
 static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) {
     const Span *chat = run->model.chat;
     int *ids = NULL;
@@ -1907,64 +1982,69 @@ static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) 
     for (int i = first; i <= last; i++)
         ids = render(run, chat[i > first ? 2 : run->system != NULL], &turn[i], i < last, ids,
                      &count);
-    *n = (int)smaller((int64_t)count, INT32_MAX);
+    *n = (int)min64((int64_t)count, INT32_MAX);
     return ids;
 }
 
-static bool find(Span *in, const char *text) { // cuts off what is before the text
-    while (in->size && !starts(*in, text)) cut(in, 1);
+// Takes off what is before the first `text`; false if there is none.
+static bool skip_to(Span *in, const char *text) {
+    while (in->size && !starts_with(*in, text)) take(in, 1);
     return in->size > 0;
 }
 
-static int count(Span in, const char *text) {
+// How often a text occurs.
+static int count_of(Span in, const char *text) {
     int n = 0;
-    for (; find(&in, text); cut(&in, strlen(text))) n++;
+    for (; skip_to(&in, text); take(&in, strlen(text))) n++;
     return n;
 }
 
-static bool token_at(const Run *run, Span in) { // whether a template has a token here
-    if (starts(in, names[BOS]) || starts(in, names[EOS])) return true;
-    for (int64_t n = smaller(in.size, run->tokenizer.longest_special); n > 0; n--)
+// Whether a template has a token at the beginning of `in`.
+static bool token_at(const Run *run, Span in) {
+    if (starts_with(in, names[BOS]) || starts_with(in, names[EOS])) return true;
+    for (int64_t n = min64(in.size, run->tokenizer.longest_special); n > 0; n--)
         if (*slot_of(&run->tokenizer, in.data, n, SPECIAL) >= 0) return true;
     return false;
 }
 
-// The rule of Template.check in instruct.py. Where only white space follows a reply, the end of
-// text does.
-static void check_template(const Run *run, Span *form, bool system) {
-    Span rest = *form, name = *form, after;
+// Checks one text of a template by the rule of Template.check in instruct.py. If only white space
+// follows {reply}, {eos} is inserted after it.
+static void check_template(const Run *run, Span *template, bool system) {
+    Span rest = *template, name = *template, after;
     for (int i = SYSTEM; i <= REPLY; i++)
-        if (count(rest, names[i]) != (i != SYSTEM || system))
-            die("this model's chat template has %s for %s", count(rest, names[i])
-                ? i == SYSTEM && !system ? "a place" : "more than one place" : "no place", names[i]);
-    for (; find(&name, "<|"); cut(&name, 2)) {
-        for (after = name, cut(&after, 2); after.size && !memchr("|<>", *after.data, 3);)
-            cut(&after, 1);
+        if (count_of(rest, names[i]) != (i != SYSTEM || system))
+            die("this model's chat template has %s for %s",
+                !count_of(rest, names[i]) ? "no place"
+                : i == SYSTEM && !system ? "a place" : "more than one place", names[i]);
+    for (; skip_to(&name, "<|"); take(&name, 2)) {
+        for (after = name, take(&after, 2); after.size && !memchr("|<>", *after.data, 3);)
+            take(&after, 1);
         const int n = (int)(after.data + 2 - name.data);
-        if (starts(after, "|>") && *slot_of(&run->tokenizer, name.data, n, SPECIAL) < 0)
-            die("this model's chat template has %.*s, which is no token", n, (const char *)name.data);
+        if (starts_with(after, "|>") && *slot_of(&run->tokenizer, name.data, n, SPECIAL) < 0)
+            die("this model's chat template has %.*s, which is not a token", n,
+                (const char *)name.data);
     }
-    find(&rest, names[REPLY]);
-    cut(&rest, strlen(names[REPLY]));
-    for (after = rest; after.size && memchr(" \n\r\t", *after.data, 4);) cut(&after, 1);
+    skip_to(&rest, names[REPLY]);
+    take(&rest, strlen(names[REPLY]));
+    for (after = rest; after.size && memchr(" \n\r\t", *after.data, 4);) take(&after, 1);
     if (!after.size) {
-        const size_t head = (size_t)(rest.data - form->data), tail = (size_t)rest.size;
+        const size_t head = (size_t)(rest.data - template->data), tail = (size_t)rest.size;
         char *text = need(malloc(head + 5 + tail));
-        memcpy(text, form->data, head);
+        memcpy(text, template->data, head);
         memcpy(text + head, names[EOS], 5);
         memcpy(text + head + 5, rest.data, tail);
-        *form = (Span){(const uint8_t *)text, (int64_t)(head + 5 + tail)}; // which stays
+        *template = (Span){(const uint8_t *)text, (int64_t)(head + 5 + tail)}; // never freed
     } else if (!token_at(run, rest))
         die("this model's chat template has no token after {reply} to end it");
 }
 
-// Checks the templates, and finds the token that the model was taught to end a reply with.
+// Checks the template, or takes Llama 2's, and finds the token that ends a reply.
 static void open_templates(Run *run) {
     const Turn nothing = {.user = (char[]){""}};
     Span *chat = run->model.chat;
     const bool none = !chat[0].data;
     size_t before = 0, after = 0;
-    for (int i = 0; i < 3 && none; i++) { // without {bos} where text does not begin with it
+    for (int i = 0; i < 3 && none; i++) { // {bos} is dropped if text does not begin with BOS
         const char *text = llama2_chat[i] + (*llama2_chat[i] && run->model.c.no_bos ? 5 : 0);
         chat[i] = (Span){(const uint8_t *)text, (int64_t)strlen(text)};
     }
@@ -1979,8 +2059,9 @@ static void open_templates(Run *run) {
     free(ids);
 }
 
-// A conversation. What the cache holds is kept in `seen`; each turn renders the whole dialogue
-// and computes only what differs from it, also after the oldest turns had to go.
+// A conversation on the terminal. `seen` has the ids that the cache holds. Each turn renders the
+// whole dialogue and computes only what differs from `seen`, also when the oldest turns were
+// dropped.
 static void chat(Run *run) {
     const int context = run->model.c.seq_len;
     Sampler sampler = new_sampler(run, 0);
@@ -1998,7 +2079,7 @@ static void chat(Run *run) {
         run->prompt = NULL;
         if (!turn[last].user) break;
         if (!last && none)
-            fprintf(stderr, "note: this model brings no chat template: using Llama 2's\n");
+            fprintf(stderr, "note: this model has no chat template: using Llama 2's\n");
         int *ids = render_all(run, turn, first, last, &n), dropped = first;
         for (; n >= context && first < last; ids = render_all(run, turn, ++first, last, &n))
             free(ids);
@@ -2006,7 +2087,7 @@ static void chat(Run *run) {
             fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
                     context, first);
         if (!n || n >= context) {
-            fprintf(stderr, "(that has %d tokens, the context is %d: too %s)\n", n, context,
+            fprintf(stderr, "(the message has %d tokens, the context is %d: too %s)\n", n, context,
                     n ? "long" : "short");
             free(ids), free(turn[last].user), free(turn[last].reply);
             last--;
@@ -2017,7 +2098,7 @@ static void chat(Run *run) {
         prefill(run, ids + same, n - same, same);
         free(seen);
         seen = need(realloc(ids, sizeof *seen * (size_t)context)), n_seen = n;
-        printf("Assistant:%s", run->tokenizer.kind == 0 ? "" : " "); // the other brings its own
+        printf("Assistant:%s", run->tokenizer.kind == 0 ? "" : " "); // tokens of the other bring it
         for (;;) {
             int id = sample_or_die(run, &sampler, run->state.logits);
             if (is_end(run, id)) break;
@@ -2042,16 +2123,16 @@ static void chat(Run *run) {
     printf("\n");
 }
 
-// -log softmax(logits)[target]; overwrites the logits.
+// -log softmax(logits)[target], of logits (n,), which it overwrites.
 static double cross_entropy(const Kernels *k, float *logits, int n, int target) {
     n = pad(logits, n);
     float max = k->maximum(logits, n), at_target = logits[target];
     return log(k->exps(logits, n, 1, max)) + max - at_target;
 }
 
-// The mean loss over a text file, in windows of the context's length, as in training: each
-// document (they are separated by <|endoftext|>) after BOS, all of them one stream of tokens. With
-// no_bos the first one begins without it.
+// The mean loss over a text file, in windows of the context's length. As in training, all documents
+// are one stream of tokens, each document after BOS; <|endoftext|> separates documents. With no_bos
+// the first one begins without BOS.
 static void perplexity(Run *run) {
     const char *separator = "<|endoftext|>";
     const Config *c = &run->model.c;
@@ -2059,11 +2140,12 @@ static void perplexity(Run *run) {
     size_t count = 0;
     if (!run->prompt) die("give the file with -i");
     Span in = map_file(run->prompt);
-    if (starts(in, "\xff\xfe") || starts(in, "\xfe\xff")) die("%s is %s", run->prompt, kind_of(in));
-    if (starts(in, bom)) cut(&in, strlen(bom));
-    for (; in.size; cut(&in, strlen(separator))) {
+    if (starts_with(in, "\xff\xfe") || starts_with(in, "\xfe\xff"))
+        die("%s is %s", run->prompt, other_kind(in));
+    if (starts_with(in, byte_order_mark)) take(&in, strlen(byte_order_mark));
+    for (; in.size; take(&in, strlen(separator))) {
         const char *text = (const char *)in.data;
-        while (in.size && !starts(in, separator)) cut(&in, 1);
+        while (in.size && !starts_with(in, separator)) take(&in, 1);
         const char *last = (const char *)in.data;
         while (text < last && (*text == '\n' || *text == ' ')) text++;
         while (last > text && (last[-1] == '\n' || last[-1] == ' ')) last--;
@@ -2077,7 +2159,7 @@ static void perplexity(Run *run) {
     double loss = 0, start = seconds();
     for (int64_t i = 0, B; i + 1 < n; i += B) {
         int pos = (int)(i % c->seq_len);
-        B = feed(run, ids + i, smaller(n - 1 - i, c->seq_len - pos), pos, true);
+        B = feed(run, ids + i, min64(n - 1 - i, c->seq_len - pos), pos, true);
         for (int b = 0; b < B; b++)
             loss += cross_entropy(run->kernels, run->state.logits + b * run->state.v_width,
                                   c->vocab_size, ids[i + b + 1]);
@@ -2089,15 +2171,17 @@ static void perplexity(Run *run) {
     free(ids);
 }
 
-#define MEMORY (1 << 28) // bytes, more than a cache has
+#define MEMORY (1 << 28) // bytes to measure the bandwidth with: more than a cache has
 
-static void read_memory(void *arg, Team *team, int thread) { // maximum() does nothing but that
+// Reads all of run->memory, by maximum(), which is as fast as memory.
+static void read_memory(void *arg, Team *team, int thread) {
     Run *run = arg;
     const Range r = share(MEMORY / 4, 16, thread, team);
     run->kernels->maximum(run->memory + r.lo, (int)(r.hi - r.lo));
 }
 
-// The best time of some passes: over memory, over ids as a prompt, or over ids token by token.
+// The best time, over some tries, of 'm' reading memory, 'p' n ids as a prompt, or 'd' decoding n
+// ids.
 static double best_time(Run *run, char what, const int *ids, int n) {
     double best = 1e9, begin = seconds();
     for (int tries = 0; tries < 2 || (tries < 200 && seconds() - begin < 3); tries++) {
@@ -2110,7 +2194,7 @@ static double best_time(Run *run, char what, const int *ids, int n) {
     return best;
 }
 
-// Speed of decoding, of prompts and of sampling beside the bandwidth that bounds them.
+// Prints the speed of decoding, of prompts and of sampling beside the bandwidth that bounds them.
 static void bench(Run *run) {
     const Config *c = &run->model.c;
     int n = run->steps < c->seq_len ? run->steps : c->seq_len;
@@ -2118,14 +2202,14 @@ static void bench(Run *run) {
     state_open(&run->state, &run->model, &run->team, 1, n, MAX_ROWS);
     for (int i = 0; i < n; i++) ids[i] = (int)((unsigned)i * 2654435761u % (unsigned)c->vocab_size);
     run->memory = memset(zeros(MEMORY), 1, MEMORY);
-    double roof = MEMORY / best_time(run, 'm', NULL, 0), bytes = 0, sampling = 0;
+    double bandwidth = MEMORY / best_time(run, 'm', NULL, 0), bytes = 0, sampling = 0;
     for (int i = 0; i < n; i++) bytes += cache_bytes(run, i + 1) + (double)run->model.bytes;
-    printf("%s, weights %.1f MB, read bandwidth %.1f GB/s\n", machine(run),
-           (double)run->model.bytes * 1e-6, roof * 1e-9);
+    printf("%s, weights %.1f MB, read bandwidth %.1f GB/s\n", describe_machine(run),
+           (double)run->model.bytes * 1e-6, bandwidth * 1e-9);
     printf("prompt   %d tokens: %.1f tokens/s\n", n, n / best_time(run, 'p', ids, n));
     double best = best_time(run, 'd', ids, n);
     printf("decode   %d tokens: %.1f tokens/s, %.1f GB/s, %.0f %% of the bandwidth\n", n, n / best,
-           bytes / best * 1e-9, 100 * bytes / best / roof);
+           bytes / best * 1e-9, 100 * bytes / best / bandwidth);
     Sampler sampler = new_sampler(run, 0);
     for (int i = 0; i < 50; i++) {
         forward(run, &(Row){ids[i % n], 0, 0}, 1, 1);
@@ -2133,7 +2217,7 @@ static void bench(Run *run) {
         sample_or_die(run, &sampler, run->state.logits);
         sampling += (seconds() - start) / 50;
     }
-    printf("sampling at t = %g, p = %g: %.1f us a token, %.1f %% of decoding\n", run->temperature,
+    printf("sampling at t = %g, p = %g: %.1f us per token, %.1f %% of decoding\n", run->temperature,
            run->topp, sampling * 1e6, 100 * sampling * n / best);
     free(ids);
 }
@@ -2144,22 +2228,24 @@ static void bench(Run *run) {
 #ifndef RUN_NO_MAIN // the tests include this file and have a main of their own
 static const char usage[] =
     "usage: run MODEL.bin [options]\n"
-    "  -i TEXT    the prompt; with -m perplexity: the text file\n"
-    "  -n N       stop at N tokens, the prompt among them; 0: at the context; default 256;\n"
-    "             of a chat: each reply at N tokens; default 0: at the context\n"
+    "  -i TEXT    prompt; with -m perplexity: the text file\n"
+    "  -n N       maximum number of tokens, including the prompt; 0: the model's context;\n"
+    "             default 256. With -m chat: of each reply; default 0\n"
     "  -t T       temperature; 0: always the most likely token; default 1.0\n"
-    "  -k K       sample from the K most likely tokens; default 0: all\n"
-    "  -p P       sample from the most likely tokens that sum to P; default 0.9, 0 or 1: all\n"
-    "  -s SEED    of the random numbers; default: the time\n"
-    "  -b N       tell N stories at once, with seeds SEED, SEED + 1, ...\n"
-    "  -z FILE    the tokenizer, for models that do not bring their own\n"
+    "  -k K       top-k: sample from the K most likely tokens; default 0: from all\n"
+    "  -p P       top-p: sample from the smallest set of most likely tokens whose\n"
+    "             probabilities exceed P; 0 or 1: from all; default 0.9\n"
+    "  -s SEED    random seed; default: the time\n"
+    "  -b N       number of stories to generate at once, with seeds SEED, SEED + 1, ...\n"
+    "  -z FILE    tokenizer, for a model file without one\n"
     "  -m MODE    generate, chat, perplexity or bench; default generate\n"
     "  -y TEXT    system prompt of a chat\n"
-    "  -j N       threads; default: all cores, but one for a model that fits a cache\n"
-    "environment: RUN_ISA=portable (or the beginning of another name) picks the instruction set\n"
+    "  -j N       number of threads; default: one per core, but 1 for a model that fits a cache\n"
+    "environment: RUN_ISA=portable (or the beginning of another name) sets the instruction set\n"
     "example: run model.bin -t 0.8 -i \"Once upon a time\"\n";
 
-// Decimal, without exponents, spaces and plus signs, which strtod would take.
+// The number that a flag's text is: decimal, without the exponents, spaces and plus signs that
+// strtod accepts.
 static double number(char flag, const char *text, double min, double max, bool whole) {
     char *end;
     double v = strtod(text, &end);
@@ -2171,7 +2257,7 @@ static double number(char flag, const char *text, double min, double max, bool w
 }
 
 static const struct {
-    const char *name, *flags; // those that it uses
+    const char *name, *flags; // the flags that it uses
     void (*run)(Run *run);
 } modes[] = {{"generate", "mjizntkpsb", generate},
              {"chat", "mjizntkpsy", chat},
@@ -2182,7 +2268,7 @@ enum { GENERATE, CHAT, PERPLEXITY, BENCH, NO_MODE };
 int main(int argc, char **argv) {
     static Run run = {.temperature = 1, .topp = 0.9f, .steps = -1, .stories = 1, .stop = -1};
     const char *tokenizer = NULL, *path = argc > 1 ? argv[1] : "-h";
-    int threads = 0, n_cores = cores(), mode = GENERATE;
+    int threads = 0, n_cores = count_cores(), mode = GENERATE;
     run.seed = (uint64_t)time(NULL), run.kernels = pick_kernels();
     if (!strcmp(path, "-h") || !strcmp(path, "--help")) {
         fputs(usage, stdout);
@@ -2207,35 +2293,35 @@ int main(int argc, char **argv) {
         if (flag == 'y') run.system = *value ? value : NULL;
         if (flag == 'm')
             for (mode = 0; mode < NO_MODE && strcmp(value, modes[mode].name); mode++) {}
-        if (mode == NO_MODE) fail(2, "-m %s: it is generate, chat, perplexity or bench", value);
+        if (mode == NO_MODE) fail(2, "-m %s: must be generate, chat, perplexity or bench", value);
     }
     for (int i = 2; i < argc; i += 2)
         if (!strchr(modes[mode].flags, argv[i][1]))
             fail(2, "%s is not for -m %s", argv[i], modes[mode].name);
     Model *m = &run.model;
     model_open(m, map_file(path), path);
-    if (tokenizer) { // in llama2.c's format, which does not say whether spaces are squeezed
+    if (tokenizer) { // llama2.c's format does not say whether spaces are squeezed
         Config c = m->c;
         c.kind = 0, c.squeeze = -1;
         const Span file = map_file(tokenizer);
-        const char *kind = kind_of(file);
+        const char *kind = other_kind(file);
         if (kind && kind != a_tokenizer) die("%s is %s", tokenizer, kind);
         if (file.size >= 4 && read_u32(file.data) == MAGIC)
             die("%s is a model, not a tokenizer", tokenizer);
         tokenizer_open(&run.tokenizer, file, &c, tokenizer);
         check_same_tokenizer(m, file, tokenizer);
     } else if (m->tokenizer.size) tokenizer_open(&run.tokenizer, m->tokenizer, &m->c, path);
-    else if (mode != BENCH) die("the model brings no tokenizer: give one with -z");
+    else if (mode != BENCH) die("the model file has no tokenizer: give one with -z");
     const int context = m->c.seq_len;
     if (run.steps > context && mode != CHAT)
-        fprintf(stderr, "note: -n %d is past the model's context, stopping at %d\n", run.steps,
+        fprintf(stderr, "note: -n %d is more than the model's context: stopping at %d\n", run.steps,
                 context);
     if (run.steps < 0 && mode != CHAT) run.steps = 256;
     if (run.steps < 1 || run.steps > context) run.steps = context;
-    // Sharing a token costs five meetings a layer: not worth it below some megabytes of weights.
+    // Sharing one token costs five barriers per layer, which some megabytes of weights are worth.
     if (!threads) threads = m->bytes < 3 << 20 && run.stories < 4 ? 1 : n_cores;
     if (threads > n_cores) {
-        fprintf(stderr, "note: %d threads, one for each core\n", n_cores);
+        fprintf(stderr, "note: using %d threads, one per core\n", n_cores);
         threads = n_cores;
     }
     team_open(&run.team, threads);
@@ -2248,8 +2334,8 @@ int main(int argc, char **argv) {
 // ------------------------------------------------------------------------------------------
 // The later passes: the kernels section again, for each wider instruction set
 //
-// The compiler reads this file once more for each of them. The macros below give everything that
-// the section defines a name of its own, such as softmax_avx2.
+// The compiler reads this file once more for each of them. The macros below give each pass names of
+// its own for everything that the section defines, such as softmax_avx2.
 
 #define LATER_PASS
 #undef LANES
@@ -2265,13 +2351,13 @@ int main(int argc, char **argv) {
 #define vb MY(vb)
 #define v4 MY(v4)
 #define floats_at MY(floats_at)
-#define larger MY(larger)
-#define sum MY(sum)
-#define largest MY(largest)
+#define vmax MY(vmax)
+#define lane_sum MY(lane_sum)
+#define lane_max MY(lane_max)
 #define dot_start MY(dot_start)
 #define dot4 MY(dot4)
-#define halves MY(halves)
-#define cached MY(cached)
+#define load_fp16 MY(load_fp16)
+#define load_cached MY(load_cached)
 #define fast_exp MY(fast_exp)
 #define exp_sum MY(exp_sum)
 #define exps MY(exps)
@@ -2279,16 +2365,16 @@ int main(int argc, char **argv) {
 #define above MY(above)
 #define normalize MY(normalize)
 #define quantize MY(quantize)
-#define store MY(store)
+#define store_lanes MY(store_lanes)
 #define tile_q8 MY(tile_q8)
 #define tile_f32 MY(tile_f32)
-#define product_by MY(product_by)
+#define product_for_group MY(product_for_group)
 #define product MY(product)
 #define store_heads MY(store_heads)
-#define score MY(score)
+#define score_keys MY(score_keys)
 #define softmax MY(softmax)
-#define mix MY(mix)
-#define attention_by MY(attention_by)
+#define mix_values MY(mix_values)
+#define attention_for_cache MY(attention_for_cache)
 #define attention MY(attention)
 #define swiglu MY(swiglu)
 #define forward_pass MY(forward_pass)
@@ -2330,8 +2416,8 @@ int main(int argc, char **argv) {
 #undef MY
 #define MY(name) name // from here on the names are the portable ones again
 
-// The kernels that this processor can run, the fastest first; RUN_ISA=portable (or another name's
-// beginning) in the environment asks for others.
+// The fastest kernels that this processor can run, or those whose name begins with RUN_ISA of the
+// environment.
 static const Kernels *pick_kernels(void) {
     const Kernels *able[4];
     int n = 0;
@@ -2353,9 +2439,10 @@ static const Kernels *pick_kernels(void) {
     const char *name = getenv("RUN_ISA");
     for (int i = 0; name && i < n; i++)
         if (!strncmp(able[i]->name, name, strlen(name))) return able[i];
-    if (name) fail(2, "RUN_ISA=%s: here it is the beginning of %s%s%s%s%s", name, able[0]->name,
-                   n > 1 ? ", " : "", n > 1 ? able[1]->name : "", n > 2 ? ", " : "",
-                   n > 2 ? able[2]->name : "");
+    if (name)
+        fail(2, "RUN_ISA=%s: on this processor it must be the beginning of %s%s%s%s%s", name,
+             able[0]->name, n > 1 ? ", " : "", n > 1 ? able[1]->name : "", n > 2 ? ", " : "",
+             n > 2 ? able[2]->name : "");
     return able[0];
 }
 #endif // LATER_PASS

@@ -390,7 +390,7 @@ def test_a_template_that_is_dropped(tmp_path, program, monkeypatch, says):  # no
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
     done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0",
                            "-n", "5"], capture_output=True, text=True, input="")  # fmt: skip
-    assert done.returncode == 0 and "note: this model brings no chat template" in done.stderr
+    assert done.returncode == 0 and "note: this model has no chat template" in done.stderr
 
 
 @pytest.mark.parametrize("says, turn", [

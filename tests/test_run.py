@@ -955,7 +955,7 @@ def test_damaged_byte_level_files(program, llama3, build):
     assert "{system}" in call(program, path, "-m", "chat", "-y", "be", ok=1).err
     call(program, path, "-m", "chat", "-n", 3, "-i", "x")
     done = call(program, path, "-m", "chat", "-n", 1000, "-s", 1, "-i", "", stdin="x\n")
-    assert "(that has 0 tokens" in done.err and done.text.count("Assistant:") == 1
+    assert "(the message has 0 tokens" in done.err and done.text.count("Assistant:") == 1
 
 # -----------------------------------------------------------------------------
 # The sampler
