@@ -1410,7 +1410,8 @@ static void check_same_tokenizer(const Model *m, Span file, const char *path) {
     const uint8_t *h = m->c.hash, *crc = h + 28;
     bool known = false;
     for (int i = 0; i < 32; i++) known |= h[i] != 0;
-    uint32_t want = (uint32_t)crc[0] << 24 | (uint32_t)crc[1] << 16 | (uint32_t)crc[2] << 8 | crc[3];
+    uint32_t want = (uint32_t)crc[0] << 24 | (uint32_t)crc[1] << 16 | (uint32_t)crc[2] << 8;
+    want |= crc[3];
     if (m->tokenizer.size && m->c.kind == 0) want = crc32(m->tokenizer), known = true;
     if (m->tokenizer.size && m->c.kind == 1) want = 0, known = true; // -z reads kind 0 only
     if (known && want != crc32(file))
