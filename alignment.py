@@ -19,6 +19,7 @@ import torch
 
 import ppo
 from checkpoint import load_checkpoint, model_from_checkpoint
+from common import flag, flag_names, printable, write_atomic
 from instruct import InstructPrompts, Instructions, OptionalInstructions
 from lora import add_lora, merged_state
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
@@ -27,7 +28,7 @@ from sample import choose_device
 from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed, flags_decide
 from stages import instructions, schedule, score, stage_template
 from tinystories import Prompts, Windows
-from tokenizer import check_same_tokenizer, flag, flag_names, printable, write_atomic
+from tokenizer import check_same_tokenizer
 
 
 @dataclass

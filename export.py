@@ -40,6 +40,7 @@ import torch
 
 from checkpoint import (check_generates, checkpoint_args, load_checkpoint, model_from_checkpoint,
                         save_checkpoint)
+from common import parse_args, read_json, run_main, write_atomic
 from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece, model_shapes,
                      open_tensors, ranks_to_json, read_hf, read_meta, sentencepiece_names,
                      sentencepiece_pieces, special_ids, template_from_jinja, token_text, write_gguf,
@@ -47,8 +48,14 @@ from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece
 from instruct import Template
 from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
-from tokenizer import (Tokenizer, byte_level_blob, check_same_tokenizer, copy_tokenizer, disagree,
-                       own_tokenizer, parse_args, read_json, run_main, write_atomic)
+from tokenizer import (
+    Tokenizer,
+    byte_level_blob,
+    check_same_tokenizer,
+    copy_tokenizer,
+    disagree,
+    own_tokenizer,
+)
 
 MAGIC = 0x616B3432  # "ak42"
 TILE = 16  # rows that version 3 interleaves

@@ -25,10 +25,11 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
+from common import read_json
 from instruct import ended
 from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
-from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, read_json, render_chats
+from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, render_chats
 
 # -----------------------------------------------------------------------------
 # What all formats share

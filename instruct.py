@@ -36,9 +36,9 @@ import common  # noqa: F401  first: it says what to do where a package is not in
 
 import numpy as np
 
+from common import flags_of_others, parse_args, printable, run_main, write_atomic
 from tinystories import Dealer, items, quoted, read_stories, story_files
-from tokenizer import (flags_of_others, own_tokenizer, parse_args, printable, run_main,
-                       write_atomic)
+from tokenizer import own_tokenizer
 
 # -----------------------------------------------------------------------------
 # The template

@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from common import flag
 from model import BOS_ID, EOS_ID, generate
-from tokenizer import flag
 
 # ----------------------------------------------------------------------------
 # configuration

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import printable, write_atomic
 from kernels import multiply
-from tokenizer import printable, write_atomic
 
 
 def plain_config(args):

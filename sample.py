@@ -18,9 +18,10 @@ import torch
 
 import kernels
 from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
+from common import boolean, parse_args, printable, run_main
 from instruct import find_template
 from model import generate
-from tokenizer import boolean, own_tokenizer, parse_args, printable, run_main
+from tokenizer import own_tokenizer
 
 
 def flags(argv=None):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from checkpoint import model_from_checkpoint
+from common import flag
 from experiments.plan import GPUS
 from instruct import InstructPrompts, Instructions, Rankings, find_template
 from kernels import TokenTerms, library, native_attention
@@ -31,7 +32,6 @@ from lora import adapter_state, add_lora, merged_state
 from model import BOS_ID, ModelArgs, Transformer, TransformerWithValueHead, generate
 from report import matmul_roof
 from tinystories import Windows
-from tokenizer import flag
 
 MODEL_FLAGS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len",

@@ -42,9 +42,9 @@ import requests
 import sentencepiece
 from tqdm import tqdm
 
+from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
 from grammar import tell_story
-from tokenizer import (Tokenizer, boolean, find_tokenizer, flags_of_others, hashed_name, parse_args,
-                       read_json, run_main, write_atomic)
+from tokenizer import Tokenizer, find_tokenizer, hashed_name
 
 META = "shards.meta"  # beside the shards: JSON, what they were made of
 BOS = 1  # every story in a shard is preceded by it

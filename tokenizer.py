@@ -1,15 +1,12 @@
 """
 The tokenizer: SentencePiece, or the byte-level BPE of a tokenizer.json, for Python, and its
-export for C. Below it, the few helpers that every command of the project shares: flags, errors,
-and files that are never half-written.
+export for C.
 
     python tokenizer.py --tokenizer-model=data/tok512.model    # writes data/tok512.bin
 """
 
 import argparse
 import contextlib
-import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
@@ -17,13 +14,12 @@ import importlib.util
 import json
 import math
 import os
-import re
 import struct
 import subprocess
 import sys
 import zlib
 
-from common import write_atomic  # first: it says what to do where a package is not installed
+from common import note, parse_args, read_json, run_main, write_atomic  # before sentencepiece
 
 from sentencepiece import SentencePieceProcessor
 
@@ -244,11 +240,6 @@ def json_identity(config):
     added = sorted(config.get("added_tokens") or [], key=lambda token: token["id"])
     return ["json", model, *parts, plain(added)]
 
-def printable(text):
-    """Generated text without control characters (C0 but newline and tab, DEL, C1), which could move
-    a terminal's cursor or do worse; run.c leaves them out too."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-
 # -----------------------------------------------------------------------------
 # Byte-level BPE for C. run.c has no Unicode tables and no regular expressions: it gets the classes
 # of characters that the splitting needs, and knows two patterns.
@@ -411,19 +402,6 @@ def render_child():
 # -----------------------------------------------------------------------------
 # Where tokenizers are
 
-def read_json(path):
-    """The object in a JSON file; {} if there is no such file. ValueError if it holds no object."""
-    try:
-        with open(path, "rb") as f:
-            value = json.load(f)
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:  # also where it is not UTF-8
-        raise ValueError(f"{path} is not JSON, or is cut short: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return value
-
 def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
     """
     Path of a tokenizer in one of `folders` (None is skipped), in data/ or here.
@@ -576,11 +554,6 @@ def mismatch(path, owner, wanted):
     return (f"{path} is not the tokenizer of {owner}, whose hash is {wanted[:16]}: {remedy}, or "
             "name the right one with --tokenizer")
 
-def note(message):
-    """Print a line on stderr, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {message}", file=sys.stderr)
-
 def place_of(tokenizer, folder):
     """
     Where copy_tokenizer puts a tokenizer, and the Tokenizer that is there already: None where there
@@ -628,133 +601,6 @@ def hashed_name(tokenizer):
     """The path of a tokenizer with its hash in it: data/tok512.model -> data/tok512.1a2b3c4d.model"""
     stem, ending = os.path.splitext(tokenizer.model_path)
     return f"{stem}.{tokenizer.hash[:8]}{ending}"
-
-# -----------------------------------------------------------------------------
-# What the commands share: flags, errors, files
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a description; shows every default that is worth showing."""
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-def flag(default, help, choices=None, also=()):
-    """
-    A field of a dataclass that add_flags makes a flag of (`also` are other names of it):
-
-        @dataclass
-        class Flags:
-            "output"                       # the title in --help
-            out_dir: str = flag("out", "folder for checkpoints and logs")
-    """
-    metadata = {"help": help, "choices": choices, "also": also}
-    return dataclasses.field(default=default, metadata=metadata)
-
-def flag_names(kind):
-    """The fields of a dataclass that are flags."""
-    return [f.name for f in dataclasses.fields(kind) if "help" in f.metadata]
-
-def add_flags(parser, kind):
-    """Add the flags of a dataclass to a parser, as one group, unless it has them already."""
-    group = parser.add_argument_group(kind.__doc__.partition("\n")[0])
-    known = {a.dest for a in parser._actions}
-    for f in dataclasses.fields(kind):
-        if f.name in flag_names(kind) and f.name not in known:
-            options = {"type": type(f.default), "choices": f.metadata["choices"]}
-            if f.default is None or isinstance(f.default, bool):
-                options = {"type": boolean, "nargs": "?", "const": True}
-            words = [f"--{name}" for name in (f.name, *f.metadata["also"])]
-            group.add_argument(*words, default=f.default,
-                               help=f.metadata["help"].replace("%", "%%"), **options)
-
-def flags_of_others(mine, commands):
-    """
-    The flags that the command `mine` has not, of {command: names of its flags}, as {name: why}:
-
-        flags_of_others("b", {"a": ["x", "y"], "b": ["y"]})      # {"x": "is a flag of a"}
-    """
-    owners = {}
-    for command, names in commands.items():
-        for name in names:
-            owners.setdefault(name, []).append(command)
-    return {name: f"is a flag of {' and '.join([', '.join(o[:-1]), o[-1]][len(o) < 2:])}"
-            for name, o in owners.items() if mine not in o}
-
-def parse_args(parser, argv=None, unused=None):
-    """
-    parser.parse_args, kinder: no abbreviations, defaults in --help, and a mistake ends in one
-    line (exit status 2) that names the flag which was probably meant. `args.given` holds the
-    names of the flags on the command line.
-
-    unused(args) returns the flags that have no effect beside the others, as {name: why}. --help
-    does not show them; on the command line they are an error that says why, if `why` is not None.
-    """
-    def error(message):
-        parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
-    parser.allow_abbrev, parser.formatter_class, parser.error = False, HelpFormatter, error
-    words = sys.argv[1:] if argv is None else list(argv)
-    help_wanted = {"-h", "--help"} & set(words)
-    words = [w for w in words if w not in ("-h", "--help")]
-    positionals = [a for a in parser._actions if not a.option_strings and a.nargs is None]
-    if help_wanted:
-        for action in positionals:
-            action.nargs = "?"  # a command is not needed to ask for help
-    args, unknown = parser.parse_known_args(words)
-    hidden = unused(args) if unused else {}
-    if help_wanted:
-        for action in positionals:
-            action.nargs = None
-        for action in parser._actions:
-            action.help = argparse.SUPPRESS if action.dest in hidden else action.help
-        parser.print_help()
-        parser.exit()
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        known = {o.lstrip("-"): o for a in parser._actions for o in a.option_strings
-                 if a.dest not in hidden}
-        near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), known, n=1)
-        hint = f", did you mean {known[near[0]]}?" if near else ""
-        parser.error(f"unknown argument {word}{hint}")
-    actions = {o: a for a in parser._actions for o in a.option_strings}
-    options = (word.partition("=")[0] for word in words)
-    args.given = list(dict.fromkeys(actions[o].dest for o in options if o in actions))
-    for name in args.given:
-        if hidden.get(name):
-            parser.error(f"--{name} {hidden[name]}")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name}: expected a finite number, not {value}")
-    return args
-
-def boolean(text):
-    """
-    The type of a flag that may be --x, --x=True or --x=False:
-    parser.add_argument("--x", type=boolean, nargs="?", const=True, default=False)
-    """
-    value = {"true": True, "1": True, "yes": True,
-             "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
-    return value
-
-def run_main(main):
-    """
-    Run a command: what a user can get wrong (OSError, ValueError) ends in one line and exit
-    status 1, Ctrl-C in 130; `main` may return an exit status. Anything else is a bug of ours
-    and keeps its traceback.
-    """
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (OSError, ValueError) as e:
-        known = isinstance(e, OSError) and e.strerror and e.filename
-        message = f"{e.filename}: {e.strerror}" if known else str(e)
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(1)
 
 # -----------------------------------------------------------------------------
 

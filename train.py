@@ -41,6 +41,16 @@ import torch.distributed as dist
 import ppo
 from alignment import Alignment, instruction_file
 from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
+from common import (
+    add_flags,
+    flag,
+    flag_names,
+    flags_of_others,
+    note,
+    parse_args,
+    run_main,
+    write_atomic,
+)
 from experiments.plan import plan
 from export import write_v3
 from model import ModelArgs
@@ -48,9 +58,14 @@ from report import Log, load_boards, plain_config, plot, print_report
 from sample import choose_device, out_of_memory
 from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
 from tinystories import parse_data, shards_tokenizer
-from tokenizer import Tokenizer, add_flags, check_place, copy_tokenizer, data_folders, flag
-from tokenizer import flag_names, flags_of_others, note, open_tokenizer, parse_args, run_main
-from tokenizer import tokenizers_in, write_atomic
+from tokenizer import (
+    Tokenizer,
+    check_place,
+    copy_tokenizer,
+    data_folders,
+    open_tokenizer,
+    tokenizers_in,
+)
 
 # The stages by their flags; without one the run is Pretraining.
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
@@ -264,7 +279,8 @@ def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
     names = ("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "ppo.py", "train.py",
-             "stages.py", "alignment.py", "tinystories.py", "instruct.py")  # fmt: skip
+             "stages.py", "alignment.py", "tinystories.py", "instruct.py",
+             "tokenizer.py")  # fmt: skip
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 
 

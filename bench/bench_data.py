@@ -16,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import parse_args, run_main  # noqa: E402
 from tinystories import story_files  # noqa: E402
-from tokenizer import find_tokenizer, parse_args, run_main  # noqa: E402
+from tokenizer import find_tokenizer  # noqa: E402
 
 
 def measure(script, home, vocab_size):

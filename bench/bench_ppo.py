@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
+from common import parse_args, run_main  # noqa: E402
 from model import Transformer, TransformerWithValueHead  # noqa: E402
 from tinystories import Prompts  # noqa: E402
-from tokenizer import parse_args, run_main  # noqa: E402
 
 
 def main():

@@ -29,8 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import export  # noqa: E402
+from common import parse_args, run_main  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
-from tokenizer import parse_args, run_main  # noqa: E402
 
 #            dim, layers, heads, kv heads, vocabulary, hidden, context, threads
 SHAPES = {

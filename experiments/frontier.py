@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
+from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
 from tinystories import Prompts  # noqa: E402
-from tokenizer import parse_args, run_main, write_atomic  # noqa: E402
 
 PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
 FLAGS = """--ppo --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3

@@ -36,7 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import export  # noqa: E402
-from tokenizer import Tokenizer, parse_args, run_main  # noqa: E402
+from common import parse_args, run_main  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632)
 NEVER = 167  # <0xA4>, in no story: e^-15 at its most probable

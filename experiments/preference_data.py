@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import instruct  # noqa: E402
-from tokenizer import parse_args, run_main  # noqa: E402
+from common import parse_args, run_main  # noqa: E402
 
 
 def words(text):

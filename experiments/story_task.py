@@ -25,8 +25,9 @@ import instruct  # noqa: E402
 import ppo  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
+from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
-from tokenizer import Tokenizer, find_tokenizer, parse_args, run_main, write_atomic  # noqa: E402
+from tokenizer import Tokenizer, find_tokenizer  # noqa: E402
 
 
 class Lab:

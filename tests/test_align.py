@@ -24,11 +24,11 @@ import stages
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from common import run_main
 from experiments import preference_data, story_task
 from instruct import Template
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from test_train import finish, processes
-from tokenizer import run_main
 
 VOCAB = 320  # 256 bytes, 3 control tokens, letters
 ARGS = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=8, max_seq_len=64)

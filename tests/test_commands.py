@@ -21,7 +21,7 @@ import tinystories
 import tokenizer
 import train
 from checkpoint import load_checkpoint
-from tokenizer import run_main
+from common import run_main
 
 ROOT = Path(train.__file__).parent
 COMMANDS = {"train.py": train, "sample.py": sample, "export.py": export, "tokenizer.py": tokenizer,

@@ -24,10 +24,11 @@ from conftest import DATA, ROOT, make_bpe
 import export
 import formats
 from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
+from common import run_main
 from experiments import lifted
 from lora import add_lora
 from model import ModelArgs, Transformer, TransformerWithValueHead
-from tokenizer import Tokenizer, run_main
+from tokenizer import Tokenizer
 
 ARGS = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,
             max_seq_len=40)

@@ -20,8 +20,8 @@ import stages
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from common import run_main
 from model import ModelArgs, Transformer
-from tokenizer import run_main
 
 ROOT = Path(train.__file__).parent
 VOCAB = 320

@@ -20,7 +20,8 @@ import sample
 import tokenizer
 from checkpoint import load_checkpoint
 from test_export import program, run  # noqa: F401
-from tokenizer import Tokenizer, run_main
+from common import run_main
+from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

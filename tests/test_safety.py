@@ -19,7 +19,6 @@ import torch
 
 import common
 import kernels
-import tokenizer
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from common import write_atomic
@@ -260,7 +259,7 @@ def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
         lines = iter(first.stdout.readline, "")
         assert any(line.split("|")[0].strip() == "4" for line in lines)
         with pytest.raises(SystemExit) as e:
-            tokenizer.run_main(lambda: train.main(command(data, out, "--max_iters=4")))
+            common.run_main(lambda: train.main(command(data, out, "--max_iters=4")))
         text = capsys.readouterr().err
         assert e.value.code == 1 and text.startswith("error: ") and text.count("\n") == 1
         assert str(out) in text and f"process {first.pid}" in text
@@ -392,7 +391,7 @@ def test_examples_are_accepted(path, words, monkeypatch):
     spec.loader.exec_module(module)
 
     def parse(parser, *more):
-        raise Parsed(tokenizer.parse_args(parser, *more))
+        raise Parsed(common.parse_args(parser, *more))
 
     monkeypatch.setattr(module, "parse_args", parse)
     monkeypatch.setattr(sys, "argv", [str(path), *words])

@@ -11,8 +11,9 @@ import torch
 import export
 import sample
 from checkpoint import checkpoint_args, save_checkpoint
+from common import run_main
 from model import ModelArgs, Transformer
-from tokenizer import Tokenizer, run_main
+from tokenizer import Tokenizer
 
 # What stories260K tells when it always takes the likeliest token, as in llama2.c's README.
 GOLDEN = """\

@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 
 import tinystories
 import tokenizer
-from tokenizer import Tokenizer, boolean, find_tokenizer, parse_args, run_main, write_atomic
+from common import boolean, parse_args, run_main, write_atomic
+from tokenizer import Tokenizer, find_tokenizer
 
 ODD = ["", "a", " ", "  two  spaces ", "Once upon a time", "line\nbreak\ttab\r\n", "😀 emoji 👩‍👩‍👧",
        "한국어 이야기", "ünïcödé ½", "<s> </s> <0x0A> <unk>", "1234567890", "\x00\x01\x7f",

@@ -26,8 +26,8 @@ import kernels
 import stages
 import train
 from checkpoint import load_checkpoint, save_checkpoint
+from common import run_main
 from model import TransformerBlock
-from tokenizer import run_main
 
 VOCAB = 48
 ROOT = Path(train.__file__).parent
