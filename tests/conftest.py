@@ -71,7 +71,9 @@ def rows(request, monkeypatch):
     monkeypatch.setattr(kernels, "MIN_ROWS", 1)
     monkeypatch.setattr(kernels, "call", watched)
     yield
-    assert {"norm_qkv", "feed_forward"} & called or kernels.library() is None
+    # library() would be remembered as a test with NATIVE_KERNELS=0 sees it, for all later tests.
+    if os.environ.get("NATIVE_KERNELS") != "0":
+        assert {"norm_qkv", "feed_forward"} & called
 
 
 def functions_of(result):
