@@ -23,10 +23,11 @@ from common import flag, flag_names, printable, write_atomic
 from instruct import InstructPrompts, Instructions, OptionalInstructions
 from lora import add_lora, merged_state
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
+from preferences import score
+from pretraining import MODEL_FLAGS, flags_decide, schedule
 from report import print_report
 from sample import choose_device
-from stages import MODEL_FLAGS, InstructionFlags, LoRAFlags, Packed, flags_decide
-from stages import instructions, schedule, score, stage_template
+from sft import InstructionFlags, LoRAFlags, Packed, instructions, stage_template
 from tinystories import Prompts, Windows
 from tokenizer import check_same_tokenizer
 

@@ -43,7 +43,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
-from grammar import tell_story
+from experiments.grammar import tell_story
 from tokenizer import Tokenizer, find_tokenizer, hashed_name
 
 META = "shards.meta"  # beside the shards: JSON, what they were made of

@@ -54,9 +54,11 @@ from common import (
 from experiments.plan import plan
 from export import write_v3
 from model import ModelArgs
+from preferences import DPO, RewardModel
+from pretraining import MODEL_FLAGS, Pretraining
 from report import Log, load_boards, plain_config, plot, print_report
 from sample import choose_device, out_of_memory
-from stages import DPO, MODEL_FLAGS, FineTuning, Pretraining, RewardModel
+from sft import FineTuning
 from tinystories import parse_data, shards_tokenizer
 from tokenizer import (
     Tokenizer,
@@ -279,8 +281,8 @@ def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
     names = ("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "ppo.py", "train.py",
-             "stages.py", "alignment.py", "tinystories.py", "instruct.py",
-             "tokenizer.py")  # fmt: skip
+             "pretraining.py", "sft.py", "preferences.py", "alignment.py", "tinystories.py",
+             "instruct.py", "tokenizer.py")  # fmt: skip
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 
 

@@ -19,8 +19,9 @@ import export
 import instruct
 import kernels
 import ppo
+import preferences
+import pretraining
 import sample
-import stages
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
@@ -135,10 +136,10 @@ def test_score_does_not_depend_on_the_batch_or_on_padding(native, rows, monkeypa
     if not native:
         monkeypatch.setattr(kernels, "native_attention", lambda x: False)
     net, texts = critic(), sequences(9, 1)
-    together = stages.score(net, texts)
-    alone = torch.cat([stages.score(net, [t]) for t in texts])
+    together = preferences.score(net, texts)
+    alone = torch.cat([preferences.score(net, [t]) for t in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(stages.score(net, texts[::-1]).flip(0), together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(preferences.score(net, texts[::-1]).flip(0), together, atol=1e-5, rtol=0)
     for text, s in zip(texts, together):
         padded = torch.tensor([text + [0] * 20])
         dense = net.values(net.hidden(padded))[0, len(text) - 1]
@@ -150,11 +151,11 @@ def test_score_of_a_reply_that_fills_the_context():
     """`generate` leaves one token more than a forward pass can read."""
     text = sequences(1, 1, 9)[0] + list(range(3, 70))
     net = critic()
-    torch.testing.assert_close(stages.score(net, [text[:65]]), stages.score(net, [text[:64]]))
+    torch.testing.assert_close(preferences.score(net, [text[:65]]), preferences.score(net, [text[:64]]))
 
 
 def test_pairs_of_rankings():
-    better, worse, weight = stages.pairs([2, 3])
+    better, worse, weight = preferences.pairs([2, 3])
     assert list(zip(better.tolist(), worse.tolist())) == [(0, 1), (2, 3), (2, 4), (3, 4)]
     torch.testing.assert_close(weight, torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
 
@@ -162,7 +163,7 @@ def test_pairs_of_rankings():
 def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path, rows):
     """Value and gradient, against one forward pass a completion and a Python loop."""
     data = home / "rankings.jsonl"
-    stage, batch = stage_of(stages.RewardModel, home, tmp_path, rm=True, data=data)
+    stage, batch = stage_of(preferences.RewardModel, home, tmp_path, rm=True, data=data)
     torch.nn.init.normal_(stage.model.value_head.weight)
     loss, tokens, found = stage.loss(stage.model, batch)
     loss.backward()
@@ -191,16 +192,16 @@ def test_calibration_error():
     torch.manual_seed(0)
     size = torch.randn(100_000).abs() * 2
     sign = torch.where(torch.rand(100_000) < size.sigmoid(), 1.0, -1.0)
-    assert stages.calibration_error(size * sign) < 0.01
-    assert stages.calibration_error(3 * size * sign) > 0.05
+    assert preferences.calibration_error(size * sign) < 0.01
+    assert preferences.calibration_error(3 * size * sign) > 0.05
     # two bins by hand: confidence 0.6 and right, 0.9 and wrong
     x = torch.tensor([math.log(0.62 / 0.38), -math.log(0.92 / 0.08)])
-    assert stages.calibration_error(x) == pytest.approx((0.38 + 0.92) / 2, abs=1e-5)
+    assert preferences.calibration_error(x) == pytest.approx((0.38 + 0.92) / 2, abs=1e-5)
 
 
 def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
     """A process without a share of the evaluation has nothing of each number, not no numbers."""
-    stage, _ = stage_of(stages.RewardModel, home, tmp_path, rm=True, batch_size=8)
+    stage, _ = stage_of(preferences.RewardModel, home, tmp_path, rm=True, batch_size=8)
     monkeypatch.setattr(stage, "summary", lambda seen: seen[0])
     stage.world, seen = 2, {}
     monkeypatch.setattr(type(stage.val), "__len__", lambda self: 5)
@@ -303,7 +304,7 @@ def test_dpo_is_equation_7(home, tmp_path, smoothing, free, rows):
     """Loss and gradient of Rafailov et al., with the policy away from the reference, written out:
     one sequence at a time, one token at a time."""
     flags = dict(dpo_label_smoothing=smoothing, dpo_reference_free=free, dpo_beta=0.3)
-    stage, batch = stage_of(stages.DPO, home, tmp_path, dpo=True, **flags)
+    stage, batch = stage_of(preferences.DPO, home, tmp_path, dpo=True, **flags)
     with torch.no_grad():
         for p in stage.model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -489,7 +490,7 @@ def test_first_steps_are_short(home, rm, tmp_path):
     optimizer.register_step_pre_hook(lambda *_: seen.extend((p.detach().clone(), p.grad.clone())))
     optimizer.register_step_post_hook(note)
     stats = [stage.step(i) for i in (0, 1)]
-    peak = [1e-3, 1e-3 * stages.schedule(1, args, warmup=0)]
+    peak = [1e-3, 1e-3 * pretraining.schedule(1, args, warmup=0)]
     assert 0 < peak[1] < 1e-3
     assert rates == pytest.approx([peak[k > 4] * min(k / 5, 1) for k in range(1, 9)])
     before, g, after = seen[:3]

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, data_file
 
-import grammar
 import tinystories
+from experiments import grammar
 from tinystories import BOS, Dealer, Prompts, Windows, open_shards, permute
 from tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from test_commands import PPO as PUBLISHED_PPO
 from test_commands import PPO_CPU, PRETRAIN
 
 import instruct
-import stages
+import pretraining
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
@@ -394,7 +394,7 @@ def test_every_flag_changes_something(home, tmp_path, capsys, monkeypatch, stage
     before, idle = {}, []
     base = BASE[stage]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "matmul_roof", lambda *_: 1e12)  # a second per run, for the MFU
+    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1e12)  # a second per run, for the MFU
 
     def run(**flags):
         return flat(outcome(home, tmp_path / "out", capsys, monkeypatch, **base | flags))

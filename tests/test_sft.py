@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import export
 import kernels
 import sample
-import stages
+import sft
 import train
 from checkpoint import (
     checkpoint_args,
@@ -88,7 +88,7 @@ def test_packed_is_one_by_one_in_loss_and_gradient(base, native, rows, monkeypat
     t = Tokenizer(base / "tok290.model")
     data = Instructions(f"{base}/data.jsonl", "train", t, TEMPLATES["plain"], 64)
     model = model_from_checkpoint(load_checkpoint(base / "ckpt.pt"))
-    tokens, targets, lengths, expected = stages.Packed(data).batch(5, 7)
+    tokens, targets, lengths, expected = sft.Packed(data).batch(5, 7)
     samples = data.batch(5, 7)
     learnt = sum(mask.count(True) for _, mask in samples)
     assert int((targets >= 0).sum()) == learnt and sum(lengths) == len(tokens)

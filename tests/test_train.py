@@ -23,7 +23,7 @@ import torch
 
 import alignment
 import kernels
-import stages
+import pretraining
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from common import run_main
@@ -183,14 +183,14 @@ def processes(n, argv, folder, hooks={}):
 
 def die_in_step(iteration, number=signal.SIGKILL):
     """A hook: the process gets a signal when it begins an iteration."""
-    step = stages.Pretraining.step
+    step = pretraining.Pretraining.step
 
     def mortal(self, i):
         if i == iteration:
             os.kill(os.getpid(), number)
         return step(self, i)
 
-    stages.Pretraining.step = mortal
+    pretraining.Pretraining.step = mortal
 
 
 def die_at_file_operation(n, folder):
@@ -245,7 +245,7 @@ def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
     train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150, eval_iters=100,
                        eval_interval=150, learning_rate=2e-2, weight_decay=0.0, warmup_iters=10,
                        **flags))  # fmt: skip
-    val = stages.Windows(data, "val", 32, VOCAB)
+    val = pretraining.Windows(data, "val", 32, VOCAB)
     best = true_loss(*val.batch(0, len(val)))
     reached = [r["loss/val"] for r in read_log(tmp_path) if "loss/val" in r]
     assert reached[0] == pytest.approx(math.log(VOCAB), abs=0.05)  # knows nothing yet
@@ -276,24 +276,24 @@ def test_ppo_raises_the_objective(data, tmp_path):
 
 def test_schedule():
     args = train.flags(["--max_iters=110", "--warmup_iters=10"])
-    rates = [stages.schedule(i, args) for i in range(111)]
+    rates = [pretraining.schedule(i, args) for i in range(111)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[110] == pytest.approx(0)
     assert rates[60] == pytest.approx(0.5)  # a cosine is at half its height half way
     assert rates[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     args.schedule = "linear"
-    assert stages.schedule(35, args) == pytest.approx(0.75)
+    assert pretraining.schedule(35, args) == pytest.approx(0.75)
     args.decay_lr = False
-    assert stages.schedule(0, args) == stages.schedule(109, args) == 1
+    assert pretraining.schedule(0, args) == pretraining.schedule(109, args) == 1
 
 
 def test_weight_decay_is_of_matrices_only(data, tmp_path):
     """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no vector."""
     args = train.flags(command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02))
-    model = stages.Transformer(stages.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
+    model = pretraining.Transformer(pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    for o in stages.make_optimizers(model, args):
+    for o in pretraining.make_optimizers(model, args):
         o.step()
     for name, p in model.named_parameters():
         factor = 1 if p.dim() == 1 else 1 - (0.02 if name.startswith("layers.") else 1e-2) * 0.1
@@ -372,11 +372,11 @@ def test_ppo_has_no_muon(data, tmp_path, capsys):
 def test_adam_eps(data, tmp_path):
     """With gradients of 1, Adam's first step is rate / (1 + eps)."""
     args = train.flags(command(data, tmp_path, adam_eps=0.6, weight_decay=0))
-    model = stages.Transformer(stages.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8))
+    model = pretraining.Transformer(pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    for o in stages.make_optimizers(model, args):
+    for o in pretraining.make_optimizers(model, args):
         o.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] - 1e-2 / 1.6)
@@ -386,7 +386,7 @@ def test_muon_is_that_of_pytorch():
     """To the bit, over several steps, and in the state that it keeps."""
     shapes = [(16, 16), (16, 16), (8, 16), (16, 8), (44, 16), (16, 44), (8, 16)]
     both = []
-    for kind in (torch.optim.Muon, stages.Muon):
+    for kind in (torch.optim.Muon, pretraining.Muon):
         random = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
         optimizer = kind(params, lr=0.02, weight_decay=0.1)
@@ -413,8 +413,8 @@ def test_accumulated_steps_are_one_large_batch(data, tmp_path):
 
 def interrupted(data, folder, at, number, **flags):
     """Runs until a signal arrives in iteration `at`; returns the exit status."""
-    step = stages.Pretraining.step if not flags.get("ppo") else alignment.Alignment.step
-    stage = alignment.Alignment if flags.get("ppo") else stages.Pretraining
+    step = pretraining.Pretraining.step if not flags.get("ppo") else alignment.Alignment.step
+    stage = alignment.Alignment if flags.get("ppo") else pretraining.Pretraining
 
     def signalled(self, i):
         if i == at:
@@ -553,7 +553,7 @@ def test_a_batch_too_large_for_the_memory_is_one_line(data, tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         np.empty(10**17) if how == "numpy" else torch.empty(10**17)
 
-    stage = alignment.ppo.PPOTrainer if ppo else stages.Pretraining
+    stage = alignment.ppo.PPOTrainer if ppo else pretraining.Pretraining
     if ppo:
         train.main(command(data, tmp_path, max_iters=1))
     monkeypatch.setattr(stage, "loss", too_much)
@@ -569,11 +569,11 @@ def test_a_batch_too_large_for_the_memory_is_one_line(data, tmp_path, monkeypatc
 def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
     """Also where the machine was busy while its matrix product was measured; kernels.c is compiled
     before the first step, whose tokens are counted per second."""
-    monkeypatch.setattr(stages, "matmul_roof", lambda *_: 1.0)
+    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1.0)
     args = train.flags(command(data, tmp_path, dim=96, n_heads=2))
     train.setup(args)
     compiled = []
-    monkeypatch.setattr(stages, "library", lambda: compiled.append(0))
+    monkeypatch.setattr(pretraining, "library", lambda: compiled.append(0))
     stage = train.start(args, 0, 1)[0]
     assert compiled
     rates = [stage.step(i) for i in range(3)]
@@ -789,7 +789,7 @@ def test_folder_without_permission(data, tmp_path):
 
 def poison(monkeypatch, iterations, what):
     """In some iterations the loss, or the gradient alone, is not a number."""
-    step, forward, state = stages.Pretraining.step, stages.Transformer.forward, {"bad": False}
+    step, forward, state = pretraining.Pretraining.step, pretraining.Transformer.forward, {"bad": False}
 
     def watched(self, i):
         state["bad"] = i in iterations
@@ -801,8 +801,8 @@ def poison(monkeypatch, iterations, what):
             return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] - 1).abs().sqrt()
         return loss
 
-    monkeypatch.setattr(stages.Pretraining, "step", watched)
-    monkeypatch.setattr(stages.Transformer, "forward", poisoned)
+    monkeypatch.setattr(pretraining.Pretraining, "step", watched)
+    monkeypatch.setattr(pretraining.Transformer, "forward", poisoned)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -810,16 +810,16 @@ def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, what
     """weight[0] - 1 is 0 in the first iteration, where the root has no finite slope."""
     poison(monkeypatch, {0}, what)
     train.main(command(data, tmp_path, max_iters=1))
-    fresh = stages.Transformer  # the weights are still those of the seed
+    fresh = pretraining.Transformer  # the weights are still those of the seed
     torch.manual_seed(1337)
-    same = fresh(stages.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
+    same = fresh(pretraining.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
     assert equal(same, load_checkpoint(tmp_path / "ckpt.pt")["model"]) == []
     record = [r for r in read_log(tmp_path) if "bad_steps" in r][0]
     assert record["bad_steps"] == 1 and record["grad_norm"] is None
 
 
 def test_ends_after_many_bad_steps(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "MAX_BAD_STEPS", 3)
+    monkeypatch.setattr(pretraining, "MAX_BAD_STEPS", 3)
     poison(monkeypatch, {1, 2, 5, 6, 7}, "loss")
     with pytest.raises(ValueError, match=r"iteration 7: .* 3 steps; .*ckpt.pt has iteration 4"):
         train.main(command(data, tmp_path))
@@ -964,7 +964,7 @@ MICRO = dict(batch_size=2, max_seq_len=kernels.MIN_ROWS // 2, gradient_accumulat
 
 def count_messages(folder):
     """A hook: how many of which collective operations a step has, into a file."""
-    step = stages.Pretraining.step
+    step = pretraining.Pretraining.step
 
     def watched(self, i):
         if i != 3:
@@ -977,7 +977,7 @@ def count_messages(folder):
         Path(f"{folder}/counts.json").write_text(json.dumps(counts))
         return out
 
-    stages.Pretraining.step = watched
+    pretraining.Pretraining.step = watched
 
 
 @pytest.mark.parametrize("n,flags", [
@@ -1058,13 +1058,13 @@ def test_muon_in_shards_is_muon(data, tmp_path, pair):
 
 def held(tensors):
     """How many numbers of some tensors, sharded or not, are in this process."""
-    return sum((t.to_local() if isinstance(t, stages.DTensor) else t).numel() for t in tensors)
+    return sum((t.to_local() if isinstance(t, pretraining.DTensor) else t).numel() for t in tensors)
 
 
 def watch_shards(folder):
     """A hook: what a process with --fsdp holds and does, into a file of its own after each step."""
     found, block = {"forwards": 0}, TransformerBlock
-    step, forward, state = stages.Pretraining.step, block.forward, stages.Pretraining.state
+    step, forward, state = pretraining.Pretraining.step, block.forward, pretraining.Pretraining.state
 
     def whole_to_device(*args):
         raise AssertionError("a module is moved as a whole")
@@ -1088,8 +1088,8 @@ def watch_shards(folder):
         found["saved"] = sum(v is not None for v in out["model"].values())
         return out
 
-    stages.Pretraining.step, block.forward = watched_step, watched_forward
-    stages.Pretraining.state, torch.nn.Module.to = watched_state, whole_to_device
+    pretraining.Pretraining.step, block.forward = watched_step, watched_forward
+    pretraining.Pretraining.state, torch.nn.Module.to = watched_state, whole_to_device
 
 
 def test_fsdp_in_bfloat16(data, tmp_path, alone):
