@@ -20,7 +20,7 @@ import torch
 import ppo
 from checkpoint import load_checkpoint, model_from_checkpoint
 from common import flag, flag_names, printable, write_atomic
-from instruct import InstructPrompts, Instructions, OptionalInstructions
+from instruct import Instructions, InstructPrompts, OptionalInstructions
 from lora import add_lora, merged_state
 from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
 from preferences import score
@@ -120,9 +120,7 @@ def load_reward(spec, target_len, decode):
             )
         for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
             if not isinstance(x, (int, float)) or not math.isfinite(x):
-                raise ppo.RewardError(
-                    f"--reward={spec} gave {x!r} as a score, not a finite number"
-                )
+                raise ppo.RewardError(f"--reward={spec} gave {x!r} as a score, not a finite number")
         return scores
 
     return reward
@@ -199,8 +197,14 @@ class Alignment:
     # The published commands give flags of pretraining. The shape of the model is checked against
     # the checkpoint; PPO has no use for the others.
     accepted = (
-        *MODEL_FLAGS, "vocab_source", "dropout", "warmup_iters", "eval_iters", "compile", "plot",
-    )  # fmt: skip
+        *MODEL_FLAGS,
+        "vocab_source",
+        "dropout",
+        "warmup_iters",
+        "eval_iters",
+        "compile",
+        "plot",
+    )
 
     @staticmethod
     def unused(args):
@@ -222,7 +226,14 @@ class Alignment:
             yield ["whiten_rewards"], "has no effect without --kl_in=reward"
         if not args.lora_rank:
             yield ["lora_alpha", "lora_layers"], "has no effect without --lora_rank"
-        critic = "value_model", "lam", "lam_value", "vf_coef", "critic_warmup", "value_learning_rate"
+        critic = (
+            "value_model",
+            "lam",
+            "lam_value",
+            "vf_coef",
+            "critic_warmup",
+            "value_learning_rate",
+        )
         if args.advantage != "gae":
             yield critic, "has no effect without --advantage=gae"
         elif args.value_model == "shared":
@@ -271,16 +282,25 @@ class Alignment:
             source, path = start, config.value_model
             if path != "separate":
                 source = load_checkpoint(path)
-                source = self.scorer(path) if "reward" in source else self.same_tokenizer(path, source)
+                source = (
+                    self.scorer(path) if "reward" in source else self.same_tokenizer(path, source)
+                )
             critic = build(source, TransformerWithValueHead)
             if critic.args.vocab_size != self.model.args.vocab_size:
                 raise ValueError(f"--value_model={path} has another vocabulary than the policy")
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.adam(critic, rate))
         self.trainer = ppo.PPOTrainer(
-            config, self.model, reference, critic, self.optimizers[0],
-            self.optimizers[1] if critic else None, context, self.ptx_batch, self.stop_ids,
-        )  # fmt: skip
+            config,
+            self.model,
+            reference,
+            critic,
+            self.optimizers[0],
+            self.optimizers[1] if critic else None,
+            context,
+            self.ptx_batch,
+            self.stop_ids,
+        )
         if args.reward.endswith(".pt"):
             device = args.reward_device or args.device
             size, scorer = args.batch_size, self.scorer(args.reward)
@@ -384,9 +404,14 @@ class Alignment:
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=random)
         with self.trainer.context():
             out = generate(
-                model, prompts, c.max_gen_len, c.temperature, stop_ids=self.stop_ids,
-                uniform=uniform, max_batch=512,
-            )  # fmt: skip
+                model,
+                prompts,
+                c.max_gen_len,
+                c.temperature,
+                stop_ids=self.stop_ids,
+                uniform=uniform,
+                max_batch=512,
+            )
         return out.responses(), out.ended
 
     def scores(self, prompts, responses, ended):
@@ -500,7 +525,10 @@ class Alignment:
         return stats | {
             "ppo/objective_roof": ppo.objective_roof(self.roof_scores, stats["ppo/kl_coef"])[0],
             "time/ppo/rollout": t1 - t0,
-            "time/ppo/scoring": t2 - t1 - stats["time/ppo/optimize_step"] - stats["time/ppo/calc_stats"],
+            "time/ppo/scoring": t2
+            - t1
+            - stats["time/ppo/optimize_step"]
+            - stats["time/ppo/calc_stats"],
             "time/ppo/iteration": t2 - t0,
         }
 

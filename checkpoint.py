@@ -64,10 +64,17 @@ def kind_of_file(path, but=""):
         with zipfile.ZipFile(path) as z:
             ours = any(name.endswith("data.pkl") for name in z.namelist())
         return "" if ours else "a zip archive of something else"
-    dim, hidden, layers, heads, kv, vocab, context = struct.unpack("<7i", head[:28].ljust(28, b"\0"))
-    if 0 < layers <= LARGEST["n_layers"] and 0 < kv <= heads <= dim <= LARGEST["dim"] \
-            and 0 < hidden <= LARGEST["hidden_dim"] and 0 < abs(vocab) <= LARGEST["vocab_size"] \
-            and 0 < context <= LARGEST["max_seq_len"] and not dim % heads:  # fmt: skip
+    dim, hidden, layers, heads, kv, vocab, context = struct.unpack(
+        "<7i", head[:28].ljust(28, b"\0")
+    )
+    if (
+        0 < layers <= LARGEST["n_layers"]
+        and 0 < kv <= heads <= dim <= LARGEST["dim"]
+        and 0 < hidden <= LARGEST["hidden_dim"]
+        and 0 < abs(vocab) <= LARGEST["vocab_size"]
+        and 0 < context <= LARGEST["max_seq_len"]
+        and not dim % heads
+    ):
         return "a llama2.c model of version 0: import it with export.py ckpt.pt --llama2c=FILE"
     text = head.decode("utf-8", "ignore").strip()
     if len(text.encode()) > len(head) - 100 and all(c.isprintable() or c.isspace() for c in text):
@@ -94,12 +101,16 @@ def load_checkpoint(path, device="cpu", mmap=False):
     except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
         reason = str(e).strip().split("\n")[0][:120]
         if what := kind_of_file(path):
-            raise ValueError(f"{path} is not a readable checkpoint: it seems to be {what}") from None
+            raise ValueError(
+                f"{path} is not a readable checkpoint: it seems to be {what}"
+            ) from None
         if pickled := re.search(r"GLOBAL (\S+) was not", str(e)):
             reason = f"it holds {pickled[1]}: only tensors and plain values are loaded"
         elif "weights_only" in reason or "Weights only" in reason:
             reason = "it holds neither tensors nor plain values"
-        raise ValueError(f"{path} is not a readable checkpoint, or is cut short ({reason})") from None
+        raise ValueError(
+            f"{path} is not a readable checkpoint, or is cut short ({reason})"
+        ) from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
         what = next((text for key, text in KEYS.items() if key in keys), "")
@@ -127,7 +138,9 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     state = checkpoint["model"]
     try:
         if "tok_embeddings.weight" in state and "output.weight" in state:
-            given.setdefault("tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"]))
+            given.setdefault(
+                "tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"])
+            )
         args = ModelArgs(**{**given, **overrides})
         check_sizes(args, state)  # before memory is taken for them
         model = cls(args)
@@ -139,7 +152,9 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
         missing = [n for n in missing if n not in ("tok_embeddings.weight", "output.weight")]
     unexpected = [name for name in unexpected if not name.startswith(("value_head", "freqs_"))]
     if missing or unexpected:
-        raise ValueError(f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}")
+        raise ValueError(
+            f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}"
+        )
     return model
 
 

@@ -25,8 +25,10 @@ except ImportError:  # Windows: no locks
 NEEDED = "torch", "numpy", "sentencepiece", "requests", "tqdm"
 MISSING = [name for name in NEEDED if not importlib.util.find_spec(name)]
 if MISSING:
-    sys.exit(f"error: {sys.executable} has no {' and no '.join(MISSING)}: activate the environment "
-             "(. .venv/bin/activate), or pip install -r requirements.txt")  # fmt: skip
+    sys.exit(
+        f"error: {sys.executable} has no {' and no '.join(MISSING)}: activate the environment "
+        "(. .venv/bin/activate), or pip install -r requirements.txt"
+    )
 
 
 def try_lock(fd):
@@ -121,8 +123,10 @@ def lock_folder(folder):
         else:
             if not mine:
                 who = " ".join(os.read(fd, 200).decode(errors="replace").split())
-                raise ValueError(f"another run writes to {folder}{who and f' ({who})'}: wait for its end, "
-                                 "or choose another --out_dir")  # fmt: skip
+                raise ValueError(
+                    f"another run writes to {folder}{who and f' ({who})'}: wait for its end, "
+                    "or choose another --out_dir"
+                )
             with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(fd, 0)
                 os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())

@@ -33,18 +33,37 @@ import tempfile
 import warnings
 from dataclasses import replace
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
-
 import numpy as np
 import torch
 
-from checkpoint import (check_generates, checkpoint_args, load_checkpoint, model_from_checkpoint,
-                        save_checkpoint)
+import common  # noqa: F401  first: it says what to do where a package is not installed
+from checkpoint import (
+    check_generates,
+    checkpoint_args,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
 from common import parse_args, read_json, run_main, write_atomic
-from formats import (begins_with_bos, export_peft, floats, json_to_sentencepiece, model_shapes,
-                     open_tensors, ranks_to_json, read_hf, read_meta, sentencepiece_names,
-                     sentencepiece_pieces, special_ids, template_from_jinja, token_text, write_gguf,
-                     write_hf, write_json)
+from formats import (
+    begins_with_bos,
+    export_peft,
+    floats,
+    json_to_sentencepiece,
+    model_shapes,
+    open_tensors,
+    ranks_to_json,
+    read_hf,
+    read_meta,
+    sentencepiece_names,
+    sentencepiece_pieces,
+    special_ids,
+    template_from_jinja,
+    token_text,
+    write_gguf,
+    write_hf,
+    write_json,
+)
 from instruct import Template
 from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
@@ -64,23 +83,42 @@ FORMATS = {"fp32": 0, "q8_0": 1}
 # -----------------------------------------------------------------------------
 # The numbers and tensors of a model
 
+
 def header_ints(args):
     """The seven ints that all versions begin with."""
-    return struct.pack("<7i", args.dim, args.ffn_dim, args.n_layers, args.n_heads,
-                       args.n_kv_heads, args.vocab_size, args.max_seq_len)
+    return struct.pack(
+        "<7i",
+        args.dim,
+        args.ffn_dim,
+        args.n_layers,
+        args.n_heads,
+        args.n_kv_heads,
+        args.vocab_size,
+        args.max_seq_len,
+    )
+
 
 def per_layer(weights, args, name):
     """One tensor of every layer, in order: per_layer(weights, args, "attention.wq")."""
     return [weights[f"layers.{i}.{name}.weight"] for i in range(args.n_layers)]
 
-MATRICES = ["attention.wq", "attention.wk", "attention.wv", "attention.wo",
-            "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+
+MATRICES = [
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+]
 
 # -----------------------------------------------------------------------------
 # Version 3: what run.c maps
 
 SEARCH = np.linspace(0.94, 1.02, 41, dtype=np.float32)  # scales to try, around max / 127
 SEARCH_LIMIT = 1 << 20  # weights of one matrix: above it the search would take minutes
+
 
 def quantize(w, group, dtype):
     """
@@ -93,7 +131,7 @@ def quantize(w, group, dtype):
     factors = SEARCH if w.size <= SEARCH_LIMIT else np.ones(1, np.float32)
     rows = max(1, 65536 // w.shape[1])  # at a time, so that they stay in the cache
     for i in range(0, len(w), rows):
-        g = w[i:i + rows].reshape(-1, group)
+        g = w[i : i + rows].reshape(-1, group)
         top, least = np.abs(g).max(1, keepdims=True) / np.float32(127), None
         for factor in factors:
             s = (top * factor).astype(dtype).astype(np.float32)
@@ -104,17 +142,20 @@ def quantize(w, group, dtype):
             better = error < least
             best_n, best_s = np.where(better, n, best_n), np.where(better, s, best_s)
             least = np.minimum(error, least)
-        q[i:i + rows] = best_n.reshape(-1, w.shape[1])
-        scale[i:i + rows] = best_s.reshape(-1, scale.shape[1])
+        q[i : i + rows] = best_n.reshape(-1, w.shape[1])
+        scale[i : i + rows] = best_s.reshape(-1, scale.shape[1])
     return q, scale
+
 
 def pad(w, rows, cols):
     """w with zeros added until its sizes are multiples of rows and cols."""
     return np.pad(w, ((0, -w.shape[0] % rows), (0, -w.shape[1] % cols)))
 
+
 def tiles(w, width):
     """(rows, cols) -> (rows / 16, cols / width, 16, width): 16 rows side by side."""
     return w.reshape(w.shape[0] // TILE, TILE, -1, width).transpose(0, 2, 1, 3)
+
 
 def matrix_blobs(w, fmt, group):
     """The one or two blocks of bytes that a matrix becomes."""
@@ -124,6 +165,7 @@ def matrix_blobs(w, fmt, group):
     q = (q.astype(np.int16) + 128).astype(np.uint8)  # run.c multiplies unsigned by signed bytes
     return [tiles(q, 4).tobytes(), tiles(scale, 1).tobytes()]
 
+
 def best_group(args):
     """
     64 or 32, whichever makes the smaller file: a scale costs 2 bytes a group, a dimension that
@@ -132,25 +174,33 @@ def best_group(args):
     """
     if args.dim < 128:
         return 16
+
     def row(cols, group):
         return -(-cols // group) * (group + 2)
+
     def size(group):
-        per_layer = (2 * args.dim + 2 * args.n_kv_heads * args.head_dim + 2 * args.ffn_dim) \
-            * row(args.dim, group) + args.dim * row(args.ffn_dim, group)
+        per_layer = (2 * args.dim + 2 * args.n_kv_heads * args.head_dim + 2 * args.ffn_dim) * row(
+            args.dim, group
+        ) + args.dim * row(args.ffn_dim, group)
         return args.n_layers * per_layer + args.vocab_size * row(args.dim, group)
+
     return min((64, 32), key=size)
+
 
 def interleave(w1, w3):
     """Tiles of 16 rows of w1 and of w3 in turn, for the SwiGLU."""
     w1, w3 = (pad(w, TILE, 1).reshape(-1, TILE, w.shape[1]) for w in (w1, w3))
     return np.stack([w1, w3], 1).reshape(-1, w1.shape[-1])
 
+
 def tensors_v3(args, weights):
     """Yields the tensors in file order, as numpy arrays: norms (D,), matrices (rows, cols)."""
     yield floats(weights["tok_embeddings.weight"])
     for layer in range(args.n_layers):
-        w = {name.split(".")[-1]: floats(weights[f"layers.{layer}.{name}.weight"])
-             for name in (*MATRICES, "attention_norm", "ffn_norm")}
+        w = {
+            name.split(".")[-1]: floats(weights[f"layers.{layer}.{name}.weight"])
+            for name in (*MATRICES, "attention_norm", "ffn_norm")
+        }
         yield w["attention_norm"]
         yield np.concatenate([w["wq"], w["wk"], w["wv"]])
         yield w["wo"]
@@ -160,6 +210,7 @@ def tensors_v3(args, weights):
     yield floats(weights["norm.weight"])
     if not args.tied:
         yield floats(weights["output.weight"])
+
 
 def tokenizer_blob(tokenizer):
     """The tokenizer as bytes: llama2.c's format, or byte_level_blob's."""
@@ -171,10 +222,12 @@ def tokenizer_blob(tokenizer):
         with open(path, "rb") as f:
             return f.read()
 
+
 def template_blob(template):
     """{"turn": ..., "system": ..., "next": ...} as bytes: of each its length and UTF-8."""
     texts = [(template.get(name) or "").encode() for name in ("turn", "system", "next")]
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+
 
 def rope_numbers(scaling):
     """The header's three floats and an int; zeros: no scaling, or linear."""
@@ -182,12 +235,15 @@ def rope_numbers(scaling):
     numbers = [s.get(name, 0) for name in LLAMA3_SCALING]
     return struct.pack("<3fi", *numbers[:3], int(numbers[3]))
 
+
 def hash_bytes(tokenizer, tokenizer_hash=""):
     """The hash of a model's tokenizer, which goes to the end of a header; zeros: it is not known."""
     return bytes.fromhex(tokenizer.hash if tokenizer else tokenizer_hash).rjust(32, b"\0")
 
-def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True,
-             tokenizer_hash=""):
+
+def write_v3(
+    f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True, tokenizer_hash=""
+):
     group = best_group(args)
     f.write(bytes(256))
     for w in tensors_v3(args, weights):
@@ -211,17 +267,34 @@ def write_v3(f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=Tr
     f.write(blob + chat)
     f.seek(0)
     f.write(struct.pack("<Ii", MAGIC, 3) + header_ints(args))
-    f.write(struct.pack("<5i2f3Q2I2Q", FORMATS[fmt], group, int(args.tied), bos, eos,
-                        args.rope_theta, args.norm_eps, offset, len(blob),
-                        offset + len(blob) + len(chat), squeeze, kind,
-                        offset + len(blob) if chat else 0, len(chat)))
+    f.write(
+        struct.pack(
+            "<5i2f3Q2I2Q",
+            FORMATS[fmt],
+            group,
+            int(args.tied),
+            bos,
+            eos,
+            args.rope_theta,
+            args.norm_eps,
+            offset,
+            len(blob),
+            offset + len(blob) + len(chat),
+            squeeze,
+            kind,
+            offset + len(blob) if chat else 0,
+            len(chat),
+        )
+    )
     f.write(rope_numbers(args.rope_scaling) + struct.pack("<4i", *ends[:4]))
     f.write(bytes(8) + struct.pack("<2i", no_bos, end_zero))
     f.seek(256 - 32)
     f.write(hash_bytes(tokenizer, tokenizer_hash))
 
+
 # -----------------------------------------------------------------------------
 # llama2.c's versions
+
 
 def write_v0(f, args, weights):
     """fp32, no magic; the sign of the vocabulary size says whether the classifier is tied."""
@@ -229,45 +302,66 @@ def write_v0(f, args, weights):
     if not args.tied:
         struct.pack_into("<i", head, 20, -args.vocab_size)
     f.write(head)
-    order = [[weights["tok_embeddings.weight"]], per_layer(weights, args, "attention_norm"),
-             *(per_layer(weights, args, m) for m in MATRICES[:4]),
-             per_layer(weights, args, "ffn_norm"),
-             *(per_layer(weights, args, m) for m in MATRICES[4:]), [weights["norm.weight"]]]
+    order = [
+        [weights["tok_embeddings.weight"]],
+        per_layer(weights, args, "attention_norm"),
+        *(per_layer(weights, args, m) for m in MATRICES[:4]),
+        per_layer(weights, args, "ffn_norm"),
+        *(per_layer(weights, args, m) for m in MATRICES[4:]),
+        [weights["norm.weight"]],
+    ]
     for tensor in sum(order, []):
         f.write(floats(tensor).tobytes())
     f.write(bytes(4 * args.max_seq_len * args.head_dim))  # RoPE tables, which nobody reads
     if not args.tied:
         f.write(floats(weights["output.weight"]).tobytes())
 
+
 def norms(args, weights):
-    return [*per_layer(weights, args, "attention_norm"), *per_layer(weights, args, "ffn_norm"),
-            weights["norm.weight"]]
+    return [
+        *per_layer(weights, args, "attention_norm"),
+        *per_layer(weights, args, "ffn_norm"),
+        weights["norm.weight"],
+    ]
+
 
 def matrices(args, weights):
-    return [weights["tok_embeddings.weight"],
-            *sum((per_layer(weights, args, name) for name in MATRICES), []),
-            *([] if args.tied else [weights["output.weight"]])]
+    return [
+        weights["tok_embeddings.weight"],
+        *sum((per_layer(weights, args, name) for name in MATRICES), []),
+        *([] if args.tied else [weights["output.weight"]]),
+    ]
+
 
 def write_v1(f, args, weights, tokenizer_hash=""):
     """fp32 after a header of 256 bytes."""
-    f.write((struct.pack("<Ii", MAGIC, 1) + header_ints(args)
-             + struct.pack("<B", args.tied)).ljust(224, b"\0") + hash_bytes(None, tokenizer_hash))
+    f.write(
+        (struct.pack("<Ii", MAGIC, 1) + header_ints(args) + struct.pack("<B", args.tied)).ljust(
+            224, b"\0"
+        )
+        + hash_bytes(None, tokenizer_hash)
+    )
     for tensor in norms(args, weights) + matrices(args, weights):
         f.write(floats(tensor).tobytes())
+
 
 def write_v2(f, args, weights, tokenizer_hash=""):
     """int8 with fp32 scales; the group is the largest power of two that divides every row."""
     group = 64
     while args.dim % group or args.ffn_dim % group:
         group //= 2
-    f.write((struct.pack("<Ii", MAGIC, 2) + header_ints(args)
-             + struct.pack("<Bi", args.tied, group)).ljust(224, b"\0")
-            + hash_bytes(None, tokenizer_hash))
+    f.write(
+        (
+            struct.pack("<Ii", MAGIC, 2) + header_ints(args) + struct.pack("<Bi", args.tied, group)
+        ).ljust(224, b"\0")
+        + hash_bytes(None, tokenizer_hash)
+    )
     for tensor in norms(args, weights):
         f.write(floats(tensor).tobytes())
     for tensor in matrices(args, weights):
         q, scale = quantize(floats(tensor), group, "<f4")
         f.write(q.tobytes() + scale.tobytes())
+
 
 def read_v0(path):
     """A version-0 file -> (ModelArgs, state dict). ValueError if its length is not its header's."""
@@ -279,11 +373,20 @@ def read_v0(path):
     if min(dim, ffn, n_layers, n_heads, n_kv_heads, abs(vocab), seq_len) < 1 or dim % n_heads:
         raise ValueError(f"{path} is not a llama2.c file of version 0 (fp32)")
     L, V, E, kv = n_layers, abs(vocab), dim // n_heads, dim // n_heads * n_kv_heads
-    shapes = {"tok_embeddings": (V, dim), "attention_norm": (L, dim),
-              "attention.wq": (L, dim, dim), "attention.wk": (L, kv, dim),
-              "attention.wv": (L, kv, dim), "attention.wo": (L, dim, dim), "ffn_norm": (L, dim),
-              "feed_forward.w1": (L, ffn, dim), "feed_forward.w2": (L, dim, ffn),
-              "feed_forward.w3": (L, ffn, dim), "norm": (dim,), "rope": (seq_len, E)}
+    shapes = {
+        "tok_embeddings": (V, dim),
+        "attention_norm": (L, dim),
+        "attention.wq": (L, dim, dim),
+        "attention.wk": (L, kv, dim),
+        "attention.wv": (L, kv, dim),
+        "attention.wo": (L, dim, dim),
+        "ffn_norm": (L, dim),
+        "feed_forward.w1": (L, ffn, dim),
+        "feed_forward.w2": (L, dim, ffn),
+        "feed_forward.w3": (L, ffn, dim),
+        "norm": (dim,),
+        "rope": (seq_len, E),
+    }
     if vocab < 0:
         shapes["output"] = (V, dim)
     want = 28 + 4 * sum(int(np.prod(s, dtype=object)) for s in shapes.values())
@@ -300,15 +403,24 @@ def read_v0(path):
             weights.update({f"layers.{i}.{name}.weight": tensor[i].clone() for i in range(L)})
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     # Llama's rule gives the hidden size for some multiple_of; if for none, it is said outright.
-    args = dict(dim=dim, n_layers=L, n_heads=n_heads, n_kv_heads=n_kv_heads, vocab_size=V,
-                max_seq_len=seq_len, tied=vocab > 0)
+    args = dict(
+        dim=dim,
+        n_layers=L,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        vocab_size=V,
+        max_seq_len=seq_len,
+        tied=vocab > 0,
+    )
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         if ModelArgs(**args, multiple_of=multiple).ffn_dim == ffn:
             return ModelArgs(**args, multiple_of=multiple), weights
     return ModelArgs(**args, hidden_dim=ffn), weights
 
+
 # -----------------------------------------------------------------------------
 # The commands
+
 
 def open_model(path):
     """
@@ -326,6 +438,7 @@ def open_model(path):
         weights |= {"tok_embeddings.weight": one, "output.weight": one}
     return config, weights, checkpoint
 
+
 def open_merged(path, adapters):
     """
     open_model, with adapters merged into the weights, and the template that they were trained with.
@@ -333,34 +446,53 @@ def open_merged(path, adapters):
     checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
     model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
-    check_same_tokenizer(path, checkpoint.get("tokenizer_hash"), adapters,
-                         kept.get("tokenizer_hash"))
+    check_same_tokenizer(
+        path, checkpoint.get("tokenizer_hash"), adapters, kept.get("tokenizer_hash")
+    )
     checkpoint.setdefault("tokenizer_hash", kept.get("tokenizer_hash") or "")
-    checkpoint = {k: checkpoint[k] for k in ("model_args", "config", "end_ids", "bos",
-                                               "tokenizer_hash") if k in checkpoint}
-    checkpoint |= {"model": merged_state(model), "optimizer": None, "iter_num": 0,
-                   "best_val_loss": 1e9, "template": kept.get("template")}
+    checkpoint = {
+        k: checkpoint[k]
+        for k in ("model_args", "config", "end_ids", "bos", "tokenizer_hash")
+        if k in checkpoint
+    }
+    checkpoint |= {
+        "model": merged_state(model),
+        "optimizer": None,
+        "iter_num": 0,
+        "best_val_loss": 1e9,
+        "template": kept.get("template"),
+    }
     return model.args, checkpoint["model"], checkpoint
+
 
 def folder_of(path):
     return os.path.dirname(os.path.abspath(path))
 
+
 def export_model(args):
     """.pt -> whatever --format and --version say"""
-    config, weights, checkpoint = open_merged(args.checkpoint, args.merge_lora) \
-        if args.merge_lora else open_model(args.checkpoint)
+    config, weights, checkpoint = (
+        open_merged(args.checkpoint, args.merge_lora)
+        if args.merge_lora
+        else open_model(args.checkpoint)
+    )
     tokenizer = None
     if args.version == 3 or args.tokenizer:
-        tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer,
-                                  folder_of(args.output), required=False)
+        tokenizer = own_tokenizer(
+            checkpoint, args.checkpoint, args.tokenizer, folder_of(args.output), required=False
+        )
     tokenizer_hash = tokenizer.hash if tokenizer else checkpoint.get("tokenizer_hash") or ""
     if args.merge_lora and args.output.endswith(".pt"):
         if tokenizer:
             copy_tokenizer(tokenizer, folder_of(args.output))
         save_checkpoint(args.output, checkpoint | {"tokenizer_hash": tokenizer_hash})
         return print(f"wrote {args.output}: {args.checkpoint} with the adapters {args.merge_lora}")
-    how = {"template": checkpoint.get("template"), "end_ids": checkpoint.get("end_ids") or [],
-           "bos": checkpoint.get("bos", True), "tokenizer_hash": tokenizer_hash}
+    how = {
+        "template": checkpoint.get("template"),
+        "end_ids": checkpoint.get("end_ids") or [],
+        "bos": checkpoint.get("bos", True),
+        "tokenizer_hash": tokenizer_hash,
+    }
     fmt = args.format or ("q8_0" if args.version == 3 else {2: "int8"}.get(args.version, "fp32"))
     kind, size = fmt, args.output
     if fmt == "hf":
@@ -375,8 +507,10 @@ def export_model(args):
             write_v3(f, config, weights, fmt, tokenizer, **how)
     else:
         if (config.rope_theta, config.norm_eps, config.rope_scaling) != (10000, 1e-5, None):
-            raise ValueError("llama2.c computes with rope_theta 10000, norm_eps 1e-5 and no RoPE "
-                             f"scaling; {args.checkpoint} has others: use version 3")
+            raise ValueError(
+                "llama2.c computes with rope_theta 10000, norm_eps 1e-5 and no RoPE "
+                f"scaling; {args.checkpoint} has others: use version 3"
+            )
         with write_atomic(args.output) as f:
             if args.version == 0:  # its header has no room for the hash
                 write_v0(f, config, weights)
@@ -387,8 +521,11 @@ def export_model(args):
     note = f", tokenizer {tokenizer.model_path}" if tokenizer and args.version == 3 else ""
     if args.version == 3 and not tokenizer:
         note = ", no tokenizer found: give --tokenizer" + ", or ./run needs -z" * (fmt in FORMATS)
-    print(f"wrote {args.output}: {name}, {kind}, {n:,} parameters, "
-          f"{os.path.getsize(size):,} bytes (fp32: {4 * n:,}){note}")
+    print(
+        f"wrote {args.output}: {name}, {kind}, {n:,} parameters, "
+        f"{os.path.getsize(size):,} bytes (fp32: {4 * n:,}){note}"
+    )
+
 
 def is_padding(n, rows):
     """
@@ -396,6 +533,7 @@ def is_padding(n, rows):
     of two; the tokens of another tokenizer are seldom so few less.
     """
     return n <= rows < min(n + 4 * (rows & -rows), 2 * n) and (n == rows or rows % 8 == 0)
+
 
 def imported_tokenizer(args, folder, rows, scratch):
     """
@@ -405,8 +543,12 @@ def imported_tokenizer(args, folder, rows, scratch):
     """
     names = [args.tokenizer] if args.tokenizer else ["tokenizer.model", "tokenizer.json"]
     paths = [os.path.join(folder, name) for name in names]
-    if len(paths) == 2 and all(map(os.path.isfile, paths)) and not meta_ranks(paths[0]) \
-            and disagree(*paths):
+    if (
+        len(paths) == 2
+        and all(map(os.path.isfile, paths))
+        and not meta_ranks(paths[0])
+        and disagree(*paths)
+    ):
         raise ValueError(f"{paths[0]} and {paths[1]} disagree: name one of them with --tokenizer")
     sizes, settings = [], read_json(os.path.join(folder, "tokenizer_config.json"))
     for path in (os.path.join(folder, name) for name in names) if not args.tokenizer else names:
@@ -432,10 +574,12 @@ def imported_tokenizer(args, folder, rows, scratch):
         raise ValueError(f"{sizes[-1]}, the model has {rows}: name its tokenizer with --tokenizer")
     return None
 
+
 def write_bytes(path, data):
     with open(path, "wb") as f:
         f.write(data)
     return path
+
 
 def add_pieces(tokenizer, folder, rows, settings):
     """
@@ -445,18 +589,24 @@ def add_pieces(tokenizer, folder, rows, settings):
     """
     n = tokenizer.n_words
     decoder = settings.get("added_tokens_decoder")
-    added = {int(i): token_text({"": t}, "") for i, t in
-             (decoder.items() if isinstance(decoder, dict) else ()) if i.isdecimal()}
+    added = {
+        int(i): token_text({"": t}, "")
+        for i, t in (decoder.items() if isinstance(decoder, dict) else ())
+        if i.isdecimal()
+    }
     texts = read_json(os.path.join(folder, "added_tokens.json"))
     added |= {i: text for text, i in texts.items() if isinstance(i, int)}
     tokens = read_json(os.path.join(folder, "tokenizer.json")).get("added_tokens") or []
     if isinstance(tokens, list):
         added |= {t.get("id"): t.get("content") for t in tokens if isinstance(t, dict)}
     new = {i: text for i, text in added.items() if isinstance(i, int) and n <= i < rows}
-    if sorted(new) != list(range(n, n + len(new))) or \
-            not all(isinstance(text, str) and text for text in new.values()):
-        raise ValueError(f"{folder}: the ids of the added tokens are not those after the "
-                         f"{n} of {tokenizer.model_path}: {sorted(new)[:5]}")
+    if sorted(new) != list(range(n, n + len(new))) or not all(
+        isinstance(text, str) and text for text in new.values()
+    ):
+        raise ValueError(
+            f"{folder}: the ids of the added tokens are not those after the "
+            f"{n} of {tokenizer.model_path}: {sorted(new)[:5]}"
+        )
     names, known = {}, {text: i for i, text in new.items()} | tokenizer.special
     for key, i in ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id):
         text = token_text(settings, f"{key}_token")
@@ -466,17 +616,25 @@ def add_pieces(tokenizer, folder, rows, settings):
         return None
     with open(tokenizer.model_path, "rb") as f:
         data = f.read()
-    return data + sentencepiece_pieces((new[i], 0, 3) for i in sorted(new)) \
+    return (
+        data
+        + sentencepiece_pieces((new[i], 0, 3) for i in sorted(new))
         + sentencepiece_names(**names)
+    )
+
 
 def trim_vocabulary(config, weights, n):
     """A model without the rows of its embedding that stand for none of its tokenizer's n tokens."""
     for name in "tok_embeddings.weight", "output.weight":
         if len(weights[name]) > n:
             rows = weights[name][:n].clone()
-            weights |= dict.fromkeys(("tok_embeddings.weight", "output.weight"), rows) \
-                if config.tied else {name: rows}
+            weights |= (
+                dict.fromkeys(("tok_embeddings.weight", "output.weight"), rows)
+                if config.tied
+                else {name: rows}
+            )
     return replace(config, vocab_size=n)
+
 
 def text_begins_with_bos(folder, settings):
     """
@@ -489,6 +647,7 @@ def text_begins_with_bos(folder, settings):
             return Tokenizer(path).adds_bos
     return settings.get("add_bos_token") is not False
 
+
 def meta_ranks(path):
     """The path of a tokenizer.model that is not SentencePiece's, as with Llama 3; else None."""
     if path.endswith(".json") or not os.path.isfile(path):
@@ -498,15 +657,21 @@ def meta_ranks(path):
     except ValueError:
         return path
 
+
 def check_suffix(args):
     """ValueError where the name of the output says another format than what is written."""
     imports = not args.checkpoint
-    fits = {".gguf": args.format == "gguf", ".pt": imports or args.merge_lora, ".safetensors": False,
-            ".bin": not imports and args.format not in ("gguf", "hf", "peft")}
+    fits = {
+        ".gguf": args.format == "gguf",
+        ".pt": imports or args.merge_lora,
+        ".safetensors": False,
+        ".bin": not imports and args.format not in ("gguf", "hf", "peft"),
+    }
     if not fits.get(os.path.splitext(args.output)[1], True):
         kinds = {"gguf": "GGUF (.gguf)", "hf": "a folder", "peft": "a folder"}
         written = "a checkpoint (.pt)" if imports else kinds.get(args.format, "a model.bin")
         raise ValueError(f"{args.output}: this command writes {written}: choose another name")
+
 
 def import_model(args, scratch):
     """--llama2c, --hf or --meta -> .pt; `scratch` is a folder for a tokenizer that is converted."""
@@ -540,31 +705,45 @@ def import_model(args, scratch):
         checkpoint["end_ids"] = [tokenizer.special[t] for t in ends if t in tokenizer.special]
     source = "llama2" if config.vocab_size == 32000 else "custom"
     checkpoint |= {
-        "model": weights, "optimizer": None, "model_args": checkpoint_args(config),
-        "iter_num": args.iter_num, "best_val_loss": 1e9,
-        "config": {"vocab_source": source, "vocab_size": config.vocab_size}}
+        "model": weights,
+        "optimizer": None,
+        "model_args": checkpoint_args(config),
+        "iter_num": args.iter_num,
+        "best_val_loss": 1e9,
+        "config": {"vocab_source": source, "vocab_size": config.vocab_size},
+    }
     os.makedirs(folder_of(args.output), exist_ok=True)
     beside = None
     if tokenizer:
-        if tokenizer.bpe and settings not in ({}, tokenizer.config):  # they say what BOS and EOS are
+        if tokenizer.bpe and settings not in (
+            {},
+            tokenizer.config,
+        ):  # they say what BOS and EOS are
             own = os.path.join(scratch, "own")
             tokenizer = Tokenizer(copy_tokenizer(tokenizer, own, settings))
         beside = copy_tokenizer(tokenizer, folder_of(args.output))
         checkpoint["tokenizer_hash"] = tokenizer.hash
     save_checkpoint(args.output, checkpoint)
-    print(f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
-          f"vocabulary {config.vocab_size}, iteration {args.iter_num}{note}")
+    print(
+        f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
+        f"vocabulary {config.vocab_size}, iteration {args.iter_num}{note}"
+    )
     if beside:
         print(f"wrote {beside}")
+
 
 def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
     """Puts the template and the end ids of a model of Hugging Face's into a checkpoint; a note."""
     generation = read_json(os.path.join(folder, "generation_config.json"))
-    ends = generation.get("eos_token_id",
-                          read_json(os.path.join(folder, "config.json")).get("eos_token_id"))
+    ends = generation.get(
+        "eos_token_id", read_json(os.path.join(folder, "config.json")).get("eos_token_id")
+    )
     ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    ends = [i for i in ends if type(i) is int and 0 <= i < vocab_size
-            and (not tokenizer or i != tokenizer.eos_id)]
+    ends = [
+        i
+        for i in ends
+        if type(i) is int and 0 <= i < vocab_size and (not tokenizer or i != tokenizer.eos_id)
+    ]
     if ends:
         checkpoint["end_ids"] = ends
     path = os.path.join(folder, "chat_template.jinja")
@@ -587,31 +766,56 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
     except ValueError as e:
         return f"; its chat template was dropped ({e}): --template of other commands names another"
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", help="the file or folder to write")
     parser.add_argument("--checkpoint", help="the .pt to read")
-    parser.add_argument("--version", type=int, choices=(0, 1, 2, 3), default=3,
-                        help="3: for run.c; 0, 1 and 2: for llama2.c's readers as well")
-    parser.add_argument("--format", choices=(*FORMATS, "hf", "gguf", "peft"),
-                        help="fp32 or q8_0, int8 weights with fp16 scales, for run.c, which gets "
-                        "q8_0 without it; hf, gguf and peft: for others")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"),
-                        help="number type with hf and imports; without it that of the source. With "
-                        "gguf float32 or, without it, q8_0")
-    parser.add_argument("--tokenizer", help="SentencePiece model or tokenizer.json to embed, or to "
-                        "put beside the .pt (with --meta Llama 3's tokenizer.model too); without "
-                        "it tok<V>.model or tokenizer.json beside the checkpoint or in data/, or "
-                        "the one that comes with the model")
-    parser.add_argument("--merge_lora", help="adapters (sft_lora.pt) to merge into the "
-                        "checkpoint's weights; then the output may be a .pt as well")
-    parser.add_argument("--base", default="", help="with peft: the folder or the name of the model "
-                        "that the adapters are for")
+    parser.add_argument(
+        "--version",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=3,
+        help="3: for run.c; 0, 1 and 2: for llama2.c's readers as well",
+    )
+    parser.add_argument(
+        "--format",
+        choices=(*FORMATS, "hf", "gguf", "peft"),
+        help="fp32 or q8_0, int8 weights with fp16 scales, for run.c, which gets "
+        "q8_0 without it; hf, gguf and peft: for others",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="number type with hf and imports; without it that of the source. With "
+        "gguf float32 or, without it, q8_0",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="SentencePiece model or tokenizer.json to embed, or to "
+        "put beside the .pt (with --meta Llama 3's tokenizer.model too); without "
+        "it tok<V>.model or tokenizer.json beside the checkpoint or in data/, or "
+        "the one that comes with the model",
+    )
+    parser.add_argument(
+        "--merge_lora",
+        help="adapters (sft_lora.pt) to merge into the "
+        "checkpoint's weights; then the output may be a .pt as well",
+    )
+    parser.add_argument(
+        "--base",
+        default="",
+        help="with peft: the folder or the name of the model that the adapters are for",
+    )
     parser.add_argument("--hf", help="a folder or .safetensors of Hugging Face's, for a .pt")
     parser.add_argument("--meta", help="a folder with params.json and consolidated.*.pth")
     parser.add_argument("--llama2c", help="a llama2.c file of version 0 to turn into a .pt")
-    parser.add_argument("--max_seq_len", type=int, help="context to record with --hf and --meta; "
-                        "without it the model's own, whose tables may be large")
+    parser.add_argument(
+        "--max_seq_len",
+        type=int,
+        help="context to record with --hf and --meta; "
+        "without it the model's own, whose tables may be large",
+    )
     parser.add_argument("--iter_num", type=int, default=0, help="to record in that .pt")
     args = parse_args(parser, argv)
     sources = [args.checkpoint, args.hf, args.meta, args.llama2c]
@@ -628,10 +832,13 @@ def main(argv=None):
     if os.path.exists(args.output) and os.path.samefile(args.output, source):
         raise ValueError(f"{args.output} would overwrite what is read: name another file")
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(
-        "hf" if args.hf or args.meta else args.format, ())
+        "hf" if args.hf or args.meta else args.format, ()
+    )
     if args.dtype and args.dtype not in allowed:
-        raise ValueError(f"--dtype={args.dtype} is not for this format"
-                         + f": choose from {', '.join(allowed)}" * bool(allowed))
+        raise ValueError(
+            f"--dtype={args.dtype} is not for this format"
+            + f": choose from {', '.join(allowed)}" * bool(allowed)
+        )
     if args.format == "peft":
         return export_peft(args)
     if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
@@ -642,6 +849,7 @@ def main(argv=None):
         return export_model(args)
     with tempfile.TemporaryDirectory() as scratch:
         return import_model(args, scratch)
+
 
 if __name__ == "__main__":
     run_main(main)

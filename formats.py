@@ -34,8 +34,10 @@ from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, render_cha
 # -----------------------------------------------------------------------------
 # What all formats share
 
+
 def floats(w):
     return w.detach().to("cpu", torch.float32).numpy().astype("<f4")
+
 
 def special_ids(tokenizer, end_ids):
     """
@@ -49,20 +51,29 @@ def special_ids(tokenizer, end_ids):
         bos = eos
     return bos, eos, [i for i in end_ids if i != eos]
 
+
 def begins_with_bos(tokenizer, bos):
     """Whether plain text begins with BOS: the checkpoint's `bos`, if the tokenizer has a BOS."""
     return bos and not (tokenizer and tokenizer.bos_id < 0)
+
 
 # -----------------------------------------------------------------------------
 # Hugging Face and Meta: names, rows, numbers
 
 HF_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-HF_LAYER = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-            "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-            "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-            "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-            "feed_forward.w3": "mlp.up_proj"}
+HF_LAYER = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
 ROTATED = ("attention.wq", "attention.wk")
+
 
 def renamed(name, names, layers, in_layer):
     """layers.0.attention.wq.weight -> `layers`.0.q.weight, `in_layer` saying attention.wq: q"""
@@ -72,19 +83,24 @@ def renamed(name, names, layers, in_layer):
     _, layer, matrix = stem.split(".", 2)
     return f"{layers}.{layer}.{in_layer[matrix]}.weight"
 
+
 def hf_name(name):
     return renamed(name, HF_NAMES, "model.layers", HF_LAYER)
 
+
 # RoPE turns pairs of a head's E numbers: here, and at Meta's, neighbours (0, 1), (2, 3), ...; at
 # Hugging Face's those that are half a head apart. Their rows of wq and wk are in that order.
+
 
 def neighbours(w, head_dim):
     """Rows (H * E, ...) from Hugging Face's order to ours."""
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
+
 def halves(w, head_dim):
     """Rows (H * E, ...) from our order to Hugging Face's."""
     return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
 
 def need(package):
     """The module, which is optional. ValueError if it is not installed."""
@@ -94,6 +110,7 @@ def need(package):
         name = package.partition(".")[0]
         raise ValueError(f"this needs the {name} library: pip install {name}") from None
 
+
 def model_shapes(args):
     """{name: shape} of a model's tensors; of a tied model's two only the embedding."""
     with torch.device("meta"):
@@ -102,22 +119,27 @@ def model_shapes(args):
         del shapes["output.weight"]
     return shapes
 
+
 def hf_args(config, path, max_seq_len=None):
     """
     ModelArgs from a config.json. ValueError, naming it, for whatever the model here does not do:
     to leave it out would give a model that runs and is wrong.
     """
+
     def refuse(what):
         raise ValueError(f"{path}: {what} is not supported")
+
     def wrong(name, value, expected):
         value = json.dumps(value)[:60]
         raise ValueError(f"{path} has a wrong value: {name} must be {expected}, not {value}")
+
     def size(name, default=None):
         value = config[name] if default is None else config.get(name)
         value = default if value is None and default is not None else value
         if type(value) is not int or value < 1:
             wrong(name, value, "a whole number above 0")
         return value
+
     kinds = config.get("architectures") or [config.get("model_type")]
     if not isinstance(kinds, list) or kinds[0] not in ("LlamaForCausalLM", "llama"):
         refuse(f"the architecture {kinds[0] if isinstance(kinds, list) else json.dumps(kinds)}")
@@ -135,18 +157,30 @@ def hf_args(config, path, max_seq_len=None):
             refuse(f"head_dim {config['head_dim']}, not hidden_size / num_attention_heads,")
         theta, scaling = hf_rope(config, refuse, wrong)
         return ModelArgs(
-            dim=dim, n_layers=size("num_hidden_layers"), n_heads=heads,
-            n_kv_heads=size("num_key_value_heads", heads), vocab_size=size("vocab_size"),
-            hidden_dim=size("intermediate_size"), norm_eps=config.get("rms_norm_eps", 1e-6),
+            dim=dim,
+            n_layers=size("num_hidden_layers"),
+            n_heads=heads,
+            n_kv_heads=size("num_key_value_heads", heads),
+            vocab_size=size("vocab_size"),
+            hidden_dim=size("intermediate_size"),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
             max_seq_len=max_seq_len or size("max_position_embeddings", 2048),
-            rope_theta=theta, tied=bool(tied), rope_scaling=scaling)
+            rope_theta=theta,
+            tied=bool(tied),
+            rope_scaling=scaling,
+        )
     except KeyError as e:
         raise ValueError(f"{path} does not say {e.args[0]}") from None
     except ValueError as e:
         raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 
-ROPE_KINDS = {"default": (), "linear": ("factor",),
-              "llama3": (*LLAMA3_SCALING[:3], "original_max_position_embeddings")}
+
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (*LLAMA3_SCALING[:3], "original_max_position_embeddings"),
+}
+
 
 def hf_rope(config, refuse, wrong):
     """
@@ -161,8 +195,11 @@ def hf_rope(config, refuse, wrong):
             wrong(name, part, "an object")
         if any(isinstance(value, (dict, list)) for value in (part or {}).values()):
             refuse(f"{name} {json.dumps(part)[:80]}, which differs from layer to layer,")
-        part = {"rope_type" if key == "type" and "rope_type" not in part else key: value
-                for key, value in (part or {}).items() if value is not None}
+        part = {
+            "rope_type" if key == "type" and "rope_type" not in part else key: value
+            for key, value in (part or {}).items()
+            if value is not None
+        }
         for key in rope.keys() & part.keys():
             if rope[key] != part[key]:
                 refuse(f"{key} {rope[key]} in rope_scaling but {part[key]} in rope_parameters")
@@ -179,11 +216,13 @@ def hf_rope(config, refuse, wrong):
     numbers = [rope[key] for key in ROPE_KINDS[kind]]
     for key, value in rope.items():
         if key not in (*ROPE_KINDS[kind], "original_max_position_embeddings") and not (
-                key == "factor" and value == 1):
+            key == "factor" and value == 1
+        ):
             refuse(f"{key} {json.dumps(value)} with the RoPE scaling {kind}")
         if type(value) not in (int, float) or not value > 0:
             wrong(f"{key} of RoPE", value, "a number above 0")
     return float(theta), dict(zip(LLAMA3_SCALING, numbers)) or None
+
 
 def hf_config(args, dtype, bos, ends):
     """The config.json of a model; rope_parameters is for transformers 5, the rest for all."""
@@ -194,16 +233,29 @@ def hf_config(args, dtype, bos, ends):
         rope |= {name: s[name] for name in LLAMA3_SCALING[1:3]}
         rope["original_max_position_embeddings"] = s["original_max_seq_len"]
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": args.vocab_size,
-        "hidden_size": args.dim, "intermediate_size": args.ffn_dim,
-        "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads, "head_dim": args.head_dim, "hidden_act": "silu",
-        "max_position_embeddings": args.max_seq_len, "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta, "rope_scaling": rope if s else None,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": rope if s else None,
         "rope_parameters": {**rope, "rope_theta": args.rope_theta},
-        "tie_word_embeddings": args.tied, "attention_bias": False, "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": bos,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends}
+        "tie_word_embeddings": args.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+    }
+
 
 def meta_args(params, path, shapes, n_shards, max_seq_len=None):
     """
@@ -213,32 +265,52 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
     scaled = params.get("use_scaled_rope", False)
     vocab = params.get("vocab_size", -1)
     if type(vocab) is not int or type(scaled) is not bool:
-        raise ValueError(f"{path}: vocab_size must be a whole number, use_scaled_rope true or false")
+        raise ValueError(
+            f"{path}: vocab_size must be a whole number, use_scaled_rope true or false"
+        )
     tied = "output.weight" not in shapes
     try:
         if vocab < 1:
-            vocab = shapes["tok_embeddings.weight"][0] if tied else \
-                    shapes["output.weight"][0] * n_shards
-        context = 131072 if scaled else 8192 if vocab > 100000 else \
-            4096 if params["norm_eps"] == 1e-5 else 2048
+            vocab = (
+                shapes["tok_embeddings.weight"][0]
+                if tied
+                else shapes["output.weight"][0] * n_shards
+            )
+        context = (
+            131072
+            if scaled
+            else 8192
+            if vocab > 100000
+            else 4096
+            if params["norm_eps"] == 1e-5
+            else 2048
+        )
         # Llama 3.2's small models have another factor, which only Hugging Face's config tells.
         factor = params.get("rope_scaling_factor", 32.0 if params["dim"] < 4096 else 8.0)
         return ModelArgs(
-            dim=params["dim"], n_layers=params["n_layers"], n_heads=params["n_heads"],
-            n_kv_heads=params.get("n_kv_heads"), vocab_size=vocab,
+            dim=params["dim"],
+            n_layers=params["n_layers"],
+            n_heads=params["n_heads"],
+            n_kv_heads=params.get("n_kv_heads"),
+            vocab_size=vocab,
             hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0] * n_shards,
-            norm_eps=params["norm_eps"], max_seq_len=max_seq_len or context, tied=tied,
+            norm_eps=params["norm_eps"],
+            max_seq_len=max_seq_len or context,
+            tied=tied,
             rope_theta=float(params.get("rope_theta", 10000.0)),
-            rope_scaling=dict(zip(LLAMA3_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
+            rope_scaling=dict(zip(LLAMA3_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None,
+        )
     except KeyError as e:
         raise ValueError(f"{path}: there is no {e.args[0]}") from None
     except (TypeError, ValueError, IndexError) as e:
         raise ValueError(f"{path}: {e}") from None
 
+
 # -----------------------------------------------------------------------------
 # Reading other people's weights, a part of a tensor at a time
 
 PART = 1 << 24  # numbers that are copied at a time
+
 
 def open_tensors(path):
     """
@@ -264,6 +336,7 @@ def open_tensors(path):
             raise ValueError(f"{path} cannot be read: it seems to be {what}") from None
         raise ValueError(f"{path} cannot be read, or is cut short ({reason})") from None
 
+
 def gather(args, read, dtype=None):
     """
     The state dict of a model. read(name, a, b) gives rows a to b of a tensor, b - a being a
@@ -282,27 +355,43 @@ def gather(args, read, dtype=None):
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     return weights
 
+
 def check_shapes(args, have, where, rename=lambda name: name):
     """ValueError unless `have`, {name: shape}, is what a model needs; `rename` gives its names."""
     need = {rename(name): shape for name, shape in model_shapes(args).items()}
     missing = [name for name in need if name not in have]
-    spare = [name for name in have if name not in need and not (
-        name.endswith(("inv_freq", "rope.freqs")) or args.tied and name == rename("output.weight"))]
+    spare = [
+        name
+        for name in have
+        if name not in need
+        and not (
+            name.endswith(("inv_freq", "rope.freqs"))
+            or args.tied
+            and name == rename("output.weight")
+        )
+    ]
     if missing:
-        raise ValueError(f"{where} lacks {missing[0]}" + f" and {len(missing) - 1} more tensors"
-                         * (len(missing) > 1))
+        raise ValueError(
+            f"{where} lacks {missing[0]}"
+            + f" and {len(missing) - 1} more tensors" * (len(missing) > 1)
+        )
     if spare:
         raise ValueError(f"{where} has {spare[0]}, for which the model has no place")
     for name, shape in need.items():
         if tuple(have[name]) != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(have[name])}, not {shape}")
 
+
 def hf_files(path):
     """The folder of a model, and {tensor: file} where an index tells, or the one file."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = [os.path.basename(path)] if os.path.isfile(path) else []
-    for name in names or ("model.safetensors.index.json", "model.safetensors",
-                          "pytorch_model.bin.index.json", "pytorch_model.bin"):
+    for name in names or (
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+    ):
         file = os.path.join(folder, name)
         if os.path.isfile(file) and name.endswith(".json"):
             index = read_json(file).get("weight_map")
@@ -317,6 +406,7 @@ def hf_files(path):
             return folder, file
     raise FileNotFoundError(f"{path}: there is no model.safetensors and no index of its parts")
 
+
 def read_hf(path, dtype=None, max_seq_len=None):
     """A folder or file of Hugging Face's -> (ModelArgs, state dict, the folder)."""
     folder, files = hf_files(path)
@@ -330,23 +420,30 @@ def read_hf(path, dtype=None, max_seq_len=None):
         for name, tensor in open_tensors(part).items():
             shapes[name], where[name] = tensor.shape, part
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise ValueError(f"{part}: {name} is {tensor.dtype}: only fp32, bf16 and fp16 can "
-                                 "be read")
+                raise ValueError(
+                    f"{part}: {name} is {tensor.dtype}: only fp32, bf16 and fp16 can be read"
+                )
     check_shapes(args, shapes, path, hf_name)
+
     def read(name, a, b):
         theirs = hf_name(name)
         w = open_tensors(where[theirs])[theirs][a:b]
         rotated = name.removesuffix(".weight").endswith(ROTATED)
         return neighbours(w, args.head_dim) if rotated else w
+
     return args, gather(args, read, dtype), folder
+
 
 def read_meta(folder, dtype=None, max_seq_len=None):
     """A folder of Meta's, whose tensors may be cut into several files -> as read_hf."""
     path = os.path.join(folder, "params.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: it says what the weights are")
-    files = sorted(os.path.join(folder, f) for f in os.listdir(folder)
-                   if f.startswith("consolidated.") and f.endswith(".pth"))
+    files = sorted(
+        os.path.join(folder, f)
+        for f in os.listdir(folder)
+        if f.startswith("consolidated.") and f.endswith(".pth")
+    )
     if not files:
         raise FileNotFoundError(f"{folder}: there is no consolidated.00.pth")
     for i, file in enumerate(files):
@@ -365,19 +462,23 @@ def read_meta(folder, dtype=None, max_seq_len=None):
             total = sum(part[cut[name]] for part in parts)
             whole[name] = (total, parts[0][1]) if cut[name] == 0 else (parts[0][0], total)
     check_shapes(args, whole, folder)
+
     def read(name, a, b):
         if name not in cut:
             return open_tensors(files[0])[name][a:b]
         parts, at = [], 0
         for file, shard in zip(files, shards):
             w, rows = open_tensors(file)[name], shard[name][0]
-            parts.append(w[a:b] if cut[name] else w[max(0, a - at):max(0, b - at)])
+            parts.append(w[a:b] if cut[name] else w[max(0, a - at) : max(0, b - at)])
             at += rows
         return torch.cat(parts, cut[name])
+
     return args, gather(args, read, dtype), folder
+
 
 # -----------------------------------------------------------------------------
 # Ways to chat: Hugging Face's are programs (Jinja), ours are strings
+
 
 def write_dialogue(template, turns, system, bos, eos):
     """A dialogue by our strings; of turns, (user, reply), the last reply may be None: a prompt."""
@@ -387,12 +488,18 @@ def write_dialogue(template, turns, system, bos, eos):
         if i == 0 and system:
             form = template["system"]
         if reply is None:
-            form, reply = form[:form.index("{reply}")], ""
-        for name, value in (("bos", bos), ("eos", eos), ("system", system or ""), ("user", user),
-                            ("reply", reply)):
+            form, reply = form[: form.index("{reply}")], ""
+        for name, value in (
+            ("bos", bos),
+            ("eos", eos),
+            ("system", system or ""),
+            ("user", user),
+            ("reply", reply),
+        ):
             form = form.replace(f"{{{name}}}", value)
         text += form
     return text
+
 
 def template_from_jinja(source, bos, eos):
     """
@@ -415,22 +522,32 @@ def template_from_jinja(source, bos, eos):
             messages.append({"role": "user", "content": user})
             if reply is not None:
                 messages.append({"role": "assistant", "content": reply})
-        chats.append({"messages": messages, "bos_token": bos, "eos_token": eos, "tools": None,
-                      "add_generation_prompt": chat[-1][1] is None})
+        chats.append(
+            {
+                "messages": messages,
+                "bos_token": bos,
+                "eos_token": eos,
+                "tools": None,
+                "add_generation_prompt": chat[-1][1] is None,
+            }
+        )
     written = dict(zip(said, render_chats(source, chats)))
+
     def render(turns, system=None):
         text, error = written[tuple(turns), system or None]
         if error:
             raise ValueError(error)
         return text
+
     def form(turn, system=None, before=()):
         start = render(before, system) if before else ""
         prompt = render([*before, (turn[0], None)], system)
         whole = render([*before, turn], system)
         if not (prompt.startswith(start) and whole.startswith(prompt.rstrip())):
             raise ValueError("it changes earlier replies")
-        prompt, tail = prompt[len(start):], whole.rpartition(turn[1])[2]
+        prompt, tail = prompt[len(start) :], whole.rpartition(turn[1])[2]
         return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
+
     template = {"turn": form(one), "next": form(two, None, [one])}
     with contextlib.suppress(ValueError):  # one that has no place for it may refuse
         template["system"] = form(one, system)
@@ -438,48 +555,70 @@ def template_from_jinja(source, bos, eos):
     if not knows_system:
         template["system"] = template["turn"].replace(one[0], f"{system}\n\n{one[0]}")
     for name, text in template.items():
-        for mark, value in ((eos, "{eos}"), (bos, "{bos}"), (system, "{system}"),
-                            (one[0], "{user}"), (two[0], "{user}")):
+        for mark, value in (
+            (eos, "{eos}"),
+            (bos, "{bos}"),
+            (system, "{system}"),
+            (one[0], "{user}"),
+            (two[0], "{user}"),
+        ):
             text = text.replace(mark, value) if mark else text
         template[name] = text
         if text.count("{user}") != 1 or text.count("{reply}") != 1:
             raise ValueError("a text is left out, or written twice")
     if template["next"] == template["turn"]:
         template["next"] = ""
+
     def bare(text):
         for _, reply in turns:
             text = text.replace(f" {reply}", reply).replace(f"{reply} ", reply)
         return text
-    for n, brief in ((1, ""), (3, ""), (3, "Be brief."))[:2 + knows_system]:
+
+    for n, brief in ((1, ""), (3, ""), (3, "Be brief."))[: 2 + knows_system]:
         for last in (turns[n - 1][1], None):
-            chat = [*turns[:n - 1], (turns[n - 1][0], last)]
+            chat = [*turns[: n - 1], (turns[n - 1][0], last)]
             ours = write_dialogue(template, chat, brief, bos, eos)
             if bare(render(chat, brief)) != bare(ours):
                 raise ValueError("a longer dialogue comes out otherwise")
     return {name: ended(text) for name, text in template.items()}
 
+
 def template_to_jinja(template):
     """The Jinja template that writes what our strings write."""
+
     def expression(text):
-        names = {"{bos}": "bos_token", "{eos}": "eos_token", "{system}": "ns.system",
-                 "{user}": "m['content']"}
+        names = {
+            "{bos}": "bos_token",
+            "{eos}": "eos_token",
+            "{system}": "ns.system",
+            "{user}": "m['content']",
+        }
         parts = [p for p in re.split(r"(\{(?:bos|eos|system|user)\})", text) if p]
         return " ~ ".join(names.get(p) or json.dumps(p, ensure_ascii=False) for p in parts) or "''"
+
     first = template["turn"]
     forms = [template.get("system") or first, first, template.get("next") or first]
     which = ("{%- if ns.n == 0 and ns.system -%}", "{%- elif ns.n == 0 -%}", "{%- else -%}")
+
     def cases(side):
-        parts = [f"{test}{{{{- {expression(form.split('{reply}')[side])} -}}}}"
-                 for test, form in zip(which, forms)]
+        parts = [
+            f"{test}{{{{- {expression(form.split('{reply}')[side])} -}}}}"
+            for test, form in zip(which, forms)
+        ]
         return "".join(parts) + "{%- endif -%}"
-    return ("{%- set ns = namespace(system='', n=0) -%}{%- for m in messages -%}"
-            "{%- if m['role'] == 'system' -%}{%- set ns.system = m['content'] -%}"
-            f"{{%- elif m['role'] == 'user' -%}}{cases(0)}"
-            "{%- elif m['role'] == 'assistant' -%}{{- m['content'] -}}"
-            f"{cases(1)}{{%- set ns.n = ns.n + 1 -%}}{{%- endif -%}}{{%- endfor -%}}")
+
+    return (
+        "{%- set ns = namespace(system='', n=0) -%}{%- for m in messages -%}"
+        "{%- if m['role'] == 'system' -%}{%- set ns.system = m['content'] -%}"
+        f"{{%- elif m['role'] == 'user' -%}}{cases(0)}"
+        "{%- elif m['role'] == 'assistant' -%}{{- m['content'] -}}"
+        f"{cases(1)}{{%- set ns.n = ns.n + 1 -%}}{{%- endif -%}}{{%- endfor -%}}"
+    )
+
 
 # -----------------------------------------------------------------------------
 # Folders for transformers and PEFT
+
 
 @contextlib.contextmanager
 def write_folder(path, known):
@@ -511,13 +650,23 @@ def write_folder(path, known):
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
+
 def write_json(path, value):
     with open(path, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.write("\n")
 
-HF_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
-            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
 
 def hf_tensors(args, weights, dtype=None):
     """{Hugging Face's name: tensor} as safetensors writes it."""
@@ -529,10 +678,21 @@ def hf_tensors(args, weights, dtype=None):
         tensors[hf_name(name)] = w.contiguous()
     return tensors
 
+
 def piece_type(sp, i):
     """1 a piece of text, 2 unknown, 3 control, 5 unused, 6 a byte: SentencePiece's numbers."""
-    return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 5 if sp.is_unused(i) else \
-        6 if sp.is_byte(i) else 1
+    return (
+        2
+        if sp.is_unknown(i)
+        else 3
+        if sp.is_control(i)
+        else 5
+        if sp.is_unused(i)
+        else 6
+        if sp.is_byte(i)
+        else 1
+    )
+
 
 def sentencepiece_json(tokenizer, begin=True):
     """
@@ -543,52 +703,93 @@ def sentencepiece_json(tokenizer, begin=True):
     sp = tokenizer.sp
     pieces = {sp.id_to_piece(i): i for i in range(tokenizer.n_words)}
     text = {piece: i for piece, i in pieces.items() if piece_type(sp, i) == 1}
-    merges = [(-sp.get_score(i), text[piece[:k]], text[piece[k:]], [piece[:k], piece[k:]])
-              for piece, i in text.items() for k in range(1, len(piece))
-              if piece[:k] in text and piece[k:] in text]
+    merges = [
+        (-sp.get_score(i), text[piece[:k]], text[piece[k:]], [piece[:k], piece[k:]])
+        for piece, i in text.items()
+        for k in range(1, len(piece))
+        if piece[:k] in text and piece[k:] in text
+    ]
     prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
-    replace = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-               for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))]
+    replace = [
+        {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+        for pattern, content in (("\u2581", " "), (r"\A +| +\z", ""), (" {2,}", " "))
+    ]
     squeezes = sp.encode(" a  b ") == sp.encode("a b")
     special = {piece: i for piece, i in pieces.items() if piece_type(sp, i) in (2, 3)}
     bos = sp.id_to_piece(sp.bos_id()) if begin and sp.bos_id() >= 0 else None
-    normalizer = {"type": "Sequence", "normalizers": replace * squeezes + [
-        {"type": "Prepend", "prepend": "\u2581"}] * prefix + [
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
-    decoder = {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-        {"type": "ByteFallback"}, {"type": "Fuse"}] + [
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix}
+    normalizer = {
+        "type": "Sequence",
+        "normalizers": replace * squeezes
+        + [{"type": "Prepend", "prepend": "\u2581"}] * prefix
+        + [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}],
+    }
+    decoder = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix,
+    }
     return tokenizer_json(
-        special, bos, normalizer, None, decoder, unk_token=sp.id_to_piece(sp.unk_id()),
-        fuse_unk=True, byte_fallback=any(map(sp.is_byte, pieces.values())), ignore_merges=False,
-        vocab=pieces, merges=[pair for *_, pair in sorted(merges)])
+        special,
+        bos,
+        normalizer,
+        None,
+        decoder,
+        unk_token=sp.id_to_piece(sp.unk_id()),
+        fuse_unk=True,
+        byte_fallback=any(map(sp.is_byte, pieces.values())),
+        ignore_merges=False,
+        vocab=pieces,
+        merges=[pair for *_, pair in sorted(merges)],
+    )
+
 
 def bos_first(bos, i):
     """The post-processor of a tokenizer.json that puts the token `bos`, of id i, before text."""
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {"type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b],
-            "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}} if bos else {}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, a],
+        "pair": [*first, a, b],
+        "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}} if bos else {},
+    }
+
 
 def tokenizer_json(special, bos, normalizer, pre_tokenizer, decoder, **model):
     """A tokenizer.json of the BPE `model`, with control tokens {text: id}; bos goes first."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": text, **flags, "special": True}
-                         for text, i in special.items()],
-        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **flags, "special": True} for text, i in special.items()
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": bos_first(bos, special.get(bos)),
         "decoder": decoder,
-        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, **model}}
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            **model,
+        },
+    }
+
 
 # A SentencePiece model is a protocol buffer. Messages that are appended are merged with the first:
 # repeated fields grow, others are replaced.
 
+
 def field(number, value):
     """One field of a protocol buffer; value is text, bytes, a float, a bool or an int."""
+
     def varint(n):
         n &= (1 << 64) - 1
         out = bytearray()
@@ -596,6 +797,7 @@ def field(number, value):
             out.append(n & 127 | 128)
             n >>= 7
         return bytes(out) + bytes([n])
+
     if isinstance(value, float):
         return varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -603,19 +805,32 @@ def field(number, value):
     value = value.encode() if isinstance(value, str) else value
     return varint(number << 3 | 2) + varint(len(value)) + value
 
+
 def sentencepiece_pieces(pieces):
     """Bytes to append to a SentencePiece model: pieces (text, score, piece_type's number)."""
-    return b"".join(field(1, field(1, text) + field(2, float(score)) + field(3, kind))
-                    for text, score, kind in pieces)
+    return b"".join(
+        field(1, field(1, text) + field(2, float(score)) + field(3, kind))
+        for text, score, kind in pieces
+    )
+
 
 def sentencepiece_names(**names):
     """Bytes that say which pieces are unk, bos and eos."""
     numbers = {"unk": 45, "bos": 46, "eos": 47}
     return field(2, b"".join(field(numbers[key], text) for key, text in names.items() if text))
 
+
 NORMALIZERS = ("Prepend", "Replace", "Sequence", "Metaspace")  # that can be SentencePiece's
-PROBES = ("Once upon a time,  there was a girl. ", "I'm 12345\n\n\tyears <old>", "안녕 мир é 😀",
-          "x" * 40, "ﬁ ＡＢ① É E\u0301 İ", "<s> </s> <0x0A>", "a\u2581b")
+PROBES = (
+    "Once upon a time,  there was a girl. ",
+    "I'm 12345\n\n\tyears <old>",
+    "안녕 мир é 😀",
+    "x" * 40,
+    "ﬁ ＡＢ① É E\u0301 İ",
+    "<s> </s> <0x0A>",
+    "a\u2581b",
+)
+
 
 def json_to_sentencepiece(tokenizer):
     """
@@ -625,16 +840,29 @@ def json_to_sentencepiece(tokenizer):
     """
     config, n = tokenizer.json, tokenizer.n_words
     model = config["model"]
+
     def kinds(part):
         steps = (part or {}).get("normalizers", (part or {}).get("pretokenizers", []))
         return [(part or {}).get("type", "Sequence"), *(k for s in steps for k in kinds(s))]
-    text = {t: i for t, i in model.get("vocab", {}).items() if t not in tokenizer.special} \
-        if isinstance(model.get("vocab"), dict) else {}
-    unk, ignored = model.get("unk_token") or "<unk>", (
-        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    if model.get("type", "BPE") != "BPE" or any(map(model.get, ignored)) or "\u2581" not in text \
-            or tokenizer.bpe.token_to_id(unk) is None or not set(NORMALIZERS).issuperset(
-                kinds(config.get("normalizer")) + kinds(config.get("pre_tokenizer"))):
+
+    text = (
+        {t: i for t, i in model.get("vocab", {}).items() if t not in tokenizer.special}
+        if isinstance(model.get("vocab"), dict)
+        else {}
+    )
+    unk, ignored = (
+        model.get("unk_token") or "<unk>",
+        ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"),
+    )
+    if (
+        model.get("type", "BPE") != "BPE"
+        or any(map(model.get, ignored))
+        or "\u2581" not in text
+        or tokenizer.bpe.token_to_id(unk) is None
+        or not set(NORMALIZERS).issuperset(
+            kinds(config.get("normalizer")) + kinds(config.get("pre_tokenizer"))
+        )
+    ):
         return None
     # All ways to make a piece of two others must be merges, one after the other.
     score, ways, last = {}, {}, None
@@ -658,8 +886,11 @@ def json_to_sentencepiece(tokenizer):
     name = {i: t for t, i in tokenizer.special.items()}
     # model_type BPE, byte_fallback; SentencePiece looks for <s> and </s> where no name is given
     trainer = field(3, 2) + field(35, byte_fallback)
-    names = {"unk": unk, "bos": name.get(tokenizer.bos_id, "[no BOS]"),
-             "eos": name.get(tokenizer.eos_id, "[no EOS]")}
+    names = {
+        "unk": unk,
+        "bos": name.get(tokenizer.bos_id, "[no BOS]"),
+        "eos": name.get(tokenizer.eos_id, "[no EOS]"),
+    }
     body = sentencepiece_pieces(pieces) + field(2, trainer) + sentencepiece_names(**names)
     for prefix, squeeze in ((1, 0), (0, 0), (1, 1), (0, 1)):
         data = body + field(3, field(3, prefix) + field(4, squeeze) + field(5, 1))
@@ -672,10 +903,17 @@ def json_to_sentencepiece(tokenizer):
             return data
     return None
 
+
 # Llama 3's control tokens by their place; what is not named is reserved. The first ones are in all.
-LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
-                9: "eot_id"}
+LLAMA3_NAMES = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    6: "start_header_id",
+    7: "end_header_id",
+    9: "eot_id",
+}
 LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+
 
 def ranks_to_json(path, vocab_size, version_31):
     """
@@ -690,43 +928,71 @@ def ranks_to_json(path, vocab_size, version_31):
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise ValueError(f"{path} is no SentencePiece model, and its line {number} is not "
-                                 "a token in base64 and its rank") from None
+                raise ValueError(
+                    f"{path} is no SentencePiece model, and its line {number} is not "
+                    "a token in base64 and its rank"
+                ) from None
     single = all(bytes([b]) in ranks for b in range(256))
     if not single or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{path} lacks ranks, or is cut short")
     if len(ranks) + 256 != vocab_size:
-        raise ValueError(f"{path} has {len(ranks)} tokens and 256 special ones, the model has "
-                         f"{vocab_size}")
+        raise ValueError(
+            f"{path} has {len(ranks)} tokens and 256 special ones, the model has {vocab_size}"
+        )
+
     def parts(token):
         """What BPE makes of a token's bytes before the token itself: two, where it gets so far."""
-        pieces = [token[i:i + 1] for i in range(len(token))]
+        pieces = [token[i : i + 1] for i in range(len(token))]
         while len(pieces) > 2:
-            rank, i = min((ranks.get(a + b, vocab_size), i)
-                          for i, (a, b) in enumerate(zip(pieces, pieces[1:])))
+            rank, i = min(
+                (ranks.get(a + b, vocab_size), i)
+                for i, (a, b) in enumerate(zip(pieces, pieces[1:]))
+            )
             if rank == vocab_size:
                 break
-            pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
         return pieces
+
     letter = {b: c for c, b in byte_alphabet().items()}
+
     def spell(token):
         return "".join(letter[b] for b in token)
+
     tokens = sorted(ranks, key=ranks.get)
     pairs = [pair for pair in map(parts, tokens) if len(pair) == 2]
     names = LLAMA3_NAMES | (LLAMA31_NAMES if version_31 else {})
     spare = (f"reserved_special_token_{i}" for i in itertools.count())
     special = {f"<|{names.get(i) or next(spare)}|>": len(ranks) + i for i in range(256)}
     return tokenizer_json(
-        special, "<|begin_of_text|>", None,
-        {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated",
-             "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": False}]},
+        special,
+        "<|begin_of_text|>",
+        None,
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": LLAMA3_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                },
+            ],
+        },
         {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        unk_token=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
+        unk_token=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=True,
         vocab={spell(token): i for i, token in enumerate(tokens)},
-        merges=[[spell(a), spell(b)] for a, b in pairs])
+        merges=[[spell(a), spell(b)] for a, b in pairs],
+    )
+
 
 def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
     """The tokenizer's own files, and a tokenizer_config.json that says how to use them."""
@@ -737,9 +1003,13 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
         write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer, begin))
         piece = tokenizer.sp.id_to_piece
         # LlamaTokenizer loads it too, but in transformers 5 treats a leading space in its own way
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True,
-                   "add_bos_token": begin, "add_eos_token": False,
-                   "unk_token": piece(tokenizer.sp.unk_id())}
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "legacy": True,
+            "add_bos_token": begin,
+            "add_eos_token": False,
+            "unk_token": piece(tokenizer.sp.unk_id()),
+        }
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         config |= {key: piece(i) for key, i in names.items() if i >= 0}
     else:
@@ -752,19 +1022,23 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
             write_json(path, tokenizer.json | {"post_processor": process})
         text = {i: text for text, i in tokenizer.special.items()}
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
-                   **{key: text[i] for key, i in names.items() if i >= 0}}
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{key: text[i] for key, i in names.items() if i >= 0},
+        }
         config = read_json(beside) or config
         config |= {"add_bos_token": begin} if config.get("add_bos_token", begin) != begin else {}
     if template and not same_template(config, template):
         config["chat_template"] = template_to_jinja(template)
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
 
+
 def token_text(config, name):
     """A special token of a tokenizer_config.json, which may be a string or an object; or ""."""
     value = config.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
+
 
 def same_template(config, template):
     """Whether a tokenizer_config.json has a chat template that writes what ours does."""
@@ -775,8 +1049,8 @@ def same_template(config, template):
         return False
     return {k: v for k, v in ours.items() if v} == {k: v for k, v in template.items() if v}
 
-def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
-             tokenizer_hash=""):
+
+def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True, tokenizer_hash=""):
     """The folder that transformers loads; returns the number types of its weights."""
     save_file = need("safetensors.torch").save_file
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
@@ -787,12 +1061,15 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
         config = hf_config(args, kinds[-1], bos, [eos, *ends])
         config |= {"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {}
         write_json(os.path.join(folder, "config.json"), config)
-        write_json(os.path.join(folder, "generation_config.json"),
-                   {key: config[key] for key in ("bos_token_id", "eos_token_id")})
+        write_json(
+            os.path.join(folder, "generation_config.json"),
+            {key: config[key] for key in ("bos_token_id", "eos_token_id")},
+        )
         save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
         if tokenizer:
             write_hf_tokenizer(folder, tokenizer, template, args.max_seq_len, begin)
     return ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+
 
 def find_adapters(path):
     """
@@ -813,6 +1090,7 @@ def find_adapters(path):
     head_dim = ModelArgs(**checkpoint["model_args"]).head_dim
     return lora, adapters, head_dim, checkpoint.get("tokenizer_hash")
 
+
 def export_peft(args):
     """The adapters of a checkpoint, without its weights, for peft.PeftModel.from_pretrained."""
     save_file = need("safetensors.torch").save_file
@@ -826,27 +1104,50 @@ def export_peft(args):
         tensors[f"base_model.model.{stem}.lora_{letter.upper()}.weight"] = w.contiguous()
     targets = [HF_LAYER[LORA_LAYERS[name]].split(".")[1] for name in lora["layers"].split(",")]
     with write_folder(args.output, ("adapter_config.json", "adapter_model.safetensors")) as folder:
-        write_json(os.path.join(folder, "adapter_config.json"), {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-            "base_model_name_or_path": args.base, "r": lora["rank"], "lora_alpha": lora["alpha"],
-            "lora_dropout": 0.0, "fan_in_fan_out": False, "target_modules": targets})
+        write_json(
+            os.path.join(folder, "adapter_config.json"),
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "inference_mode": True,
+                "bias": "none",
+                "base_model_name_or_path": args.base,
+                "r": lora["rank"],
+                "lora_alpha": lora["alpha"],
+                "lora_dropout": 0.0,
+                "fan_in_fan_out": False,
+                "target_modules": targets,
+            },
+        )
         metadata = {"format": "pt"} | ({"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {})
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata)
     n = sum(w.numel() for w in tensors.values())
-    print(f"wrote {args.output}: LoRA adapters of rank {lora['rank']} for {lora['layers']}, "
-          f"{n:,} parameters")
+    print(
+        f"wrote {args.output}: LoRA adapters of rank {lora['rank']} for {lora['layers']}, "
+        f"{n:,} parameters"
+    )
+
 
 # -----------------------------------------------------------------------------
 # GGUF, for llama.cpp
 
 GGUF_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-GGUF_LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
-              "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
-              "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
-              "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
+GGUF_LAYER = {
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+
 
 def gguf_name(name):  # rows stay: GGUF too turns neighbours
     return renamed(name, GGUF_NAMES, "blk", GGUF_LAYER)
+
 
 def gguf_tokenizer(writer, tokenizer, end_ids, begin):
     """Puts the vocabulary into a GGUFWriter."""
@@ -879,8 +1180,10 @@ def gguf_tokenizer(writer, tokenizer, end_ids, begin):
     writer.add_eos_token_id(eos)
     writer.add_add_bos_token(begin)
 
-def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
-               tokenizer_hash=""):
+
+def write_gguf(
+    path, args, weights, dtype, tokenizer, template, end_ids, bos=True, tokenizer_hash=""
+):
     """
     The model at `path`, tensor by tensor. dtype "q8_0" is int8 by groups of 32 columns, with rows
     that are no multiple of 32, and norms, in fp32; else "float32".
@@ -890,16 +1193,21 @@ def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=Tru
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("llama")
     for add, value in (
-            (writer.add_context_length, args.max_seq_len), (writer.add_vocab_size, args.vocab_size),
-            (writer.add_embedding_length, args.dim), (writer.add_block_count, args.n_layers),
-            (writer.add_feed_forward_length, args.ffn_dim), (writer.add_head_count, args.n_heads),
-            (writer.add_head_count_kv, args.n_kv_heads),
-            (writer.add_rope_freq_base, args.rope_theta),
-            (writer.add_rope_dimension_count, args.head_dim),
-            (writer.add_layer_norm_rms_eps, args.norm_eps)):
+        (writer.add_context_length, args.max_seq_len),
+        (writer.add_vocab_size, args.vocab_size),
+        (writer.add_embedding_length, args.dim),
+        (writer.add_block_count, args.n_layers),
+        (writer.add_feed_forward_length, args.ffn_dim),
+        (writer.add_head_count, args.n_heads),
+        (writer.add_head_count_kv, args.n_kv_heads),
+        (writer.add_rope_freq_base, args.rope_theta),
+        (writer.add_rope_dimension_count, args.head_dim),
+        (writer.add_layer_norm_rms_eps, args.norm_eps),
+    ):
         add(value)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if dtype == "q8_0"
-                         else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(
+        gguf.LlamaFileType.MOSTLY_Q8_0 if dtype == "q8_0" else gguf.LlamaFileType.ALL_F32
+    )
     extra = {}
     if args.rope_scaling and len(args.rope_scaling) == 1:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -913,8 +1221,10 @@ def write_gguf(path, args, weights, dtype, tokenizer, template, end_ids, bos=Tru
         writer.add_string("fable.tokenizer_hash", tokenizer_hash)
     if template:
         writer.add_chat_template(template_to_jinja(template))
+
     def as_type(w):
         return types.Q8_0 if dtype == "q8_0" and len(w) > 1 and w[-1] % 32 == 0 else types.F32
+
     shapes = model_shapes(args)
     for name, w in extra.items():
         writer.add_tensor_info(name, w.shape, w.dtype, w.nbytes)

@@ -32,16 +32,16 @@ import re
 import sys
 from typing import NamedTuple
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
-
 import numpy as np
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
 from common import flags_of_others, parse_args, printable, run_main, write_atomic
 from tinystories import Dealer, items, quoted, read_stories, story_files
 from tokenizer import own_tokenizer
 
 # -----------------------------------------------------------------------------
 # The template
+
 
 class Template(NamedTuple):
     """
@@ -53,14 +53,14 @@ class Template(NamedTuple):
     A template is cut at its tokens before text goes in, so that no text can become a control token.
     Replies are texts of their own.
     """
+
     turn: str
     system: str = ""
     next: str = ""
 
     def sides(self, tokenizer, form, user, system=""):
         """The ids of one exchange before and after {reply}."""
-        special = {"{bos}": tokenizer.bos_id, "{eos}": tokenizer.eos_id,
-                   **tokenizer.special}
+        special = {"{bos}": tokenizer.bos_id, "{eos}": tokenizer.eos_id, **tokenizer.special}
         cut = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
         text = {"{user}": user, "{system}": system}
         sides = []
@@ -82,9 +82,11 @@ class Template(NamedTuple):
         them, without the end token; after a reply that is None nothing comes.
         """
         ids, mask = [], []
+
         def add(more, learn):
             ids.extend(more)
             mask.extend([learn] * len(more))
+
         tail = []
         for i, (user, reply) in enumerate(turns):
             form = self.system if system and not i else self.next if self.next and i else self.turn
@@ -126,8 +128,10 @@ class Template(NamedTuple):
         for form in filter(None, self):
             for name, n in ("user", 1), ("reply", 1), ("system", form is self.system):
                 if form.count(f"{{{name}}}") != n:
-                    raise ValueError(f"template {form!r}: {{{name}}} must be in it "
-                                     f"{'once' if n else 'in its form `system` only'}")
+                    raise ValueError(
+                        f"template {form!r}: {{{name}}} must be in it "
+                        f"{'once' if n else 'in its form `system` only'}"
+                    )
             for name, i in ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id):
                 if f"{{{name}}}" in form and i < 0:
                     raise ValueError(f"template {form!r}: the tokenizer has no {name.upper()}")
@@ -139,17 +143,22 @@ class Template(NamedTuple):
                 raise ValueError(f"template {form!r}: a token must follow {{reply}} and end it")
         return self
 
+
 def ended(form):
     """A form of a template in which {eos} follows {reply} where only white space did."""
     before, reply, after = form.partition("{reply}")
     return form if after.strip() or not reply else f"{before}{{reply}}{{eos}}{after}"
 
+
 TEMPLATES = {
     # Short, for small vocabularies, where each of these characters may be a token
     "plain": Template("{bos}{user}\n{reply}{eos}", "{bos}{system}\n{user}\n{reply}{eos}"),
-    "llama2": Template("{bos}[INST] {user} [/INST]{reply}{eos}",
-                       "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"),
+    "llama2": Template(
+        "{bos}[INST] {user} [/INST]{reply}{eos}",
+        "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}",
+    ),
 }
+
 
 def find_template(name, checkpoint, tokenizer, default="llama2"):
     """
@@ -164,14 +173,16 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
         kept = Template(*map(ended, forms))
     templates = TEMPLATES
     if tokenizer.bos_id < 0 or not checkpoint.get("bos", True):
-        templates = {key: Template(*(form.replace("{bos}", "") for form in template))
-                     for key, template in TEMPLATES.items()}
+        templates = {
+            key: Template(*(form.replace("{bos}", "") for form in template))
+            for key, template in TEMPLATES.items()
+        }
     if name.endswith(".json"):
         with open(name, encoding="utf-8-sig") as f:
             try:
                 given = Template(**json.load(f))
             except (ValueError, TypeError) as e:
-                raise ValueError(f"{name} is no template, {{\"turn\": ..., \"system\": ...}}: {e}")
+                raise ValueError(f'{name} is no template, {{"turn": ..., "system": ...}}: {e}')
         if not all(isinstance(form, str) for form in given) or not given.turn:
             raise ValueError(f'{name}: "turn" and "system" must be text')
     elif name and name not in TEMPLATES:
@@ -181,15 +192,22 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
     template = (given or kept or templates[default]).check(tokenizer)
     if template != kept and os.environ.get("RANK", "0") == "0":
         if kept:
-            print(f"note: --template={name} replaces the checkpoint's template {kept.turn!r}",
-                  file=sys.stderr)
+            print(
+                f"note: --template={name} replaces the checkpoint's template {kept.turn!r}",
+                file=sys.stderr,
+            )
         elif not given:
-            print(f"note: the checkpoint has no chat template: using {default}, "
-                  f"{template.turn!r}; --template names another", file=sys.stderr)
+            print(
+                f"note: the checkpoint has no chat template: using {default}, "
+                f"{template.turn!r}; --template names another",
+                file=sys.stderr,
+            )
     return template
+
 
 # -----------------------------------------------------------------------------
 # Files
+
 
 class Record(NamedTuple):
     """
@@ -236,13 +254,20 @@ HARMLESS = set(
 )
 GOOD_OR_BAD = "label", "kto_tag", "desirable"  # of KTO
 REFUSED = {  # keys that change the meaning of a record, and what to do
-    **dict.fromkeys(GOOD_OR_BAD, "it says which replies are bad, and those would be learned too: "
-                    "keep the good replies and remove the key"),
-    **dict.fromkeys(("images", "image", "image_url", "audio", "audios", "video", "videos"),
-                    "only text can be learned: remove these records"),
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"),
-                    "a template has no place for tools: remove these records"),
-}  # fmt: skip
+    **dict.fromkeys(
+        GOOD_OR_BAD,
+        "it says which replies are bad, and those would be learned too: "
+        "keep the good replies and remove the key",
+    ),
+    **dict.fromkeys(
+        ("images", "image", "image_url", "audio", "audios", "video", "videos"),
+        "only text can be learned: remove these records",
+    ),
+    **dict.fromkeys(
+        ("tools", "functions", "tool_calls", "function_call"),
+        "a template has no place for tools: remove these records",
+    ),
+}
 
 
 def read(path, replies=True):
@@ -427,8 +452,9 @@ def unused(message, used, key):
         raise ValueError(f'"{k}" changes the meaning of a message: {REFUSED[k]}')
     flags = {"weight", "train", "loss"}  # which replies are learned
     if any(present.get(k, 1) == 0 for k in flags):
-        raise ValueError("a message says that it is not to be learned, but every reply is: "
-                         "remove this record")  # fmt: skip
+        raise ValueError(
+            "a message says that it is not to be learned, but every reply is: remove this record"
+        )
     return [f"{key}.{k}" for k in present.keys() - HARMLESS - flags]
 
 
@@ -517,9 +543,11 @@ def repeats(value, texts):
 
 HELD_OUT = 10  # one dialogue in so many, by a hash of how it begins, is for validation
 
+
 def held_out(record):
     begin = f"{record.system}\n{record.turns[0][0]}".encode()
     return hashlib.sha256(begin).digest()[0] % HELD_OUT == 0
+
 
 class Samples:
     """
@@ -533,6 +561,7 @@ class Samples:
     key that is ignored; `summary()` is the line that says so. A subclass has sample(record), which
     returns None for a record that is left out, and `replies`: whether it needs any.
     """
+
     replies = True
 
     def __init__(self, data, split, tokenizer, template, max_len, seed=1337):
@@ -547,8 +576,10 @@ class Samples:
         for r in records:
             if split == "all" or held_out(r) == (split == "val"):
                 if r.system and not template.system:
-                    raise ValueError(f"{data} has a system prompt, for which the template "
-                                     f"{template.turn!r} has no place")
+                    raise ValueError(
+                        f"{data} has a system prompt, for which the template "
+                        f"{template.turn!r} has no place"
+                    )
                 for key in r.ignored:
                     self.note(f'with "{key}", which is ignored')
                 if self.replies and spaced == bare:
@@ -558,9 +589,14 @@ class Samples:
                 if sample is not None:
                     self.samples.append(sample)
         if not self.samples:
-            raise ValueError(self.summary() + (
-                ": too few to hold some out: name others with --val_data" if split == "val"
-                else ": nothing to use"))
+            raise ValueError(
+                self.summary()
+                + (
+                    ": too few to hold some out: name others with --val_data"
+                    if split == "val"
+                    else ": nothing to use"
+                )
+            )
         # validation is the same whatever the seed of the run
         self.dealer = Dealer([[len(self.samples)]], [1.0], 0 if split == "val" else seed)
 
@@ -579,6 +615,7 @@ class Samples:
         if happened:
             self.counts[what] += 1
 
+
 class Instructions(Samples):
     """
     What to answer: each sample is (ids, mask), two lists: the dialogue, and whether to learn each
@@ -588,6 +625,7 @@ class Instructions(Samples):
     A dialogue that is too long loses its oldest turns; a reply that is too long even so is cut at
     max_len, without an end token, lest the model learn to stop in the middle.
     """
+
     def sample(self, record):
         t, template, system = self.tokenizer, self.template, record.system
         reply = next(iter(record.completions), None)
@@ -602,14 +640,17 @@ class Instructions(Samples):
             return self.note("left out: prompt too long")
         self.note("shortened: oldest turns dropped", len(turns) < len(record.turns))
         self.note("shortened: reply cut", len(ids) > self.max_len)
-        return np.array(ids[:self.max_len], np.int32), np.array(mask[:self.max_len])
+        return np.array(ids[: self.max_len], np.int32), np.array(mask[: self.max_len])
 
     def batch(self, position, n):
         return [(ids.tolist(), mask.tolist()) for ids, mask in super().batch(position, n)]
 
+
 class OptionalInstructions(Instructions):
     """Those of records that have a reply; other records are left out."""
+
     replies = False
+
 
 class Rankings(Samples):
     """
@@ -619,6 +660,7 @@ class Rankings(Samples):
     A dialogue that is too long loses its oldest turns; a completion that is too long even so, is
     empty or the same as another is left out, for a score is given to whole completions.
     """
+
     def sample(self, record):
         if not record.completions:
             return self.note("left out: the two dialogues part before the last reply")
@@ -643,14 +685,18 @@ class Rankings(Samples):
         return np.array(prompt, np.int32), [np.array(c, np.int32) for c in ids]
 
     def batch(self, position, n):
-        return [(prompt.tolist(), [c.tolist() for c in completions])
-                for prompt, completions in super().batch(position, n)]
+        return [
+            (prompt.tolist(), [c.tolist() for c in completions])
+            for prompt, completions in super().batch(position, n)
+        ]
+
 
 class InstructPrompts(Samples):
     """
     What to be asked: prompts for PPO, lists of ids of at most max_len tokens, none of them twice.
     A dialogue that is too long loses its oldest turns. `answered` counts the records with a reply.
     """
+
     replies = False
 
     def __init__(self, *args, **kwargs):
@@ -672,18 +718,21 @@ class InstructPrompts(Samples):
     def batch(self, position, n):
         return [prompt.tolist() for prompt in super().batch(position, n)]
 
+
 # -----------------------------------------------------------------------------
 # The story task: an instruction says which words a story must have, how it ends, how long it is.
 # What is asked of a story is what a real one has, so it can be done; and a rule, the gold reward,
 # says how well it was done, so that every stage after it can be judged exactly.
 
-WORDS = set("""
+WORDS = set(
+    """
     dog cat bird ball tree flower boat car kite book hat box bear bunny rabbit frog fish
     duck mouse truck train doll cake apple cookie park garden lake beach forest farm hill
     river sea sun rain moon star sky bed cup door toy robot balloon bell stick rock leaf
     nest egg cow fox bee bug puppy kitten soup bread table chair store school castle drum
     ring puddle blanket
-""".split())
+""".split()
+)
 ENDINGS = {  # what one of the last two sentences says; the rarest first
     "sad": "sad|cry|cried|cries|sorry|miss(ed)?",
     "home": "home|bed|bedtime|sleep|asleep|dinner",
@@ -694,14 +743,17 @@ ENDINGS = {  # what one of the last two sentences says; the rarest first
 LENGTHS = {"short": (60, 110), "long": (110, 160)}  # words
 TOLERANCE = 40  # words beyond that at which nothing is left of the points for length
 
+
 def has_word(story, word):
     return re.search(rf"\b{word}(s|es)?\b", story, re.I) is not None
+
 
 def ends(story, ending):
     """Whether a finished story ends this way."""
     sentences = re.split(r"(?<=[.!?])[\"”']?\s+", story.strip())
     finished = re.search(r"[.!?][\"”']?$", story.strip())
     return bool(finished and re.search(rf"\b({ENDINGS[ending]})\b", " ".join(sentences[-2:]), re.I))
+
 
 def judge(prompt, story):
     """
@@ -710,8 +762,11 @@ def judge(prompt, story):
     for is done. Raises ValueError for a prompt that is none of this task.
     """
     asked = dict(re.findall(r"\b(Words|End|Length): ([a-z, ]+)\.", prompt))
-    if "Words" not in asked or not asked.get("End", "sad") in ENDINGS \
-            or not asked.get("Length", "short") in LENGTHS:
+    if (
+        "Words" not in asked
+        or not asked.get("End", "sad") in ENDINGS
+        or not asked.get("Length", "short") in LENGTHS
+    ):
         raise ValueError(f"gold: {prompt[:60]!r} asks for no story of this task")
     words = asked["Words"].split(", ")
     share = sum(has_word(story, w) for w in words) / len(words)
@@ -721,6 +776,7 @@ def judge(prompt, story):
     miss = max(low - n, n - high, 0)
     return share, float(ending), max(1 - miss / TOLERANCE, 0.0)
 
+
 def gold(prompts, responses):
     """
     The gold reward, from 0 to 1: half of it for the ending, a quarter each for words and length.
@@ -729,6 +785,7 @@ def gold(prompts, responses):
     """
     scores = (judge(p, r) for p, r in zip(prompts, responses))
     return [share / 4 + ending / 2 + length / 4 for share, ending, length in scores]
+
 
 def ask(story, rng):
     """An instruction that this story obeys, or None: two or three of its words in their order."""
@@ -743,10 +800,12 @@ def ask(story, rng):
     end = f" End: {ending}." if ending else ""
     return f"Words: {', '.join(words)}.{end} Length: {length}."
 
+
 def write_jsonl(path, records):
     with write_atomic(path, "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in records)
     print(f"wrote {len(records):,} records to {path}")
+
 
 def make_task(args):
     """sft.jsonl from the training stories, val.jsonl from the validation stories, pairs.jsonl: a
@@ -769,24 +828,29 @@ def make_task(args):
                     unique.add((prompt, story))
                     records.append({"prompt": prompt, "response": story})
         if len(records) < 2:
-            raise ValueError(f"{args.data_dir}: too few stories of {LENGTHS['short'][0]} to "
-                             f"{LENGTHS['long'][1]} words with two of the known words")
+            raise ValueError(
+                f"{args.data_dir}: too few stories of {LENGTHS['short'][0]} to "
+                f"{LENGTHS['long'][1]} words with two of the known words"
+            )
         rng.shuffle(records)
-        write_jsonl(os.path.join(folder, f"{name}.jsonl"), records[:args.samples])
+        write_jsonl(os.path.join(folder, f"{name}.jsonl"), records[: args.samples])
     pairs = []
-    for one, other in zip(records, records[1:args.samples]):
+    for one, other in zip(records, records[1 : args.samples]):
         both = [one["response"], other["response"]]
         better, worse = gold([one["prompt"]] * 2, both)
         if better - worse >= args.margin:
             pairs.append({"prompt": one["prompt"], "chosen": both[0], "rejected": both[1]})
     write_jsonl(os.path.join(folder, "pairs.jsonl"), pairs)
 
+
 def tell(args, prompts, n):
     """n stories for each prompt of a checkpoint: lists of (story, whether it ended by itself)."""
     import torch  # here: what reads files need not wait a second for it
+
     from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
     from model import generate
     from sample import choose_device
+
     checkpoint = load_checkpoint(args.checkpoint)
     check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(choose_device(args.device)).eval()
@@ -799,7 +863,8 @@ def tell(args, prompts, n):
     out = generate(model, ids, room, args.temperature, stop_ids=stops)
     texts = [tokenizer.decode(r).strip() for r in out.responses()]
     told = list(zip(texts, out.ended.tolist()))
-    return [told[i:i + n] for i in range(0, len(told), n)]
+    return [told[i : i + n] for i in range(0, len(told), n)]
+
 
 def make_pairs(args):
     """Rankings of a model's own stories by the gold reward. Stories whose rewards differ by less
@@ -817,14 +882,17 @@ def make_pairs(args):
         if len(ranking) > 1:
             rankings.append({"prompt": prompt, "completions": [story for _, story in ranking]})
     if not rankings:
-        raise ValueError(f"{args.checkpoint} told no two stories for a prompt that both ended and "
-                         f"were {args.margin} apart")
+        raise ValueError(
+            f"{args.checkpoint} told no two stories for a prompt that both ended and "
+            f"were {args.margin} apart"
+        )
     write_jsonl(args.output or f"{args.data_dir}/task/own_pairs.jsonl", rankings)
+
 
 def print_judgement(args):
     """How well models obey, on held-out prompts."""
     prompts = [r.turns[-1][0] for r in read(f"{args.data_dir}/task/val.jsonl")]
-    prompts = list(dict.fromkeys(prompts))[:args.prompts]
+    prompts = list(dict.fromkeys(prompts))[: args.prompts]
     print(f"{len(prompts)} held-out prompts, temperature {args.temperature}")
     print("gold   all words  words  ending  length  ended")
     for path in args.checkpoint.split(","):
@@ -834,31 +902,66 @@ def print_judgement(args):
         score = np.mean(gold(prompts, [story for story, _ in told]))
         share, ending, length = parts.mean(0)
         ended = np.mean([ended for _, ended in told])
-        print(f"{score:.3f}  {np.mean(parts[:, 0] == 1):9.1%}  {share:5.1%}  {ending:6.1%}  "
-              f"{length:6.1%}  {ended:5.1%}  {path}")
+        print(
+            f"{score:.3f}  {np.mean(parts[:, 0] == 1):9.1%}  {share:5.1%}  {ending:6.1%}  "
+            f"{length:6.1%}  {ended:5.1%}  {path}"
+        )
         print(f"  {prompts[0]} >>> {' '.join(printable(told[0][0]).split())}")
+
 
 # -----------------------------------------------------------------------------
 
 COMMANDS = {  # and their flags
     "stories": ["data_dir", "samples", "per_story", "margin", "seed"],
-    "pairs": ["data_dir", "checkpoint", "tokenizer", "template", "prompts", "completions", "margin",
-              "output", "temperature", "seed", "device"],
-    "judge": ["data_dir", "checkpoint", "tokenizer", "template", "prompts", "temperature", "seed",
-              "device"],
+    "pairs": [
+        "data_dir",
+        "checkpoint",
+        "tokenizer",
+        "template",
+        "prompts",
+        "completions",
+        "margin",
+        "output",
+        "temperature",
+        "seed",
+        "device",
+    ],
+    "judge": [
+        "data_dir",
+        "checkpoint",
+        "tokenizer",
+        "template",
+        "prompts",
+        "temperature",
+        "seed",
+        "device",
+    ],
 }
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("stage", choices=[*COMMANDS],
-        help="what to do; instruct.py pairs --help shows its own flags")
-    add("--data_dir", "--data", default="data",
-        help="folder of the stories; the task is written to its task/")
-    add("--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt")
+    add(
+        "stage",
+        choices=[*COMMANDS],
+        help="what to do; instruct.py pairs --help shows its own flags",
+    )
+    add(
+        "--data_dir",
+        "--data",
+        default="data",
+        help="folder of the stories; the task is written to its task/",
+    )
+    add(
+        "--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt"
+    )
     add("--tokenizer", default="", help="default: that beside the checkpoint or in data/")
-    add("--template", default="", help="plain, llama2, or a JSON file; default: the "
-        "checkpoint's, else plain")
+    add(
+        "--template",
+        default="",
+        help="plain, llama2, or a JSON file; default: the checkpoint's, else plain",
+    )
     add("--samples", type=int, default=20000, help="records per file, at most")
     add("--per_story", type=int, default=3, help="instructions per story")
     add("--prompts", type=int, default=500, help="prompts, at most")
@@ -873,6 +976,7 @@ def main(argv=None):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     {"stories": make_task, "pairs": make_pairs, "judge": print_judgement}[args.stage](args)
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -43,7 +43,9 @@ def library():
     except (OSError, ValueError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             reason = " ".join(str(e).split())
-            print(f"note: kernels.c is not used: {reason}; PyTorch's own kernels are", file=sys.stderr)
+            print(
+                f"note: kernels.c is not used: {reason}; PyTorch's own kernels are", file=sys.stderr
+            )
         return None
     keep_memory()
     return loaded
@@ -60,8 +62,15 @@ def compiled(source):
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     command += ["-O3", "-march=native", "-shared", "-fPIC", *openmp]
     version = os.stat(compiler)
-    parts = [source.read_bytes().hex(), *command, os.path.realpath(compiler), platform.machine(),
-             version.st_size, version.st_mtime_ns, platform.processor()]  # fmt: skip
+    parts = [
+        source.read_bytes().hex(),
+        *command,
+        os.path.realpath(compiler),
+        platform.machine(),
+        version.st_size,
+        version.st_mtime_ns,
+        platform.processor(),
+    ]
     with suppress(OSError):  # Linux alone has it; each line once, not for each core
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = "model name", "flags", "Features", "CPU part"
@@ -73,10 +82,14 @@ def compiled(source):
             return target
     temporary = target.with_suffix(f".{os.getpid()}")
     try:
-        done = subprocess.run([*command, str(source), "-o", str(temporary), "-lm"], capture_output=True)
+        done = subprocess.run(
+            [*command, str(source), "-o", str(temporary), "-lm"], capture_output=True
+        )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").splitlines()
-            said = next((line for line in lines if "error" in line), f"exit status {done.returncode}")
+            said = next(
+                (line for line in lines if "error" in line), f"exit status {done.returncode}"
+            )
             raise ValueError(f"{command[0]} cannot compile it ({said[:200]})")
         temporary.chmod(0o700)
         temporary.rename(target)
@@ -94,13 +107,21 @@ def private_folder(beside):
     for folder in folders:
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            around = os.stat(folder.parent)  # whose other users must not be able to replace the folder
+            around = os.stat(
+                folder.parent
+            )  # whose other users must not be able to replace the folder
             safe = not around.st_mode & 0o022 or around.st_mode & stat.S_ISVTX
-            if is_private(folder, stat.S_ISDIR) and around.st_uid in (0, os.getuid()) and safe \
-                    and os.access(folder, os.W_OK):  # fmt: skip
+            if (
+                is_private(folder, stat.S_ISDIR)
+                and around.st_uid in (0, os.getuid())
+                and safe
+                and os.access(folder, os.W_OK)
+            ):
                 return folder
-    raise OSError(f"none of {', '.join(map(str, folders))} is a folder of this user that others cannot "
-                  "write to")  # fmt: skip
+    raise OSError(
+        f"none of {', '.join(map(str, folders))} is a folder of this user that others cannot "
+        "write to"
+    )
 
 
 def is_private(path, kind):
@@ -125,19 +146,32 @@ def call(name, *args):
     """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64, None as
     NULL. args itself stays until the end: it may be all that holds a tensor."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
-    values = [numbers[type(x)](x) if type(x) in numbers else ctypes.c_void_p(x.data_ptr())
-              if x is not None else None for x in args]  # fmt: skip
+    values = [
+        numbers[type(x)](x)
+        if type(x) in numbers
+        else ctypes.c_void_p(x.data_ptr())
+        if x is not None
+        else None
+        for x in args
+    ]
     failed = getattr(library(), name)(*values)
     if failed:
-        raise {-1: MemoryError("no memory for a kernel"), -2: ValueError("the KV cache is full"),
-               -3: IndexError("a target is outside the vocabulary")}[failed]  # fmt: skip
+        raise {
+            -1: MemoryError("no memory for a kernel"),
+            -2: ValueError("the KV cache is full"),
+            -3: IndexError("a target is outside the vocabulary"),
+        }[failed]
 
 
 def plain(x):
     """Whether x is what kernels.c and oneDNN are for: fp32 on a CPU, not traced and not mixed."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 \
-        and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling() \
-        and not torch.is_autocast_enabled("cpu")  # a FakeTensor has no memory: train.py --plan
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not isinstance(x, FakeTensor)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )  # a FakeTensor has no memory: train.py --plan
 
 
 def native(x, multiple=16):
@@ -148,7 +182,9 @@ def native(x, multiple=16):
 # ----------------------------------------------------------------------------
 # products
 
-MIN_ROWS = 256  # below it PyTorch's products are as fast, and compile nothing for each number of rows
+MIN_ROWS = (
+    256  # below it PyTorch's products are as fast, and compile nothing for each number of rows
+)
 
 
 def multiply(x, w):
@@ -182,7 +218,9 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         (x, w), grad = ctx.saved_tensors, grad.contiguous()
         need_x, need_w = ctx.needs_input_grad
-        return onednn(grad, w.T) if need_x else None, transposed_product(grad, x) if need_w else None
+        return onednn(grad, w.T) if need_x else None, transposed_product(
+            grad, x
+        ) if need_w else None
 
 
 def transposed_product(g, x):

@@ -96,9 +96,14 @@ def four_bit_library():
 
 
 LORA_LAYERS = {
-    "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
-    "gate": "feed_forward.w1", "down": "feed_forward.w2", "up": "feed_forward.w3",
-}  # fmt: skip
+    "q": "attention.wq",
+    "k": "attention.wk",
+    "v": "attention.wv",
+    "o": "attention.wo",
+    "gate": "feed_forward.w1",
+    "down": "feed_forward.w2",
+    "up": "feed_forward.w3",
+}
 
 
 def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False):
@@ -109,7 +114,9 @@ def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False)
     kind = FourBitLoRALinear if four_bit else LoRALinear
     for name in layers.split(","):
         if name not in LORA_LAYERS:
-            raise ValueError(f"unknown layer {name!r} for LoRA: choose from {','.join(LORA_LAYERS)}")
+            raise ValueError(
+                f"unknown layer {name!r} for LoRA: choose from {','.join(LORA_LAYERS)}"
+            )
         module, attribute = LORA_LAYERS[name].split(".")
         for block in model.layers:
             parent = getattr(block, module)

@@ -62,7 +62,9 @@ class ModelArgs:
             if type(value) not in (int, float) or not 0 <= value < largest:
                 raise ValueError(f"{name} must be in [0, {largest}), not {value!r}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim ({self.dim}) must be an even multiple of n_heads ({self.n_heads})")
+            raise ValueError(
+                f"dim ({self.dim}) must be an even multiple of n_heads ({self.n_heads})"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
@@ -83,16 +85,24 @@ class ModelArgs:
 
 
 LARGEST = {  # run.c has the same limits
-    "dim": 1 << 16, "n_layers": 1 << 10, "n_heads": 1 << 14, "n_kv_heads": 1 << 14,
-    "vocab_size": 1 << 22, "hidden_dim": 1 << 20, "multiple_of": 1 << 20, "max_seq_len": 1 << 22,
-}  # fmt: skip
+    "dim": 1 << 16,
+    "n_layers": 1 << 10,
+    "n_heads": 1 << 14,
+    "n_kv_heads": 1 << 14,
+    "vocab_size": 1 << 22,
+    "hidden_dim": 1 << 20,
+    "multiple_of": 1 << 20,
+    "max_seq_len": 1 << 22,
+}
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
 
 
 def check_rope_scaling(scaling):
     """Raises ValueError unless it is {"factor": f} (linear) or has the four of LLAMA3_SCALING."""
     if not isinstance(scaling, dict) or set(scaling) not in ({"factor"}, set(LLAMA3_SCALING)):
-        raise ValueError(f"rope_scaling needs factor, or {', '.join(LLAMA3_SCALING)}: not {scaling}")
+        raise ValueError(
+            f"rope_scaling needs factor, or {', '.join(LLAMA3_SCALING)}: not {scaling}"
+        )
     for name, value in scaling.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"rope_scaling: {name} must be a positive number, not {value!r}")
@@ -225,7 +235,9 @@ class Transformer(nn.Module):
         # begin nearly silent, and learn less from the same text (doc/speed.md).
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.5 / math.sqrt(p.shape[1]) if name.startswith("layers.") else 0.02)
+                nn.init.normal_(
+                    p, std=0.5 / math.sqrt(p.shape[1]) if name.startswith("layers.") else 0.02
+                )
 
     def hidden(self, tokens, lengths=None, cache=None):
         """The forward pass up to the final norm: what the classifier and the value head read.
@@ -403,15 +415,47 @@ class KVCache:
         kernels.call("decode_hidden", x, *args, len(x), *self.sizes)
         return x
 
-    def draw(self, model, steps, tokens, probabilities, lengths, current, uniform, row, stops, temperature):
+    def draw(
+        self,
+        model,
+        steps,
+        tokens,
+        probabilities,
+        lengths,
+        current,
+        uniform,
+        row,
+        stops,
+        temperature,
+    ):
         """Draws up to `steps` tokens for every row, in place, and appends all but each row's newest to
         the cache; the tensors are generate's. Where kernels.c runs, and no token is cut off. LANES
         rows stay in the processor's cache for all steps: twice as fast as a step of all rows each."""
-        args = tokens, probabilities, lengths, current, self.length, uniform, row, stops, self.k, self.v
+        args = (
+            tokens,
+            probabilities,
+            lengths,
+            current,
+            self.length,
+            uniform,
+            row,
+            stops,
+            self.k,
+            self.v,
+        )
         weights = model.tok_embeddings.weight, self.weights, model.norm.weight, model.output.weight
         angles = model.freqs_cos, model.freqs_sin
-        sizes = len(row), steps, tokens.shape[1], len(stops), model.args.max_seq_len, len(weights[-1])
-        kernels.call("decode_tokens", *args, *weights, *angles, *sizes, *self.sizes, float(temperature))
+        sizes = (
+            len(row),
+            steps,
+            tokens.shape[1],
+            len(stops),
+            model.args.max_seq_len,
+            len(weights[-1]),
+        )
+        kernels.call(
+            "decode_tokens", *args, *weights, *angles, *sizes, *self.sizes, float(temperature)
+        )
 
     def advance(self, lengths=None):
         """After a forward pass: `lengths` is that of a prefill, None that of a step."""
@@ -474,9 +518,20 @@ class Generation(NamedTuple):
 
 
 def draw(
-    model, cache, steps, tokens, probabilities, lengths, current, uniform, row, stops, temperature, top_k,
+    model,
+    cache,
+    steps,
+    tokens,
+    probabilities,
+    lengths,
+    current,
+    uniform,
+    row,
+    stops,
+    temperature,
+    top_k,
     top_p,
-):  # fmt: skip
+):
     """KVCache.draw for every device and all ways of sampling, in place, on the tensors of generate. A row
     that has ended runs along with the others, unseen, until the steps are over: nothing here waits for
     an answer of the device."""
@@ -500,7 +555,9 @@ def draw(
         probabilities[row, at] = torch.where(alive, probability, probabilities[row, at])
         lengths[row] += alive
         current.copy_(torch.where(alive, drawn, current))
-        full = (lengths[row] >= tokens.shape[1]) | (cache.length[: len(row)] >= model.args.max_seq_len)
+        full = (lengths[row] >= tokens.shape[1]) | (
+            cache.length[: len(row)] >= model.args.max_seq_len
+        )
         alive &= ~(torch.isin(current, stops) | full)
 
 
@@ -556,8 +613,12 @@ def generate(
     uncut = temperature > 0 and not 0 < top_k < model.args.vocab_size and not 0 < top_p < 1
     # Where it costs to see which rows have ended, it is looked up every 32 tokens: a call of kernels.c
     # has to return, a GPU would wait for Python.
-    steps = 1 if on_token else ahead or (32 if device.type != "cpu" or uncut and cache.native else 1)
-    row = torch.empty(0, dtype=torch.long, device=device)  # (A,) which prompt each cache row continues
+    steps = (
+        1 if on_token else ahead or (32 if device.type != "cpu" or uncut and cache.native else 1)
+    )
+    row = torch.empty(
+        0, dtype=torch.long, device=device
+    )  # (A,) which prompt each cache row continues
     current = row  # (A,) the newest token of each, not yet in the cache
     waiting = 0  # prompts[waiting:] have not started
     while max_new_tokens and (len(row) or waiting < n):
@@ -566,7 +627,9 @@ def generate(
             new = prompts[waiting : waiting + free]
             head = [t for p in new for t in p[:-1]]
             model.hidden(
-                torch.tensor(head, dtype=torch.long, device=device), [len(p) - 1 for p in new], cache
+                torch.tensor(head, dtype=torch.long, device=device),
+                [len(p) - 1 for p in new],
+                cache,
             )
             row = torch.cat([row, torch.arange(waiting, waiting + len(new), device=device)])
             current = torch.cat([current, torch.tensor([p[-1] for p in new], device=device)])

@@ -47,7 +47,8 @@ class PPOConfig:
     # the objective
     init_kl_coef: float = flag(0.2, "β, the weight of the KL penalty in J")
     kl_penalty: str = flag(
-        "full", "estimate of the KL: kl (k1), abs, mse (k2), k3, or full (exact, over the vocabulary)"
+        "full",
+        "estimate of the KL: kl (k1), abs, mse (k2), k3, or full (exact, over the vocabulary)",
     )
     kl_in: str = flag(
         "both",
@@ -68,8 +69,9 @@ class PPOConfig:
     )
     # advantages
     advantage: str = flag(
-        "gae", "gae (with a critic), or without a critic rloo, grpo (both compare within the group) "
-        "or reinforce"
+        "gae",
+        "gae (with a critic), or without a critic rloo, grpo (both compare within the group) "
+        "or reinforce",
     )
     group_size: int = flag(1, "responses per prompt")
     gamma: float = flag(1.0, "discount per token")
@@ -77,7 +79,9 @@ class PPOConfig:
     lam_value: float = flag(0.95, "GAE λ of the critic's targets; 1 means plain returns")
     whiten_rewards: bool = flag(False, "scale the rewards of the tokens to variance 1")
     whiten_advantages: bool = flag(True, "scale and shift advantages to variance 1 and mean 0")
-    reward_clip: float = flag(0.0, "bound to which scores are clipped, ±reward_clip; 0: no clipping")
+    reward_clip: float = flag(
+        0.0, "bound to which scores are clipped, ±reward_clip; 0: no clipping"
+    )
     reward_scale: bool = flag(False, "divide scores by their standard deviation in the batch")
     # the update
     ppo_epochs: int = flag(1, "passes over the rollouts")
@@ -132,8 +136,10 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.kl_in == "loss" and self.kl_penalty not in ("full", "mse"):
-            raise ValueError(f"kl_in=loss with kl_penalty={self.kl_penalty} has another gradient "
-                             "than the KL: take full or mse, or kl_in=reward")  # fmt: skip
+            raise ValueError(
+                f"kl_in=loss with kl_penalty={self.kl_penalty} has another gradient "
+                "than the KL: take full or mse, or kl_in=reward"
+            )
         if self.critic_warmup and (self.advantage != "gae" or self.value_model == "shared"):
             raise ValueError("critic_warmup is for a critic of its own: advantage=gae, not shared")
         if self.whiten_rewards and self.kl_in != "reward":
@@ -397,9 +403,17 @@ class PPOTrainer:
     """
 
     def __init__(
-        self, config, policy, reference, critic, optimizer, critic_optimizer, context, ptx=None,
+        self,
+        config,
+        policy,
+        reference,
+        critic,
+        optimizer,
+        critic_optimizer,
+        context,
+        ptx=None,
         stop_ids=(BOS_ID, EOS_ID),
-    ):  # fmt: skip
+    ):
         c = self.config = config
         self.policy, self.reference, self.critic = policy, reference, critic
         self.optimizer, self.critic_optimizer = optimizer, critic_optimizer
@@ -443,9 +457,14 @@ class PPOTrainer:
         model, temperature = model or self.policy, c.temperature
         with self.context():
             out = generate(
-                model, queries, c.max_gen_len, temperature, stop_ids=self.stop_ids,
-                uniform=uniform[mine], max_batch=512,
-            )  # fmt: skip
+                model,
+                queries,
+                c.max_gen_len,
+                temperature,
+                stop_ids=self.stop_ids,
+                uniform=uniform[mine],
+                max_batch=512,
+            )
         logprobs = [lp[:n] for lp, n in zip(out.logprobs, out.lengths.tolist())]
         return queries, out.responses(), logprobs, out.ended
 
@@ -592,7 +611,9 @@ class PPOTrainer:
             scores, flat = flat.tolist(), place_scores(flat, counts)
             placed = [x for s, n in zip(scores, counts.tolist()) for x in [0.0] * (n - 1) + [s]]
             if flat.tolist() != placed:
-                raise Mismatch("a score is not on the last token of its response, or not there alone")
+                raise Mismatch(
+                    "a score is not on the last token of its response, or not there alone"
+                )
         raw = sum_by_rollout(flat, counts)
         if c.reward_scale:
             flat = flat / math.sqrt(max(mean_and_variance(raw)[1], 1e-12))
@@ -836,8 +857,16 @@ class PPOTrainer:
 
 
 NAMES = {  # of the statistics of an optimizer step
-    "policy": "ppo/loss/policy", "value": "ppo/loss/value", "total": "ppo/loss/total",
-    "ptx": "ppo/loss/ptx", "entropy": "ppo/policy/entropy", "approx_kl": "ppo/policy/policykl",
-    "clipfrac": "ppo/policy/clipfrac", "ratio": "ppo/policy/ratio", "grad_norm": "grad_norm",
-    "vpred": "ppo/val/vpred", "error": "ppo/val/error", "value_clipfrac": "ppo/val/clipfrac",
-}  # fmt: skip
+    "policy": "ppo/loss/policy",
+    "value": "ppo/loss/value",
+    "total": "ppo/loss/total",
+    "ptx": "ppo/loss/ptx",
+    "entropy": "ppo/policy/entropy",
+    "approx_kl": "ppo/policy/policykl",
+    "clipfrac": "ppo/policy/clipfrac",
+    "ratio": "ppo/policy/ratio",
+    "grad_norm": "grad_norm",
+    "vpred": "ppo/val/vpred",
+    "error": "ppo/val/error",
+    "value_clipfrac": "ppo/val/clipfrac",
+}

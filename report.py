@@ -54,8 +54,14 @@ class Log:
         self.file = self.board = self.wandb = None
         self.steps, self.last, self.pace = 0, 0.0, 0.0  # how many, the last one's end, mean seconds
         quiet = None if self.master else True  # None: shown on a terminal only
-        self.bar = tqdm(total=args.max_iters - first, unit="it", disable=quiet,
-                        dynamic_ncols=True, smoothing=0.05, leave=False)  # fmt: skip
+        self.bar = tqdm(
+            total=args.max_iters - first,
+            unit="it",
+            disable=quiet,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            leave=False,
+        )
         if not self.master:
             return
         # A resumed run continues its log, without the iterations that it does again.
@@ -69,8 +75,9 @@ class Log:
         if SummaryWriter:
             self.board = SummaryWriter(args.out_dir)
         if wandb:
-            self.wandb = wandb.init(project=args.wandb_project, name=args.wandb_run_name,
-                                    config=plain_config(args))  # fmt: skip
+            self.wandb = wandb.init(
+                project=args.wandb_project, name=args.wandb_run_name, config=plain_config(args)
+            )
 
     def scalars(self, iteration, stats):
         if not self.master:
@@ -133,12 +140,15 @@ def print_report(found):
     n = len(before["lengths"])
     print(f"\nPPO on {n} held-out prompts, beta = {found['beta']:g}" + " " * 8 + "before     after")
     rows = [
-        ("J = reward - beta KL", "objective", "8.3f"), ("reward", "reward", "8.3f"),
-        ("KL to the reference, nats", "kl", "8.2f"), ("mean length, tokens", "length_mean", "8.1f"),
-        ("its standard deviation", "length_std", "8.1f"), ("ended by themselves", "ended", "8.0%"),
+        ("J = reward - beta KL", "objective", "8.3f"),
+        ("reward", "reward", "8.3f"),
+        ("KL to the reference, nats", "kl", "8.2f"),
+        ("mean length, tokens", "length_mean", "8.1f"),
+        ("its standard deviation", "length_std", "8.1f"),
+        ("ended by themselves", "ended", "8.0%"),
         ("reference's loss on the samples", "ref_loss", "8.3f"),
         ("loss on validation text", "val_loss", "8.3f"),
-    ]  # fmt: skip
+    ]
     for title, key, form in (row for row in rows if row[1] in before):
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
     roof, error = found["roof"]
@@ -184,7 +194,8 @@ def plot(out_dir):
         path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
         rows = read_log(path)
         curves = {
-            k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None] for k in (*keys, "grad_norm")
+            k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None]
+            for k in (*keys, "grad_norm")
         }
         curves = {k: points for k, points in curves.items() if points}
         if not curves:

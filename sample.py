@@ -1,9 +1,9 @@
 """Tells stories from a checkpoint.
 
-    python sample.py --checkpoint=out/ckpt.pt --start="Once upon a time"
-    python sample.py --checkpoint=out/ckpt.pt --start=FILE:prompts.txt --num_samples=3
-    python sample.py --checkpoint=out/ckpt.pt --interactive
-    python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="You tell stories."
+python sample.py --checkpoint=out/ckpt.pt --start="Once upon a time"
+python sample.py --checkpoint=out/ckpt.pt --start=FILE:prompts.txt --num_samples=3
+python sample.py --checkpoint=out/ckpt.pt --interactive
+python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="You tell stories."
 """
 
 import argparse
@@ -12,10 +12,9 @@ import sys
 import time
 from contextlib import nullcontext
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
-
 import torch
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
 import kernels
 from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
 from common import boolean, parse_args, printable, run_main
@@ -30,23 +29,46 @@ def flags(argv=None):
     add("--checkpoint", default="out/ckpt.pt", help="the model")
     add("--tokenizer", default="", help="default: beside the checkpoint or in data/")
     add("--start", default="", help="the prompt, or FILE:NAME, a file with a prompt on each line")
-    add("--interactive", type=boolean, nargs="?", const=True, default=False,
-        help="read prompts from the terminal, one a line, until end of input")  # fmt: skip
-    add("--chat", type=boolean, nargs="?", const=True, default=False,
-        help="talk, one line a turn, until end of input; what was said is remembered")
+    add(
+        "--interactive",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="read prompts from the terminal, one a line, until end of input",
+    )
+    add(
+        "--chat",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="talk, one line a turn, until end of input; what was said is remembered",
+    )
     add("--system", default="", help="system prompt of a chat")
-    add("--template", default="", help="of a chat: plain, llama2, or a JSON file; default: the "
-        "checkpoint's, else llama2")  # fmt: skip
+    add(
+        "--template",
+        default="",
+        help="of a chat: plain, llama2, or a JSON file; default: the checkpoint's, else llama2",
+    )
     add("--num_samples", type=int, default=1, help="samples of each prompt")
     add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top_p", type=float, default=1.0,
-        help="draw from the likeliest tokens that sum to this probability; 0 or 1: from all")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens that sum to this probability; 0 or 1: from all",
+    )
     add("--seed", type=int, default=1337, help="of the random numbers")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="of the arithmetic")  # fmt: skip
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the arithmetic",
+    )
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="use torch.compile")
     args = parse_args(parser, argv)
     if args.temperature < 0 or not 0 <= args.top_p <= 1 or args.top_k < 0:

@@ -35,13 +35,12 @@ import time
 import urllib.parse
 import zlib
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
-
 import numpy as np
 import requests
 import sentencepiece
 from tqdm import tqdm
 
+import common  # noqa: F401  first: it says what to do where a package is not installed
 from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
 from experiments.grammar import tell_story
 from tokenizer import Tokenizer, find_tokenizer, hashed_name
@@ -53,21 +52,29 @@ END_OF_TEXT = "<|endoftext|>"
 # -----------------------------------------------------------------------------
 # Files of stories
 
+
 def stories_folder(data_dir):
     """Where the stories of a data folder lie: llama2.c's subfolder, or, without it, right there."""
     folder = os.path.join(data_dir, "TinyStories_all_data")
     return folder if os.path.isdir(folder) else data_dir
 
+
 def story_files(data_dir):
     """All files of stories in a data folder, by name. Raises FileNotFoundError if there is none."""
     folder = stories_folder(data_dir)
-    files = sorted(path for path in glob.glob(glob.escape(folder) + "/*")
-                   if path.endswith((".json", ".jsonl", ".txt"))
-                   and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json"))
+    files = sorted(
+        path
+        for path in glob.glob(glob.escape(folder) + "/*")
+        if path.endswith((".json", ".jsonl", ".txt"))
+        and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json")
+    )
     if not files:
-        raise FileNotFoundError(f"no stories (.json, .jsonl, .txt) in {folder}; get some with: "
-                                "python tinystories.py download, or offline: synthesize")
+        raise FileNotFoundError(
+            f"no stories (.json, .jsonl, .txt) in {folder}; get some with: "
+            "python tinystories.py download, or offline: synthesize"
+        )
     return files
+
 
 def read_text(path):
     """A whole file, without a byte order mark. ValueError names the line that is not UTF-8."""
@@ -77,6 +84,7 @@ def read_text(path):
         except UnicodeDecodeError as e:
             line = 1 + e.object.count(b"\n", 0, e.start)
             raise ValueError(f"{path}, line {line}: not UTF-8 text: {e}") from None
+
 
 def items(path, keys):
     """
@@ -121,18 +129,23 @@ def items(path, keys):
     except RecursionError:
         raise ValueError(f"{path}, line {line}: not JSON: nested too deeply") from None
 
+
 def lists_in(item, keys):
     """The names of the lists of objects in an object that has none of `keys`."""
+
     def listed(v):
         return isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
+
     if not isinstance(item, dict) or keys & item.keys():
         return []
     return [k for k, v in item.items() if listed(v) and not {"role", "from"} & v[0].keys()]
+
 
 def quoted(keys):
     """Keys for a message, at most 12 of them."""
     keys = [json.dumps(k[:40], ensure_ascii=False) for k in keys]
     return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no keys"
+
 
 def story_items(path):
     """Yields the place, or "", and the value of each item of a file of stories."""
@@ -149,9 +162,9 @@ def story_items(path):
                     raise ValueError(f"{path}, line {n}: not JSON: {why}") from None
     else:
         text = read_text(path)
-        for story in text.split(END_OF_TEXT) if END_OF_TEXT in text else \
-                re.split(r"\n\s*\n", text):
+        for story in text.split(END_OF_TEXT) if END_OF_TEXT in text else re.split(r"\n\s*\n", text):
             yield "", story
+
 
 def read_stories(path):
     """The stories of one file, one by one, stripped; ValueError if there are none, or no text."""
@@ -163,14 +176,16 @@ def read_stories(path):
         if not isinstance(story, str):
             shown = json.dumps(item, ensure_ascii=False)
             shown = shown[:50] + "..." * (len(shown) > 50)
-            raise ValueError(f'{path}, {place}: needs strings, or objects with "story" or '
-                             f'"text", not {shown}')
+            raise ValueError(
+                f'{path}, {place}: needs strings, or objects with "story" or "text", not {shown}'
+            )
         story = story.strip().encode(errors="replace").decode()  # JSON can spell non-text
         if story:
             empty = False
             yield story
     if empty:
         raise ValueError(f"{path} holds no story")
+
 
 @contextlib.contextmanager
 def new_folder(folder):
@@ -185,6 +200,7 @@ def new_folder(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
+
 def write_shards(folder, stories):
     """Stories in the layout of TinyStories_all_data: data00.json (small, validation), data01, …"""
     n_val = min(1000, max(1, len(stories) // 20))
@@ -195,29 +211,45 @@ def write_shards(folder, stories):
                 json.dump([{"story": story} for story in stories[start:end]], f)
     print(f"wrote {len(stories):,} stories to {folder}, in {len(cuts) - 1} shards")
 
+
 # -----------------------------------------------------------------------------
 # The real stories
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 PATIENCE = 10  # seconds to wait for a server
 
+
 def connect(url, start):
     """The server's answer for `url` from byte `start` on; ConnectionError if it does not come."""
     answer = []
+
     def get():
         try:
-            answer.append(requests.get(url, stream=True, timeout=(PATIENCE, 30), headers={
-                "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}))
+            answer.append(
+                requests.get(
+                    url,
+                    stream=True,
+                    timeout=(PATIENCE, 30),
+                    headers={
+                        "Accept-Encoding": "identity",
+                        **({"Range": f"bytes={start}-"} if start else {}),
+                    },
+                )
+            )
         except requests.RequestException:
             pass
+
     # in a thread, because looking up a name and a chain of redirects heed no timeout
     thread = threading.Thread(target=get, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     if not answer:
-        raise ConnectionError(f"no connection to {urllib.parse.urlsplit(url).netloc or url}; "
-                              "offline, make stories with: python tinystories.py synthesize")
+        raise ConnectionError(
+            f"no connection to {urllib.parse.urlsplit(url).netloc or url}; "
+            "offline, make stories with: python tinystories.py synthesize"
+        )
     return answer[0]
+
 
 def fetch(url, path):
     """Download url to path. It grows as path.part; a broken transfer goes on where it broke off."""
@@ -241,8 +273,10 @@ def fetch(url, path):
             else:
                 raise OSError(f"{url}: the server answers {response.status_code} {response.reason}")
             broken = False
-            with open(part, "ab" if start else "wb") as f, progress(
-                    os.path.basename(path), max(total, 0), initial=start) as bar:
+            with (
+                open(part, "ab" if start else "wb") as f,
+                progress(os.path.basename(path), max(total, 0), initial=start) as bar,
+            ):
                 try:
                     for chunk in response.iter_content(1 << 14) if start != total else ():
                         f.write(chunk)
@@ -256,8 +290,11 @@ def fetch(url, path):
             return os.replace(part, path)
         if size > total >= 0:
             os.remove(part)
-    raise OSError(f"{url}: the transfer broke off {attempt + 1} times; "
-                  "run the same command again and it goes on from there")
+    raise OSError(
+        f"{url}: the transfer broke off {attempt + 1} times; "
+        "run the same command again and it goes on from there"
+    )
+
 
 def unpack(archive, folder):
     """The .json files in a tar archive, flat into `folder`. Refuses names that lead elsewhere."""
@@ -265,15 +302,21 @@ def unpack(archive, folder):
         with new_folder(folder) as temporary, tarfile.open(archive) as tar:
             for member in progress("unpacking", unit="file", items=tar):
                 parts = member.name.replace("\\", "/").split("/")
-                if member.name.startswith("/") or ".." in parts or not (
-                        member.isfile() or member.isdir()):
-                    raise ValueError(f"{archive} is not to be trusted: {member.name!r} is a link "
-                                     "or leads out of its folder; nothing was unpacked")
+                if (
+                    member.name.startswith("/")
+                    or ".." in parts
+                    or not (member.isfile() or member.isdir())
+                ):
+                    raise ValueError(
+                        f"{archive} is not to be trusted: {member.name!r} is a link "
+                        "or leads out of its folder; nothing was unpacked"
+                    )
                 if member.isfile() and re.fullmatch(r"[^.].*\.json", parts[-1]):
                     with open(os.path.join(temporary, parts[-1]), "wb") as f:
                         shutil.copyfileobj(tar.extractfile(member), f)
     except (tarfile.TarError, EOFError, zlib.error) as e:
         raise ValueError(f"{archive} is damaged ({e}); delete it and download it again")
+
 
 def download(data_dir, url=URL, small=False):
     """The whole data set (1.6 GB) as llama2.c has it, or only its 22 MB of validation stories."""
@@ -290,9 +333,11 @@ def download(data_dir, url=URL, small=False):
         unpack(path, folder)
         print(f"unpacked {len(story_files(data_dir))} shards to {folder}")
 
+
 def progress(title, total=None, unit="B", items=None, **options):
     """A progress bar with rate and time left, on a terminal only."""
     return tqdm(items, desc=title, total=total, unit=unit, unit_scale=True, disable=None, **options)
+
 
 def synthesize(data_dir, n, seed):
     """n stories, no two equal, the same for the same seed on any machine."""
@@ -308,8 +353,10 @@ def synthesize(data_dir, n, seed):
             bar.update(len(stories) - bar.n)
     write_shards(folder, list(stories))
 
+
 # -----------------------------------------------------------------------------
 # Vocabulary and tokens
+
 
 def short_lines(line, most=50_000):
     """A line cut at spaces into lines of at most `most` characters, of which none is lost: words
@@ -322,6 +369,7 @@ def short_lines(line, most=50_000):
         start = end + (line[end] == " ")
     yield line[start:]
 
+
 def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     """
     Train a SentencePiece BPE vocabulary on the training stories, up to max_chars characters
@@ -333,7 +381,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     text = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
     lines, chars = [], 0
     for story in text:
-        story = story[:max_chars - chars]
+        story = story[: max_chars - chars]
         lines += itertools.chain.from_iterable(map(short_lines, story.split("\n")))
         chars += len(story)
         if chars >= max_chars:
@@ -342,28 +390,42 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     # Each character is a token. Where there are too many, as in Chinese, the commonest get half of
     # what the 256 bytes leave over; the others are spelt in bytes.
     counts = collections.Counter(itertools.chain.from_iterable(lines)).most_common()
-    rare = {ord(c): " " for c, _ in counts[max(0, vocab_size - 259) // 2:]}
+    rare = {ord(c): " " for c, _ in counts[max(0, vocab_size - 259) // 2 :]}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line.translate(rare) for line in lines) if rare else iter(lines),
-            model_writer=model, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
-            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            unk_surface=" \u2047 ", normalization_rule_name="identity",
-            num_threads=os.cpu_count(), max_sentence_length=1 << 20, minloglevel=2,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            unk_surface=" \u2047 ",
+            normalization_rule_name="identity",
+            num_threads=os.cpu_count(),
+            max_sentence_length=1 << 20,
+            minloglevel=2,
             # llama2.c drops doubled spaces here; kept, text survives the round trip, and the
             # encoder in C, which keeps them, agrees
-            remove_extra_whitespaces=False)
+            remove_extra_whitespaces=False,
+        )
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2] or str(e)  # what precedes it is for its authors
         raise ValueError(f"SentencePiece can not make a vocabulary of {vocab_size}: {reason}")
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     replace_vocabulary(path, model.getvalue())
     folder = os.path.join(data_dir, f"tok{vocab_size}")
-    if glob.glob(glob.escape(folder) + "/*.bin") and read_meta(folder).get("tokenizer") \
-            != Tokenizer(path).hash:
-        print(f"note: the shards in {folder} were made with another vocabulary: make them again "
-              f"with: {pretokenize_command(data_dir, vocab_size)}")
+    if (
+        glob.glob(glob.escape(folder) + "/*.bin")
+        and read_meta(folder).get("tokenizer") != Tokenizer(path).hash
+    ):
+        print(
+            f"note: the shards in {folder} were made with another vocabulary: make them again "
+            f"with: {pretokenize_command(data_dir, vocab_size)}"
+        )
+
 
 def replace_vocabulary(path, data):
     """
@@ -377,27 +439,33 @@ def replace_vocabulary(path, data):
         f.write(data)
     if old and old.hash != Tokenizer(path + ".new").hash:
         os.replace(path, hashed_name(old))
-        print(f"note: the vocabulary that was in {path} is another one and is now "
-              f"{hashed_name(old)}; checkpoints that were trained with it need it, not the new one")
+        print(
+            f"note: the vocabulary that was in {path} is another one and is now "
+            f"{hashed_name(old)}; checkpoints that were trained with it need it, not the new one"
+        )
     os.replace(path + ".new", path)
     print(f"wrote {path}")
+
 
 def pretokenize_command(data_dir, vocab_size):
     flags = [f"--vocab_size={vocab_size}"] * (vocab_size != 32000)
     flags += [f"--data_dir={data_dir}"] * (data_dir != "data")
     return " ".join(["python tinystories.py pretokenize", *flags])
 
+
 class Encoder(dict):
     """
     Stories to the bytes of a shard, several times faster than SentencePiece alone: no token of a
     BPE vocabulary spans two words, so each word is encoded once and then looked up.
     """
+
     def __init__(self, model_path):
         self.tokenizer = Tokenizer(model_path)
         sp, n_words = self.tokenizer.sp, self.tokenizer.n_words
         # holds for the vocabularies made here and for Llama 2's, but not for just any
         self.by_word = sp is not None and not any(
-            "\u2581" in piece.lstrip("\u2581") for piece in map(sp.id_to_piece, range(n_words)))
+            "\u2581" in piece.lstrip("\u2581") for piece in map(sp.id_to_piece, range(n_words))
+        )
 
     def __missing__(self, text):
         ids = self.tokenizer.encode(text, bos=False, eos=False)
@@ -419,6 +487,7 @@ class Encoder(dict):
             shard.extend(map(self.__getitem__, words))
         return b"".join(shard)
 
+
 def start_worker(model_path):
     """Set up a process of the pool, which is to die with its parent and leave Ctrl-C to it."""
     global encoder
@@ -427,8 +496,10 @@ def start_worker(model_path):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
+
 def encode_chunk(stories):
     return encoder(stories)
+
 
 def chunks(path, size=1 << 18):
     """The stories of a file in lists of about `size` characters."""
@@ -442,6 +513,7 @@ def chunks(path, size=1 << 18):
     if chunk:
         yield chunk
 
+
 def encode_files(pool, paths, ahead):
     """(path, stories, bytes) of all chunks in order; at most `ahead` are in memory at a time."""
     pending = collections.deque()
@@ -452,6 +524,7 @@ def encode_files(pool, paths, ahead):
             yield path, chunk, future.result()
     for path, chunk, future in pending:
         yield path, chunk, future.result()
+
 
 def read_meta(folder):
     """
@@ -464,9 +537,11 @@ def read_meta(folder):
         raise ValueError(f"{folder}/{META} is damaged: delete it, and run pretokenize again")
     return meta
 
+
 def write_meta(folder, meta):
     with write_atomic(os.path.join(folder, META), "w") as f:
         json.dump(meta, f, indent=1)
+
 
 def begins_as(shard, path, tokenizer):
     """
@@ -477,7 +552,8 @@ def begins_as(shard, path, tokenizer):
         return False
     ids = np.fromfile(shard, "<u2", count=100)
     story = next(read_stories(path))
-    return [BOS, *tokenizer.encode(story, bos=False, eos=False)][:len(ids)] == ids.tolist()
+    return [BOS, *tokenizer.encode(story, bos=False, eos=False)][: len(ids)] == ids.tolist()
+
 
 def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     """
@@ -493,10 +569,14 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     if n_words != (vocab_size or 32000):
         raise ValueError(f"{model_path} has {n_words} tokens, not {vocab_size or 32000}")
     if tokenizer.bos_id != BOS:
-        raise ValueError(f"{model_path}: its BOS is token {tokenizer.bos_id}, in shards it is {BOS}")
+        raise ValueError(
+            f"{model_path}: its BOS is token {tokenizer.bos_id}, in shards it is {BOS}"
+        )
     folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
-    shards = {path: os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".bin")
-              for path in story_files(data_dir)}
+    shards = {
+        path: os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".bin")
+        for path in story_files(data_dir)
+    }
     if len(set(shards.values())) < len(shards):
         raise ValueError(f"two files in {stories_folder(data_dir)} differ only in their ending")
     for stray in set(glob.glob(glob.escape(folder) + "/*.bin")) - set(shards.values()):
@@ -508,13 +588,20 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     meta = read_meta(folder)
     if meta and meta["tokenizer"] != tokenizer.hash:
         print(f"{folder}: made with another tokenizer than {model_path}: all shards are made again")
+
     def up_to_date(path, shard):
         if not meta:
             return begins_as(shard, path, tokenizer)
-        return meta["tokenizer"] == tokenizer.hash \
+        return (
+            meta["tokenizer"] == tokenizer.hash
             and meta["sources"].get(os.path.basename(shard)) == sums[path]
-    todo = [path for path, shard in shards.items()
-            if not os.path.exists(shard) or not up_to_date(path, shard)]
+        )
+
+    todo = [
+        path
+        for path, shard in shards.items()
+        if not os.path.exists(shard) or not up_to_date(path, shard)
+    ]
     # what is made again is not listed until it is whole
     sources = {os.path.basename(shards[path]): sums[path] for path in shards if path not in todo}
     meta = {"tokenizer": tokenizer.hash, "sources": sources}
@@ -523,9 +610,12 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     start, n_stories, n_tokens = time.time(), 0, 0
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-                cores, initializer=start_worker, initargs=(model_path,)) as pool, \
-                progress("pretokenizing", sum(map(os.path.getsize, todo))) as bar:
+        with (
+            concurrent.futures.ProcessPoolExecutor(
+                cores, initializer=start_worker, initargs=(model_path,)
+            ) as pool,
+            progress("pretokenizing", sum(map(os.path.getsize, todo))) as bar,
+        ):
             results = encode_files(pool, todo, ahead=4 * cores)
             for path, group in itertools.groupby(results, key=lambda result: result[0]):
                 with write_atomic(shards[path]) as f:
@@ -536,16 +626,22 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
                 sources[os.path.basename(shards[path])] = sums[path]
                 write_meta(folder, meta)
     except concurrent.futures.BrokenExecutor:
-        raise OSError("a process of the pool died (out of memory?); run the same command again "
-                      "and it goes on with the shards that are missing")
-    print(f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
-          f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
-          f"tokenizer {model_path}")
+        raise OSError(
+            "a process of the pool died (out of memory?); run the same command again "
+            "and it goes on with the shards that are missing"
+        )
+    print(
+        f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
+        f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
+        f"tokenizer {model_path}"
+    )
     if len(shards) == 1:
         print("note: there is only one file: the end of its shard, a twentieth, is for validation")
 
+
 # -----------------------------------------------------------------------------
 # Shards: files of uint16 token ids, no header. The first is for validation.
+
 
 def shard_paths(folder, vocab_size):
     """The paths of a folder's shards, see open_shards, by name. Raises FileNotFoundError."""
@@ -553,13 +649,18 @@ def shard_paths(folder, vocab_size):
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
     found = (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)
     # tokN.bin beside the shards is a vocabulary that tokenizer.py has written for C
-    found = ([p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
-             for paths in found)
+    found = (
+        [p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
+        for paths in found
+    )
     paths = next(filter(None, found), [])
     if not paths:
-        raise FileNotFoundError(f"no .bin shards in {' or '.join(folders)}; make them with: "
-                                + pretokenize_command(folder, vocab_size))
+        raise FileNotFoundError(
+            f"no .bin shards in {' or '.join(folders)}; make them with: "
+            + pretokenize_command(folder, vocab_size)
+        )
     return paths
+
 
 def shards_tokenizer(folder, vocab_size):
     """
@@ -573,9 +674,12 @@ def shards_tokenizer(folder, vocab_size):
         return folder, ""
     for path in paths:
         if os.path.basename(path) not in meta["sources"]:
-            raise ValueError(f"{path} is not of the last pretokenize in {folder}, which may have been "
-                             "interrupted: run it again, or delete the file")
+            raise ValueError(
+                f"{path} is not of the last pretokenize in {folder}, which may have been "
+                "interrupted: run it again, or delete the file"
+            )
     return folder, meta["tokenizer"]
+
 
 def open_shards(folder, split, vocab_size):
     """
@@ -596,20 +700,26 @@ def open_shards(folder, split, vocab_size):
     cut += starts[0] if len(starts) else 0  # between two stories, where there are any
     return [shard[cut:] if split == "val" else shard[:cut]]
 
+
 def open_shard(path, vocab_size):
     size = os.path.getsize(path)
     if size == 0 or size % 2:
-        raise ValueError(f"{path} has {size} bytes, which is no list of 2-byte tokens; delete it "
-                         "and run `python tinystories.py pretokenize` again")
+        raise ValueError(
+            f"{path} has {size} bytes, which is no list of 2-byte tokens; delete it "
+            "and run `python tinystories.py pretokenize` again"
+        )
     shard = np.asarray(np.memmap(path, dtype="<u2", mode="r"))  # plain arrays slice faster
     top = int(shard.max())  # reads the file once, at memory speed: better now than mid-training
     if top >= vocab_size:
-        raise ValueError(f"{path} holds token {top}, but the vocabulary has only {vocab_size}: "
-                         "it was made with another tokenizer")
+        raise ValueError(
+            f"{path} holds token {top}, but the vocabulary has only {vocab_size}: "
+            "it was made with another tokenizer"
+        )
     return shard
 
+
 def parse_data(data):
-    """"dirA:0.7,dirB:0.3" -> ["dirA", "dirB"], [0.7, 0.3]; the weight of a lone folder is 1."""
+    """ "dirA:0.7,dirB:0.3" -> ["dirA", "dirB"], [0.7, 0.3]; the weight of a lone folder is 1."""
     folders, weights = [], []
     for item in data.split(","):
         folder, _, weight = item.rpartition(":")
@@ -621,15 +731,18 @@ def parse_data(data):
         raise ValueError(f"the weights in {data!r} must be positive numbers")
     return folders, [w / sum(weights) for w in weights]
 
+
 # -----------------------------------------------------------------------------
 # Dealing: which item comes at which position. Position p is one number that counts the items
 # dealt so far; it is all that a checkpoint has to keep, and any process can compute any of it.
+
 
 def mix(x):
     """Scrambles uint64 (N,): the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> 31)
+
 
 def permute(i, n, key):
     """
@@ -649,12 +762,14 @@ def permute(i, n, key):
         todo = i >= n
     return i
 
+
 class Dealer:
     """
     Deals the items of several folders in proportion to their weights; each folder is shuffled
     anew every epoch, and none of its items comes twice within one.
     `items[k][s]`: how many items shard s of folder k has.
     """
+
     BLOCK = 1000  # weights are rounded to thousandths: the order of folders repeats every BLOCK
 
     def __init__(self, items, weights, seed):
@@ -664,13 +779,13 @@ class Dealer:
         # `share` of BLOCK goes to each folder; what rounding leaves over, to the largest rests
         exact = np.multiply(weights, self.BLOCK)
         self.share = np.floor(exact).astype(int)
-        self.share[np.argsort(self.share - exact)[:self.BLOCK - self.share.sum()]] += 1
+        self.share[np.argsort(self.share - exact)[: self.BLOCK - self.share.sum()]] += 1
         if not self.share.all():
             raise ValueError(f"a data folder has less than 1/{self.BLOCK} of the weights' sum")
         # spread evenly: the j-th of a folder's c items sits at (j + 0.5) / c of the block
         places = np.concatenate([(np.arange(c) + 0.5) / c for c in self.share])
         order = np.argsort(places, kind="stable")
-        self.folder = np.repeat(np.arange(len(items)), self.share)[order]    # (BLOCK,)
+        self.folder = np.repeat(np.arange(len(items)), self.share)[order]  # (BLOCK,)
         self.nth = np.concatenate([np.arange(c) for c in self.share])[order]  # (BLOCK,)
         # how many items can be dealt before any folder has to start over
         self.epoch = min(n * self.BLOCK // int(c) for n, c in zip(self.sizes, self.share))
@@ -690,6 +805,7 @@ class Dealer:
             item[mine] = i - self.first[k][shard[mine]]
         return folder, shard, item
 
+
 class Windows:
     """
     Windows of seq_len tokens and their targets, for training and validation.
@@ -705,6 +821,7 @@ class Windows:
     `data` may name several folders with weights: "dirA:0.7,dirB:0.3". `len` is then the number
     of windows before any folder starts over.
     """
+
     def __init__(self, data, split, seq_len, vocab_size, seed=1337):
         folders, weights = parse_data(data)
         self.seq_len = seq_len
@@ -712,8 +829,10 @@ class Windows:
         windows = [[(len(ids) - 1) // seq_len for ids in shards] for shards in self.shards]
         for folder, shards, n in zip(folders, self.shards, windows):
             if sum(n) == 0:
-                raise ValueError(f"{folder}: its {split} part has {sum(map(len, shards))} tokens, "
-                                 f"too few for a window of {seq_len} and the token after it")
+                raise ValueError(
+                    f"{folder}: its {split} part has {sum(map(len, shards))} tokens, "
+                    f"too few for a window of {seq_len} and the token after it"
+                )
         # validation is the same whatever the seed of the run
         self.dealer = Dealer(windows, weights, seed if split == "train" else 0)
 
@@ -723,12 +842,14 @@ class Windows:
     def batch(self, position, batch_size):
         """The batch_size windows from `position` on: x, y int64 (B,T)."""
         import torch  # here: the commands above need not wait a second for it
+
         T = self.seq_len
         out = np.empty((batch_size, T + 1), np.int64)
         for row, k, s, i in zip(out, *self.dealer.deal(position, batch_size)):
-            row[:] = self.shards[k][s][i * T:i * T + T + 1]
+            row[:] = self.shards[k][s][i * T : i * T + T + 1]
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
+
 
 class Prompts:
     """
@@ -740,6 +861,7 @@ class Prompts:
 
     Every story comes once in an epoch (`len(prompts)` stories); positions as in Windows.
     """
+
     def __init__(self, data, split, start_len, vocab_size, seed=1337, bos=True):
         if start_len < 1:
             raise ValueError(f"start_len must be at least 1 (BOS alone), not {start_len}")
@@ -763,10 +885,11 @@ class Prompts:
         prompts = []
         for k, s, i, length in zip(*self.dealer.deal(position, n), lengths.tolist()):
             start = self.starts[k][s][i]
-            tokens = self.shards[k][s][start:start + length].tolist()
-            tokens = tokens[:(tokens + [BOS]).index(BOS, 1)]  # not into the next story
-            prompts.append(tokens[self.skip:] or tokens)
+            tokens = self.shards[k][s][start : start + length].tolist()
+            tokens = tokens[: (tokens + [BOS]).index(BOS, 1)]  # not into the next story
+            prompts.append(tokens[self.skip :] or tokens)
         return prompts
+
 
 # -----------------------------------------------------------------------------
 
@@ -777,18 +900,33 @@ COMMANDS = {  # and their flags
     "pretokenize": ["data_dir", "vocab_size", "tokenizer"],
 }
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=[*COMMANDS],
-                        help="what to do; tinystories.py download --help shows its own flags")
-    parser.add_argument("--data_dir", "--data", default="data",
-                        help="where the stories and all else lie")
-    parser.add_argument("--vocab_size", type=int, default=0,
-                        help="tokens in the vocabulary; 0 for Llama 2's 32000")
-    parser.add_argument("--tokenizer", default="", help="tokenizer of the shards; default: that of "
-                        "data_dir or data/ with vocab_size tokens")
-    parser.add_argument("--small", type=boolean, nargs="?", const=True, default=False,
-                        help="only the 22 MB of validation stories, cut into shards")
+    parser.add_argument(
+        "stage",
+        choices=[*COMMANDS],
+        help="what to do; tinystories.py download --help shows its own flags",
+    )
+    parser.add_argument(
+        "--data_dir", "--data", default="data", help="where the stories and all else lie"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=0, help="tokens in the vocabulary; 0 for Llama 2's 32000"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="tokenizer of the shards; default: that of data_dir or data/ with vocab_size tokens",
+    )
+    parser.add_argument(
+        "--small",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="only the 22 MB of validation stories, cut into shards",
+    )
     parser.add_argument("--url", default=URL, help="folder to download from")
     parser.add_argument("--stories", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=int, default=1337, help="random seed of the stories")
@@ -801,6 +939,7 @@ def main(argv=None):
         train_vocab(args.data_dir, args.vocab_size)
     else:
         pretokenize(args.data_dir, args.vocab_size, args.tokenizer)
+
 
 if __name__ == "__main__":
     run_main(main)

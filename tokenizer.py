@@ -19,12 +19,13 @@ import subprocess
 import sys
 import zlib
 
-from common import note, parse_args, read_json, run_main, write_atomic  # before sentencepiece
-
 from sentencepiece import SentencePieceProcessor
+
+from common import note, parse_args, read_json, run_main, write_atomic  # before sentencepiece
 
 # -----------------------------------------------------------------------------
 # Tokenizer
+
 
 class Tokenizer:
     """
@@ -60,8 +61,9 @@ class Tokenizer:
         self.eos_id = self.sp.eos_id()
         self.pad_id = self.sp.pad_id()
         control = [i for i in range(self.n_words) if self.sp.is_control(i)]
-        self.special = {self.sp.id_to_piece(i): i for i in control
-                        if i not in (self.bos_id, self.eos_id)}
+        self.special = {
+            self.sp.id_to_piece(i): i for i in control if i not in (self.bos_id, self.eos_id)
+        }
 
     def _open_json(self, data):
         """
@@ -71,8 +73,9 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(f"{self.model_path} needs the tokenizers library: "
-                             "pip install tokenizers")
+            raise ValueError(
+                f"{self.model_path} needs the tokenizers library: pip install tokenizers"
+            )
         try:
             self.json = json.loads(data)
             added = self.json.get("added_tokens") or []
@@ -87,11 +90,13 @@ class Tokenizer:
         self.n_words = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         named = read_json(os.path.join(os.path.dirname(self.model_path), "tokenizer_config.json"))
         self.config = named
+
         def find(key, *usual):
             given = named.get(key)
             given = given.get("content") if isinstance(given, dict) else given
             names = [given] if isinstance(given, str) else usual
             return next((self.special[name] for name in names if name in self.special), -1)
+
         self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
         self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
         self.pad_id = find("pad_token")
@@ -133,8 +138,10 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.n_words:
-                raise ValueError(f"token {i} is outside the vocabulary of {self.model_path} "
-                                 f"({self.n_words}): is it another model's tokenizer?")
+                raise ValueError(
+                    f"token {i} is outside the vocabulary of {self.model_path} "
+                    f"({self.n_words}): is it another model's tokenizer?"
+                )
         return self.sp.decode(ids) if self.sp else self.bpe.decode(ids)
 
     @functools.cached_property
@@ -165,7 +172,9 @@ class Tokenizer:
         into the model file: ValueError.
         """
         if not self.sp:
-            raise ValueError(f"{self.model_path} is no SentencePiece model: llama2.c cannot read it")
+            raise ValueError(
+                f"{self.model_path} is no SentencePiece model: llama2.c cannot read it"
+            )
         pieces = [self.sp.id_to_piece(i) for i in range(self.n_words)]
         if self.bos_id >= 0:
             pieces[self.bos_id] = "\n<s>\n"  # the newlines keep text from ever matching these two
@@ -175,14 +184,18 @@ class Tokenizer:
         pieces = [p.replace("\u2581", " ").encode() for p in pieces]  # ▁ is how a space is spelt
         scores = [-math.inf if i in control else self.sp.get_score(i) for i in range(len(pieces))]
         return struct.pack("<I", max(map(len, pieces))) + b"".join(
-            struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces))
+            struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces)
+        )
+
 
 # -----------------------------------------------------------------------------
 # What identifies a tokenizer
 
+
 def protobuf_fields(data):
     """Yield (field number, value) of a protobuf message; value is an int, or the field's bytes."""
     at = 0
+
     def varint():
         nonlocal at
         value = shift = 0
@@ -193,6 +206,7 @@ def protobuf_fields(data):
             if byte < 128:
                 return value
             shift += 7
+
     while at < len(data):
         key = varint()
         kind = key & 7
@@ -200,8 +214,9 @@ def protobuf_fields(data):
             yield key >> 3, varint()
             continue
         size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield key >> 3, data[at:at + size]
+        yield key >> 3, data[at : at + size]
         at += size
+
 
 def sentencepiece_identity(data):
     """
@@ -213,18 +228,23 @@ def sentencepiece_identity(data):
     for field, value in protobuf_fields(data):
         if field == 1:
             piece = dict(protobuf_fields(value))  # 1 the text, 2 the score, 3 the type
-            pieces.append([piece.get(1, b"").hex(), piece.get(2, bytes(4)).hex(),
-                           piece.get(3, NORMAL)])
+            pieces.append(
+                [piece.get(1, b"").hex(), piece.get(2, bytes(4)).hex(), piece.get(3, NORMAL)]
+            )
         elif field == 2:
             trainer |= dict(protobuf_fields(value))
         elif field == 3:
             normalizer |= dict(protobuf_fields(value))
-    return ["sentencepiece", pieces,
-            trainer.get(3, UNIGRAM),                             # model_type
-            trainer.get(24, 0),                                  # treat_whitespace_as_suffix
-            trainer.get(44, " \u2047 ".encode()).hex(),          # unk_surface
-            hashlib.sha256(normalizer.get(2, b"")).hexdigest(),  # precompiled_charsmap
-            *(normalizer.get(i, 1) for i in (3, 4, 5))]          # dummy prefix, spaces
+    return [
+        "sentencepiece",
+        pieces,
+        trainer.get(3, UNIGRAM),  # model_type
+        trainer.get(24, 0),  # treat_whitespace_as_suffix
+        trainer.get(44, " \u2047 ".encode()).hex(),  # unk_surface
+        hashlib.sha256(normalizer.get(2, b"")).hexdigest(),  # precompiled_charsmap
+        *(normalizer.get(i, 1) for i in (3, 4, 5)),
+    ]  # dummy prefix, spaces
+
 
 def json_identity(config):
     """What of a tokenizer.json decides ids and text, in one spelling of the library's several."""
@@ -232,27 +252,34 @@ def json_identity(config):
     model["type"] = model.get("type", "BPE")
     if "merges" in model:
         model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if v is not None}
         return [plain(v) for v in value] if isinstance(value, list) else value
+
     parts = [plain(config.get(k)) for k in ("normalizer", "pre_tokenizer", "decoder")]
     added = sorted(config.get("added_tokens") or [], key=lambda token: token["id"])
     return ["json", model, *parts, plain(added)]
+
 
 # -----------------------------------------------------------------------------
 # Byte-level BPE for C. run.c has no Unicode tables and no regular expressions: it gets the classes
 # of characters that the splitting needs, and knows two patterns.
 
-GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-                  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def byte_alphabet():
     """GPT-2's spelling of bytes as printable characters, {character: byte}: a space is Ġ."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
 
 @functools.cache
 def character_classes(digits):
@@ -262,6 +289,7 @@ def character_classes(digits):
     are what its Digits step takes for one, which is what they are split by there.
     """
     from tokenizers import Regex, pre_tokenizers
+
     points = [c for c in range(0x40000) if not 0xD800 <= c < 0xE000]  # beyond there are none
     text, ranges = "".join(map(chr, points)), []
     for kind, pattern in ((1, r"\p{L}+"), (2, r"\p{N}+"), (3, r"\s+")):
@@ -269,10 +297,12 @@ def character_classes(digits):
         pieces = [(points[a], points[b - 1]) for _, (a, b) in split.pre_tokenize_str(text)]
         if digits and kind == 2:  # a digit between two others is a piece of its own
             pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(
-                "".join(f"\0{c}" for c in text))
+                "".join(f"\0{c}" for c in text)
+            )
             pieces = [(ord(c), ord(c)) for c, _ in pieces if len(c) == 1 and c != "\0"]
         ranges += [(a, b, kind) for a, b in pieces]
     return sorted(ranges)
+
 
 def byte_level_blob(tokenizer):
     """
@@ -280,12 +310,16 @@ def byte_level_blob(tokenizer):
     ValueError, naming it, for whatever run.c does not do.
     """
     config, path = tokenizer.json, tokenizer.model_path
+
     def refuse(what):
         raise ValueError(f"{path}: run.c does not know {what}")
+
     model, decoder = config["model"], config.get("decoder") or {}
     if model.get("type", "BPE") != "BPE" or decoder.get("type") != "ByteLevel":
-        refuse(f"this kind of tokenizer ({model.get('type')}, decoder {decoder.get('type')}): "
-               "only byte-level BPE")
+        refuse(
+            f"this kind of tokenizer ({model.get('type')}, decoder {decoder.get('type')}): "
+            "only byte-level BPE"
+        )
     if config.get("normalizer"):
         refuse(f"the normalizer {config['normalizer'].get('type')}")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -301,9 +335,13 @@ def byte_level_blob(tokenizer):
             if step.get("use_regex", True):
                 pattern = 0 if pattern == 2 else refuse("two patterns")
             prefix = step.get("add_prefix_space", True)
-        elif kind == "Split" and step.get("pattern") in ({"Regex": LLAMA3_PATTERN},
-                                                         {"Regex": GPT2_PATTERN}) \
-                and step.get("behavior") == "Isolated" and not step.get("invert") and pattern == 2:
+        elif (
+            kind == "Split"
+            and step.get("pattern") in ({"Regex": LLAMA3_PATTERN}, {"Regex": GPT2_PATTERN})
+            and step.get("behavior") == "Isolated"
+            and not step.get("invert")
+            and pattern == 2
+        ):
             pattern = int(step["pattern"]["Regex"] == LLAMA3_PATTERN)
         else:
             refuse(f"the pre-tokenizer {kind} {step.get('pattern', '')}")
@@ -322,17 +360,23 @@ def byte_level_blob(tokenizer):
     ranges = character_classes(digits)
     merges = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
     flags = bool(model.get("ignore_merges")) | digits << 1 | prefix << 2
-    return b"".join([
-        struct.pack("<I", len(ranges)), *(struct.pack("<3I", *r) for r in ranges),
-        struct.pack("<3I", pattern, flags, len(merges)),
-        *(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges),
-        *(struct.pack("<I", len(b) << 1 | special) + b for b, special in pieces)])
+    return b"".join(
+        [
+            struct.pack("<I", len(ranges)),
+            *(struct.pack("<3I", *r) for r in ranges),
+            struct.pack("<3I", pattern, flags, len(merges)),
+            *(struct.pack("<3I", vocab[a], vocab[b], vocab[a + b]) for a, b in merges),
+            *(struct.pack("<I", len(b) << 1 | special) + b for b, special in pieces),
+        ]
+    )
+
 
 # -----------------------------------------------------------------------------
 # Chat templates of Hugging Face's are programs (Jinja) of strangers: a process runs them that has
 # little time and memory.
 
 RENDER_SECONDS, RENDER_BYTES, RENDER_CHARACTERS = 5, 1 << 30, 1 << 20
+
 
 def render_chats(source, chats):
     """
@@ -344,8 +388,13 @@ def render_chats(source, chats):
     folder = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {folder!r}); import tokenizer; tokenizer.render_child()"
     try:
-        done = subprocess.run([sys.executable, "-c", code], input=json.dumps([source, chats]),
-                              capture_output=True, text=True, timeout=2 * RENDER_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps([source, chats]),
+            capture_output=True,
+            text=True,
+            timeout=2 * RENDER_SECONDS,
+        )
         written, error = json.loads(done.stdout) if done.returncode == 0 else (None, None)
     except subprocess.TimeoutExpired:
         done, error = None, None
@@ -357,33 +406,43 @@ def render_chats(source, chats):
         raise ValueError(f"it needs more than {RENDER_SECONDS} seconds or {RENDER_BYTES >> 20} MB")
     return written
 
+
 def render_child():
     """The process of render_chats: as transformers runs chat templates, and in a sandbox."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (RENDER_BYTES, RENDER_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (RENDER_SECONDS, RENDER_SECONDS))
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %} marks what transformers trains: the text stays."""
+
         tags = {"generation"}
+
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return nodes.Scope(body, lineno=line)
+
     def refuse(message):
         raise ValueError(message)
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols", Generation])
+
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     env.globals["raise_exception"] = refuse
     source, chats = json.load(sys.stdin)
+
     def reason(e):  # a stranger's program fails as it likes
         if isinstance(e, MemoryError):
             return f"it needs more than {RENDER_BYTES >> 20} MB"
         return " ".join(str(e).split())[:200] or type(e).__name__
+
     written, error = [], ""
     try:
         program = env.from_string(source)
@@ -399,8 +458,10 @@ def render_child():
             written.append(("", reason(e)))
     json.dump([written, error], sys.stdout)
 
+
 # -----------------------------------------------------------------------------
 # Where tokenizers are
+
 
 def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
     """
@@ -420,8 +481,10 @@ def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
         if not wanted:
             for other in found[1:]:
                 if disagree(found[0], other):
-                    raise ValueError(f"{found[0]} and {other} disagree: name one of them with "
-                                     "--tokenizer, or move the other one away")
+                    raise ValueError(
+                        f"{found[0]} and {other} disagree: name one of them with "
+                        "--tokenizer, or move the other one away"
+                    )
             if found:
                 return found[0]
             continue
@@ -444,23 +507,32 @@ def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
         remedy = "download Llama 2's tokenizer.model"
     else:
         remedy = f"make it with: {train} (for a model that exists, copy the model's own instead)"
-    raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens (looked for {places}); {remedy}")
+    raise FileNotFoundError(
+        f"no tokenizer with {vocab_size} tokens (looked for {places}); {remedy}"
+    )
+
 
 def names_of(vocab_size):
     return f"tok{vocab_size}.model", "tokenizer.model", "tokenizer.json"
+
 
 def tokenizers_in(folder, vocab_size):
     """Paths of the tokenizers of this size in a folder, under their usual names."""
     certain = [f"tok{vocab_size}.model"] + ["tokenizer.model"] * (vocab_size == 32000)
     paths = [(name, os.path.join(folder, name)) for name in names_of(vocab_size)]
-    return [path for name, path in paths
-            if os.path.isfile(path) and (name in certain or size_of(path) == vocab_size)]
+    return [
+        path
+        for name, path in paths
+        if os.path.isfile(path) and (name in certain or size_of(path) == vocab_size)
+    ]
+
 
 def all_tokenizers_in(folder):
     """Paths of all tokenizers in a folder, those with a hash in their names included."""
     names = "tok*.model", "tokenizer*.json"
     paths = [p for name in names for p in glob.glob(os.path.join(glob.escape(folder), name))]
     return [path for path in sorted(paths) if not path.endswith("tokenizer_config.json")]
+
 
 def size_of(path):
     """How many tokens a tokenizer has; 0 if it is damaged, or of a kind without a list."""
@@ -471,6 +543,7 @@ def size_of(path):
     except ValueError:
         return 0
 
+
 def json_vocabulary(path):
     """{token: id} of a tokenizer.json; {} if it is damaged, or of a kind without a list."""
     try:
@@ -479,6 +552,7 @@ def json_vocabulary(path):
         return {**{token: int(i) for token, i in config["model"]["vocab"].items()}, **added}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
+
 
 def disagree(one, other):
     """
@@ -490,6 +564,7 @@ def disagree(one, other):
     model, config = (other, one) if one.endswith(".json") else (one, other)
     sp, vocabulary = Tokenizer(model).sp, json_vocabulary(config)
     return any(vocabulary.get(sp.id_to_piece(i)) != i for i in range(sp.vocab_size()))
+
 
 def data_folders(data):
     """The folders where the tokenizer of some data may lie; `data` is as in train.py's --data."""
@@ -503,6 +578,7 @@ def data_folders(data):
             shards = glob.glob(os.path.join(glob.escape(path), "*.bin"))  # mystories/tok512
             folders += [path] + [os.path.dirname(os.path.abspath(path))] * bool(shards)
     return folders
+
 
 def open_tokenizer(vocab_size, folders, wanted="", given="", owner="", required=True):
     """
@@ -519,13 +595,16 @@ def open_tokenizer(vocab_size, folders, wanted="", given="", owner="", required=
         return None
     tokenizer = Tokenizer(path)
     if tokenizer.n_words != vocab_size:
-        raise ValueError(f"{path} has {tokenizer.n_words} tokens, the model {vocab_size}: "
-                         "it is not this model's tokenizer")
+        raise ValueError(
+            f"{path} has {tokenizer.n_words} tokens, the model {vocab_size}: "
+            "it is not this model's tokenizer"
+        )
     if wanted and tokenizer.hash != wanted:
         raise ValueError(mismatch(path, owner, wanted))
     if owner and not wanted and not given:
         note(f"{owner} does not say which tokenizer it was made with: assuming {path}")
     return tokenizer
+
 
 def own_tokenizer(checkpoint, path, given="", *folders, required=True):
     """
@@ -537,22 +616,31 @@ def own_tokenizer(checkpoint, path, given="", *folders, required=True):
     wanted, n = checkpoint.get("tokenizer_hash", ""), checkpoint["model_args"]["vocab_size"]
     return open_tokenizer(n, folders, wanted, given, path, required)
 
+
 def check_same_tokenizer(owner, wanted, other, found):
     """
     Compare the hashes `wanted` and `found` of the tokenizers of two things, named for the messages.
     ValueError where they differ; a line on stderr where the other one's is not known.
     """
     if wanted and found and wanted != found:
-        raise ValueError(f"{other} was made with another tokenizer ({found[:16]}) than {owner} "
-                         f"({wanted[:16]})")
+        raise ValueError(
+            f"{other} was made with another tokenizer ({found[:16]}) than {owner} ({wanted[:16]})"
+        )
     if not found:
         note(f"{other} does not say which tokenizer it was made with: assuming that of {owner}")
 
+
 def mismatch(path, owner, wanted):
-    remedy = "run `python tinystories.py pretokenize` again" if os.path.isdir(owner) else \
-             f"copy that one beside {owner}"
-    return (f"{path} is not the tokenizer of {owner}, whose hash is {wanted[:16]}: {remedy}, or "
-            "name the right one with --tokenizer")
+    remedy = (
+        "run `python tinystories.py pretokenize` again"
+        if os.path.isdir(owner)
+        else f"copy that one beside {owner}"
+    )
+    return (
+        f"{path} is not the tokenizer of {owner}, whose hash is {wanted[:16]}: {remedy}, or "
+        "name the right one with --tokenizer"
+    )
+
 
 def place_of(tokenizer, folder):
     """
@@ -566,12 +654,16 @@ def place_of(tokenizer, folder):
     except (OSError, ValueError):
         return path, None
 
+
 def check_place(tokenizer, folder):
     """ValueError where a folder has another tokenizer under the name that copy_tokenizer uses."""
     path, there = place_of(tokenizer, folder)
     if there and there.hash != tokenizer.hash:
-        raise ValueError(f"{path} is another tokenizer than {tokenizer.model_path}: choose another "
-                         "folder for what is made with the latter, or move the former away")
+        raise ValueError(
+            f"{path} is another tokenizer than {tokenizer.model_path}: choose another "
+            "folder for what is made with the latter, or move the former away"
+        )
+
 
 def copy_tokenizer(tokenizer, folder, config=None, replace=False):
     """
@@ -597,17 +689,25 @@ def copy_tokenizer(tokenizer, folder, config=None, replace=False):
         f.write(tokenizer.data)
     return path
 
+
 def hashed_name(tokenizer):
     """The path of a tokenizer with its hash in it: data/tok512.model -> data/tok512.1a2b3c4d.model"""
     stem, ending = os.path.splitext(tokenizer.model_path)
     return f"{stem}.{tokenizer.hash[:8]}{ending}"
 
+
 # -----------------------------------------------------------------------------
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-t", "--tokenizer-model", "--tokenizer_model", default="tokenizer.model",
-                        help="SentencePiece model; the .bin is written beside it")
+    parser.add_argument(
+        "-t",
+        "--tokenizer-model",
+        "--tokenizer_model",
+        default="tokenizer.model",
+        help="SentencePiece model; the .bin is written beside it",
+    )
     args = parse_args(parser, argv)
     tokenizer = Tokenizer(args.tokenizer_model)
     path = os.path.splitext(args.tokenizer_model)[0] + ".bin"
@@ -615,6 +715,7 @@ def main(argv=None):
         raise ValueError(f"{path} would overwrite itself: rename it to end in .model")
     tokenizer.export(path)
     print(f"wrote {path} ({tokenizer.n_words} tokens, {os.path.getsize(path):,} bytes)")
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -33,11 +33,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # noqa: I001  first: it says what to do where a package is not installed
-
 import torch
 import torch.distributed as dist
 
+import common  # noqa: I001  first: it says what to do where a package is not installed
 import ppo
 from alignment import Alignment, instruction_file
 from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
@@ -73,13 +72,33 @@ from tokenizer import (
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
-    "out_dir", "plot", "plan", "plan_gpu", "plan_mfu", "eval_interval", "eval_iters",
-    "log_interval", "eval_only", "init_from", "device",
-    "always_save_checkpoint", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
-    "tokenizer", "compile", "fsdp", "max_iters", "ppo_iters", "ppo_debug", "report_rollouts",
-    "roof_prompts", "roof_samples",
+    "out_dir",
+    "plot",
+    "plan",
+    "plan_gpu",
+    "plan_mfu",
+    "eval_interval",
+    "eval_iters",
+    "log_interval",
+    "eval_only",
+    "init_from",
+    "device",
+    "always_save_checkpoint",
+    "tensorboard",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "tokenizer",
+    "compile",
+    "fsdp",
+    "max_iters",
+    "ppo_iters",
+    "ppo_debug",
+    "report_rollouts",
+    "roof_prompts",
+    "roof_samples",
     *MODEL_FLAGS,
-)  # fmt: skip
+)
 
 # ----------------------------------------------------------------------------
 # flags
@@ -89,9 +108,7 @@ FREE_FLAGS = (
 class StageFlags:
     """stage (default: pretraining)"""
 
-    sft: bool = flag(
-        False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions"
-    )
+    sft: bool = flag(False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions")
     rm: bool = flag(False, "train a reward model from rankings of replies (--data=FILE.jsonl)")
     dpo: bool = flag(False, "train on rankings directly, without reward model or samples")
     ppo: bool = flag(False, "align the checkpoint in out_dir (or --init_from) with PPO")
@@ -190,10 +207,15 @@ def unused(args):
     if not args.decay_lr:
         out["schedule"] = "has no effect with --decay_lr=False"
     if not args.wandb_log:
-        out |= dict.fromkeys(["wandb_project", "wandb_run_name"], "has no effect without --wandb_log")
+        out |= dict.fromkeys(
+            ["wandb_project", "wandb_run_name"], "has no effect without --wandb_log"
+        )
     for names, why in stage.unused(args):
         out = dict.fromkeys(names, why) | out
-    hidden = {"always_save_checkpoint", *stage.accepted}  # (what the former asks for is always done)
+    hidden = {
+        "always_save_checkpoint",
+        *stage.accepted,
+    }  # (what the former asks for is always done)
     if stage is not Pretraining:  # two stages are an error of their own
         hidden |= {name for name, other in STAGES.items() if other is not stage}
     return out | dict.fromkeys(hidden)
@@ -203,9 +225,19 @@ def setup(args):
     """Checks flags, chooses device and dtype, joins the other processes. Returns rank, world."""
     if args.vocab_source == "llama2" and args.vocab_size != 32000:
         raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
-    for name in ("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval",
-                 "gradient_accumulation_steps", "roof_prompts", "roof_samples", "report_rollouts",
-                 "start_len", "reference_samples"):  # fmt: skip
+    for name in (
+        "batch_size",
+        "max_iters",
+        "eval_interval",
+        "eval_iters",
+        "log_interval",
+        "gradient_accumulation_steps",
+        "roof_prompts",
+        "roof_samples",
+        "report_rollouts",
+        "start_len",
+        "reference_samples",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name, value in vars(args).items():
@@ -280,9 +312,22 @@ class Interrupt:
 def code_version():
     """Changes with the code that computes; kept in checkpoints."""
     folder = Path(__file__).parent
-    names = ("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "ppo.py", "train.py",
-             "pretraining.py", "sft.py", "preferences.py", "alignment.py", "tinystories.py",
-             "instruct.py", "tokenizer.py")  # fmt: skip
+    names = (
+        "model.py",
+        "lora.py",
+        "checkpoint.py",
+        "kernels.py",
+        "kernels.c",
+        "ppo.py",
+        "train.py",
+        "pretraining.py",
+        "sft.py",
+        "preferences.py",
+        "alignment.py",
+        "tinystories.py",
+        "instruct.py",
+        "tokenizer.py",
+    )
     return hashlib.sha256(b"".join((folder / n).read_bytes() for n in names)).hexdigest()[:12]
 
 
@@ -297,19 +342,24 @@ def save(args, stage, iter_num, best_val_loss, improved, rank):
         copy_tokenizer(stage.tokenizer, args.out_dir, replace=True)
     if path.exists():
         link(path, path.with_suffix(".prev.pt"))
-    save_checkpoint(path, {
-        "model_args": checkpoint_args(stage.model.args),
-        "iter_num": iter_num,
-        "best_val_loss": best_val_loss,
-        "config": plain_config(args),
-        "code_version": code_version(),
-        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
-        **args.kept,
-        **state,
-    })  # fmt: skip
+    save_checkpoint(
+        path,
+        {
+            "model_args": checkpoint_args(stage.model.args),
+            "iter_num": iter_num,
+            "best_val_loss": best_val_loss,
+            "config": plain_config(args),
+            "code_version": code_version(),
+            "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+            **args.kept,
+            **state,
+        },
+    )
     if "lora" in state:
-        kept = {"model_args": checkpoint_args(stage.model.args),
-                **{k: (args.kept | state)[k] for k in ("lora", "template", "tokenizer_hash")}}  # fmt: skip
+        kept = {
+            "model_args": checkpoint_args(stage.model.args),
+            **{k: (args.kept | state)[k] for k in ("lora", "template", "tokenizer_hash")},
+        }
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), kept)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
@@ -425,8 +475,19 @@ def weights_alone(state, path, args):
     start of another one."""
     if not args.rm:
         check_generates(state, path)
-    run = ("ppo", "dpo", "reward", "position", "tokens", "bad_steps", "optimizer", "optimizers",
-           "scaler", "unmerged", "lora")  # fmt: skip
+    run = (
+        "ppo",
+        "dpo",
+        "reward",
+        "position",
+        "tokens",
+        "bad_steps",
+        "optimizer",
+        "optimizers",
+        "scaler",
+        "unmerged",
+        "lora",
+    )
     return {k: v for k, v in state.items() if k not in run}
 
 
@@ -538,14 +599,18 @@ def start(args, rank, world):
             print(f"resumed with other flags than the checkpoint's; the flags count: {changed}")
         then, now = checkpoint.get("code_version") if resumed else None, code_version()
         if then not in (None, now):
-            print(f"code was {then}, is {now}: the numbers may not be those of a run without a pause")
+            print(
+                f"code was {then}, is {now}: the numbers may not be those of a run without a pause"
+            )
         if iter_num >= args.max_iters:
             print("nothing to do: the checkpoint has reached --max_iters")
     if args.ppo:
         roof, error = stage.estimate_roof()
         if rank == 0:
-            print(f"roof J* = {roof:.3f} ±{error:.3f} (95 %), the highest J there is, "
-                  "from reference samples")  # fmt: skip
+            print(
+                f"roof J* = {roof:.3f} ±{error:.3f} (95 %), the highest J there is, "
+                "from reference samples"
+            )
     return stage, iter_num, best_val_loss, resumed
 
 
@@ -571,8 +636,10 @@ def train(args, rank, world):
         improved, best_val_loss = val < best_val_loss, min(val, best_val_loss)
         if losses:
             more = [f", {k} {v:.4g}" for k, v in losses.items() if not k.startswith("loss/")]
-            log.line(f"step {iter_num}: train loss {losses['loss/train_eval']:.4f}, "
-                     f"val loss {losses['loss/val']:.4f}{''.join(more)}")  # fmt: skip
+            log.line(
+                f"step {iter_num}: train loss {losses['loss/train_eval']:.4f}, "
+                f"val loss {losses['loss/val']:.4f}{''.join(more)}"
+            )
             log.scalars(iter_num, losses)
         story = stage.story() if rank == 0 else ""
         if story:
@@ -592,8 +659,10 @@ def train(args, rank, world):
                 if world > 1 or iter_num == first:
                     raise
                 save(args, stage, iter_num, best_val_loss, False, rank)
-                raise ValueError(f"{e}; iteration {iter_num} is saved: when it is mended, go on with "
-                                 "the same command and --init_from=resume") from None  # fmt: skip
+                raise ValueError(
+                    f"{e}; iteration {iter_num} is saved: when it is mended, go on with "
+                    "the same command and --init_from=resume"
+                ) from None
             log.scalars(iter_num, stats)
             left = log.left(args.max_iters - iter_num - 1)
             if iter_num % args.log_interval == 0:
@@ -603,8 +672,10 @@ def train(args, rank, world):
             number = interrupt.pending()
             if number:
                 save(args, stage, iter_num, best_val_loss, False, rank)
-                log.line(f"interrupted: saved iteration {iter_num}; "
-                         "go on with the same command and --init_from=resume")  # fmt: skip
+                log.line(
+                    f"interrupted: saved iteration {iter_num}; "
+                    "go on with the same command and --init_from=resume"
+                )
                 return 128 + number if number == signal.SIGTERM else 0
         evaluate_and_save()
     except (FloatingPointError, ppo.Mismatch) as e:

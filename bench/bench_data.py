@@ -40,7 +40,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench_data.py", description=__doc__)
     parser.add_argument("--data_dir", default="data", help="folder of stories")
     parser.add_argument("--vocab_size", type=int, default=512, help="tokens in the vocabulary")
-    parser.add_argument("--tokenizer", default="", help="default: tok<vocab_size>.model in data_dir")
+    parser.add_argument(
+        "--tokenizer", default="", help="default: tok<vocab_size>.model in data_dir"
+    )
     parser.add_argument("--peer", default="", help="folder with llama2.c's tinystories.py")
     parser.add_argument("--repeat", type=int, default=3, help="runs, of which the best counts")
     args = parse_args(parser, argv)

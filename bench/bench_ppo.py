@@ -36,9 +36,12 @@ def main():
     reference = model_from_checkpoint(checkpoint).requires_grad_(False)
     critic = None if shared else model_from_checkpoint(checkpoint, TransformerWithValueHead)
     config = ppo.PPOConfig(
-        rollouts=a.rollouts, ppo_epochs=a.ppo_epochs, early_stopping=False, critic_warmup=0,
+        rollouts=a.rollouts,
+        ppo_epochs=a.ppo_epochs,
+        early_stopping=False,
+        critic_warmup=0,
         value_model=a.value_model,
-    )  # fmt: skip
+    )
     optimizers = [m and torch.optim.Adam(m.parameters(), lr=1e-4) for m in (policy, critic)]
     trainer = ppo.PPOTrainer(config, policy, reference, critic, *optimizers, nullcontext)
     prompts = Prompts(a.data, "train", 30, policy.args.vocab_size)

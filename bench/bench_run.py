@@ -42,15 +42,26 @@ SHAPES = {
 }
 TOKENS = 256
 
+
 def model_args(shape):
     dim, n_layers, n_heads, n_kv_heads, vocab, hidden, seq_len, _ = SHAPES[shape]
-    return ModelArgs(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-                     vocab_size=vocab, hidden_dim=hidden, max_seq_len=seq_len, tied=shape != "1.1B")
+    return ModelArgs(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        vocab_size=vocab,
+        hidden_dim=hidden,
+        max_seq_len=seq_len,
+        tied=shape != "1.1B",
+    )
+
 
 def write_gguf(path, args, weights):
     """The same model for llama.cpp, Q8_0. It rotates halves where Llama rotates pairs; with random
     weights that changes no speed, so the rows stay as they are."""
     import gguf
+
     w = gguf.GGUFWriter(path, "llama")
     w.add_context_length(args.max_seq_len)
     w.add_embedding_length(args.dim)
@@ -63,11 +74,20 @@ def write_gguf(path, args, weights):
     w.add_vocab_size(args.vocab_size)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     w.add_tokenizer_model("no_vocab")
-    names = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
-             "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
-             "attention.wo": "attn_output", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
-             "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down",
-             "feed_forward.w3": "ffn_up"}
+    names = {
+        "tok_embeddings": "token_embd",
+        "norm": "output_norm",
+        "output": "output",
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+    }
     for key, tensor in weights.items():
         if key == "output.weight" and args.tied:
             continue
@@ -84,11 +104,15 @@ def write_gguf(path, args, weights):
     w.write_tensors_to_file()
     w.close()
 
+
 def make_models(shape, folder, options):
     """Writes the files of a shape that are not there yet; returns their common prefix."""
     prefix, args = Path(folder) / shape, model_args(shape)
-    want = [".v3.bin"] + ([".v0.bin", ".v2.bin"][shape == "1.1B":] if options.llama2c else []) \
+    want = (
+        [".v3.bin"]
+        + ([".v0.bin", ".v2.bin"][shape == "1.1B" :] if options.llama2c else [])
         + ([".gguf"] if options.llama_bench else [])
+    )
     if all(Path(f"{prefix}{end}").exists() for end in want):
         return prefix
     real = os.environ.get("STORIES_DATA", ROOT.parent / "shared/data")
@@ -110,47 +134,107 @@ def make_models(shape, folder, options):
                 (export.write_v0 if end == ".v0.bin" else export.write_v2)(f, args, weights)
     return prefix
 
+
 def run(command, env=None):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          errors="replace", env={**os.environ, **(env or {})}, timeout=900)
+    done = subprocess.run(
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(env or {})},
+        timeout=900,
+    )
     if done.returncode:
         raise ValueError(f"{' '.join(map(str, command))}: {done.stderr.strip()[-300:]}")
     return done.stdout + done.stderr
 
+
 def measure(shape, prefix, options):
     """{name: (decode tokens/s, prompt tokens/s or None)}; of run.c also the roof and sampling."""
     threads, n = SHAPES[shape][-1], min(TOKENS, model_args(shape).max_seq_len)
-    text = run([options.run, f"{prefix}.v3.bin", "-m", "bench", "-n", n, "-j", threads,
-                "-t", 0.8, "-p", 0.9])
-    found = re.search(r"bandwidth ([\d.]+).*?prompt.*?: ([\d.]+).*?decode.*?: ([\d.]+) tokens/s, "
-                      r"([\d.]+) GB/s.*?([\d.]+) us a token, ([\d.]+) %", text, re.S)
+    text = run(
+        [
+            options.run,
+            f"{prefix}.v3.bin",
+            "-m",
+            "bench",
+            "-n",
+            n,
+            "-j",
+            threads,
+            "-t",
+            0.8,
+            "-p",
+            0.9,
+        ]
+    )
+    found = re.search(
+        r"bandwidth ([\d.]+).*?prompt.*?: ([\d.]+).*?decode.*?: ([\d.]+) tokens/s, "
+        r"([\d.]+) GB/s.*?([\d.]+) us a token, ([\d.]+) %",
+        text,
+        re.S,
+    )
     roof, prompt, decode, gbs, _, sampling = map(float, found.groups())
     # any pieces will do
     tokenizer, vocab = Path(options.dir) / f"{shape}.tok.bin", model_args(shape).vocab_size
-    tokenizer.write_bytes(struct.pack("<I", 7) + b"".join(
-        struct.pack("<fI", -i, 7) + b"%7d" % i for i in range(vocab)))
+    tokenizer.write_bytes(
+        struct.pack("<I", 7)
+        + b"".join(struct.pack("<fI", -i, 7) + b"%7d" % i for i in range(vocab))
+    )
     text = run([options.run, f"{prefix}.v3.bin", "-t", 0, "-n", n, "-z", tokenizer, "-j", threads])
     story = float(re.search(r"story: \d+ tokens at (\d+)", text)[1])
-    result = {"run.c": (decode, prompt), "roof": (roof, gbs), "sampling": (sampling, None),
-              "run.c, a story": (story, None)}
+    result = {
+        "run.c": (decode, prompt),
+        "roof": (roof, gbs),
+        "sampling": (sampling, None),
+        "run.c, a story": (story, None),
+    }
     if options.llama2c:
         for name, end in (("run", ".v0.bin"), ("runq", ".v2.bin")):
             if shape == "1.1B" and name == "run":
                 continue  # 4.4 GB of fp32
             program = Path(options.dir) / f"llama2c_{name}{threads}"
             if not program.exists():
-                run(["cc", "-Ofast", "-march=native", *["-fopenmp"] * (threads > 1), "-o", program,
-                     Path(options.llama2c) / f"{name}.c", "-lm"])
-            text = run([program, f"{prefix}{end}", "-t", 0, "-n", n, "-z", tokenizer],
-                       {"OMP_NUM_THREADS": str(threads)})
+                run(
+                    [
+                        "cc",
+                        "-Ofast",
+                        "-march=native",
+                        *["-fopenmp"] * (threads > 1),
+                        "-o",
+                        program,
+                        Path(options.llama2c) / f"{name}.c",
+                        "-lm",
+                    ]
+                )
+            text = run(
+                [program, f"{prefix}{end}", "-t", 0, "-n", n, "-z", tokenizer],
+                {"OMP_NUM_THREADS": str(threads)},
+            )
             result[f"llama2.c {name}"] = float(re.search(r"tok/s: ([\d.]+)", text)[1]), None
     if options.llama_bench:
-        text = run([options.llama_bench, "-m", f"{prefix}.gguf", "-t", threads, "-p", n, "-n", n,
-                    "-r", 3, "-o", "jsonl"])
+        text = run(
+            [
+                options.llama_bench,
+                "-m",
+                f"{prefix}.gguf",
+                "-t",
+                threads,
+                "-p",
+                n,
+                "-n",
+                n,
+                "-r",
+                3,
+                "-o",
+                "jsonl",
+            ]
+        )
         rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         speed = {row["n_gen"]: max(row["samples_ts"]) for row in rows}
         result["llama.cpp Q8_0"] = speed[n], speed[0]
     return result
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -172,8 +256,10 @@ def main(argv=None):
                 best[name] = tuple(v and max(o, v) for o, v in zip(old, values))
         (roof, gbs), (sampling, _) = best.pop("roof"), best.pop("sampling")
         (decode, prompt), (story, _) = best["run.c"], best["run.c, a story"]
-        print(f"{shape}, {SHAPES[shape][-1]} thread(s): {gbs:.1f} GB/s of weights and cache, "
-              f"memory delivers {roof:.1f}; sampling is {sampling:.1f} % of decoding")
+        print(
+            f"{shape}, {SHAPES[shape][-1]} thread(s): {gbs:.1f} GB/s of weights and cache, "
+            f"memory delivers {roof:.1f}; sampling is {sampling:.1f} % of decoding"
+        )
         for name, (d, p) in best.items():
             ours = story if name.startswith("llama2.c") else decode
             ratio = "" if name.startswith("run.c") else f"  run.c is {ours / d:5.2f} x"
@@ -183,8 +269,11 @@ def main(argv=None):
                 line += f"  run.c is {prompt / p:5.2f} x" if name != "run.c" else ""
             print(line.rstrip(), flush=True)
     if not options.llama2c and not options.llama_bench:
-        print("beside other programs: bench/bench_run.py --llama2c=DIR --llama_bench=FILE; "
-              "--help says what they are")
+        print(
+            "beside other programs: bench/bench_run.py --llama2c=DIR --llama_bench=FILE; "
+            "--help says what they are"
+        )
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -32,8 +32,16 @@ SHAPES = [  # title, flags of train.py, whether the CPU is too slow for it
     ("260K 16 x 256, Muon", f"{SMALL} --batch_size=16 --max_seq_len=256 {MUON}", False),
     ("260K 8 x 256, Muon", f"{SMALL} --batch_size=8 --max_seq_len=256 {MUON}", False),
     ("260K 8 x 512, Muon", f"{SMALL} --batch_size=8 --max_seq_len=512 {MUON}", False),
-    ("260K 32 x 512, dropout 0.05", f"{SMALL} --batch_size=32 --max_seq_len=512 --dropout=0.05", False),
-    ("260K 128 x 512, dropout 0.05", f"{SMALL} --batch_size=128 --max_seq_len=512 --dropout=0.05", True),
+    (
+        "260K 32 x 512, dropout 0.05",
+        f"{SMALL} --batch_size=32 --max_seq_len=512 --dropout=0.05",
+        False,
+    ),
+    (
+        "260K 128 x 512, dropout 0.05",
+        f"{SMALL} --batch_size=128 --max_seq_len=512 --dropout=0.05",
+        True,
+    ),
     ("15M 2 x 256, AdamW", f"{LARGE} --batch_size=2 --max_seq_len=256 {ADAMW}", False),
     ("15M 128 x 256, AdamW", f"{LARGE} --batch_size=128 --max_seq_len=256 {ADAMW}", True),
     ("110M 32 x 1024, AdamW", f"{HUGE} --batch_size=32 --max_seq_len=1024 {ADAMW}", True),

@@ -88,9 +88,18 @@ def run(a, beta, iters, seed, kind="PPO"):
         common = [f for f in FLAGS if not f.startswith("--value_learning_rate")]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
     report, kept = folder / "ppo_report.json", folder / "command.txt"
-    command = [sys.executable, str(ROOT / "train.py"), *common, f"--out_dir={folder}",
-               f"--init_from={a.checkpoint}", f"--data={a.data}", f"--ppo_iters={iters}",
-               f"--init_kl_coef={beta:g}", f"--seed={seed}", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *common,
+        f"--out_dir={folder}",
+        f"--init_from={a.checkpoint}",
+        f"--data={a.data}",
+        f"--ppo_iters={iters}",
+        f"--init_kl_coef={beta:g}",
+        f"--seed={seed}",
+        *flags,
+    ]
     line = " ".join(command[2:])
     if report.exists() and (not kept.exists() or kept.read_text() != line):
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -105,20 +114,30 @@ def run(a, beta, iters, seed, kind="PPO"):
                 raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
     found = json.loads(report.read_text())
     done = len((folder / "ppo_log.jsonl").read_text().splitlines())
-    row = dict(kind=kind, beta=beta, seed=seed, rollouts=200 * done, roof=found["roof"][0],
-               start=found["before"]["objective"])  # fmt: skip
+    row = dict(
+        kind=kind,
+        beta=beta,
+        seed=seed,
+        rollouts=200 * done,
+        roof=found["roof"][0],
+        start=found["before"]["objective"],
+    )
     names = ("objective", "reward", "kl", "length_mean", "length_std", "ended", "ref_loss")
     return row | {name: found["after"][name] for name in names}
 
 
 def print_table(rows):
-    print(f"\n{'':8}{'beta':>6}{'seed':>6}{'rollouts':>10}{'J before':>10}{'J after':>9}{'roof':>8}"
-          f"{'reward':>9}{'KL':>9}{'length':>12}{'ended':>7}{'ref loss':>10}")  # fmt: skip
+    print(
+        f"\n{'':8}{'beta':>6}{'seed':>6}{'rollouts':>10}{'J before':>10}{'J after':>9}{'roof':>8}"
+        f"{'reward':>9}{'KL':>9}{'length':>12}{'ended':>7}{'ref loss':>10}"
+    )
     for r in rows:
-        print(f"{r['kind']:8}{r['beta']:6g}{r['seed']:6d}{r['rollouts']:10,}{r['start']:10.3f}"
-              f"{r['objective']:9.3f}{r['roof']:8.3f}{r['reward']:9.4f}{r['kl']:9.2f}"
-              f"{r['length_mean']:7.1f} ±{r['length_std']:3.0f}{r['ended']:7.0%}"
-              f"{r['ref_loss']:10.3f}")  # fmt: skip
+        print(
+            f"{r['kind']:8}{r['beta']:6g}{r['seed']:6d}{r['rollouts']:10,}{r['start']:10.3f}"
+            f"{r['objective']:9.3f}{r['roof']:8.3f}{r['reward']:9.4f}{r['kl']:9.2f}"
+            f"{r['length_mean']:7.1f} ±{r['length_std']:3.0f}{r['ended']:7.0%}"
+            f"{r['ref_loss']:10.3f}"
+        )
 
 
 def draw(rows, path):
@@ -139,8 +158,9 @@ def draw(rows, path):
             if name in seen:
                 continue
             seen.add(name)
-            axes.annotate(name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8),
-                          textcoords="offset points")  # fmt: skip
+            axes.annotate(
+                name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8), textcoords="offset points"
+            )
     axes.set(xlabel="KL to the reference, nats a story", ylabel="reward", xlim=(0, 8))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
@@ -152,9 +172,14 @@ def main(argv=None):
     parser.add_argument("--data", default="data", help="folder with the pretokenized stories")
     parser.add_argument("--out_dir", default="out/frontier", help="folder for the runs")
     parser.add_argument("--assets", default="assets", help="folder for frontier.csv and .png")
-    parser.add_argument("--betas", default="0.5,0.2,0.1,0.05,0.02", help="one may name its own "
-                        "iterations: 0.2,0:200")  # fmt: skip
-    parser.add_argument("--group", default="RLOO,GRPO", help="critic-free, at beta 0.2; may be empty")
+    parser.add_argument(
+        "--betas",
+        default="0.5,0.2,0.1,0.05,0.02",
+        help="one may name its own iterations: 0.2,0:200",
+    )
+    parser.add_argument(
+        "--group", default="RLOO,GRPO", help="critic-free, at beta 0.2; may be empty"
+    )
     parser.add_argument("--group_size", type=int, default=4, help="rollouts a prompt of theirs")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each beta")
     parser.add_argument("--iters", type=int, default=50, help="of 200 rollouts each")

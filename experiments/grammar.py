@@ -239,14 +239,18 @@ GIRLS = "Lily Mia Anna Sara Lucy Amy Emma Sue Ella Zoe Rose Nora".split()
 BOYS = "Tom Tim Ben Max Sam Jack Leo Dan Finn Bob Joe Adam".split()
 ANIMALS = "rabbit bear mouse fox cat puppy squirrel monkey".split()
 ADULTS = ("Mom", "she"), ("Mom", "she"), ("Dad", "he"), ("Grandma", "she"), ("Grandpa", "he")
-FIXES = [(re.compile(pattern), fix) for pattern, fix in (  # what is easier to mend afterwards
-    (r" */ *", "\n"),
-    (r" +(?=[ .,!?])|^ +| +$", ""),
-    (r"\b(?:[Hh]is|[Hh]er|your) (?:Mom|Dad|Grand)", lambda m: m[0].lower()),
-    (r"\b([Aa]) (?=[aeiou])", r"\1n "),
-    (r"\bi\b", "I"),
-    (r'((?:^|\n|[.!?] |\." )"?| ")([a-z])', lambda m: m[1] + m[2].upper()),
-)]
+FIXES = [
+    (re.compile(pattern), fix)
+    for pattern, fix in (  # what is easier to mend afterwards
+        (r" */ *", "\n"),
+        (r" +(?=[ .,!?])|^ +| +$", ""),
+        (r"\b(?:[Hh]is|[Hh]er|your) (?:Mom|Dad|Grand)", lambda m: m[0].lower()),
+        (r"\b([Aa]) (?=[aeiou])", r"\1n "),
+        (r"\bi\b", "I"),
+        (r'((?:^|\n|[.!?] |\." )"?| ")([a-z])', lambda m: m[1] + m[2].upper()),
+    )
+]
+
 
 def parse(text):
     """A template as nested lists of parts: words, ("$", name), ("[", options), ("<", options)."""
@@ -263,6 +267,7 @@ def parse(text):
             stack[-1][-1].append(("$", part[1:]) if part[0] == "$" else part)
     return stack[0][0]
 
+
 SLOTS, RULES, PLANS = {}, {}, []
 for entry in re.split(r"\n(?! )", GRAMMAR.strip()):
     name, kind, text = re.fullmatch(r"(\w*)( =|:|\*) (.*)", re.sub(r"\n +", " ", entry)).groups()
@@ -272,6 +277,7 @@ for entry in re.split(r"\n(?! )", GRAMMAR.strip()):
         RULES[name] = parse(text)
     else:
         PLANS.append(parse(f"$open {text} $close"))
+
 
 def tell(parts, slots, draw, talk):
     """The words of a parsed template; draw() is random in [0, 1), `talk` the share of <extras>."""
@@ -285,6 +291,7 @@ def tell(parts, slots, draw, talk):
             words += tell(part[1][int(draw() * len(part[1]))], slots, draw, talk)
     return words
 
+
 def tell_story(draw):
     """One story, from a source of random numbers in [0, 1)."""
     pick = lambda options: options[int(draw() * len(options))]
@@ -295,8 +302,9 @@ def tell_story(draw):
         girl, animal = draw() < 0.5, draw() < 0.4
         slots[N] = pick([n for n in (GIRLS if girl else BOYS) if n != slots.get("N")])
         slots[f + "kind"] = pick(ANIMALS) if animal else "girl" if girl else "boy"
-        slots[f + "he"], slots[f + "him"], slots[f + "his"] = \
+        slots[f + "he"], slots[f + "him"], slots[f + "his"] = (
             ("she", "her", "her") if girl else ("he", "him", "his")
+        )
         slots[f + "hand"] = "paw" if animal else "hand"
     slots["hands"] = slots["hand"] + "s"
     text = tell(pick(PLANS), slots, draw, talk=draw() ** 1.5)

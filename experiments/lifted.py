@@ -42,19 +42,22 @@ from tokenizer import Tokenizer  # noqa: E402
 TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632)
 NEVER = 167  # <0xA4>, in no story: e^-15 at its most probable
 
+
 def random(name, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
 
 def orthonormal(name, rows, cols):
     return torch.linalg.qr(random(name, rows, cols).double())[0]
 
+
 def spread(blocks, n):
     """blocks (E', E) of R heads -> (R E', n E), each in the columns of the head that it copies."""
-    out = torch.zeros(len(blocks), blocks[0].shape[0], n, blocks[0].shape[1],
-                      dtype=torch.float64)
+    out = torch.zeros(len(blocks), blocks[0].shape[0], n, blocks[0].shape[1], dtype=torch.float64)
     for i, block in enumerate(blocks):
         out[i, :, i * n // len(blocks)] = block
     return out.flatten(2).flatten(0, 1)
+
 
 class Lifted:
     """
@@ -79,10 +82,15 @@ class Lifted:
         which = torch.arange(large.ffn_dim) % small.ffn_dim
         self.units = torch.eye(small.ffn_dim, dtype=dtype)[which]  # (F', F)
         # what makes the rows of a matrix, from those of the small one
-        self.rows = {"attention.wq": ratio ** 0.5 * spread([turn] * large.n_heads, small.n_heads),
-                     "attention.wk": spread([turn] * K, K), "attention.wv": spread(values, K),
-                     "attention.wo": self.x, "feed_forward.w2": self.x,
-                     "feed_forward.w1": self.units, "feed_forward.w3": self.units}
+        self.rows = {
+            "attention.wq": ratio**0.5 * spread([turn] * large.n_heads, small.n_heads),
+            "attention.wk": spread([turn] * K, K),
+            "attention.wv": spread(values, K),
+            "attention.wo": self.x,
+            "feed_forward.w2": self.x,
+            "feed_forward.w1": self.units,
+            "feed_forward.w3": self.units,
+        }
         self.rows = {name: w.to(dtype) for name, w in self.rows.items()}
 
     def fill(self, name, w, basis, used=True):
@@ -106,7 +114,7 @@ class Lifted:
             if name == "output.weight":
                 return scale * self.fill(name, w * self.weights["norm.weight"], self.x)
             w = w @ self.x.T
-            w[a.vocab_size:] = random(name, *w[a.vocab_size:].shape).to(w.dtype) * w.std()
+            w[a.vocab_size :] = random(name, *w[a.vocab_size :].shape).to(w.dtype) * w.std()
             return w
         _, layer, part, matrix, _ = name.split(".")
         n, matrix = int(layer), f"{part}.{matrix}"
@@ -120,8 +128,10 @@ class Lifted:
             return (1 if used else self.idle) * self.fill(name, self.x @ w, basis)
         norm = "attention_norm" if part == "attention" else "ffn_norm"
         gain = self.weights[f"layers.{source}.{norm}.weight"]
-        return scale * self.fill(name, self.rows[matrix] @ (w * gain), self.x,
-                                 used or matrix[-2:] not in ("wv", "w3"))
+        return scale * self.fill(
+            name, self.rows[matrix] @ (w * gain), self.x, used or matrix[-2:] not in ("wv", "w3")
+        )
+
 
 def read_by_c(data, folder, program, fmt, stories, threads=1, **changes):
     """
@@ -140,36 +150,69 @@ def read_by_c(data, folder, program, fmt, stories, threads=1, **changes):
         f.write(bytes(8 * (args.vocab_size - 512)))  # empty pieces, which no text has
     with open(folder / "model.bin", "wb") as f:
         export.write_v3(f, args, weights, fmt, None)
-    done = subprocess.run([program, folder / "model.bin", "-z", folder / "tok.bin", "-m",
-                           "perplexity", "-i", folder / "text", "-j", str(threads)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            program,
+            folder / "model.bin",
+            "-z",
+            folder / "tok.bin",
+            "-m",
+            "perplexity",
+            "-i",
+            folder / "text",
+            "-j",
+            str(threads),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise ValueError(done.stderr)
     found = re.search(r"loss ([\d.]+), perplexity ([\d.]+), (\d+) tokens", done.stdout)
     return float(found[1]), float(found[2]), int(found[3])
 
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default=str(ROOT.parent / "shared/data"),
-                        help="where stories260K/ and TinyStories_all_data/ are")
+    parser.add_argument(
+        "--data",
+        default=str(ROOT.parent / "shared/data"),
+        help="where stories260K/ and TinyStories_all_data/ are",
+    )
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")
     parser.add_argument("--stories", type=int, default=10, help="how many to read")
-    parser.add_argument("--idle", type=float, default=0.0, help="strength of the layers that only "
-                        "write errors; 1: that of the others")
+    parser.add_argument(
+        "--idle",
+        type=float,
+        default=0.0,
+        help="strength of the layers that only write errors; 1: that of the others",
+    )
     parser.add_argument("--threads", type=int, default=2, help="of run.c")
     parser.add_argument("--dir", help="where 4.4 GB can be for a while; default: the usual place")
     options = parse_args(parser, argv)
-    for name, changes in (("stories260K", {}),
-                          ("lifted to 1.1B", {"idle": options.idle, **TINYLLAMA})):
+    for name, changes in (
+        ("stories260K", {}),
+        ("lifted to 1.1B", {"idle": options.idle, **TINYLLAMA}),
+    ):
         perplexity = {}
         for fmt in ("q8_0", "fp32"):
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-                loss, perplexity[fmt], n = read_by_c(options.data, folder, options.run, fmt,
-                                                     options.stories, options.threads, **changes)
-            print(f"{name}, {fmt}: loss {loss:.5f}, perplexity {perplexity[fmt]:.4f}, {n} tokens",
-                  flush=True)
+                loss, perplexity[fmt], n = read_by_c(
+                    options.data,
+                    folder,
+                    options.run,
+                    fmt,
+                    options.stories,
+                    options.threads,
+                    **changes,
+                )
+            print(
+                f"{name}, {fmt}: loss {loss:.5f}, perplexity {perplexity[fmt]:.4f}, {n} tokens",
+                flush=True,
+            )
         change = perplexity["q8_0"] / perplexity["fp32"] - 1
         print(f"{name}: perplexity in int8 {100 * change:+.3f} %", flush=True)
+
 
 if __name__ == "__main__":
     run_main(main)

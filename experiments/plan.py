@@ -77,10 +77,14 @@ def plan(args, model_args):
     # The backward pass begins with the gradients of log-probabilities and logits, (B, T, V) in fp32.
     native = cpu and dtype == torch.float32 and library() is not None
     everything += (4 if native else 8) * B * T * model_args.vocab_size
-    print(f"{P:,} parameters, {B} x {T} tokens a card and step, {str(dtype)[6:]}, "
-          f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s")  # fmt: skip
-    print(f"{'cards':>6}{'':4}{'':4}{'GB a card':>10}{'of':>5}{'tokens/s':>14}"
-          f"{'waits for':>11}{'hours a billion tokens':>24}")  # fmt: skip
+    print(
+        f"{P:,} parameters, {B} x {T} tokens a card and step, {str(dtype)[6:]}, "
+        f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s"
+    )
+    print(
+        f"{'cards':>6}{'':4}{'':4}{'GB a card':>10}{'of':>5}{'tokens/s':>14}"
+        f"{'waits for':>11}{'hours a billion tokens':>24}"
+    )
     rows = []
     for cards in (1,) if cpu else (1, 2, 4, 8, 16, 64, 256):
         wire = link if cards <= NODE else min(link, NETWORK)
@@ -100,6 +104,8 @@ def plan(args, model_args):
             waits = "network" if network > compute else "compute"
             fits = "" if bytes_a_card < 0.92 * room else "  does not fit"
             rows.append((cards, kind, bytes_a_card, rate))
-            print(f"{cards:6d}{'':4}{kind:4}{bytes_a_card / 1e9:10.2f}{room / 1e9:5.0f}{rate:14,.0f}"
-                  f"{waits:>11}{1e9 / rate / 3600:24.2f}{fits}")  # fmt: skip
+            print(
+                f"{cards:6d}{'':4}{kind:4}{bytes_a_card / 1e9:10.2f}{room / 1e9:5.0f}{rate:14,.0f}"
+                f"{waits:>11}{1e9 / rate / 3600:24.2f}{fits}"
+            )
     return rows

@@ -85,47 +85,117 @@ def main():
     add("--dropout", type=float, default=0.2, help="of the reward model")
     a = parse_args(parser)
     records = instruct.read(a.data)
-    held_out = usable(instruct.read(a.val_data) if a.val_data else
-                      [r for r in records if instruct.held_out(r)])  # fmt: skip
+    held_out = usable(
+        instruct.read(a.val_data) if a.val_data else [r for r in records if instruct.held_out(r)]
+    )
     train = usable(records if a.val_data else [r for r in records if not instruct.held_out(r)])
     out = Path(a.out)
     stories = out / "TinyStories_all_data"
     stories.mkdir(parents=True, exist_ok=True)
     # With what was rejected: its words are those that the reward model has to know.
-    texts = ["\n".join([*(x for turn in r.turns for x in turn if x), c])
-             for r in train for c in r.completions]  # fmt: skip
+    texts = [
+        "\n".join([*(x for turn in r.turns for x in turn if x), c])
+        for r in train
+        for c in r.completions
+    ]
     (stories / "text.json").write_text(json.dumps([{"story": t} for t in texts]))
     command("tinystories.py", "train_vocab", f"--vocab_size={a.vocab_size}", f"--data_dir={out}")
     command("tinystories.py", "pretokenize", f"--vocab_size={a.vocab_size}", f"--data_dir={out}")
-    common = [f"--out_dir={out}", "--device=cpu", "--eval_iters=50", "--log_interval=50",
-              f"--tokenizer={out}/tok{a.vocab_size}.model"]  # fmt: skip
+    common = [
+        f"--out_dir={out}",
+        "--device=cpu",
+        "--eval_iters=50",
+        "--log_interval=50",
+        f"--tokenizer={out}/tok{a.vocab_size}.model",
+    ]
     files = [f"--data={a.data}", f"--val_data={a.val_data}"]
-    command("train.py", *common, f"--data={out}", "--vocab_source=custom", "--n_layers=4",
-            f"--vocab_size={a.vocab_size}", f"--dim={a.dim}", "--n_heads=8", "--n_kv_heads=4",
-            f"--max_seq_len={a.max_seq_len}", "--batch_size=8", "--optimizer=muon",
-            "--learning_rate=5e-3", "--warmup_iters=20", "--dropout=0.1",
-            f"--max_iters={a.pretrain_iters}")
-    command("train.py", "--sft", *common, *files, "--init_from=resume", "--batch_size=16",
-            "--learning_rate=5e-4", "--warmup_iters=20", f"--max_iters={a.sft_iters}")
+    command(
+        "train.py",
+        *common,
+        f"--data={out}",
+        "--vocab_source=custom",
+        "--n_layers=4",
+        f"--vocab_size={a.vocab_size}",
+        f"--dim={a.dim}",
+        "--n_heads=8",
+        "--n_kv_heads=4",
+        f"--max_seq_len={a.max_seq_len}",
+        "--batch_size=8",
+        "--optimizer=muon",
+        "--learning_rate=5e-3",
+        "--warmup_iters=20",
+        "--dropout=0.1",
+        f"--max_iters={a.pretrain_iters}",
+    )
+    command(
+        "train.py",
+        "--sft",
+        *common,
+        *files,
+        "--init_from=resume",
+        "--batch_size=16",
+        "--learning_rate=5e-4",
+        "--warmup_iters=20",
+        f"--max_iters={a.sft_iters}",
+    )
     sft = f"--init_from={out}/sft_ckpt.pt"
-    command("train.py", "--rm", *common, *files, sft, "--batch_size=16", "--warmup_iters=20",
-            "--optimizer=muon", f"--learning_rate={a.learning_rate}",
-            f"--muon_learning_rate={a.muon_learning_rate}", f"--max_iters={a.rm_iters}",
-            f"--dropout={a.dropout}", f"--seed={a.seed}", "--eval_interval=100",
-            "--reference_samples=64", "--max_gen_len=64")
-    command("train.py", "--dpo", *common, *files, sft, "--batch_size=16", "--warmup_iters=5",
-            "--learning_rate=3e-4", "--max_iters=20", "--eval_interval=20",
-            "--reference_samples=64", "--max_gen_len=64")
-    command("train.py", "--ppo", *common, *files, sft, f"--reward={out}/rm_ckpt.pt",
-            f"--value_model={out}/rm_ckpt.pt", "--batch_size=16", "--rollouts=64", "--ppo_iters=5",
-            "--learning_rate=3e-4", "--max_gen_len=64", "--roof_prompts=8", "--roof_samples=8",
-            "--report_rollouts=64")
+    command(
+        "train.py",
+        "--rm",
+        *common,
+        *files,
+        sft,
+        "--batch_size=16",
+        "--warmup_iters=20",
+        "--optimizer=muon",
+        f"--learning_rate={a.learning_rate}",
+        f"--muon_learning_rate={a.muon_learning_rate}",
+        f"--max_iters={a.rm_iters}",
+        f"--dropout={a.dropout}",
+        f"--seed={a.seed}",
+        "--eval_interval=100",
+        "--reference_samples=64",
+        "--max_gen_len=64",
+    )
+    command(
+        "train.py",
+        "--dpo",
+        *common,
+        *files,
+        sft,
+        "--batch_size=16",
+        "--warmup_iters=5",
+        "--learning_rate=3e-4",
+        "--max_iters=20",
+        "--eval_interval=20",
+        "--reference_samples=64",
+        "--max_gen_len=64",
+    )
+    command(
+        "train.py",
+        "--ppo",
+        *common,
+        *files,
+        sft,
+        f"--reward={out}/rm_ckpt.pt",
+        f"--value_model={out}/rm_ckpt.pt",
+        "--batch_size=16",
+        "--rollouts=64",
+        "--ppo_iters=5",
+        "--learning_rate=3e-4",
+        "--max_gen_len=64",
+        "--roof_prompts=8",
+        "--roof_samples=8",
+        "--report_rollouts=64",
+    )
     log = [json.loads(line) for line in open(out / "rm_log.jsonl")]
     found = [r["rm/val/accuracy"] for r in log if "rm/val/accuracy" in r]
     longer = sum(len(r.completions[0]) > len(r.completions[-1]) for r in held_out) / len(held_out)
-    print(f"\n{len(held_out)} held-out pairs of {a.data}: reward model {found[-1]:.1%} (at most "
-          f"{max(found):.1%}), bag of words {bag_of_words(train, held_out):.1%}, the longer reply "
-          f"{longer:.1%}, chance 50 %")  # fmt: skip
+    print(
+        f"\n{len(held_out)} held-out pairs of {a.data}: reward model {found[-1]:.1%} (at most "
+        f"{max(found):.1%}), bag of words {bag_of_words(train, held_out):.1%}, the longer reply "
+        f"{longer:.1%}, chance 50 %"
+    )
 
 
 if __name__ == "__main__":

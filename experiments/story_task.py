@@ -78,27 +78,31 @@ class Lab:
             kl, _ = ppo.against_reference(model, self.reference, prompts, responses, 64)
             parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
             n = len(texts)
-            rows.append({
-                "model": {"": "start", "sft_": "SFT", "ppo_": "PPO", "dpo_": "DPO"}[name],
-                "all_words": sum(p[0] == 1 for p in parts) / n,
-                "words": sum(p[0] for p in parts) / n,
-                "ending": sum(p[1] for p in parts) / n,
-                "length": sum(p[2] for p in parts) / n,
-                "gold": float(gold.mean()),
-                "gold_error": float(gold.std()) / math.sqrt(n),
-                "proxy": float(proxy(prompts, responses).mean()),
-                "kl": float(kl.mean()),
-                "ended": float(ended.float().mean()),
-                "story": f"{texts[0]}\n{replies[0]}",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": {"": "start", "sft_": "SFT", "ppo_": "PPO", "dpo_": "DPO"}[name],
+                    "all_words": sum(p[0] == 1 for p in parts) / n,
+                    "words": sum(p[0] for p in parts) / n,
+                    "ending": sum(p[1] for p in parts) / n,
+                    "length": sum(p[2] for p in parts) / n,
+                    "gold": float(gold.mean()),
+                    "gold_error": float(gold.std()) / math.sqrt(n),
+                    "proxy": float(proxy(prompts, responses).mean()),
+                    "kl": float(kl.mean()),
+                    "ended": float(ended.float().mean()),
+                    "story": f"{texts[0]}\n{replies[0]}",
+                }
+            )
         return rows
 
 
 def print_table(rows, folder, n):
     log = [json.loads(line) for line in open(Path(folder) / "rm_log.jsonl")]
     right = [r["rm/val/accuracy"] for r in log if "rm/val/accuracy" in r][-1]
-    print(f"\n{n} held-out prompts; the reward model agrees with the gold rule on {right:.1%} of "
-          "the held-out pairs\n")  # fmt: skip
+    print(
+        f"\n{n} held-out prompts; the reward model agrees with the gold rule on {right:.1%} of "
+        "the held-out pairs\n"
+    )
     print("         all words   words  ending  length    gold           proxy   KL to SFT  ended")
     for r in rows:
         print(
@@ -135,28 +139,58 @@ def reward_model(lab, pairs):
         kept = records[200:][: pairs or None]
         (out / "pairs.jsonl").write_text("".join(kept))
         (out / "val.jsonl").write_text("".join(records[:200]))
-        train.main([
-            "--rm", f"--out_dir={out}", f"--init_from={lab.folder}/sft_ckpt.pt", "--device=cpu",
-            f"--data={out}/pairs.jsonl", f"--val_data={out}/val.jsonl",
-            "--batch_size=8", f"--max_iters={max(len(kept) // 2, 100)}", "--eval_interval=1000",
-            "--optimizer=muon", "--learning_rate=1e-3", "--muon_learning_rate=3e-3",
-            "--beta2=0.99", "--weight_decay=0.1", "--warmup_iters=10", "--eval_iters=20",
-            "--log_interval=50",
-        ])  # fmt: skip
+        train.main(
+            [
+                "--rm",
+                f"--out_dir={out}",
+                f"--init_from={lab.folder}/sft_ckpt.pt",
+                "--device=cpu",
+                f"--data={out}/pairs.jsonl",
+                f"--val_data={out}/val.jsonl",
+                "--batch_size=8",
+                f"--max_iters={max(len(kept) // 2, 100)}",
+                "--eval_interval=1000",
+                "--optimizer=muon",
+                "--learning_rate=1e-3",
+                "--muon_learning_rate=3e-3",
+                "--beta2=0.99",
+                "--weight_decay=0.1",
+                "--warmup_iters=10",
+                "--eval_iters=20",
+                "--log_interval=50",
+            ]
+        )
     return out / "rm_ckpt.pt"
 
 
 def push(lab, path, iterations):
     """PPO against the reward model alone: KL, proxy and gold of each iteration's rollouts."""
     a = lab.args
-    args = train.flags([
-        "--ppo", f"--out_dir={path.parent}", f"--init_from={lab.folder}/sft_ckpt.pt",
-        f"--data={a.task}/sft.jsonl", f"--val_data={a.task}/val.jsonl",
-        f"--reward={path}", f"--value_model={path}", "--device=cpu", "--batch_size=50",
-        "--rollouts=200", f"--ppo_iters={iterations}", "--init_kl_coef=0", "--learning_rate=1e-3",
-        "--value_learning_rate=1e-3", "--beta2=0.99", "--weight_decay=0", "--decay_lr=False",
-        "--roof_prompts=1", "--roof_samples=1", "--target_kl=1", "--max_gen_len=440",
-    ])  # fmt: skip
+    args = train.flags(
+        [
+            "--ppo",
+            f"--out_dir={path.parent}",
+            f"--init_from={lab.folder}/sft_ckpt.pt",
+            f"--data={a.task}/sft.jsonl",
+            f"--val_data={a.task}/val.jsonl",
+            f"--reward={path}",
+            f"--value_model={path}",
+            "--device=cpu",
+            "--batch_size=50",
+            "--rollouts=200",
+            f"--ppo_iters={iterations}",
+            "--init_kl_coef=0",
+            "--learning_rate=1e-3",
+            "--value_learning_rate=1e-3",
+            "--beta2=0.99",
+            "--weight_decay=0",
+            "--decay_lr=False",
+            "--roof_prompts=1",
+            "--roof_samples=1",
+            "--target_kl=1",
+            "--max_gen_len=440",
+        ]
+    )
     train.setup(args)
     stage, *_ = train.start(args, 0, 1)
     proxy, points = stage.reward, []
@@ -170,8 +204,11 @@ def push(lab, path, iterations):
     for i in range(iterations):
         stats = stage.step(i)
         points[-1] |= {"kl": stats["ppo/kl_ref"], "proxy": stats["ppo/reward"]}
-        print(f"{i:4d} | KL {stats['ppo/kl_ref']:6.2f} | proxy {stats['ppo/reward']:.3f} | "
-              f"gold {points[-1]['gold']:.3f}", flush=True)  # fmt: skip
+        print(
+            f"{i:4d} | KL {stats['ppo/kl_ref']:6.2f} | proxy {stats['ppo/reward']:.3f} | "
+            f"gold {points[-1]['gold']:.3f}",
+            flush=True,
+        )
     return points
 
 
@@ -239,9 +276,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=500, help="held-out ones, at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--overoptimise", action="store_true")
-    parser.add_argument("--pairs", type=lambda s: [int(x) for x in s.split(",")],
-                        default=[100, 400, 1600], help="rankings of the reward models; PPO is run "
-                        "against the first")  # fmt: skip
+    parser.add_argument(
+        "--pairs",
+        type=lambda s: [int(x) for x in s.split(",")],
+        default=[100, 400, 1600],
+        help="rankings of the reward models; PPO is run against the first",
+    )
     parser.add_argument("--samples", type=int, default=64, help="of the SFT model for each prompt")
     parser.add_argument("--iterations", type=int, default=40, help="of PPO")
     parser.add_argument("--out", default="assets")

@@ -88,8 +88,10 @@ def functions_of(result):
     return names
 
 
-LLAMA3_TOKENS = ("begin_of_text end_of_text reserved_special_token_0 finetune_right_pad_id "
-                 "start_header_id end_header_id eom_id eot_id").split()
+LLAMA3_TOKENS = (
+    "begin_of_text end_of_text reserved_special_token_0 finetune_right_pad_id "
+    "start_header_id end_header_id eom_id eot_id"
+).split()
 
 
 def make_bpe(folder, kind="llama3", size=600):
@@ -98,22 +100,37 @@ def make_bpe(folder, kind="llama3", size=600):
     here; bytes that the text has not are tokens too."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import Regex, pre_tokenizers
+
     from tokenizer import LLAMA3_PATTERN
 
     lib = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=kind == "llama3"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=kind == "gpt2", use_regex=kind != "llama3")
-    first = {"llama3": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")],
-             "smollm2": [pre_tokenizers.Digits(individual_digits=True)], "gpt2": []}[kind]
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=kind == "gpt2", use_regex=kind != "llama3"
+    )
+    first = {
+        "llama3": [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")],
+        "smollm2": [pre_tokenizers.Digits(individual_digits=True)],
+        "gpt2": [],
+    }[kind]
     lib.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
     lib.decoder = tokenizers.decoders.ByteLevel()
-    names = {"llama3": [f"<|{name}|>" for name in LLAMA3_TOKENS], "gpt2": ["<|endoftext|>"],
-             "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}[kind]
-    text = ["It's the year 2026, isn't it?\n\n  I'LL say: naïve café, 12345!", "Привет, мир! 안녕하세요 你好"]
+    names = {
+        "llama3": [f"<|{name}|>" for name in LLAMA3_TOKENS],
+        "gpt2": ["<|endoftext|>"],
+        "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    }[kind]
+    text = [
+        "It's the year 2026, isn't it?\n\n  I'LL say: naïve café, 12345!",
+        "Привет, мир! 안녕하세요 你好",
+    ]
     if DATA is not None:
         text += (DATA / "TinyStories_all_data/data00.json").read_text()[:300_000].split("\\n")
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - len(names) * (kind != "smollm2"), special_tokens=names if kind == "smollm2" else [],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)  # fmt: skip
+        vocab_size=size - len(names) * (kind != "smollm2"),
+        special_tokens=names if kind == "smollm2" else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     lib.train_from_iterator(text, trainer)
     while lib.get_vocab_size() < size - len(names) * (kind != "smollm2"):  # the text was too short
         lib.add_tokens([f"<|unused_{lib.get_vocab_size()}|>"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import finish, processes
 
 import alignment
 import export
@@ -29,7 +30,6 @@ from common import run_main
 from experiments import preference_data, story_task
 from instruct import Template
 from model import ModelArgs, Transformer, TransformerWithValueHead
-from test_train import finish, processes
 
 VOCAB = 320  # 256 bytes, 3 control tokens, letters
 ARGS = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=8, max_seq_len=64)
@@ -64,10 +64,20 @@ def home(tmp_path_factory):
 
 def argv(home, out, **flags):
     values = dict(
-        init_from=home / "ckpt.pt", out_dir=out, data=home / "pairs.jsonl", max_iters=40,
-        batch_size=8, eval_interval=20, eval_iters=4, learning_rate=1e-2, warmup_iters=3,
-        weight_decay=0, device="cpu", log_interval=100, tokenizer=home / f"tok{VOCAB}.model",
-    )  # fmt: skip
+        init_from=home / "ckpt.pt",
+        out_dir=out,
+        data=home / "pairs.jsonl",
+        max_iters=40,
+        batch_size=8,
+        eval_interval=20,
+        eval_iters=4,
+        learning_rate=1e-2,
+        warmup_iters=3,
+        weight_decay=0,
+        device="cpu",
+        log_interval=100,
+        tokenizer=home / f"tok{VOCAB}.model",
+    )
     if not flags.get("decay_lr", True):
         del values["warmup_iters"]
     if any(flags.get(stage) for stage in ("rm", "dpo", "ppo")):
@@ -113,8 +123,10 @@ def error_of(capsys, *line):
 
 def sequences(n, seed, longest=30):
     rng = random.Random(seed)
-    return [[1] + [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))] + [2]
-            for _ in range(n)]  # fmt: skip
+    return [
+        [1] + [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))] + [2]
+        for _ in range(n)
+    ]
 
 
 def critic(seed=0):
@@ -139,7 +151,9 @@ def test_score_does_not_depend_on_the_batch_or_on_padding(native, rows, monkeypa
     together = preferences.score(net, texts)
     alone = torch.cat([preferences.score(net, [t]) for t in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(preferences.score(net, texts[::-1]).flip(0), together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        preferences.score(net, texts[::-1]).flip(0), together, atol=1e-5, rtol=0
+    )
     for text, s in zip(texts, together):
         padded = torch.tensor([text + [0] * 20])
         dense = net.values(net.hidden(padded))[0, len(text) - 1]
@@ -151,7 +165,9 @@ def test_score_of_a_reply_that_fills_the_context():
     """`generate` leaves one token more than a forward pass can read."""
     text = sequences(1, 1, 9)[0] + list(range(3, 70))
     net = critic()
-    torch.testing.assert_close(preferences.score(net, [text[:65]]), preferences.score(net, [text[:64]]))
+    torch.testing.assert_close(
+        preferences.score(net, [text[:65]]), preferences.score(net, [text[:64]])
+    )
 
 
 def test_pairs_of_rankings():
@@ -254,13 +270,22 @@ def test_resumes_to_the_bit(home, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_two_processes_learn_the_same(home, tmp_path, stage):
     """As one, in what is trained and in what is measured on held-out rankings."""
-    flags = {stage: True, "max_iters": 6, "eval_interval": 3, "batch_size": 4, "dropout": 0.0,
-             "gradient_accumulation_steps": 2, "data": home / "rankings.jsonl"}  # fmt: skip
+    flags = {
+        stage: True,
+        "max_iters": 6,
+        "eval_interval": 3,
+        "batch_size": 4,
+        "dropout": 0.0,
+        "gradient_accumulation_steps": 2,
+        "data": home / "rankings.jsonl",
+    }
     run(home, tmp_path / "one", **flags)
     both = processes(2, argv(home, tmp_path / "two", **flags), tmp_path)
     assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
-    one, two = ([json.loads(line) for line in (tmp_path / d / f"{stage}_log.jsonl").open()]
-                for d in ("one", "two"))  # fmt: skip
+    one, two = (
+        [json.loads(line) for line in (tmp_path / d / f"{stage}_log.jsonl").open()]
+        for d in ("one", "two")
+    )
     timing = "ms", "mfu", "tokens_per_s"
     for a, b in zip(one, two, strict=True):
         a, b = ({k: v for k, v in r.items() if k not in timing} for r in (a, b))
@@ -271,12 +296,21 @@ def test_two_processes_learn_the_same(home, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])
 def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
     """Nor on how many processes share the samples: of replies, or rankings, of many lengths."""
-    flags = {stage: True, "max_iters": 2, "eval_interval": 2, "data": home / "rankings.jsonl",
-             "eval_iters": 150, "learning_rate": 3e-2, "warmup_iters": 0}  # fmt: skip
+    flags = {
+        stage: True,
+        "max_iters": 2,
+        "eval_interval": 2,
+        "data": home / "rankings.jsonl",
+        "eval_iters": 150,
+        "learning_rate": 3e-2,
+        "warmup_iters": 0,
+    }
     if stage == "sft":
         rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
-        rows = [{"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
-                for i, r in enumerate(rows)]  # fmt: skip
+        rows = [
+            {"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
+            for i, r in enumerate(rows)
+        ]
         flags["data"] = tmp_path / "sft.jsonl"
         flags["data"].write_text("\n".join(map(json.dumps, rows)))
     run(home, tmp_path / "run", batch_size=8, **flags)
@@ -348,9 +382,16 @@ def test_dpo_learns(home, tmp_path):
 # PPO against a reward model
 
 PPO = dict(
-    ppo=True, ppo_iters=3, rollouts=16, target_kl=10, roof_prompts=2, roof_samples=4,
-    report_rollouts=16, learning_rate=1e-3, eval_interval=2,
-)  # fmt: skip
+    ppo=True,
+    ppo_iters=3,
+    rollouts=16,
+    target_kl=10,
+    roof_prompts=2,
+    roof_samples=4,
+    report_rollouts=16,
+    learning_rate=1e-3,
+    eval_interval=2,
+)
 
 FUNCTION = """
 import sys
@@ -399,8 +440,14 @@ def test_ppo_with_a_reward_model_is_ppo_with_its_scores(home, rm, tmp_path):
 
 
 def test_ppo_raises_the_score_of_the_reward_model(home, rm, tmp_path):
-    flags = PPO | dict(ppo_iters=12, rollouts=64, batch_size=32, init_kl_coef=0.02,
-                       learning_rate=1e-2, report_rollouts=128)  # fmt: skip
+    flags = PPO | dict(
+        ppo_iters=12,
+        rollouts=64,
+        batch_size=32,
+        init_kl_coef=0.02,
+        learning_rate=1e-2,
+        report_rollouts=128,
+    )
     run(home, tmp_path, reward=rm / "rm_ckpt.pt", **flags)
     report = json.loads((tmp_path / "ppo_report.json").read_text())
     before, after = report["before"], report["after"]
@@ -548,9 +595,15 @@ def test_line_of_an_iteration(home, rm, tmp_path):
         stats[f"ppo/{name}"] = -1 - i / 8
     for i, name in enumerate(("rollout", "scoring", "optimize_step")):
         stats[f"time/ppo/{name}"] = 1.5 + i
-    stats |= {"ppo/length/mean": 211.2, "ppo/length/std": 34.6, "ppo/ended": 0.815,
-              "ppo/policy/entropy": 1.234, "ppo/policy/clipfrac": 0.0567, "grad_norm": 0.4321,
-              "ppo/val/explained_variance": 0.789}  # fmt: skip
+    stats |= {
+        "ppo/length/mean": 211.2,
+        "ppo/length/std": 34.6,
+        "ppo/ended": 0.815,
+        "ppo/policy/entropy": 1.234,
+        "ppo/policy/clipfrac": 0.0567,
+        "grad_norm": 0.4321,
+        "ppo/val/explained_variance": 0.789,
+    }
     assert stage.line(17, stats) == (
         "    17 | J -1.000 of -1.125 | reward -1.250 | KL -1.38 | length 211 ± 35 | ended  82% | "
         "entropy 1.23 | clip  5.7% | EV  0.79 | norm 0.43 | rollout 1.5 s | scoring 2.5 s | "
@@ -577,8 +630,16 @@ def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
     module = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run(home, tmp_path, reward=rm / "rm_ckpt.pt", tensorboard=True, **PPO)
-    for name in ("ppo/objective", "ppo/objective_roof", "ppo/kl_ref", "ppo/length/std", "ppo/ended",
-                 "ppo/policy/clipfrac", "ppo/val/explained_variance", "grad_norm"):  # fmt: skip
+    for name in (
+        "ppo/objective",
+        "ppo/objective_roof",
+        "ppo/kl_ref",
+        "ppo/length/std",
+        "ppo/ended",
+        "ppo/policy/clipfrac",
+        "ppo/val/explained_variance",
+        "grad_norm",
+    ):
         logged = [(step, value) for n, step, value in seen["scalars"] if n == name]
         assert logged == list(enumerate(records(tmp_path, "ppo_log.jsonl", name))), name
     assert [step for step, _ in seen["texts"]] == [2, 3] and seen["closed"]
@@ -622,8 +683,15 @@ def test_a_reward_model_is_no_policy(home, rm, tmp_path, capsys):
     path = rm / "rm_ckpt.pt"
     (tmp_path / "copy").mkdir()
     save_checkpoint(tmp_path / "copy/ckpt.pt", load_checkpoint(path))
-    for flags in (dict(PPO), dict(sft=True), dict(dpo=True), dict(data=home, vocab_source="custom")):
-        assert "is a reward model" in error_of(capsys, argv(home, tmp_path / "x", init_from=path, **flags))
+    for flags in (
+        dict(PPO),
+        dict(sft=True),
+        dict(dpo=True),
+        dict(data=home, vocab_source="custom"),
+    ):
+        assert "is a reward model" in error_of(
+            capsys, argv(home, tmp_path / "x", init_from=path, **flags)
+        )
         copied = argv(home, tmp_path / "copy", init_from="resume", **flags)
         assert "is a reward model" in error_of(capsys, copied)
     assert [p.name for p in (tmp_path / "copy").glob("*.pt")] == ["ckpt.pt"]
@@ -690,14 +758,19 @@ def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
 def test_refuses_data_that_ranks_nothing(home, tmp_path, capsys, stage):
     data = tmp_path / "x.jsonl"
     long = "so " * 200
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"},
-            {"prompt": "a", "chosen": "", "rejected": "b"},
-            {"prompt": "a", "chosen": "b", "rejected": long}]  # fmt: skip
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": long},
+    ]
     data.write_text("\n".join(map(json.dumps, rows)))
     line = argv(home, tmp_path, data=data, val_data=data, **{stage: True})
     text = error_of(capsys, line)
-    for why in ("1 left out: chosen equal to rejected", "1 left out: empty response",
-                "1 left out: too long"):  # fmt: skip
+    for why in (
+        "1 left out: chosen equal to rejected",
+        "1 left out: empty response",
+        "1 left out: too long",
+    ):
         assert why in text
     # beside good ones they are counted
     good = (home / "pairs.jsonl").read_text()
@@ -770,13 +843,13 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
     monkeypatch.setattr("sys.argv", line)
     story_task.main()
     torch.set_grad_enabled(True)
-    row, = json.loads((tmp_path / "rlhf.json").read_text())
+    (row,) = json.loads((tmp_path / "rlhf.json").read_text())
     assert row["model"] == "SFT" and row["kl"] == pytest.approx(0, abs=1e-4)
     assert "of the held-out pairs" in capsys.readouterr().out
     more = ["--overoptimise", "--pairs=8", "--samples=4", "--iterations=2", f"--out={tmp_path}"]
     monkeypatch.setattr("sys.argv", line + more)
     story_task.main()
-    curve, = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
+    (curve,) = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
     assert [p["n"] for p in curve["best_of"]] == [1, 2, 4] and len(curve["ppo"]) == 2
     assert curve["ppo"][0]["kl"] == pytest.approx(0, abs=1e-4)
 

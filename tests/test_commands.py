@@ -24,8 +24,13 @@ from checkpoint import load_checkpoint
 from common import run_main
 
 ROOT = Path(train.__file__).parent
-COMMANDS = {"train.py": train, "sample.py": sample, "export.py": export, "tokenizer.py": tokenizer,
-            "tinystories.py": tinystories}  # fmt: skip
+COMMANDS = {
+    "train.py": train,
+    "sample.py": sample,
+    "export.py": export,
+    "tokenizer.py": tokenizer,
+    "tinystories.py": tinystories,
+}
 
 PRETRAIN = """python train.py --out_dir="outmini" --batch_size=128 --max_seq_len=512
     --gradient_accumulation_steps=1 --vocab_source="custom" --vocab_size=512 --dim=64 --n_layers=5
@@ -89,8 +94,11 @@ def test_download_is_handed_its_folder(home, monkeypatch):
 
 
 def test_pretokenize_for_llama2(home, tmp_path):
-    shutil.copytree("data/TinyStories_all_data", tmp_path / "data/TinyStories_all_data",
-                    ignore=shutil.ignore_patterns("*.bin"))  # fmt: skip
+    shutil.copytree(
+        "data/TinyStories_all_data",
+        tmp_path / "data/TinyStories_all_data",
+        ignore=shutil.ignore_patterns("*.bin"),
+    )
     shutil.copy(data_file("llama2/tokenizer.model"), tmp_path / "data")
     run("python tinystories.py pretokenize", f"--data_dir={tmp_path / 'data'}")
     shards = sorted((tmp_path / "data/TinyStories_all_data").glob("*.bin"))
@@ -103,16 +111,27 @@ def test_pretraining(home):
     assert state["iter_num"] == 2 and state["config"]["dropout"] == 0.05
     args = dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=4)
     assert args.items() <= state["model_args"].items()
-    assert sum(w.numel() for k, w in state["model"].items() if k != "tok_embeddings.weight") == 260_032
+    assert (
+        sum(w.numel() for k, w in state["model"].items() if k != "tok_embeddings.weight") == 260_032
+    )
 
 
 def test_pretraining_with_defaults(home):
     run("python train.py --vocab_source=custom --vocab_size=4096", SMALL_MODEL)
     config = load_checkpoint("out/ckpt.pt")["config"]
     told = dict(  # the defaults of llama2.c
-        learning_rate=5e-4, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
-        warmup_iters=1000, dropout=0.0, optimizer="adamw", schedule="cosine", multiple_of=32,
-    )  # fmt: skip
+        learning_rate=5e-4,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        grad_clip=1.0,
+        decay_lr=True,
+        warmup_iters=1000,
+        dropout=0.0,
+        optimizer="adamw",
+        schedule="cosine",
+        multiple_of=32,
+    )
     assert told.items() <= config.items()
     args = train.flags([])
     assert (args.dim, args.n_layers, args.n_heads, args.batch_size) == (288, 6, 6, 128)
@@ -127,8 +146,9 @@ def free_port():
 
 def torchrun(flags, more):
     words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(flags), ROOT / "train.py"]
-    return subprocess.Popen([*words, *shlex.split(more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)  # fmt: skip
+    return subprocess.Popen(
+        [*words, *shlex.split(more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_torchrun(home, tmp_path):
@@ -143,7 +163,8 @@ def test_torchrun_on_two_nodes(home, tmp_path):
     """Both on this machine: --master_addr is all that tells two machines from one."""
     address = f"--nproc_per_node=1 --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port()}"
     nodes = [
-        torchrun(f"{address} --node_rank={r}", f"{SMALL_MODEL} --out_dir={tmp_path}") for r in (0, 1)
+        torchrun(f"{address} --node_rank={r}", f"{SMALL_MODEL} --out_dir={tmp_path}")
+        for r in (0, 1)
     ]
     for node in nodes:
         text = node.communicate(timeout=100)[0]
@@ -157,19 +178,28 @@ def stories260k(home, stories260k_bin, tok512_model):
     os.makedirs("stories260K", exist_ok=True)
     shutil.copy(stories260k_bin, "stories260K/stories260K.bin")
     for name in ("ckpt.pt", "stories260K.pt"):
-        export.main([f"stories260K/{name}", f"--llama2c={stories260k_bin}", "--iter_num=98000",
-                     f"--tokenizer={tok512_model}"])  # fmt: skip
+        export.main(
+            [
+                f"stories260K/{name}",
+                f"--llama2c={stories260k_bin}",
+                "--iter_num=98000",
+                f"--tokenizer={tok512_model}",
+            ]
+        )
     run("python tokenizer.py --tokenizer-model=stories260K/tok512.model")
     # the model reads its own tokens; home's vocabulary of the same size has others
     shutil.copy("stories260K/tok512.model", "data")
     run("python tinystories.py pretokenize --vocab_size=512")
 
 
-@pytest.mark.parametrize("line,more,iterations,start_len", [
-    (PPO, "--max_iters=98001", 1, 30),
-    (PPO, "--start_len=1 --init_kl_coef=0.0 --max_iters=98001", 1, 1),
-    (PPO_CPU, "--ppo_iters=1", 1, 30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line,more,iterations,start_len",
+    [
+        (PPO, "--max_iters=98001", 1, 30),
+        (PPO, "--start_len=1 --init_kl_coef=0.0 --max_iters=98001", 1, 1),
+        (PPO_CPU, "--ppo_iters=1", 1, 30),
+    ],
+)
 def test_ppo(stories260k, line, more, iterations, start_len):
     """--max_iters counts on from the 98,000 of the checkpoint."""
     run(line, f"{SMALL_PPO} {more}")
@@ -190,7 +220,9 @@ def test_sampling(stories260k, capsys):
     line = "python sample.py --checkpoint=stories260K/{} --tokenizer=stories260K/tok512.model"
     run(f"{line.format('stories260K.pt')} --temperature=0.0 --max_new_tokens=500")
     text = capsys.readouterr().out
-    assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to play")
+    assert text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play"
+    )
     assert text.endswith('"Thank you, Lily! You are a good friend."\n')
     shutil.copy("stories260K/ckpt.pt", "stories260K/ppo_ckpt.pt")
     run(f"{line.format('ppo_ckpt.pt')} --temperature=0.4 --max_new_tokens=500")
@@ -221,8 +253,10 @@ def test_export_and_run(stories260k, tmp_path):
     assert Path("model.bin").read_bytes()[:8] == struct.pack("<II", 0x616B3432, 3)
     run("python export.py model.bin --version 2 --checkpoint out/ckpt.pt")
     assert Path("model.bin").read_bytes()[:8] == struct.pack("<II", 0x616B3432, 2)
-    story = c('./run stories260K/stories260K.bin -z stories260K/tok512.bin -t 0.8 -p 0.9 -n 256 '
-              '-i "One day, Lily met a Shoggoth" -s 1 -m generate')  # fmt: skip
+    story = c(
+        "./run stories260K/stories260K.bin -z stories260K/tok512.bin -t 0.8 -p 0.9 -n 256 "
+        '-i "One day, Lily met a Shoggoth" -s 1 -m generate'
+    )
     assert story.startswith("One day, Lily met a Shoggoth")
     greedy = c("./run stories260K/stories260K.bin -z stories260K/tok512.bin -t 0 -n 500")
     assert greedy.rstrip().endswith('"Thank you, Lily! You are a good friend."')
@@ -250,7 +284,10 @@ def exit_of(f):
 
 def test_errors(home, tmp_path, capsys):
     """Every mistake: its exit status, and one line that says what is wrong."""
-    run("python train.py --vocab_source=custom --vocab_size=512", f"{SMALL_MODEL} --out_dir={tmp_path / 'good'}")
+    run(
+        "python train.py --vocab_source=custom --vocab_size=512",
+        f"{SMALL_MODEL} --out_dir={tmp_path / 'good'}",
+    )
     blob = (tmp_path / "good/ckpt.pt").read_bytes()
     for name, content in (("short", blob[:1000]), ("noise", os.urandom(5000)), ("empty", b"")):
         (tmp_path / name).mkdir()
@@ -267,16 +304,28 @@ def test_errors(home, tmp_path, capsys):
         (f"{resume} --out_dir={tmp_path / 'short'}", 1, "is damaged|not a readable checkpoint"),
         (f"{resume} --out_dir={tmp_path / 'noise'}", 1, "not a readable checkpoint"),
         (f"{resume} --out_dir={tmp_path / 'empty'}", 1, "not a readable checkpoint"),
-        (f"{resume} --out_dir={tmp_path / 'good'} --n_layers=2", 1, "n_layers is 1 there, --n_layers=2 here"),
+        (
+            f"{resume} --out_dir={tmp_path / 'good'} --n_layers=2",
+            1,
+            "n_layers is 1 there, --n_layers=2 here",
+        ),
         (f"{v512} --init_from=none.pt", 1, "none.pt: there is no such checkpoint"),
         (f"{v512} --ppo --out_dir={tmp_path / 'nothing'}", 1, "there is no such checkpoint"),
         (f"{v512} --data={tmp_path / 'nothing'}", 1, "no .bin shards in"),
         (f"{v512} --data=nowhere", 1, "no .bin shards in"),
-        (f"{v512} --data={tmp_path / 'large'}", 1, "holds token 600, but the vocabulary has only 512"),
+        (
+            f"{v512} --data={tmp_path / 'large'}",
+            1,
+            "holds token 600, but the vocabulary has only 512",
+        ),
         (f"{v512} --data={tmp_path / 'odd'}", 1, "no list of 2-byte tokens"),
         (f"{v512} --data={tmp_path / 'few'}", 1, "too few for a window"),
         (f"{v512} --tokenizer=none.model", 1, "none.model: No such file"),
-        (f"{v512} --vocab_size=4096 --tokenizer=data/tok512.model", 1, "has 512 tokens, the model 4096"),
+        (
+            f"{v512} --vocab_size=4096 --tokenizer=data/tok512.model",
+            1,
+            "has 512 tokens, the model 4096",
+        ),
         ("--vocab_size=512", 1, "needs --vocab_source=custom"),
         (f"{v512} --learnin_rate=1", 2, "did you mean --learning_rate?"),
         (f"{v512} --max_iter=1", 2, "did you mean --max_iters?"),
@@ -287,7 +336,11 @@ def test_errors(home, tmp_path, capsys):
         (f"{v512} --weight_decay=nan", 2, "--weight_decay: expected a finite number, not nan"),
         (f"{v512} --learning_rate=inf", 2, "--learning_rate: expected a finite number, not inf"),
         (f"{v512} --warmup_iters=-1", 1, "--warmup_iters must not be negative, not -1"),
-        (f"{v512} --optimizer=muon --muon_learning_rate=-0.1", 1, "--muon_learning_rate must not be negative"),
+        (
+            f"{v512} --optimizer=muon --muon_learning_rate=-0.1",
+            1,
+            "--muon_learning_rate must not be negative",
+        ),
         (f"{v512} --beta2=1", 1, "--beta2 must be below 1, not 1.0"),
         (f"{v512} --n_heads=3", 1, "must be an even multiple of n_heads"),
         (f"{v512} --n_heads=4 --n_kv_heads=3", 1, "must be a multiple of n_kv_heads"),
@@ -296,9 +349,17 @@ def test_errors(home, tmp_path, capsys):
         (f"{v512} --fsdp", 1, "--fsdp is for pretraining with torchrun"),
         (f"{v512} --out_dir={tmp_path / 'good/ckpt.pt'}", 1, "File exists"),
         (f"{v512} --out_dir=/proc/none", 1, "/proc/none: "),
-        (f"{v512} --ppo --init_from={tmp_path / 'good/ckpt.pt'} --reward=none.py:f", 1, "no file none.py"),
-        (f"{v512} --ppo --init_from={tmp_path / 'good/ckpt.pt'} --start_len=0", 1, "start_len must be"),
-    ]  # fmt: skip
+        (
+            f"{v512} --ppo --init_from={tmp_path / 'good/ckpt.pt'} --reward=none.py:f",
+            1,
+            "no file none.py",
+        ),
+        (
+            f"{v512} --ppo --init_from={tmp_path / 'good/ckpt.pt'} --start_len=0",
+            1,
+            "start_len must be",
+        ),
+    ]
     if not torch.cuda.is_available():
         cases.append((f"{v512} --device=cuda", 1, "there is no such device here; use --device=cpu"))
     for words, status, message in cases:

@@ -27,13 +27,16 @@ from tokenizer import Tokenizer
 SMALL = "TinyStoriesV2-GPT4-valid.txt"
 BIG = "TinyStories_all_data.tar.gz"
 
+
 class Server(http.server.ThreadingHTTPServer):
     """Serves `files`; breaks off after each of `breaks` bytes, or as `mode` says."""
+
     def __init__(self, files, breaks=(), mode=""):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.breaks, self.mode, self.log = files, list(breaks), mode, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
@@ -63,24 +66,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         n = server.breaks.pop(0) if server.breaks else len(body)
-        self.wfile.write(body[start:start + n])
+        self.wfile.write(body[start : start + n])
         self.close_connection = True
+
 
 @pytest.fixture
 def serve():
     servers = []
+
     def start(*args, **kwargs):
         servers.append(Server(*args, **kwargs))
         return servers[-1]
+
     yield start
     for server in servers:
         server.shutdown()
 
+
 TEXT = "".join(f"Story number {i} is about a cat.\n<|endoftext|>\n" for i in range(3000))
 
+
 def stories_in(data_dir):
-    return [[item["story"] for item in json.load(open(path))]
-            for path in tinystories.story_files(str(data_dir))]
+    return [
+        [item["story"] for item in json.load(open(path))]
+        for path in tinystories.story_files(str(data_dir))
+    ]
+
 
 def tar(names, link=None):
     out = io.BytesIO()
@@ -96,8 +107,11 @@ def tar(names, link=None):
             f.addfile(info)
     return out.getvalue()
 
-@pytest.mark.parametrize("mode, breaks, ranges", [
-    ("", [], 0), ("", [50_000, 20_000], 2), ("no range", [50_000], 1), ("no length", [], 0)])
+
+@pytest.mark.parametrize(
+    "mode, breaks, ranges",
+    [("", [], 0), ("", [50_000, 20_000], 2), ("no range", [50_000], 1), ("no length", [], 0)],
+)
 def test_download_small(serve, tmp_path, mode, breaks, ranges):
     server = serve({SMALL: TEXT.encode()}, breaks, mode)
     tinystories.download(str(tmp_path), server.url + "/moved", small=True)
@@ -110,16 +124,18 @@ def test_download_small(serve, tmp_path, mode, breaks, ranges):
         assert asked == ["bytes=49152-", "bytes=65536-"]
     assert not list(tmp_path.rglob("*.part")) + list(tmp_path.rglob("*.tmp"))
 
+
 def test_download_goes_on_in_a_later_run(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(tinystories.time, "sleep", lambda s: None)
     server = serve({SMALL: TEXT.encode()}, [20_000] * 5)
     with pytest.raises(OSError, match="run the same command again"):
         tinystories.download(str(tmp_path), server.url, small=True)
     part = tmp_path / "download" / (SMALL + ".part")
-    assert part.read_bytes() == TEXT.encode()[:5 * 16384]
+    assert part.read_bytes() == TEXT.encode()[: 5 * 16384]
     assert not (tmp_path / "TinyStories_all_data").exists()
     tinystories.download(str(tmp_path), server.url, small=True)
     assert server.log[-1][1] == "bytes=81920-" and len(sum(stories_in(tmp_path), [])) == 3000
+
 
 @pytest.mark.parametrize("left, fresh", [(len(TEXT), False), (len(TEXT) + 7, True)])
 def test_download_with_a_whole_or_foreign_part(serve, tmp_path, left, fresh):
@@ -129,26 +145,37 @@ def test_download_with_a_whole_or_foreign_part(serve, tmp_path, left, fresh):
     tinystories.download(str(tmp_path), server.url, small=True)
     assert len(sum(stories_in(tmp_path), [])) == 3000 and len(server.log) == 1 + fresh
 
+
 def test_download_archive(serve, tmp_path, capsys):
     names = [f"./data{i:02d}.json" for i in range(3)] + ["./._data00.json", "README"]
     server = serve({BIG: tar(names)})
     tinystories.download(str(tmp_path), server.url)
     assert sorted(os.listdir(tmp_path / "TinyStories_all_data")) == [
-        "data00.json", "data01.json", "data02.json"]
+        "data00.json",
+        "data01.json",
+        "data02.json",
+    ]
     tinystories.download(str(tmp_path), server.url)  # not again
     assert "is there already" in capsys.readouterr().out and len(server.log) == 1
 
-@pytest.mark.parametrize("body, message", [
-    (tar(["data00.json", "../evil.json"]), "not to be trusted"),
-    (tar(["/tmp/evil.json"]), "not to be trusted"),
-    (tar(["a\\..\\..\\evil.json"]), "not to be trusted"),
-    (tar(["data00.json"], link="/etc/passwd"), "not to be trusted"),
-    (tar(["data00.json"] * 50)[:-40], "damaged"), (b"no archive at all", "damaged")])
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (tar(["data00.json", "../evil.json"]), "not to be trusted"),
+        (tar(["/tmp/evil.json"]), "not to be trusted"),
+        (tar(["a\\..\\..\\evil.json"]), "not to be trusted"),
+        (tar(["data00.json"], link="/etc/passwd"), "not to be trusted"),
+        (tar(["data00.json"] * 50)[:-40], "damaged"),
+        (b"no archive at all", "damaged"),
+    ],
+)
 def test_hostile_or_damaged_archive(serve, tmp_path, body, message):
     server = serve({BIG: body})
     with pytest.raises(ValueError, match=message):
         tinystories.download(str(tmp_path / "in"), server.url)
     assert os.listdir(tmp_path) == ["in"] and os.listdir(tmp_path / "in") == ["download"]
+
 
 def test_no_server(serve, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="404 Not Found"):
@@ -161,8 +188,10 @@ def test_no_server(serve, tmp_path, monkeypatch):
         assert time.time() - start < 2
     assert not list(tmp_path.rglob("*.json"))
 
+
 # -----------------------------------------------------------------------------
 # The grammar
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
@@ -172,6 +201,7 @@ def told(tmp_path_factory):
     tinystories.train_vocab(str(folder), 512)
     tinystories.pretokenize(str(folder), 512)
     return folder
+
 
 def test_synthesize(told, tmp_path, capsys):
     shards = stories_in(told)
@@ -185,30 +215,35 @@ def test_synthesize(told, tmp_path, capsys):
     tinystories.synthesize(str(told), 10, seed=3)
     assert "is there already" in capsys.readouterr().out and stories_in(told) == shards
 
+
 def test_grammar():
     assert len(grammar.PLANS) >= 30
     words = collections.Counter()
     rng = np.random.default_rng(0)
     used = set()
+
     def names(parts):
         for part in parts:
             if isinstance(part, tuple):
                 used.update([part[1]] if part[0] == "$" else [])
                 for option in part[1] if part[0] != "$" else []:
                     names(option)
+
     for text in [*grammar.PLANS, *grammar.RULES.values()]:
         names(text)
     assert used >= set(grammar.RULES) | set(grammar.SLOTS) - {"at"}  # no dead entry
     for _ in range(5000):
         story = grammar.tell_story(rng.random)
         # nothing of the notation is left; sentences begin and end as they should
-        assert not re.search(r"[\[\]<>|$/{}]|  |\n\n| [.,!?\n]|\n |\.\.|,\.|\bi\b|\ba [aeiou]",
-                             story), story
+        assert not re.search(
+            r"[\[\]<>|$/{}]|  |\n\n| [.,!?\n]|\n |\.\.|,\.|\bi\b|\ba [aeiou]", story
+        ), story
         assert re.match(r"[A-Z]", story) and re.search(r'[.!?]"?$', story), story
         assert not re.search(r'(?:^|\n|[.!?] )"?[a-z]', story), story
         assert story.count('"') % 2 == 0, story
         words.update(w.removesuffix("'s") for w in re.findall(r"[a-z']+", story.lower()))
     assert 600 < len(words) < 900
+
 
 def test_lengths_are_spread(told):
     ids = np.concatenate(open_shards(str(told), "train", 512))
@@ -216,20 +251,25 @@ def test_lengths_are_spread(told):
     low, q1, q3, high = np.percentile(lengths, [1, 25, 75, 99])
     assert low < 120 and q1 < 200 < q3 and 420 < high and lengths.max() < 640
 
+
 # -----------------------------------------------------------------------------
 # Vocabulary and shards
+
 
 def oracle(stories, model):
     """What llama2.c does: one call a story, BOS before each."""
     t = Tokenizer(model)
     return np.array([i for s in stories for i in t.encode(s.strip(), True, False)], np.uint16)
 
+
 def shard(path):
     return np.fromfile(path, "<u2")
+
 
 def test_pretokenize_is_encoding_one_by_one(told):
     for path, stories in zip(sorted((told / "tok512").iterdir()), stories_in(told)):
         np.testing.assert_array_equal(shard(path), oracle(stories, told / "tok512.model"))
+
 
 def test_pretokenize_real_stories(real_stories, tok512_model, tmp_path):
     os.symlink(real_stories, tmp_path / "TinyStories_all_data")
@@ -239,8 +279,19 @@ def test_pretokenize_real_stories(real_stories, tok512_model, tmp_path):
     assert len(ids) == 268_074  # as measured with llama2.c
     np.testing.assert_array_equal(ids, oracle(stories_in(tmp_path)[0], tok512_model))
 
-ODD = ["  spaces  within   and around ", "한국어 😀", "tab\tand\nnewlines\n", "▁ ▁▁", "<s> </s>",
-       "a", "x" * 300_000, "é " * 2000, "a b  c\u00a0d"]
+
+ODD = [
+    "  spaces  within   and around ",
+    "한국어 😀",
+    "tab\tand\nnewlines\n",
+    "▁ ▁▁",
+    "<s> </s>",
+    "a",
+    "x" * 300_000,
+    "é " * 2000,
+    "a b  c\u00a0d",
+]
+
 
 @pytest.mark.parametrize("by_word", [True, False])
 @pytest.mark.parametrize("model", ["told", "stories260K/tok512.model", "llama2/tokenizer.model"])
@@ -252,6 +303,7 @@ def test_encoder(told, model, by_word):
     stories = [s.strip() for s in ODD] + ["", "b  c", "\u2581b \u2581"]
     for _ in range(2):  # the second time from memory
         np.testing.assert_array_equal(np.frombuffer(encoder(stories), "<u2"), oracle(stories, path))
+
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
 def test_text_of_your_own(tmp_path, kind):
@@ -274,18 +326,26 @@ def test_text_of_your_own(tmp_path, kind):
     np.testing.assert_array_equal(np.concatenate(sum(parts, [])), ids)
     assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.jsonl", '"one"\n\n{"text": "two\n"three"', r"line 3: not JSON: Unterminated string"),
-    ("a.jsonl", '"one"\n{"text": null}\n', r'line 2: needs strings.* not {"text": null}'),
-    ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: needs strings.* not \["two"\]'),
-    ("a.jsonl", '"one"\n"\udcff"\n', "line 2: .*utf-8"),
-    ("a.jsonl", '"one"\n' + "[" * 100_000, "line 2: not JSON"),
-    ("a.json", '["one",\n"two",\n{"texts": "three"}]', 'line 3: .*"story" or "text", not {"texts"'),
-    ("a.json", '["one",\n\n"two" "three"]', "line 3: not JSON: expected , or ]"),
-    ("a.json", '{"data": [{"text": "one"}, {"text": 2}]}', 'item 2 of "data": needs'),
-    ("a.json", '{"data": ["one"]}', 'line 1: needs strings.* not {"data"'),
-    ("a.txt", "one\n\ntwo\n\udcff", "line 4: not UTF-8"),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '"one"\n\n{"text": "two\n"three"', r"line 3: not JSON: Unterminated string"),
+        ("a.jsonl", '"one"\n{"text": null}\n', r'line 2: needs strings.* not {"text": null}'),
+        ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: needs strings.* not \["two"\]'),
+        ("a.jsonl", '"one"\n"\udcff"\n', "line 2: .*utf-8"),
+        ("a.jsonl", '"one"\n' + "[" * 100_000, "line 2: not JSON"),
+        (
+            "a.json",
+            '["one",\n"two",\n{"texts": "three"}]',
+            'line 3: .*"story" or "text", not {"texts"',
+        ),
+        ("a.json", '["one",\n\n"two" "three"]', "line 3: not JSON: expected , or ]"),
+        ("a.json", '{"data": [{"text": "one"}, {"text": 2}]}', 'item 2 of "data": needs'),
+        ("a.json", '{"data": ["one"]}', 'line 1: needs strings.* not {"data"'),
+        ("a.txt", "one\n\ntwo\n\udcff", "line 4: not UTF-8"),
+    ],
+)
 def test_mistakes_in_stories_name_the_line(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -293,15 +353,23 @@ def test_mistakes_in_stories_name_the_line(tmp_path, name, text, message):
         list(tinystories.read_stories(str(path)))
     assert len(str(e.value)) < 250
 
-@pytest.mark.parametrize("name, text", [
-    ("a.json", '["One.", {"story": "Two."}]'), ("a.json", '"One."\n{"text": "Two."}\n'),
-    ("a.json", '{"story": null, "text": "One."}{"text": "Two."}'),
-    ("a.json", '{"n": 2, "data": [{"text": "One."},\n {"text": "Two."}]}'),
-    ("a.jsonl", '"One."\n\n{"text": "Two."}'), ("a.txt", "One.\r\n\r\nTwo.\r\n")])
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.json", '["One.", {"story": "Two."}]'),
+        ("a.json", '"One."\n{"text": "Two."}\n'),
+        ("a.json", '{"story": null, "text": "One."}{"text": "Two."}'),
+        ("a.json", '{"n": 2, "data": [{"text": "One."},\n {"text": "Two."}]}'),
+        ("a.jsonl", '"One."\n\n{"text": "Two."}'),
+        ("a.txt", "One.\r\n\r\nTwo.\r\n"),
+    ],
+)
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_layouts_of_files_of_stories(tmp_path, name, text, mark):
     (tmp_path / name).write_bytes((mark + text).encode())
     assert list(tinystories.read_stories(str(tmp_path / name))) == ["One.", "Two."]
+
 
 def test_lines_of_any_length_are_used_in_full(tmp_path):
     """SentencePiece ignores lines of more than a million bytes: the words that only these have are
@@ -320,6 +388,7 @@ def test_lines_of_any_length_are_used_in_full(tmp_path):
         ids = shard(folder / "tok330/a.bin")
         np.testing.assert_array_equal(ids, oracle([text], folder / "tok330.model"))
 
+
 def test_a_vocabulary_is_trained_on_max_chars(tmp_path, capsys):
     """Also where one story is longer than that."""
     (tmp_path / "a.txt").write_text("ab ba " * 20_000 + "zz " * 20_000)
@@ -329,26 +398,39 @@ def test_a_vocabulary_is_trained_on_max_chars(tmp_path, capsys):
     assert "\u2581ab" in map(t.sp.id_to_piece, range(266))
     assert not any("z" in t.sp.id_to_piece(i) for i in range(266))
 
+
 def test_short_lines():
-    for line in "", "ab", "ab cd  ef   ", "x" * 100, " x" * 50, " " * 80 + "y", "ab " * 33 + "x" * 30:
+    for line in (
+        "",
+        "ab",
+        "ab cd  ef   ",
+        "x" * 100,
+        " x" * 50,
+        " " * 80 + "y",
+        "ab " * 33 + "x" * 30,
+    ):
         pieces = list(tinystories.short_lines(line, 10))
         assert all(len(p) <= 10 for p in pieces)
         assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
         whole = [w for w in line.split() if len(w) < 10]
         assert collections.Counter(whole) <= collections.Counter(" ".join(pieces).split())
 
+
 def test_long_stories_are_encoded_word_by_word(told, monkeypatch):
     """Also where spaces meet, so that memory does not grow with the length of a line."""
     encoder = tinystories.Encoder(told / "tok512.model")
     encode, longest = encoder.tokenizer.encode, []
+
     def watched(text, *args, **kwargs):
         longest.append(len(text))
         return encode(text, *args, **kwargs)
+
     monkeypatch.setattr(encoder.tokenizer, "encode", watched)
     story = "A  cat   sat on the mat.  " * 1000 + "end"
     ids = np.frombuffer(encoder([story]), "<u2")
     np.testing.assert_array_equal(ids, oracle([story], told / "tok512.model"))
     assert max(longest) < 10
+
 
 def test_a_lone_file_is_announced(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("A cat sat on a mat.\n\n" * 300)
@@ -359,10 +441,12 @@ def test_a_lone_file_is_announced(tmp_path, capsys):
     tinystories.pretokenize(str(tmp_path), 275)
     assert "only one file" not in capsys.readouterr().out
 
+
 def test_txt_without_separators(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("One.\nStill one.\n\nTwo.\n \n\nThree.\n")
     assert list(tinystories.read_stories(str(path))) == ["One.\nStill one.", "Two.", "Three."]
+
 
 def test_vocabulary_of_many_characters(tmp_path):
     """More different characters than tokens: the rare ones fall back to their bytes."""
@@ -371,6 +455,7 @@ def test_vocabulary_of_many_characters(tmp_path):
     tinystories.train_vocab(str(tmp_path), 300)
     t = Tokenizer(tmp_path / "tok300.model")
     assert t.n_words == 300 and t.decode(t.encode(text, True, False)) == text
+
 
 def test_up_to_date_shards_are_kept(told, tmp_path):
     os.symlink(told / "TinyStories_all_data", tmp_path / "TinyStories_all_data")
@@ -389,25 +474,30 @@ def test_up_to_date_shards_are_kept(told, tmp_path):
     tinystories.pretokenize(str(tmp_path), 512)
     assert len(shard(tmp_path / "tok512/data00.bin")) > 1000
 
+
 def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatch):
     (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("A cat sat.\n\n" * 100_000)
     real = tinystories.encode_files
+
     def interrupted(*args, **kwargs):
         for n, result in enumerate(real(*args, **kwargs)):
             if n == 7:  # within the second file
                 raise KeyboardInterrupt
             yield result
+
     monkeypatch.setattr(tinystories, "encode_files", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tinystories.pretokenize(str(tmp_path), 512)
     assert sorted(os.listdir(tmp_path / "tok512")) == ["a.bin", tinystories.META]
     assert (shard(tmp_path / "tok512/a.bin") == BOS).sum() == 100_000
 
+
 def test_json_that_is_no_text(tmp_path):
     (tmp_path / "a.json").write_text('["a \\ud800 b", {"story": "c"}]')
     assert list(tinystories.read_stories(str(tmp_path / "a.json"))) == ["a ? b", "c"]
+
 
 def test_a_worker_that_dies(tmp_path, told, monkeypatch):
     (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
@@ -417,11 +507,20 @@ def test_a_worker_that_dies(tmp_path, told, monkeypatch):
         tinystories.pretokenize(str(tmp_path), 512)
     assert not list(tmp_path.rglob("*.bin"))
 
-@pytest.mark.parametrize("files, message", [
-    ({}, "no stories"), ({"a.json": "[{]"}, "a.json"), ({"a.json": "5"}, "a.json"),
-    ({"a.json": '[{"texts": "x"}]'}, 'objects with "story"'), ({"a.txt": " \n"}, "no story"),
-    ({"a.txt": b"\xff\xfe"}, "a.txt"), ({"a.jsonl": '{"text": 5}'}, "a.jsonl"),
-    ({"a.txt": "x", "a.json": '["x"]'}, "differ only")])
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "no stories"),
+        ({"a.json": "[{]"}, "a.json"),
+        ({"a.json": "5"}, "a.json"),
+        ({"a.json": '[{"texts": "x"}]'}, 'objects with "story"'),
+        ({"a.txt": " \n"}, "no story"),
+        ({"a.txt": b"\xff\xfe"}, "a.txt"),
+        ({"a.jsonl": '{"text": 5}'}, "a.jsonl"),
+        ({"a.txt": "x", "a.json": '["x"]'}, "differ only"),
+    ],
+)
 def test_bad_stories(told, tmp_path, files, message):
     (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
     for name, body in files.items():
@@ -430,29 +529,38 @@ def test_bad_stories(told, tmp_path, files, message):
         tinystories.pretokenize(str(tmp_path), 512)
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.tmp"))
 
+
 def test_commands(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, str(ROOT / "tinystories.py"), *args],
-                              capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tinystories.py"), *args],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
     assert run("synthesize", "--stories=200").returncode == 0
     assert run("train_vocab", "--vocab_size=512").returncode == 0
     assert run("pretokenize", "--vocab_size=512").returncode == 0
     assert len(Windows(str(tmp_path / "data"), "train", 64, 512)) > 100
     for args, status, message in (
-            (["train_vocab"], 1, "needs --vocab_size"),
-            (["train_vocab", "--vocab_size=20"], 1, "can not make a vocabulary of 20"),
-            (["train_vocab", "--vocab_size=60000"], 1, "can not make a vocabulary of 60000"),
-            (["pretokenize"], 1, "tokenizer.model"),
-            (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
-            (["synthesize", "--story=5"], 2, "did you mean --stories?"),
-            (["download", "--data_dir=new", "--url=http://127.0.0.1:9"], 1, "synthesize")):
+        (["train_vocab"], 1, "needs --vocab_size"),
+        (["train_vocab", "--vocab_size=20"], 1, "can not make a vocabulary of 20"),
+        (["train_vocab", "--vocab_size=60000"], 1, "can not make a vocabulary of 60000"),
+        (["pretokenize"], 1, "tokenizer.model"),
+        (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
+        (["synthesize", "--story=5"], 2, "did you mean --stories?"),
+        (["download", "--data_dir=new", "--url=http://127.0.0.1:9"], 1, "synthesize"),
+    ):
         r = run(*args)
         assert r.returncode == status and message in r.stderr, r.stderr
         assert r.stderr.count("\n") == 1, r.stderr
     assert "--vocab_size" in run("--help").stdout
 
+
 # -----------------------------------------------------------------------------
 # Dealing
+
 
 def write(folder, *shards):
     folder.mkdir(parents=True, exist_ok=True)
@@ -460,11 +568,13 @@ def write(folder, *shards):
         np.asarray(ids, "<u2").tofile(folder / f"data{i:02d}.bin")
     return str(folder)
 
+
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 1000, 4097])
 def test_permute_is_a_permutation(n):
     for key in (0, 1, 2**64 - 1):
         i = permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64))
         assert sorted(i.tolist()) == list(range(n))
+
 
 def test_permute_is_random():
     """Over many keys each item lands everywhere equally often (chi-square, 99 degrees)."""
@@ -474,15 +584,19 @@ def test_permute_is_random():
     np.add.at(counts, (i.astype(int), to.astype(int)), 1)
     assert ((counts - 2000) ** 2 / 2000).sum() < 125  # 81 free; mean 81, sd 13
 
+
 def numbered(tmp_path):
     """Shards in which every token tells where it stands."""
-    return write(tmp_path / "n", range(100, 300), range(1000, 2003), range(3000, 3007),
-                 range(4000, 4517))
+    return write(
+        tmp_path / "n", range(100, 300), range(1000, 2003), range(3000, 3007), range(4000, 4517)
+    )
+
 
 def test_every_window_once_in_an_epoch(tmp_path):
     w = Windows(numbered(tmp_path), "train", seq_len=10, vocab_size=5000, seed=3)
-    expected = [s + 10 * i for s, n in ((1000, 1003), (3000, 7), (4000, 517))
-                for i in range((n - 1) // 10)]
+    expected = [
+        s + 10 * i for s, n in ((1000, 1003), (3000, 7), (4000, 517)) for i in range((n - 1) // 10)
+    ]
     assert len(w) == len(expected) == 100 + 0 + 51
     orders = []
     for epoch in range(3):
@@ -495,6 +609,7 @@ def test_every_window_once_in_an_epoch(tmp_path):
     other = Windows(numbered(tmp_path), "train", 10, 5000, seed=4)
     assert other.batch(0, len(w))[0][:, 0].tolist() != orders[0]
 
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_and_resume(tmp_path, world):
     """However the batches are cut and whenever the run was resumed, the same windows come."""
@@ -506,7 +621,8 @@ def test_ranks_and_resume(tmp_path, world):
             for rank in range(world):  # a new object each time: a process that was restarted
                 w = Windows(folder, "train", 10, 5000)
                 got += w.batch(position + rank * 8, 8)[0].tolist()
-        assert got == straight[stop:stop + len(got)].tolist() and len(got) >= 480 - stop - 31
+        assert got == straight[stop : stop + len(got)].tolist() and len(got) >= 480 - stop - 31
+
 
 def test_validation_windows_are_the_same_for_each_seed(tmp_path):
     w = Windows(numbered(tmp_path), "val", 10, 5000)
@@ -515,6 +631,7 @@ def test_validation_windows_are_the_same_for_each_seed(tmp_path):
     assert sorted(every[:, 0].tolist()) == list(range(100, 290, 10))
     other = Windows(numbered(tmp_path), "val", 10, 5000, seed=7)
     assert other.batch(0, 8)[0].tolist() == every[:8].tolist()
+
 
 def test_weighted_folders(tmp_path):
     a, b = (write(tmp_path / n, [1], range(s, s + 1001)) for n, s in (("a", 1000), ("b", 3000)))
@@ -532,10 +649,12 @@ def test_weighted_folders(tmp_path):
         with pytest.raises(ValueError, match="weight"):
             Windows(bad, "train", 10, 5000)
 
+
 def test_dealer_shares():
     for weights in ([1.0], [1 / 3] * 3, [0.9985, 0.0015], [0.125, 0.25, 0.625]):
         d = Dealer([[100]] * len(weights), weights, 0)
         assert d.share.sum() == d.BLOCK and abs(d.share / d.BLOCK - weights).max() <= 1e-3
+
 
 def test_prompts(tmp_path):
     stories = [[BOS] + [1000 + 50 * i + j for j in range(i % 40)] for i in range(200)]
@@ -544,7 +663,7 @@ def test_prompts(tmp_path):
     assert len(p) == 200
     prompts = p.batch(0, 200)
     for prompt in prompts:
-        assert any(prompt == story[:len(prompt)] for story in stories) and len(prompt) <= 30
+        assert any(prompt == story[: len(prompt)] for story in stories) and len(prompt) <= 30
     begun = [prompt[1] for prompt in prompts if len(prompt) > 1]
     assert len(begun) == len(set(begun))  # no story twice
     assert p.batch(37, 50) == prompts[37:87]
@@ -559,6 +678,7 @@ def test_prompts(tmp_path):
         Prompts(folder, "train", 0, 512)
     with pytest.raises(ValueError, match="no story starts"):
         Prompts(write(tmp_path / "r", [5], [6, 7]), "train", 30, 512)
+
 
 def test_bad_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match="pretokenize --vocab_size=512"):

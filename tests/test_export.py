@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from conftest import DATA, ROOT, make_bpe
 
 import export
@@ -30,8 +29,10 @@ from lora import add_lora
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from tokenizer import Tokenizer
 
-ARGS = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,
-            max_seq_len=40)
+ARGS = dict(
+    dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52, max_seq_len=40
+)
+
 
 def checkpoint(path, cls=Transformer, **changes):
     torch.manual_seed(0)
@@ -39,10 +40,19 @@ def checkpoint(path, cls=Transformer, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    save_checkpoint(path, {"model": model.state_dict(), "optimizer": None, "iter_num": 3,
-                           "model_args": checkpoint_args(model.args), "best_val_loss": 1.0,
-                           "config": {}})
+    save_checkpoint(
+        path,
+        {
+            "model": model.state_dict(),
+            "optimizer": None,
+            "iter_num": 3,
+            "model_args": checkpoint_args(model.args),
+            "best_val_loss": 1.0,
+            "config": {},
+        },
+    )
     return model
+
 
 def run(*args, ok=0):
     """The command, in this process: importing torch for each would take most of the time."""
@@ -54,21 +64,25 @@ def run(*args, ok=0):
     assert (end.value.code or 0) == ok, done.stderr
     return done
 
+
 def read_v3(path):
     """A reader of version 3, written from run.c's comment: ({field: value}, {name: array})."""
     data = Path(path).read_bytes()
     names = "magic version dim hidden layers heads kv_heads vocab seq format group tied bos eos"
     h = dict(zip(names.split(), struct.unpack_from("<14i", data)))
-    h["theta"], h["eps"], h["tok_at"], h["tok_size"], h["size"], h["squeeze"] = \
-        struct.unpack_from("<2f3QI", data, 56)
+    h["theta"], h["eps"], h["tok_at"], h["tok_size"], h["size"], h["squeeze"] = struct.unpack_from(
+        "<2f3QI", data, 56
+    )
     assert h["size"] == len(data) == h["tok_at"] + h["tok_size"] and not any(data[92:256])
     at = 256
+
     def take(dtype, *shape):
         nonlocal at
         at += -at % 64
         array = np.frombuffer(data, dtype, int(np.prod(shape)), at).reshape(shape)
         at += array.nbytes
         return array
+
     def matrix(rows, cols):
         tiles = -(-rows // 16)
         if h["format"] == 0:
@@ -79,6 +93,7 @@ def read_v3(path):
         w = (q.astype(np.float32) - 128) * np.repeat(s.astype(np.float32), G, 1)
         assert (w[rows:] == 0).all() and (w[:, cols:] == 0).all()  # padding
         return w[:rows, :cols]
+
     D, F, V = h["dim"], h["hidden"], h["vocab"]
     kv = D // h["heads"] * h["kv_heads"]
     w = {"tok_embeddings": matrix(V, D)}
@@ -91,8 +106,9 @@ def read_v3(path):
         w[name + "attention.wo"] = matrix(D, D)
         w[name + "ffn_norm"] = take("<f4", D)
         pairs = matrix(2 * (-(-F // 16) * 16), D).reshape(-1, 2, 16, D)
-        w[name + "feed_forward.w1"], w[name + "feed_forward.w3"] = \
-            (pairs[:, k].reshape(-1, D)[:F] for k in (0, 1))
+        w[name + "feed_forward.w1"], w[name + "feed_forward.w3"] = (
+            pairs[:, k].reshape(-1, D)[:F] for k in (0, 1)
+        )
         w[name + "feed_forward.w2"] = matrix(D, F)
     w["norm"] = take("<f4", D)
     if not h["tied"]:
@@ -100,10 +116,17 @@ def read_v3(path):
     assert at == h["tok_at"]
     return h, w
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6},
-                                     {"dim": 20, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 4},
-                                     {"dim": 288, "vocab_size": 33, "hidden_dim": 768},
-                                     {"dim": 128, "n_heads": 4, "hidden_dim": 129}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6},
+        {"dim": 20, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 4},
+        {"dim": 288, "vocab_size": 33, "hidden_dim": 768},
+        {"dim": 128, "n_heads": 4, "hidden_dim": 129},
+    ],
+)
 def test_version_3_holds_the_model(tmp_path, changes):
     model = checkpoint(tmp_path / "ckpt.pt", **changes)
     for fmt in ("fp32", "q8_0"):
@@ -111,7 +134,11 @@ def test_version_3_holds_the_model(tmp_path, changes):
         h, got = read_v3(tmp_path / "m.bin")
         a = model.args
         assert (h["magic"], h["version"], h["theta"], h["tied"]) == (
-            0x616B3432, 3, np.float32(a.rope_theta), int(a.tied))
+            0x616B3432,
+            3,
+            np.float32(a.rope_theta),
+            int(a.tied),
+        )
         assert abs(h["eps"] - a.norm_eps) < 1e-12 and h["seq"] == a.max_seq_len
         for name, w in got.items():
             want = model.state_dict()[f"{name}.weight"].numpy()
@@ -120,6 +147,7 @@ def test_version_3_holds_the_model(tmp_path, changes):
             else:  # half a step of the coarsest scale, and what the search trades at the edges
                 assert np.abs(w - want).max() < 0.07 * np.abs(want).max(), name
                 assert np.square(w - want).mean() ** 0.5 < 0.004 * np.abs(want).max(), name
+
 
 def test_quantize_is_no_worse_than_the_largest_weights_scale():
     w = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
@@ -133,12 +161,15 @@ def test_quantize_is_no_worse_than_the_largest_weights_scale():
         assert best <= simple * 1.01 and np.abs(q).max() <= 127
         assert (got[3].reshape(-1)[:64] == 0).all() and np.isfinite(got).all()
 
+
 def test_group_makes_the_smaller_file():
     def group(**changes):
         return export.best_group(ModelArgs(**{**ARGS, "n_kv_heads": None, **changes}))
+
     assert group(dim=288, hidden_dim=768, vocab_size=32000) == 32  # 288 is no multiple of 64
     assert group(dim=768, n_heads=12, hidden_dim=2048, vocab_size=32000) == 64
     assert group(dim=64, n_heads=8, hidden_dim=172) == 16  # small enough for the cache
+
 
 def test_version_0_and_back(tmp_path):
     for changes in ({}, {"tied": False}, {"hidden_dim": None, "multiple_of": 4}):
@@ -158,9 +189,14 @@ def test_version_0_and_back(tmp_path):
         run(tmp_path / "again.bin", "--version=0", "--checkpoint", tmp_path / "back.pt")
         assert (tmp_path / "again.bin").read_bytes() == data
 
+
 def test_stories260k_becomes_a_checkpoint(tmp_path, stories260k_bin, tok512_model):
-    run(tmp_path / "ckpt.pt", f"--llama2c={stories260k_bin}", f"--tokenizer={tok512_model}",
-        "--iter_num=98000")
+    run(
+        tmp_path / "ckpt.pt",
+        f"--llama2c={stories260k_bin}",
+        f"--tokenizer={tok512_model}",
+        "--iter_num=98000",
+    )
     saved = load_checkpoint(tmp_path / "ckpt.pt")
     args = model_from_checkpoint(saved).args
     assert (args.ffn_dim, args.multiple_of, args.max_seq_len, args.n_kv_heads) == (172, 4, 512, 4)
@@ -168,8 +204,10 @@ def test_stories260k_becomes_a_checkpoint(tmp_path, stories260k_bin, tok512_mode
     assert (tmp_path / "tok512.model").read_bytes() == Path(tok512_model).read_bytes()
     done = run(tmp_path / "m.bin", "--checkpoint", tmp_path / "ckpt.pt")  # finds it there
     assert "tok512.model" in done.stdout
-    data, size = (tmp_path / "m.bin").read_bytes(), struct.unpack_from(
-        "<Q", (tmp_path / "m.bin").read_bytes(), 72)[0]
+    data, size = (
+        (tmp_path / "m.bin").read_bytes(),
+        struct.unpack_from("<Q", (tmp_path / "m.bin").read_bytes(), 72)[0],
+    )
     Tokenizer(tok512_model).export(tmp_path / "tok512.bin")
     assert data[-size:] == (tmp_path / "tok512.bin").read_bytes()
     assert struct.unpack_from("<2i", data, 48) == (1, 2) and data[88] == 1
@@ -177,6 +215,7 @@ def test_stories260k_becomes_a_checkpoint(tmp_path, stories260k_bin, tok512_mode
     ours, theirs = (tmp_path / "m0.bin").read_bytes(), Path(stories260k_bin).read_bytes()
     tables = 4 * 512 * 8  # RoPE, at the end, which nobody reads
     assert ours[:-tables] == theirs[:-tables] and len(ours) == len(theirs)
+
 
 def test_version_2_is_llama2cs(tmp_path):
     """Read as llama2.c's runq reads it: whole groups in each row."""
@@ -193,6 +232,7 @@ def test_version_2_is_llama2cs(tmp_path):
     want = model.tok_embeddings.weight.detach().numpy()
     assert np.abs((q * scale[:, None]).reshape(77, 48) - want).max() < 0.07 * np.abs(want).max()
 
+
 def test_ppo_checkpoint_exports_its_policy(tmp_path):
     checkpoint(tmp_path / "plain.pt")
     checkpoint(tmp_path / "ppo.pt", TransformerWithValueHead)
@@ -204,53 +244,82 @@ def test_ppo_checkpoint_exports_its_policy(tmp_path):
         run(tmp_path / f"{name}.bin", "--checkpoint", tmp_path / f"{name}.pt")
     assert (tmp_path / "plain.bin").read_bytes() == (tmp_path / "ppo.bin").read_bytes()
 
+
 def test_what_a_user_can_get_wrong(tmp_path):
     checkpoint(tmp_path / "ckpt.pt")
     ckpt, out = tmp_path / "ckpt.pt", tmp_path / "m.bin"
     (tmp_path / "short.bin").write_bytes(b"\1\0\0\0" * 9)
     (tmp_path / "broken.pt").write_bytes(ckpt.read_bytes()[:500])
     for status, says, args in [
-            (2, "either", []), (2, "either", ["--checkpoint", ckpt, "--llama2c", ckpt]),
-            (2, "--version", ["--checkpoint", ckpt, "--versoin=2"]),
-            (2, "invalid choice", ["--checkpoint", ckpt, "--version=5"]),
-            (1, "is for version 3", ["--checkpoint", ckpt, "--version=0", "--format=q8_0"]),
-            (1, "--format needs --checkpoint", ["--llama2c", ckpt, "--format=gguf"]),
-            (1, "--merge_lora needs", ["--hf", tmp_path, "--merge_lora", ckpt]),
-            (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
-            (1, "broken.pt", ["--checkpoint", tmp_path / "broken.pt"]),
-            (1, "nowhere.model", ["--checkpoint", ckpt, "--tokenizer", "nowhere.model"]),
-            (1, "short.bin", ["--llama2c", tmp_path / "short.bin"])]:
+        (2, "either", []),
+        (2, "either", ["--checkpoint", ckpt, "--llama2c", ckpt]),
+        (2, "--version", ["--checkpoint", ckpt, "--versoin=2"]),
+        (2, "invalid choice", ["--checkpoint", ckpt, "--version=5"]),
+        (1, "is for version 3", ["--checkpoint", ckpt, "--version=0", "--format=q8_0"]),
+        (1, "--format needs --checkpoint", ["--llama2c", ckpt, "--format=gguf"]),
+        (1, "--merge_lora needs", ["--hf", tmp_path, "--merge_lora", ckpt]),
+        (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
+        (1, "broken.pt", ["--checkpoint", tmp_path / "broken.pt"]),
+        (1, "nowhere.model", ["--checkpoint", ckpt, "--tokenizer", "nowhere.model"]),
+        (1, "short.bin", ["--llama2c", tmp_path / "short.bin"]),
+    ]:
         done = run(out, *args, ok=status)
         assert says in done.stderr and done.stderr.startswith("error:"), done.stderr
         assert done.stderr.count("\n") == 1
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("m.bin")]  # nothing left behind
     assert "no tokenizer found" in run(out, "--checkpoint", ckpt).stdout
 
+
 # -----------------------------------------------------------------------------
 # Hugging Face
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 KINDS = {  # of Llama; what differs from a small model with 4 heads
     "llama2": dict(num_key_value_heads=4, rms_norm_eps=1e-5),
     "tinyllama": dict(num_key_value_heads=2, rms_norm_eps=1e-5, dtype="bfloat16"),
     "llama3.1": dict(num_key_value_heads=2, rope_parameters=LLAMA3),
-    "llama3.2": dict(num_key_value_heads=1, tie_word_embeddings=True, dtype="bfloat16",
-                     rope_parameters=LLAMA3 | {"factor": 32.0}),
+    "llama3.2": dict(
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        rope_parameters=LLAMA3 | {"factor": 32.0},
+    ),
     "smollm2": dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=130000.0),
-    "linear": dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-                   dtype="float16")}
+    "linear": dict(
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, dtype="float16"
+    ),
+}
+
 
 def hugging_face(folder, kind, size="1GB", vocab_size=600, **changes):
     """A random model of a kind in `folder`, made by transformers, which it returns."""
     transformers = pytest.importorskip("transformers")
     changes = {**KINDS[kind], **changes}
     dtype = changes.pop("dtype", "float32")
-    changes.setdefault("rope_parameters", {"rope_type": "default",
-                                           "rope_theta": changes.pop("rope_theta", 1e4)})
-    config = transformers.LlamaConfig(**{**dict(
-        hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=vocab_size, max_position_embeddings=128, initializer_range=0.15), **changes})
+    changes.setdefault(
+        "rope_parameters", {"rope_type": "default", "rope_theta": changes.pop("rope_theta", 1e4)}
+    )
+    config = transformers.LlamaConfig(
+        **{
+            **dict(
+                hidden_size=64,
+                intermediate_size=88,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=vocab_size,
+                max_position_embeddings=128,
+                initializer_range=0.15,
+            ),
+            **changes,
+        }
+    )
     torch.manual_seed(1)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
@@ -261,14 +330,17 @@ def hugging_face(folder, kind, size="1GB", vocab_size=600, **changes):
     model.save_pretrained(folder, max_shard_size=size)
     return model
 
+
 def ours(path):
     return model_from_checkpoint(load_checkpoint(path)).eval()
+
 
 def logits(model, n=100, vocab_size=600):
     ids = torch.randint(0, vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = model.float()(ids)
     return getattr(out, "logits", out)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_both_ways(tmp_path, kind):
@@ -296,24 +368,39 @@ def test_hugging_face_both_ways(tmp_path, kind):
     assert (logits(model) - want).abs().max() < 1e-4
     assert torch.equal(logits(again), want)
 
-@pytest.mark.parametrize("changes", [
-    {}, {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6, "n_kv_heads": 6},
-    {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))},
-    {"rope_scaling": {"factor": 2.0}, "n_kv_heads": 1}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6, "n_kv_heads": 6},
+        {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))},
+        {"rope_scaling": {"factor": 2.0}, "n_kv_heads": 1},
+    ],
+)
 def test_our_model_in_transformers(tmp_path, changes):
     transformers = pytest.importorskip("transformers")
     model = checkpoint(tmp_path / "ckpt.pt", **changes).eval()
     for dtype in (None, "bfloat16"):
-        run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf",
-            *([f"--dtype={dtype}"] if dtype else []))  # also over the one before
+        run(
+            tmp_path / "out",
+            f"--checkpoint={tmp_path}/ckpt.pt",
+            "--format=hf",
+            *([f"--dtype={dtype}"] if dtype else []),
+        )  # also over the one before
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert str(theirs.dtype) == f"torch.{dtype or 'float32'}"
         error = (logits(theirs, 40, 77) - logits(model, 40, 77)).abs().max()
         assert error < (1e-4 if dtype is None else 0.1)
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out"]  # nothing temporary is left
 
-TEXTS = ["Once upon a time, there was a girl.", "It's 12345 o'clock!\n\n  Yes, SHE'LL do",
-         "안녕 мир é"]
+
+TEXTS = [
+    "Once upon a time, there was a girl.",
+    "It's 12345 o'clock!\n\n  Yes, SHE'LL do",
+    "안녕 мир é",
+]
+
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "smollm2"])
 def test_a_tokenizer_json_goes_both_ways(tmp_path, kind):
@@ -332,10 +419,12 @@ def test_a_tokenizer_json_goes_both_ways(tmp_path, kind):
     for text in TEXTS:
         assert theirs.encode(text, add_special_tokens=False) == t.encode(text, False, False)
 
+
 def sentencepiece_model(folder, name):
     """tok512 squeezes spaces, Llama 2's keeps them; "made" is trained as train_vocab does."""
     if name == "made":
         import tinystories
+
         tinystories.synthesize(str(folder), 300, seed=1)
         tinystories.train_vocab(str(folder), 512)
         return folder / "tok512.model"
@@ -344,6 +433,7 @@ def sentencepiece_model(folder, name):
     if path is None or not path.exists():
         pytest.skip(f"needs {name}: set STORIES_DATA to a folder that has it")
     return path
+
 
 @pytest.mark.parametrize("name", ["made", "tok512", "llama2"])
 def test_a_sentencepiece_model_goes_both_ways(tmp_path, name):
@@ -363,10 +453,12 @@ def test_a_sentencepiece_model_goes_both_ways(tmp_path, name):
     run(tmp_path / "b/again.pt", f"--hf={tmp_path}/out")
     assert (tmp_path / f"b/tok{t.n_words}.model").read_bytes() == Path(path).read_bytes()
 
+
 def test_the_pipeline_serves_a_folder(tmp_path):
     """transformers' own text generation, greedy, tells what ours does."""
     transformers = pytest.importorskip("transformers")
     from model import generate
+
     path = sentencepiece_model(tmp_path / "data", "made")
     model = checkpoint(tmp_path / "ckpt.pt", vocab_size=512).eval()
     run(tmp_path / "out", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf", f"--tokenizer={path}")
@@ -377,32 +469,57 @@ def test_the_pipeline_serves_a_folder(tmp_path):
     got = tell("Once upon", max_new_tokens=20, do_sample=False, return_tensors=True)
     assert got[0]["generated_token_ids"] == want and len(set(want)) > 5
 
+
 # -----------------------------------------------------------------------------
 # Ways to chat
 
-CHATML = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
-          "Be kind.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-HEADERS = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-           "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-           "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-INST = ("{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = "
-        "messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}"
-        "[INST] {% if loop.first and s %}<<SYS>>\n{{ s }}\n<</SYS>>\n\n{% endif %}"
-        "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
-NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
-             "{% endif %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}"
-             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+    "Be kind.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+    "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+INST = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = "
+    "messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}"
+    "[INST] {% if loop.first and s %}<<SYS>>\n{{ s }}\n<</SYS>>\n\n{% endif %}"
+    "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+    "{% endif %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 COUNTS = "{% for m in messages %}{{ loop.index }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 
-@pytest.mark.parametrize("source, turn, system, later", [
-    (CHATML, "{bos}system\nBe kind.{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
-     "{bos}system\n{system}{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
-     "{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n"),
-    (INST, "{bos}[INST] {user} [/INST]{reply}{eos}",
-     "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}", ""),
-    (NO_SYSTEM, "<|user|>\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n",
-     "<|user|>\n{system}\n\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n", "")])
+
+@pytest.mark.parametrize(
+    "source, turn, system, later",
+    [
+        (
+            CHATML,
+            "{bos}system\nBe kind.{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
+            "{bos}system\n{system}{eos}\n{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
+            "{bos}user\n{user}{eos}\n{bos}assistant\n{reply}{eos}\n",
+        ),
+        (
+            INST,
+            "{bos}[INST] {user} [/INST]{reply}{eos}",
+            "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}",
+            "",
+        ),
+        (
+            NO_SYSTEM,
+            "<|user|>\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n",
+            "<|user|>\n{system}\n\n{user}{eos}\n<|assistant|>\n{reply}{eos}\n",
+            "",
+        ),
+    ],
+)
 def test_chat_templates(source, turn, system, later):
     """From Jinja to strings and back; what both write is compared with transformers' renderer."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -411,29 +528,46 @@ def test_chat_templates(source, turn, system, later):
     assert template == {"turn": turn, "system": system, "next": later}
     back = formats.template_to_jinja(template)
     assert formats.template_from_jinja(back, bos, eos) == template
-    turns = [("Hi {user}", "I am"), ("A\n\"b\"", "ok"), ("And?", None)]
+    turns = [("Hi {user}", "I am"), ('A\n"b"', "ok"), ("And?", None)]
     for brief in (None, "Be brief.") if source is not NO_SYSTEM else (None,):
         messages = [{"role": "system", "content": brief}] if brief else []
         for user, reply in turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": reply}]
-        written = [utils.render_jinja_template([messages[:-1]], chat_template=text, bos_token=bos,
-                                               eos_token=eos, add_generation_prompt=True)[0][0]
-                   for text in (source, back)]
-        assert written[0].replace("] ", "]").replace(" <", "<") == \
-            written[1].replace("] ", "]").replace(" <", "<")
+        written = [
+            utils.render_jinja_template(
+                [messages[:-1]],
+                chat_template=text,
+                bos_token=bos,
+                eos_token=eos,
+                add_generation_prompt=True,
+            )[0][0]
+            for text in (source, back)
+        ]
+        assert written[0].replace("] ", "]").replace(" <", "<") == written[1].replace(
+            "] ", "]"
+        ).replace(" <", "<")
         if source is not INST:  # which has spaces around its replies
             assert written[0] == written[1]
+
 
 def test_llama_3s_template_and_one_that_strings_cannot_say():
     template = formats.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     exchange = f"{head.format('user')}{{user}}{{eos}}{head.format('assistant')}{{reply}}{{eos}}"
-    assert template == {"turn": "{bos}" + exchange, "next": exchange,
-                        "system": f"{{bos}}{head.format('system')}{{system}}{{eos}}{exchange}"}
-    for source, says in ((COUNTS, "changes earlier replies|otherwise"), ("{% if %}", "."),
-                         ("{{ ''.__class__.__mro__ }}", "unsafe"), ("", "left out")):
+    assert template == {
+        "turn": "{bos}" + exchange,
+        "next": exchange,
+        "system": f"{{bos}}{head.format('system')}{{system}}{{eos}}{exchange}",
+    }
+    for source, says in (
+        (COUNTS, "changes earlier replies|otherwise"),
+        ("{% if %}", "."),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("", "left out"),
+    ):
         with pytest.raises(ValueError, match=says):
             formats.template_from_jinja(source, "<s>", "</s>")
+
 
 def test_chat_settings_come_along(tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -460,11 +594,15 @@ def test_chat_settings_come_along(tmp_path):
     save_checkpoint(tmp_path / "tuned.pt", saved)
     run(tmp_path / "tuned", f"--checkpoint={tmp_path}/tuned.pt", "--format=hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
-    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == \
-        "<|im_start|>Q: Hi A: "
+    assert (
+        theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        == "<|im_start|>Q: Hi A: "
+    )
+
 
 # -----------------------------------------------------------------------------
 # PEFT, GGUF, Meta, llama2.c's version 1
+
 
 @pytest.mark.parametrize("layers, stage", [("q,v", "sft"), ("q,k,v,o,gate,down,up", "ppo")])
 def test_peft_loads_adapters(tmp_path, layers, stage):
@@ -477,11 +615,21 @@ def test_peft_loads_adapters(tmp_path, layers, stage):
             torch.nn.init.normal_(p, std=0.1)
     adapters = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
     lora = {"rank": 4, "alpha": 8.0, "layers": layers}
-    saved = {"lora": {**lora, "four_bit": False, "state": adapters}} if stage == "sft" else \
-        {"ppo": {"policy": model.state_dict()}, "config": {f"lora_{k}": v for k, v in lora.items()}}
+    saved = (
+        {"lora": {**lora, "four_bit": False, "state": adapters}}
+        if stage == "sft"
+        else {
+            "ppo": {"policy": model.state_dict()},
+            "config": {f"lora_{k}": v for k, v in lora.items()},
+        }
+    )
     torch.save({**saved, "model_args": checkpoint_args(model.args)}, tmp_path / "lora.pt")
-    run(tmp_path / "adapter", f"--checkpoint={tmp_path}/lora.pt", "--format=peft",
-        f"--base={tmp_path}/base")
+    run(
+        tmp_path / "adapter",
+        f"--checkpoint={tmp_path}/lora.pt",
+        "--format=peft",
+        f"--base={tmp_path}/base",
+    )
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = logits(base, 30, 77)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
@@ -491,25 +639,41 @@ def test_peft_loads_adapters(tmp_path, layers, stage):
     done = run(tmp_path / "x", f"--checkpoint={tmp_path}/ckpt.pt", "--format=peft", ok=1)
     assert "has no LoRA adapters" in done.stderr
 
+
 def test_gguf_holds_the_model(tmp_path):
     gguf = pytest.importorskip("gguf")
     for tokenizer, changes in (
-            ("smollm2", {"hidden_dim": 52}),
-            ("llama3", {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16))),
-                        "tied": False}),
-            ("made", {"rope_scaling": {"factor": 4.0}, "vocab_size": 512})):
-        path = sentencepiece_model(tmp_path / "d", "made") if tokenizer == "made" else \
-            make_bpe(tmp_path / tokenizer, tokenizer)
+        ("smollm2", {"hidden_dim": 52}),
+        (
+            "llama3",
+            {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16))), "tied": False},
+        ),
+        ("made", {"rope_scaling": {"factor": 4.0}, "vocab_size": 512}),
+    ):
+        path = (
+            sentencepiece_model(tmp_path / "d", "made")
+            if tokenizer == "made"
+            else make_bpe(tmp_path / tokenizer, tokenizer)
+        )
         model = checkpoint(tmp_path / "c.pt", **{"dim": 96, "vocab_size": 600, **changes})
         for dtype in ("float32", "q8_0"):
-            run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf",
-                f"--dtype={dtype}", f"--tokenizer={path}")
+            run(
+                tmp_path / "m.gguf",
+                f"--checkpoint={tmp_path}/c.pt",
+                "--format=gguf",
+                f"--dtype={dtype}",
+                f"--tokenizer={path}",
+            )
             reader = gguf.GGUFReader(tmp_path / "m.gguf")
+
             def field(name):
                 return reader.get_field(name).contents()
+
             assert field("general.architecture") == "llama"
-            names = ("embedding_length block_count context_length feed_forward_length "
-                     "attention.head_count attention.head_count_kv")
+            names = (
+                "embedding_length block_count context_length feed_forward_length "
+                "attention.head_count attention.head_count_kv"
+            )
             assert [field(f"llama.{n}") for n in names.split()] == [96, 2, 40, 52, 6, 2]
             tensors = {t.name: t for t in reader.tensors}
             for name, w in model.state_dict().items():
@@ -519,14 +683,17 @@ def test_gguf_holds_the_model(tmp_path):
                 t = tensors.pop(formats.gguf_name(name))
                 got = gguf.quants.dequantize(t.data, t.tensor_type).reshape(w.shape)
                 whole = dtype == "float32" or w.ndim == 1 or w.shape[1] % 32
-                assert t.tensor_type == (gguf.GGMLQuantizationType.F32 if whole
-                                         else gguf.GGMLQuantizationType.Q8_0)
+                assert t.tensor_type == (
+                    gguf.GGMLQuantizationType.F32 if whole else gguf.GGMLQuantizationType.Q8_0
+                )
                 error = np.abs(got - w.numpy()).max()
                 assert error == 0 if whole else error < np.abs(w.numpy()).max() / 200
             vocabulary, t = field("tokenizer.ggml.tokens"), Tokenizer(path)
             assert len(vocabulary) == model.args.vocab_size
-            assert (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")) == \
-                (t.bos_id, t.eos_id)
+            assert (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")) == (
+                t.bos_id,
+                t.eos_id,
+            )
             if tokenizer == "llama3":
                 assert tensors.pop("rope_freqs.weight").data.tolist()[-1] == 8
                 assert field("tokenizer.ggml.pre") == "llama-bpe"
@@ -534,20 +701,28 @@ def test_gguf_holds_the_model(tmp_path):
                 assert field("llama.rope.scaling.factor") == 4
             assert not tensors
 
+
 @pytest.mark.parametrize("kind", ["made", "llama3", "smollm2", "gpt2"])
 def test_llama_cpp_tells_the_same_story(tmp_path, kind):
     """Where llama-cpp-python is installed: greedy text of the GGUF file, and its tokens."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from model import generate
+
     path = sentencepiece_model(tmp_path / "d", kind) if kind == "made" else make_bpe(tmp_path, kind)
     scaling = dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))
     changes = {"llama3": {"rope_scaling": scaling}, "gpt2": {"rope_scaling": {"factor": 2.0}}}
     t = Tokenizer(path)
     model = checkpoint(tmp_path / "c.pt", vocab_size=t.n_words, **changes.get(kind, {})).eval()
-    run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--format=gguf", "--dtype=float32",
-        f"--tokenizer={path}")
-    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=40, n_threads=1,
-                             n_threads_batch=1, verbose=False)
+    run(
+        tmp_path / "m.gguf",
+        f"--checkpoint={tmp_path}/c.pt",
+        "--format=gguf",
+        "--dtype=float32",
+        f"--tokenizer={path}",
+    )
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "m.gguf"), n_ctx=40, n_threads=1, n_threads_batch=1, verbose=False
+    )
     for text in TEXTS:
         ids = t.encode(text, True, False)
         if kind != "gpt2":  # llama.cpp knows no add_prefix_space there
@@ -561,9 +736,15 @@ def test_llama_cpp_tells_the_same_story(tmp_path, kind):
                 break
         assert got == want
 
-@pytest.mark.parametrize("n, vocab, changes", [
-    (1, 77, {"tied": False}), (2, 78, {"tied": False, "dim": 96, "hidden_dim": 104}),
-    (2, 128256, {"tied": False, "n_layers": 1, "dim": 48})])
+
+@pytest.mark.parametrize(
+    "n, vocab, changes",
+    [
+        (1, 77, {"tied": False}),
+        (2, 78, {"tied": False, "dim": 96, "hidden_dim": 104}),
+        (2, 128256, {"tied": False, "n_layers": 1, "dim": 48}),
+    ],
+)
 def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
     """Columns of wo, w2 and, up to Llama 2, the embedding are cut; of the others rows."""
     model = checkpoint(tmp_path / "want.pt", vocab_size=vocab, **changes)
@@ -573,11 +754,19 @@ def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
         shard = {"rope.freqs": torch.zeros(4)}
         for name, w in state.items():
             by_columns = name.endswith(("wo.weight", "w2.weight")) or (
-                "tok_emb" in name and vocab < 100000)
+                "tok_emb" in name and vocab < 100000
+            )
             shard[name] = w if w.ndim == 1 else w.chunk(n, int(by_columns))[i].clone()
         torch.save(shard, tmp_path / f"in/consolidated.{i:02}.pth")
-    params = {"dim": a.dim, "n_layers": a.n_layers, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5,
-              "vocab_size": -1, "multiple_of": 4}
+    params = {
+        "dim": a.dim,
+        "n_layers": a.n_layers,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": -1,
+        "multiple_of": 4,
+    }
     if vocab > 100000:
         params |= {"rope_theta": 500000.0, "use_scaled_rope": True}
     (tmp_path / "in/params.json").write_text(json.dumps(params))
@@ -590,30 +779,65 @@ def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
         done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
         assert "consolidated.00.pth is missing" in done.stderr
 
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("c") / "run"
-    done = subprocess.run([os.environ.get("CC", "cc"), "-O2", str(ROOT / "run.c"), "-o", str(path),
-                           "-lm", "-pthread"], capture_output=True)
+    done = subprocess.run(
+        [
+            os.environ.get("CC", "cc"),
+            "-O2",
+            str(ROOT / "run.c"),
+            "-o",
+            str(path),
+            "-lm",
+            "-pthread",
+        ],
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return path
+
 
 def llama3_folder(folder, ranks, **params):
     """A model as Meta has Llama 3, with tiktoken's tokenizer.model of these tokens, in order."""
     model = checkpoint(folder / "model.pt", vocab_size=len(ranks) + 256).eval()
     (folder / "in").mkdir()
-    torch.save({k: w for k, w in model.state_dict().items() if not k.startswith("output")},
-               folder / "in/consolidated.00.pth")
-    (folder / "in/params.json").write_text(json.dumps({
-        "dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5,
-        "vocab_size": len(ranks) + 256, **params}))
-    (folder / "in/tokenizer.model").write_text("".join(
-        f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    torch.save(
+        {k: w for k, w in model.state_dict().items() if not k.startswith("output")},
+        folder / "in/consolidated.00.pth",
+    )
+    (folder / "in/params.json").write_text(
+        json.dumps(
+            {
+                "dim": 48,
+                "n_layers": 2,
+                "n_heads": 6,
+                "n_kv_heads": 2,
+                "norm_eps": 1e-5,
+                "vocab_size": len(ranks) + 256,
+                **params,
+            }
+        )
+    )
+    (folder / "in/tokenizer.model").write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks))
+    )
     return model
 
-ODD = ["Once upon a time, there was a girl.", "안녕", "It's 12345 o'clock!\n\n  SHE'LL do\r\n\t it",
-       "안녕하세요 мир é 你好，世界", "नमस्ते ١٢٣٤ שלום สวัสดี", "   ", "xq" * 70,
-       "👩‍👩‍👧 a\u0301 \x00 <|eot_id|> aaaaaaaaaaaaa", "x = [i**2 for i in range(10)]  # 1e-5"]
+
+ODD = [
+    "Once upon a time, there was a girl.",
+    "안녕",
+    "It's 12345 o'clock!\n\n  SHE'LL do\r\n\t it",
+    "안녕하세요 мир é 你好，世界",
+    "नमस्ते ١٢٣٤ שלום สวัสดี",
+    "   ",
+    "xq" * 70,
+    "👩‍👩‍👧 a\u0301 \x00 <|eot_id|> aaaaaaaaaaaaa",
+    "x = [i**2 for i in range(10)]  # 1e-5",
+]
+
 
 @pytest.mark.parametrize("kind", ["trained", "shuffled"])
 def test_metas_llama_3_tokenizer(tmp_path, kind, program):
@@ -625,6 +849,7 @@ def test_metas_llama_3_tokenizer(tmp_path, kind, program):
     transformers = pytest.importorskip("transformers")
     from tiktoken.load import load_tiktoken_bpe
     from transformers.convert_slow_tokenizer import TikTokenConverter
+
     vocab = json.loads(make_bpe(tmp_path / "bpe").read_text())["model"]["vocab"]
     byte = formats.byte_alphabet()
     ranks = [bytes(byte[c] for c in text) for text in vocab] + ["안녕".encode()]  # in no merge
@@ -645,8 +870,11 @@ def test_metas_llama_3_tokenizer(tmp_path, kind, program):
         assert ids == oracle.encode_ordinary(text) and t.decode(ids) == text
     assert (t.n_words, t.bos_id, t.eos_id) == (n + 256, n, n + 1)
     names = {"<|start_header_id|>": 6, "<|eot_id|>": 9, "<|reserved_special_token_1|>": 3}
-    names |= {"<|python_tag|>": 10, "<|reserved_special_token_247|>": 255} if kind == "trained" \
+    names |= (
+        {"<|python_tag|>": 10, "<|reserved_special_token_247|>": 255}
+        if kind == "trained"
         else {"<|reserved_special_token_4|>": 8, "<|reserved_special_token_250|>": 255}
+    )
     assert {name: t.special[name] - n for name in names} == names and len(t.special) == 256
     ends = [n + 9, n + 8] if kind == "trained" else [n + 9]
     assert load_checkpoint(tmp_path / "out/ckpt.pt")["end_ids"] == ends
@@ -658,8 +886,11 @@ def test_metas_llama_3_tokenizer(tmp_path, kind, program):
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/out/ckpt.pt", "--format=fp32")
     texts = [text.strip(" \n") for text in texts if text.strip(" \n")]
     (tmp_path / "text").write_bytes("<|endoftext|>".join(texts).encode())
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "perplexity", "-i", tmp_path / "text",
-                           "-j", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "perplexity", "-i", tmp_path / "text", "-j", "1"],
+        capture_output=True,
+        text=True,
+    )
     ids = torch.tensor([i for text in texts for i in (n, *oracle.encode_ordinary(text))])
     with torch.no_grad():
         parts = zip(ids[:-1].split(40), ids[1:].split(40))
@@ -667,14 +898,24 @@ def test_metas_llama_3_tokenizer(tmp_path, kind, program):
     told = re.search(r"loss ([\d.]+).* (\d+) tokens in", done.stdout)
     assert int(told[2]) == len(ids) - 1 and abs(float(told[1]) - loss) < 1e-4
 
-@pytest.mark.parametrize("says, damage", [
-    ("its line 1 is not a token in base64", lambda data: b"\x0a" + data[1:]),
-    ("its line 301 is not a token in base64", lambda data: data[:data.index(b" 300\n") + 1]),
-    ("its line 3 is not a token in base64", lambda data: data.replace(b" 2\n", b" two\n")),
-    ("lacks ranks, or is cut short", lambda data: data[:data.index(b" 299\n") + 5] + b"YXp5 301\n"),
-    ("lacks ranks, or is cut short", lambda data: b"".join(data.splitlines(True)[:200])),
-    ("has 300 tokens and 256 special ones, the model has 560",
-     lambda data: data[:data.index(b" 299\n") + 5])])
+
+@pytest.mark.parametrize(
+    "says, damage",
+    [
+        ("its line 1 is not a token in base64", lambda data: b"\x0a" + data[1:]),
+        ("its line 301 is not a token in base64", lambda data: data[: data.index(b" 300\n") + 1]),
+        ("its line 3 is not a token in base64", lambda data: data.replace(b" 2\n", b" two\n")),
+        (
+            "lacks ranks, or is cut short",
+            lambda data: data[: data.index(b" 299\n") + 5] + b"YXp5 301\n",
+        ),
+        ("lacks ranks, or is cut short", lambda data: b"".join(data.splitlines(True)[:200])),
+        (
+            "has 300 tokens and 256 special ones, the model has 560",
+            lambda data: data[: data.index(b" 299\n") + 5],
+        ),
+    ],
+)
 def test_what_can_be_wrong_with_ranks(tmp_path, says, damage):
     llama3_folder(tmp_path, [bytes([b]) for b in range(256)] + [b"a%02d" % i for i in range(48)])
     path = tmp_path / "in/tokenizer.model"
@@ -682,6 +923,7 @@ def test_what_can_be_wrong_with_ranks(tmp_path, says, damage):
     done = run(tmp_path / "out.pt", f"--meta={tmp_path}/in", ok=1)
     assert says in done.stderr and f"{path}" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["in", "model.pt"]
+
 
 def test_version_1_is_llama2cs(tmp_path):
     for tied in (True, False):
@@ -702,17 +944,23 @@ def test_version_1_is_llama2cs(tmp_path):
         done = run(tmp_path / "x", f"--version={version}", f"--checkpoint={tmp_path}/ckpt.pt", ok=1)
         assert "llama2.c computes with rope_theta 10000" in done.stderr
 
+
 def test_version_3_says_how_rope_is_scaled(tmp_path):
-    for scaling, want in ((None, (0, 0, 0, 0)), ({"factor": 4.0}, (4, 0, 0, 0)),
-                          (dict(zip(export.LLAMA3_SCALING, (8, 1.0, 4.0, 8192))), (8, 1, 4, 8192))):
+    for scaling, want in (
+        (None, (0, 0, 0, 0)),
+        ({"factor": 4.0}, (4, 0, 0, 0)),
+        (dict(zip(export.LLAMA3_SCALING, (8, 1.0, 4.0, 8192))), (8, 1, 4, 8192)),
+    ):
         checkpoint(tmp_path / "c.pt", rope_scaling=scaling)
         run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt")
         assert struct.unpack_from("<3fi", (tmp_path / "m.bin").read_bytes(), 112) == want
+
 
 # -----------------------------------------------------------------------------
 # A trained model in another shape: lifted.py
 
 WIDER = dict(dim=256, n_layers=7, n_heads=16, n_kv_heads=4, vocab_size=600, hidden_dim=512)
+
 
 def test_a_lifted_model_computes_what_it_was(stories260k_bin):
     """Other heads, more of them, other norms and RoPE pairs, and still the same logits."""
@@ -732,31 +980,45 @@ def test_a_lifted_model_computes_what_it_was(stories260k_bin):
         w += 0.1 * w.std() * torch.randn_like(w)
         assert (large(ids)[..., :512] - want).abs().max() > 1e-2
 
+
 def test_int8_of_a_lifted_model(tmp_path, program, monkeypatch, stories260k_bin, real_stories):
     """Its perplexity in run.c is within 0.5 % of fp32's; with 5 bits it is not."""
     monkeypatch.setattr(export, "SEARCH_LIMIT", 0)  # as for large matrices
+
     def perplexity(fmt, **shape):
         return lifted.read_by_c(DATA, tmp_path, program, fmt, 12, **shape)[1]
+
     exact = perplexity("fp32", **WIDER)
     assert exact == pytest.approx(perplexity("fp32"), rel=1e-4) and 3 < exact < 4
     assert perplexity("q8_0", **WIDER) == pytest.approx(exact, rel=0.005)
     quantize = export.quantize
+
     def coarse(w, group, dtype):
         q, scale = quantize(w, group, dtype)
         return np.clip(np.rint(q / 8), -15, 15).astype(np.int8) * 8, scale
+
     monkeypatch.setattr(export, "quantize", coarse)
     assert perplexity("q8_0", **WIDER) > 1.005 * exact
 
+
 # -----------------------------------------------------------------------------
 # Memory and mistakes
+
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured by /proc")
 @pytest.mark.parametrize("source", ["hf", "meta"])
 def test_peak_memory_is_about_the_models(tmp_path, source):
     """In bf16, 100 million weights, of which a third is the embedding."""
     torch_save = pytest.importorskip("safetensors.torch").save_file
-    args = ModelArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=16, vocab_size=32000,
-                     hidden_dim=2816, max_seq_len=64)
+    args = ModelArgs(
+        dim=1024,
+        n_layers=6,
+        n_heads=16,
+        n_kv_heads=16,
+        vocab_size=32000,
+        hidden_dim=2816,
+        max_seq_len=64,
+    )
     folder = tmp_path / "in"
     folder.mkdir()
     half, shapes = torch.bfloat16, formats.model_shapes(args)
@@ -764,44 +1026,57 @@ def test_peak_memory_is_about_the_models(tmp_path, source):
     size = sum(2 * w.numel() for w in weights.values())
     if source == "hf":
         (folder / "config.json").write_text(json.dumps(formats.hf_config(args, half, 1, [2])))
-        torch_save({formats.hf_name(n): w for n, w in weights.items()},
-                   folder / "model.safetensors")
+        torch_save(
+            {formats.hf_name(n): w for n, w in weights.items()}, folder / "model.safetensors"
+        )
     else:
         torch.save(weights, folder / "consolidated.00.pth")
-        (folder / "params.json").write_text(json.dumps(
-            {"dim": 1024, "n_layers": 6, "n_heads": 16, "norm_eps": 1e-5}))
+        (folder / "params.json").write_text(
+            json.dumps({"dim": 1024, "n_layers": 6, "n_heads": 16, "norm_eps": 1e-5})
+        )
     del weights
-    code = ("import re, sys; sys.path.insert(0, sys.argv[1]); import export, formats\n"
-            "import safetensors.torch\n"  # libraries count for nothing, nor what they first load
-            "formats.model_shapes(export.ModelArgs(dim=8, n_heads=1, n_layers=1))\n"
-            "def memory(name):\n"  # not getrusage's, which begins with that of the parent process
-            "    status = open('/proc/self/status').read()\n"
-            "    return 1024 * int(re.search(name + r':\\s*(\\d+) kB', status)[1])\n"
-            "before = memory('VmRSS')\n"
-            "export.main(sys.argv[2:])\n"
-            "print('PEAK', memory('VmHWM') - before)")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path / "ckpt.pt"),
-                           f"--{source}={folder}"], capture_output=True, text=True)
+    code = (
+        "import re, sys; sys.path.insert(0, sys.argv[1]); import export, formats\n"
+        "import safetensors.torch\n"  # libraries count for nothing, nor what they first load
+        "formats.model_shapes(export.ModelArgs(dim=8, n_heads=1, n_layers=1))\n"
+        "def memory(name):\n"  # not getrusage's, which begins with that of the parent process
+        "    status = open('/proc/self/status').read()\n"
+        "    return 1024 * int(re.search(name + r':\\s*(\\d+) kB', status)[1])\n"
+        "before = memory('VmRSS')\n"
+        "export.main(sys.argv[2:])\n"
+        "print('PEAK', memory('VmHWM') - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path / "ckpt.pt"), f"--{source}={folder}"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("PEAK")[1]) < 1.2 * size
     assert (tmp_path / "ckpt.pt").stat().st_size < 1.01 * size
+
 
 def change(folder, name="config.json", **values):
     config = json.loads((folder / name).read_text()) | values
     (folder / name).write_text(json.dumps({k: v for k, v in config.items() if v is not Ellipsis}))
 
+
 def shorten(path, n):
     path.write_bytes(path.read_bytes()[:n])
+
 
 def replace_tensors(folder, f):
     torch_io = pytest.importorskip("safetensors.torch")
     path = folder / "model.safetensors"
     torch_io.save_file(f(torch_io.load_file(path)), path)
 
+
 CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "the architecture MixtralForCausalLM": dict(architectures=["MixtralForCausalLM"]),
-    "attention_bias true": dict(attention_bias=True), "mlp_bias true": dict(mlp_bias=True),
-    "hidden_act gelu": dict(hidden_act="gelu"), "sliding_window 4096": dict(sliding_window=4096),
+    "attention_bias true": dict(attention_bias=True),
+    "mlp_bias true": dict(mlp_bias=True),
+    "hidden_act gelu": dict(hidden_act="gelu"),
+    "sliding_window 4096": dict(sliding_window=4096),
     "head_dim 32, not": dict(head_dim=32),
     "the RoPE scaling yarn": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
@@ -809,18 +1084,22 @@ CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "does not say factor": dict(rope_parameters={"rope_type": "linear"}),
     "factor 4.0 with the RoPE scaling default": dict(rope_parameters={"factor": 4.0}),
     "factor 4 with the RoPE scaling default": dict(rope_parameters=..., rope_scaling={"factor": 4}),
-    "which differs from layer to layer": dict(rope_parameters={
-        "full_attention": {"rope_type": "linear", "factor": 2.0}}),
+    "which differs from layer to layer": dict(
+        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2.0}}
+    ),
     "rope_parameters must be an object, not [2]": dict(rope_parameters=[2]),
-    "rope_scaling must be an object, not \"linear\"": dict(rope_scaling="linear"),
-    "factor of RoPE must be a number above 0, not \"two\"": dict(
-        rope_parameters={"rope_type": "linear", "factor": "two"}),
+    'rope_scaling must be an object, not "linear"': dict(rope_scaling="linear"),
+    'factor of RoPE must be a number above 0, not "two"': dict(
+        rope_parameters={"rope_type": "linear", "factor": "two"}
+    ),
     "factor of RoPE must be a number above 0, not true": dict(
-        rope_parameters={"rope_type": "linear", "factor": True}),
+        rope_parameters={"rope_type": "linear", "factor": True}
+    ),
     "rope_type linear in rope_scaling but default": dict(
-        rope_scaling={"type": "linear", "factor": 2.0}),
+        rope_scaling={"type": "linear", "factor": 2.0}
+    ),
     'rope_scaling {"type": ["linear"]}, which': dict(rope_scaling={"type": ["linear"]}),
-    "rope_theta must be a number above 0, not \"x\"": dict(rope_parameters={"rope_theta": "x"}),
+    'rope_theta must be a number above 0, not "x"': dict(rope_parameters={"rope_theta": "x"}),
     "low_freq_factor must be below high": dict(rope_parameters=LLAMA3 | {"low_freq_factor": 8.0}),
     "num_hidden_layers must be a whole number above 0, not 2.0": dict(num_hidden_layers=2.0),
     "num_hidden_layers must be a whole number above 0, not true": dict(num_hidden_layers=True),
@@ -834,38 +1113,47 @@ CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "norm_eps must be in [0, 1), not '1e-5'": dict(rms_norm_eps="1e-5"),
     "norm_eps must be in [0, 1), not nan": dict(rms_norm_eps=float("nan")),
     "tie_word_embeddings must be true or false": dict(tie_word_embeddings="no"),
-    "the architecture \"LlamaForCausalLM\"": dict(architectures="LlamaForCausalLM"),
+    'the architecture "LlamaForCausalLM"': dict(architectures="LlamaForCausalLM"),
     "does not say hidden_size": dict(hidden_size=...),
     "has a wrong value": dict(hidden_size="big"),
     "n_heads (4) must be a multiple": dict(num_key_value_heads=3),
     "model.embed_tokens.weight has shape (600, 64), not (601, 64)": dict(vocab_size=601),
     "lacks model.layers.2.self_attn.q_proj.weight and 8 more": dict(num_hidden_layers=3),
     "has model.layers.1.": dict(num_hidden_layers=1),
-    "lacks lm_head.weight": dict(tie_word_embeddings=False)}
+    "lacks lm_head.weight": dict(tie_word_embeddings=False),
+}
 MISTAKES = {
-    **{says: lambda d, values=values: change(d, **values)
-       for says, values in CONFIG_MISTAKES.items()},
+    **{
+        says: lambda d, values=values: change(d, **values)
+        for says, values in CONFIG_MISTAKES.items()
+    },
     "config.json is missing": lambda d: (d / "config.json").unlink(),
     "config.json is not JSON": lambda d: shorten(d / "config.json", 40),
-    "model.safetensors cannot be read, or is cut short":
-        lambda d: shorten(d / "model.safetensors", 20000),
+    "model.safetensors cannot be read, or is cut short": lambda d: shorten(
+        d / "model.safetensors", 20000
+    ),
     "there is no model.safetensors": lambda d: (d / "model.safetensors").unlink(),
-    "00002-of-00002.safetensors is missing":
-        lambda d: (d / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})),
+    "00002-of-00002.safetensors is missing": lambda d: (
+        d / "model.safetensors.index.json"
+    ).write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})),
     "has no weight_map": lambda d: (d / "model.safetensors.index.json").write_text("{}"),
-    "is torch.int8":
-        lambda d: replace_tensors(d, lambda t: {k: w.to(torch.int8) for k, w in t.items()}),
-    "has x.bias, for which the model has no place":
-        lambda d: replace_tensors(d, lambda t: t | {"x.bias": torch.zeros(3)}),
+    "is torch.int8": lambda d: replace_tensors(
+        d, lambda t: {k: w.to(torch.int8) for k, w in t.items()}
+    ),
+    "has x.bias, for which the model has no place": lambda d: replace_tensors(
+        d, lambda t: t | {"x.bias": torch.zeros(3)}
+    ),
     "tokenizer.json has 500 tokens, the model has 600": lambda d: make_bpe(d, "llama3", 500),
-    "is not a tokenizer.json": lambda d: shorten(make_bpe(d, "llama3"), 5000)}
+    "is not a tokenizer.json": lambda d: shorten(make_bpe(d, "llama3"), 5000),
+}
+
 
 @pytest.fixture(scope="module")
 def small_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     hugging_face(folder, "smollm2")
     return folder
+
 
 @pytest.mark.parametrize("says", MISTAKES)
 def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
@@ -876,10 +1164,25 @@ def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
     assert os.listdir(tmp_path) == ["in"]
 
-@pytest.mark.parametrize("name, value", [
-    ("n_layers", 10**9), ("n_layers", 3), ("dim", 10**9), ("dim", 96), ("vocab_size", 10**9),
-    ("vocab_size", 10**6), ("hidden_dim", 10**9), ("hidden_dim", 10**5), ("max_seq_len", 10**12),
-    ("n_heads", 2.0), ("n_layers", "2"), ("rope_theta", "big"), ("norm_eps", None)])
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("n_layers", 10**9),
+        ("n_layers", 3),
+        ("dim", 10**9),
+        ("dim", 96),
+        ("vocab_size", 10**9),
+        ("vocab_size", 10**6),
+        ("hidden_dim", 10**9),
+        ("hidden_dim", 10**5),
+        ("max_seq_len", 10**12),
+        ("n_heads", 2.0),
+        ("n_layers", "2"),
+        ("rope_theta", "big"),
+        ("norm_eps", None),
+    ],
+)
 def test_sizes_are_checked_before_a_model_is_built(tmp_path, monkeypatch, name, value):
     """model_args of a checkpoint, and params.json for what it says."""
     checkpoint(tmp_path / "c.pt")
@@ -899,13 +1202,20 @@ def test_sizes_are_checked_before_a_model_is_built(tmp_path, monkeypatch, name, 
         done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
+
 def test_the_suffix_says_what_is_written(tmp_path):
     gguf = pytest.importorskip("gguf")
     checkpoint(tmp_path / "c.pt")
     run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt")
     assert gguf.GGUFReader(tmp_path / "m.gguf").tensors
-    for name, *flags in (("m.gguf", "--format=q8_0"), ("m.gguf", "--version=2"), ("m.pt",),
-                         ("m.safetensors",), ("m.bin", "--format=gguf"), ("m.bin", "--format=hf")):
+    for name, *flags in (
+        ("m.gguf", "--format=q8_0"),
+        ("m.gguf", "--version=2"),
+        ("m.pt",),
+        ("m.safetensors",),
+        ("m.bin", "--format=gguf"),
+        ("m.bin", "--format=hf"),
+    ):
         done = run(tmp_path / "new" / name, f"--checkpoint={tmp_path}/c.pt", *flags, ok=1)
         assert f"{name}: this command writes" in done.stderr and done.stderr.count("\n") == 1
     hugging_face(tmp_path / "in", "smollm2")
@@ -913,14 +1223,19 @@ def test_the_suffix_says_what_is_written(tmp_path):
     assert "this command writes a checkpoint (.pt)" in done.stderr
     assert not (tmp_path / "new").exists()
 
+
 def test_files_follow_the_umask(tmp_path):
     pytest.importorskip("safetensors")
     model = checkpoint(tmp_path / "c.pt")
     add_lora(model, 2, 8.0, 0.0, "q,v")
     state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
-    torch.save({"lora": {"rank": 2, "alpha": 8.0, "layers": "q,v", "four_bit": False,
-                         "state": state}, "model_args": checkpoint_args(model.args)},
-               tmp_path / "lora.pt")
+    torch.save(
+        {
+            "lora": {"rank": 2, "alpha": 8.0, "layers": "q,v", "four_bit": False, "state": state},
+            "model_args": checkpoint_args(model.args),
+        },
+        tmp_path / "lora.pt",
+    )
     for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
         before = os.umask(mask)
         try:
@@ -930,6 +1245,7 @@ def test_files_follow_the_umask(tmp_path):
             os.umask(before)
         for path in [*(tmp_path / "hf").iterdir(), *(tmp_path / "peft").iterdir()]:
             assert path.stat().st_mode & 0o777 == mode, path
+
 
 def test_id_0_ends_a_text(tmp_path, program):
     """In model.bin and Hugging Face's config, beside four other ids, and run.c stops there."""
@@ -944,11 +1260,20 @@ def test_id_0_ends_a_text(tmp_path, program):
         run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={path}")
         data = (tmp_path / "m.bin").read_bytes()
         assert struct.unpack_from("<i", data, 156) == (int(0 in ends),)
-        done = subprocess.run([program, tmp_path / "m.bin", "-t", "0", "-n", "8"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [program, tmp_path / "m.bin", "-t", "0", "-n", "8"], capture_output=True, text=True
+        )
         assert re.search(r"story: (\d+) tokens", done.stderr)[1] == str(tokens), done.stderr
     run(tmp_path / "hf", f"--checkpoint={tmp_path}/c.pt", "--format=hf", f"--tokenizer={path}")
-    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [2, 5, 6, 0, 7, 8]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == [
+        2,
+        5,
+        6,
+        0,
+        7,
+        8,
+    ]
+
 
 def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     checkpoint(tmp_path / "ckpt.pt")
@@ -960,17 +1285,22 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     file.touch()
     assert "it is no folder" in run(file, ckpt, "--format=hf", ok=1).stderr
     file.unlink()
-    for flags in (["--format=hf", "--dtype=q8_0"], ["--dtype=float32"],
-                  ["--format=gguf", "--dtype=bfloat16"]):
+    for flags in (
+        ["--format=hf", "--dtype=q8_0"],
+        ["--dtype=float32"],
+        ["--format=gguf", "--dtype=bfloat16"],
+    ):
         assert "is not for this format" in run(tmp_path / "x", ckpt, *flags, ok=1).stderr
     before = (tmp_path / "ckpt.pt").read_bytes()
     assert "would overwrite what is read" in run(tmp_path / "ckpt.pt", ckpt, ok=1).stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     rename = os.rename
+
     def interrupted(old, new):
         if str(old).endswith(".tmp"):
             raise KeyboardInterrupt
         rename(old, new)
+
     kept = sorted(os.listdir(tmp_path))
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -982,8 +1312,10 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     assert os.listdir(folder) == ["config.json"]  # the old one is back
     shutil.rmtree(folder)
     assert sorted(os.listdir(tmp_path)) == kept
+
     def full(*_):
         raise OSError(28, "No space left on device", "x")
+
     for name in ("safetensors.torch", "gguf", "transformers"):  # importing costs the time
         pytest.importorskip(name)
     monkeypatch.setattr("safetensors.torch.save_file", full)
@@ -992,5 +1324,7 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
         assert "No space left" in run(tmp_path / "x", ckpt, f"--format={fmt}", ok=1).stderr
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "mine"]
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "this needs the gguf library: pip install gguf" in run(
-        tmp_path / "x", ckpt, "--format=gguf", ok=1).stderr
+    assert (
+        "this needs the gguf library: pip install gguf"
+        in run(tmp_path / "x", ckpt, "--format=gguf", ok=1).stderr
+    )

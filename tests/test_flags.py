@@ -115,7 +115,9 @@ def test_flag_of_another_stage_is_refused(capsys, stage):
         status, text = error_of(capsys, f"{line} --{name}={value or 1}")
         owners = [s for s in SHOWING if name in flags[s]]
         assert status == 2 and text.startswith(f"error: --{name} is a flag of "), text
-        assert set(re.findall(r"--\w+|pretraining", text.partition("of ")[2])) - {"--help"} == set(owners)
+        assert set(re.findall(r"--\w+|pretraining", text.partition("of ")[2])) - {"--help"} == set(
+            owners
+        )
     for name in sorted((flags[stage] | accepted) - SWITCHES):
         if name in flags["pretraining"] | accepted:
             value = getattr(defaults, name)
@@ -126,8 +128,9 @@ def test_flag_of_another_stage_is_refused(capsys, stage):
 
 def test_two_lines_of_the_issue(capsys):
     assert error_of(capsys, "--lora_rank=8 --advantage=foo --reward=/no/such.py:f") == (
-        2, "error: --lora_rank is a flag of --sft and --ppo (see train.py --help)\n"
-    )  # fmt: skip
+        2,
+        "error: --lora_rank is a flag of --sft and --ppo (see train.py --help)\n",
+    )
     assert error_of(capsys, "--ppo --optimizer=muon")[1].startswith(
         "error: --optimizer is a flag of pretraining, --sft, --rm and --dpo"
     )
@@ -137,32 +140,43 @@ def test_two_lines_of_the_issue(capsys):
     assert args.data == "x" and args.given == ["data"]
 
 
-@pytest.mark.parametrize("line, name, why", [
-    ("--muon_learning_rate=1", "muon_learning_rate", "without --optimizer=muon"),
-    ("--decay_lr=False --schedule=linear", "schedule", "with --decay_lr=False"),
-    ("--decay_lr=False --warmup_iters=5", "warmup_iters", "with --decay_lr=False"),
-    ("--wandb_project=x", "wandb_project", "without --wandb_log"),
-    ("--plan_gpu=cpu", "plan_gpu", "without --plan"),
-    ("--plan_mfu=0.5", "plan_mfu", "without --plan"),
-    ("--sft --lora_4bit", "lora_4bit", "without --lora_rank"),
-    ("--sft --lora_dropout=0.1", "lora_dropout", "without --lora_rank"),
-    ("--sft --lora_layers=q", "lora_layers", "without --lora_rank"),
-    ("--ppo --lora_alpha=1", "lora_alpha", "without --lora_rank"),
-    ("--ppo --reward=x.py:f --target_len=9", "target_len", "without --reward=length"),
-    ("--ppo --reward_device=cpu", "reward_device", "without a reward model"),
-    ("--ppo --ptx_data=x", "ptx_data", "without --ptx_coef"),
-    ("--ppo --val_data=x.json", "val_data", "without --data=FILE"),
-    ("--ppo --template=plain", "template", "without --data=FILE"),
-    ("--ppo --horizon=9", "horizon", "without --adap_kl_ctrl"),
-    ("--ppo --target=9", "target", "without --adap_kl_ctrl"),
-    ("--ppo --whiten_rewards", "whiten_rewards", "without --kl_in=reward"),
-    ("--ppo --vf_coef=1", "vf_coef", "without --value_model=shared"),
-    ("--ppo --value_model=shared --value_learning_rate=1", "value_learning_rate", "with --value_model"),
-    ("--ppo --value_model=shared --critic_warmup=1", "critic_warmup", "with --value_model"),
-    ("--ppo --advantage=reinforce --lam=1", "lam", "without --advantage=gae"),
-    ("--ppo --advantage=rloo --value_learning_rate=1", "value_learning_rate", "without --advantage=gae"),
-    ("--ppo --advantage=rloo --group_size=2 --gamma=1", "gamma", "with --advantage=rloo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, name, why",
+    [
+        ("--muon_learning_rate=1", "muon_learning_rate", "without --optimizer=muon"),
+        ("--decay_lr=False --schedule=linear", "schedule", "with --decay_lr=False"),
+        ("--decay_lr=False --warmup_iters=5", "warmup_iters", "with --decay_lr=False"),
+        ("--wandb_project=x", "wandb_project", "without --wandb_log"),
+        ("--plan_gpu=cpu", "plan_gpu", "without --plan"),
+        ("--plan_mfu=0.5", "plan_mfu", "without --plan"),
+        ("--sft --lora_4bit", "lora_4bit", "without --lora_rank"),
+        ("--sft --lora_dropout=0.1", "lora_dropout", "without --lora_rank"),
+        ("--sft --lora_layers=q", "lora_layers", "without --lora_rank"),
+        ("--ppo --lora_alpha=1", "lora_alpha", "without --lora_rank"),
+        ("--ppo --reward=x.py:f --target_len=9", "target_len", "without --reward=length"),
+        ("--ppo --reward_device=cpu", "reward_device", "without a reward model"),
+        ("--ppo --ptx_data=x", "ptx_data", "without --ptx_coef"),
+        ("--ppo --val_data=x.json", "val_data", "without --data=FILE"),
+        ("--ppo --template=plain", "template", "without --data=FILE"),
+        ("--ppo --horizon=9", "horizon", "without --adap_kl_ctrl"),
+        ("--ppo --target=9", "target", "without --adap_kl_ctrl"),
+        ("--ppo --whiten_rewards", "whiten_rewards", "without --kl_in=reward"),
+        ("--ppo --vf_coef=1", "vf_coef", "without --value_model=shared"),
+        (
+            "--ppo --value_model=shared --value_learning_rate=1",
+            "value_learning_rate",
+            "with --value_model",
+        ),
+        ("--ppo --value_model=shared --critic_warmup=1", "critic_warmup", "with --value_model"),
+        ("--ppo --advantage=reinforce --lam=1", "lam", "without --advantage=gae"),
+        (
+            "--ppo --advantage=rloo --value_learning_rate=1",
+            "value_learning_rate",
+            "without --advantage=gae",
+        ),
+        ("--ppo --advantage=rloo --group_size=2 --gamma=1", "gamma", "with --advantage=rloo"),
+    ],
+)
 def test_flag_without_effect_is_refused(capsys, line, name, why):
     status, text = error_of(capsys, line)
     assert status == 2 and text.startswith(f"error: --{name} has no effect {why}"), text
@@ -179,7 +193,9 @@ def test_known_commands_parse(capsys):
     how = re.search(r'^HOW="(.*)"', text, re.M)
     lines = [line.replace("$HOW", how[1]) if how else line for line in lines]
     if shutil.which("make"):
-        made = subprocess.run(["make", "-n", "-B", "rlhf", "demo"], cwd=ROOT, capture_output=True, text=True)
+        made = subprocess.run(
+            ["make", "-n", "-B", "rlhf", "demo"], cwd=ROOT, capture_output=True, text=True
+        )
         found = re.findall(r"^\S+ (train.py .*)", made.stdout.replace("\\\n", " "), re.M)
         assert made.returncode == 0 and len(found) > 5
         lines += found
@@ -199,8 +215,9 @@ def test_sub_commands(capsys, module):
             status, text = error_of(capsys, f"{command} --{name}=1", module.main)
             owners = [c for c in own if name in own[c]]
             assert status == 2 and text.startswith(f"error: --{name} is a flag of "), text
-            assert set(re.findall(r"\w+", text.partition("flag of ")[2].partition("(")[0])) - {"and"} \
-                == set(owners)  # fmt: skip
+            assert set(re.findall(r"\w+", text.partition("flag of ")[2].partition("(")[0])) - {
+                "and"
+            } == set(owners)
     assert all(c in help_of(capsys, "", module.main) for c in own)
     assert error_of(capsys, "", module.main)[0] == 2
 
@@ -232,7 +249,9 @@ def home(tmp_path_factory):
     for name, n in (("a", 40), ("b", 50)):
         rows = [{"prompt": f"say {i}", "response": f"{name} {i * i}"} for i in range(n)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "reward.py").write_text("def f(prompts, responses):\n    return [len(r) for r in responses]\n")
+    (folder / "reward.py").write_text(
+        "def f(prompts, responses):\n    return [len(r) for r in responses]\n"
+    )
     return folder
 
 
@@ -240,10 +259,19 @@ COMMON = dict(device="cpu", batch_size=4, eval_interval=2, learning_rate=1e-2)
 BASE = {
     "--sft": dict(sft=True, max_iters=3, eval_iters=2, warmup_iters=2, **COMMON),
     "--ppo": dict(
-        ppo=True, max_iters=9, rollouts=8, max_gen_len=8, start_len=6, target_len=10, roof_prompts=2,
-        roof_samples=2, report_rollouts=4, ppo_warmup_steps=1, **COMMON,
+        ppo=True,
+        max_iters=9,
+        rollouts=8,
+        max_gen_len=8,
+        start_len=6,
+        target_len=10,
+        roof_prompts=2,
+        roof_samples=2,
+        report_rollouts=4,
+        ppo_warmup_steps=1,
+        **COMMON,
     ),
-}  # fmt: skip
+}
 # Another value of each flag, and flags beside which it has an effect; {} is the folder `home`.
 EFFECTS = {
     "init_from": ("{}/other.pt", {}),
@@ -277,64 +305,72 @@ INSTRUCTIONS = {
     "lora_alpha": (99, {"lora_rank": 2}),
     "lora_layers": ("o", {"lora_rank": 2}),
 }
-SFT_EFFECTS = EFFECTS | INSTRUCTIONS | {
-    "data": ("{}/b.jsonl", {}),
-    "eval_iters": (1, {}),
-    "dropout": (0.5, {}),
-    "optimizer": ("muon", {}),
-    "muon_learning_rate": (1, {"optimizer": "muon"}),
-    "warmup_iters": (1, {}),
-    "lora_dropout": (0.5, {"lora_rank": 2}),
-    "lora_4bit": (True, {"lora_rank": 2}),
-}  # fmt: skip
+SFT_EFFECTS = (
+    EFFECTS
+    | INSTRUCTIONS
+    | {
+        "data": ("{}/b.jsonl", {}),
+        "eval_iters": (1, {}),
+        "dropout": (0.5, {}),
+        "optimizer": ("muon", {}),
+        "muon_learning_rate": (1, {"optimizer": "muon"}),
+        "warmup_iters": (1, {}),
+        "lora_dropout": (0.5, {"lora_rank": 2}),
+        "lora_4bit": (True, {"lora_rank": 2}),
+    }
+)
 CLIPPED = {"ppo_epochs": 3, "learning_rate": 0.1, "target_kl": 99}
-PPO_EFFECTS = EFFECTS | INSTRUCTIONS | {
-    "max_iters": (8, {}),
-    "data": ("{}/a.jsonl", {}),
-    "ppo_iters": (1, {}),
-    "reward": ("{}/reward.py:f", {}),
-    "target_len": (5, {}),
-    "reward_device": ("tpu", {"reward": "x.pt"}),
-    "ref_device": ("tpu", {}),
-    "start_len": (2, {}),
-    "value_learning_rate": (1e-3, {}),
-    "ppo_warmup_steps": (5, {}),
-    "ptx_data": ("{}/a.jsonl", {"ptx_coef": 0.1}),
-    "roof_prompts": (1, {}),
-    "roof_samples": (3, {}),
-    "report_rollouts": (3, {}),
-    "ppo_debug": (True, {}),
-    "init_kl_coef": (0.5, {}),
-    "kl_penalty": ("kl", {}),
-    "kl_in": ("reward", {}),
-    "adap_kl_ctrl": (True, {"horizon": 8}),
-    "target": (0.01, {"adap_kl_ctrl": True, "horizon": 8}),
-    "horizon": (8, {"adap_kl_ctrl": True}),
-    "rollouts": (12, {}),
-    "max_gen_len": (6, {}),
-    "temperature": (0.5, {}),
-    "missing_eos_penalty": (1, {}),
-    "advantage": ("reinforce", {}),
-    "group_size": (2, {}),
-    "gamma": (0.5, {}),
-    "lam": (0.1, {}),
-    "lam_value": (0.1, {}),
-    "whiten_rewards": (True, {"kl_in": "reward"}),
-    "whiten_advantages": (False, {}),
-    "reward_clip": (0.001, {}),
-    "reward_scale": (True, {}),
-    "ppo_epochs": (2, {}),
-    "cliprange": (0.01, CLIPPED),
-    "cliprange_high": (0.01, CLIPPED),
-    "loss_aggregation": ("sequence", {"advantage": "reinforce", "max_gen_len": 30}),
-    "entropy_coef": (0.1, {}),
-    "target_kl": (1e-6, CLIPPED),
-    "ptx_coef": (0.1, {}),
-    "value_model": ("shared", {}),
-    "vf_coef": (2, {"value_model": "shared"}),
-    "critic_warmup": (1, {}),
-    "averaging": (0.5, {}),
-}  # fmt: skip
+PPO_EFFECTS = (
+    EFFECTS
+    | INSTRUCTIONS
+    | {
+        "max_iters": (8, {}),
+        "data": ("{}/a.jsonl", {}),
+        "ppo_iters": (1, {}),
+        "reward": ("{}/reward.py:f", {}),
+        "target_len": (5, {}),
+        "reward_device": ("tpu", {"reward": "x.pt"}),
+        "ref_device": ("tpu", {}),
+        "start_len": (2, {}),
+        "value_learning_rate": (1e-3, {}),
+        "ppo_warmup_steps": (5, {}),
+        "ptx_data": ("{}/a.jsonl", {"ptx_coef": 0.1}),
+        "roof_prompts": (1, {}),
+        "roof_samples": (3, {}),
+        "report_rollouts": (3, {}),
+        "ppo_debug": (True, {}),
+        "init_kl_coef": (0.5, {}),
+        "kl_penalty": ("kl", {}),
+        "kl_in": ("reward", {}),
+        "adap_kl_ctrl": (True, {"horizon": 8}),
+        "target": (0.01, {"adap_kl_ctrl": True, "horizon": 8}),
+        "horizon": (8, {"adap_kl_ctrl": True}),
+        "rollouts": (12, {}),
+        "max_gen_len": (6, {}),
+        "temperature": (0.5, {}),
+        "missing_eos_penalty": (1, {}),
+        "advantage": ("reinforce", {}),
+        "group_size": (2, {}),
+        "gamma": (0.5, {}),
+        "lam": (0.1, {}),
+        "lam_value": (0.1, {}),
+        "whiten_rewards": (True, {"kl_in": "reward"}),
+        "whiten_advantages": (False, {}),
+        "reward_clip": (0.001, {}),
+        "reward_scale": (True, {}),
+        "ppo_epochs": (2, {}),
+        "cliprange": (0.01, CLIPPED),
+        "cliprange_high": (0.01, CLIPPED),
+        "loss_aggregation": ("sequence", {"advantage": "reinforce", "max_gen_len": 30}),
+        "entropy_coef": (0.1, {}),
+        "target_kl": (1e-6, CLIPPED),
+        "ptx_coef": (0.1, {}),
+        "value_model": ("shared", {}),
+        "vf_coef": (2, {"value_model": "shared"}),
+        "critic_warmup": (1, {}),
+        "averaging": (0.5, {}),
+    }
+)
 # out_dir, and the stage itself, are in every run; test_align.py counts what offload moves; compile is
 # slow on a CPU, and test_train.py compiles.
 ELSEWHERE = {"--sft": {"out_dir", "sft", "compile"}, "--ppo": {"out_dir", "ppo", "offload"}}
@@ -348,9 +384,12 @@ def outcome(home, out, capsys, monkeypatch, **flags):
     init = lambda **k: (print(k["project"], k["name"]), run)[1]  # noqa: E731
     wandb = types.SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    defaults = {"out_dir": out, "init_from": home / "ckpt.pt",
-                "data": home / ("a.jsonl" if "sft" in flags else ""),
-                "tokenizer": home / f"tok{VOCAB}.model"}  # fmt: skip
+    defaults = {
+        "out_dir": out,
+        "init_from": home / "ckpt.pt",
+        "data": home / ("a.jsonl" if "sft" in flags else ""),
+        "tokenizer": home / f"tok{VOCAB}.model",
+    }
     values = defaults | {k: str(v).replace("{}", str(home)) for k, v in flags.items()}
     if flags.get("reward", "length") != "length":
         del values["target_len"]
@@ -362,7 +401,9 @@ def outcome(home, out, capsys, monkeypatch, **flags):
         error = ""
     except (Exception, SystemExit) as e:
         error = repr(e)
-    text = re.sub(r"\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|left \S+|\"time.*", "", capsys.readouterr().out)
+    text = re.sub(
+        r"\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|left \S+|\"time.*", "", capsys.readouterr().out
+    )
     found = {"error": error, "text": text.replace(str(out), "")}
     for path in sorted(out.glob("*")):
         if path.name.endswith("ckpt.pt"):
@@ -372,7 +413,9 @@ def outcome(home, out, capsys, monkeypatch, **flags):
         elif path.name.endswith(".jsonl"):
             records = map(json.loads, path.open())
             timed = ("ms", "mfu", "tokens_per_s", "time/")
-            found[path.name] = [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records]
+            found[path.name] = [
+                {k: v for k, v in r.items() if not k.startswith(timed)} for r in records
+            ]
         elif path.suffix == ".json":
             found[path.name] = path.read_text()
     shutil.rmtree(out, ignore_errors=True)
@@ -394,7 +437,9 @@ def test_every_flag_changes_something(home, tmp_path, capsys, monkeypatch, stage
     before, idle = {}, []
     base = BASE[stage]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1e12)  # a second per run, for the MFU
+    monkeypatch.setattr(
+        pretraining, "matmul_roof", lambda *_: 1e12
+    )  # a second per run, for the MFU
 
     def run(**flags):
         return flat(outcome(home, tmp_path / "out", capsys, monkeypatch, **base | flags))

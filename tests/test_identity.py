@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_bpe
+from test_train import keep_signals  # noqa: F401
 
 import export
 import instruct
@@ -19,20 +20,40 @@ import sample
 import tinystories
 import train
 from checkpoint import load_checkpoint, save_checkpoint
-from test_train import keep_signals  # noqa: F401
 from tokenizer import Tokenizer, find_tokenizer
 
 N = 300
-WORDS = {"a": "cat dog sun red big ran sat hat the a", "b": "otter plum grey tiny swam hid coat one"}
+WORDS = {
+    "a": "cat dog sun red big ran sat hat the a",
+    "b": "otter plum grey tiny swam hid coat one",
+}
 TINY = dict(
-    vocab_source="custom", vocab_size=N, dim=16, n_layers=1, n_heads=2, n_kv_heads=2, multiple_of=4,
-    max_seq_len=64, batch_size=2, max_iters=2, eval_interval=2, eval_iters=1, device="cpu",
-)  # fmt: skip
+    vocab_source="custom",
+    vocab_size=N,
+    dim=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    multiple_of=4,
+    max_seq_len=64,
+    batch_size=2,
+    max_iters=2,
+    eval_interval=2,
+    eval_iters=1,
+    device="cpu",
+)
 TEXT = dict(batch_size=2, max_iters=1, eval_interval=1, eval_iters=1, device="cpu")
 PPO = TEXT | dict(
-    ppo=True, ppo_iters=1, rollouts=4, max_gen_len=8, start_len=4, roof_prompts=1,
-    roof_samples=2, report_rollouts=2, ppo_epochs=1,
-)  # fmt: skip
+    ppo=True,
+    ppo_iters=1,
+    rollouts=4,
+    max_gen_len=8,
+    start_len=4,
+    roof_prompts=1,
+    roof_samples=2,
+    report_rollouts=2,
+    ppo_epochs=1,
+)
 
 
 def write_stories(folder, kind):
@@ -56,14 +77,25 @@ def made(tmp_path_factory):
             tinystories.main(["train_vocab", f"--data_dir={kind}", f"--vocab_size={N}"])
             tinystories.main(["pretokenize", f"--data_dir={kind}", f"--vocab_size={N}"])
         rng = random.Random(0)
-        records = [{"prompt": " ".join(rng.choices(WORDS["a"].split(), k=3)) + f" {i}",
-                    "response": "the cat"} for i in range(40)]  # fmt: skip
+        records = [
+            {
+                "prompt": " ".join(rng.choices(WORDS["a"].split(), k=3)) + f" {i}",
+                "response": "the cat",
+            }
+            for i in range(40)
+        ]
         Path("i.jsonl").write_text("\n".join(map(json.dumps, records)))
         pairs = [{"prompt": r["prompt"], "chosen": "a dog", "rejected": "sun"} for r in records]
         Path("p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
         run_train(data="a", out_dir="outa", **TINY)
-        run_train(rm=True, data="p.jsonl", out_dir="outa", reference_samples=2,
-                  tokenizer="a/tok300.model", **TEXT)  # fmt: skip
+        run_train(
+            rm=True,
+            data="p.jsonl",
+            out_dir="outa",
+            reference_samples=2,
+            tokenizer="a/tok300.model",
+            **TEXT,
+        )
     finally:
         os.chdir(old)
     return folder
@@ -102,8 +134,15 @@ def embedded(path):
 def text_of(checkpoint, capsys, *more, assumes=""):
     """What sample.py writes. `assumes` is the tokenizer that it says it assumes, on one line."""
     capsys.readouterr()
-    sample.main([f"--checkpoint={checkpoint}", "--start=the cat", "--max_new_tokens=9",
-                 "--device=cpu", *more])  # fmt: skip
+    sample.main(
+        [
+            f"--checkpoint={checkpoint}",
+            "--start=the cat",
+            "--max_new_tokens=9",
+            "--device=cpu",
+            *more,
+        ]
+    )
     out, err = capsys.readouterr()
     assert err.count("assuming") == err.count(f"assuming {assumes}\n") == bool(assumes)
     return out
@@ -143,10 +182,13 @@ def test_another_vocabulary_in_data(here, capsys):
     # without the copy the other one is refused, not taken
     os.remove("new/tok300.model")
     capsys.readouterr()
-    for command in (lambda: text_of("new/sft_ckpt.pt", capsys),
-                    lambda: export.main(["m.bin", "--checkpoint=new/sft_ckpt.pt"]),
-                    lambda: run_train(sft=True, init_from="new/sft_ckpt.pt", data="i.jsonl",
-                                      out_dir="newer", **TEXT)):  # fmt: skip
+    for command in (
+        lambda: text_of("new/sft_ckpt.pt", capsys),
+        lambda: export.main(["m.bin", "--checkpoint=new/sft_ckpt.pt"]),
+        lambda: run_train(
+            sft=True, init_from="new/sft_ckpt.pt", data="i.jsonl", out_dir="newer", **TEXT
+        ),
+    ):
         raises("data/tok300.model is not the tokenizer of new/sft_ckpt.pt", command)
 
 
@@ -165,8 +207,14 @@ def test_train_vocab_again_in_the_same_folder(here, capsys):
     tinystories.main(["pretokenize", "--data_dir=a", f"--vocab_size={N}"])
     assert "2 shards written" in capsys.readouterr().out
     flags = TINY | {"max_iters": 4}
-    raises("a/tok300 was made with another tokenizer .* than outa/ckpt.pt",
-           run_train, data="a", out_dir="outa", init_from="resume", **flags)  # fmt: skip
+    raises(
+        "a/tok300 was made with another tokenizer .* than outa/ckpt.pt",
+        run_train,
+        data="a",
+        out_dir="outa",
+        init_from="resume",
+        **flags,
+    )
     assert expected and text_of("outa/ckpt.pt", capsys)
     export.main(["m.bin", "--checkpoint=outa/ckpt.pt"])
     assert embedded("m.bin") == Tokenizer(f"a/tok300.{old[:8]}.model").for_llama2c()
@@ -176,7 +224,9 @@ def test_train_vocab_again_in_the_same_folder(here, capsys):
     assert embedded("m.bin") == Tokenizer(f"a/tok300.{old[:8]}.model").for_llama2c()
     os.remove(f"a/tok300.{old[:8]}.model")
     raises("is not the tokenizer of outa/ckpt.pt", text_of, "outa/ckpt.pt", capsys)
-    raises("is not the tokenizer of outa/ckpt.pt", export.main, ["n.bin", "--checkpoint=outa/ckpt.pt"])
+    raises(
+        "is not the tokenizer of outa/ckpt.pt", export.main, ["n.bin", "--checkpoint=outa/ckpt.pt"]
+    )
     assert not os.path.exists("n.bin")
 
 
@@ -202,7 +252,8 @@ def test_shards_without_a_record_and_models_without_a_hash(here, capsys):
     run_train(data="a", out_dir="outa", **TINY)
     lines = capsys.readouterr().err.splitlines()
     assert [x for x in lines if "assuming" in x] == [
-        "note: a/tok300 does not say which tokenizer it was made with: assuming a/tok300.model"]
+        "note: a/tok300 does not say which tokenizer it was made with: assuming a/tok300.model"
+    ]
     forget("outa/ckpt.pt")
     os.remove("outa/tok300.model")
     text_of("outa/ckpt.pt", capsys, assumes="a/tok300.model")
@@ -212,35 +263,44 @@ def test_shards_without_a_record_and_models_without_a_hash(here, capsys):
 # every command refuses
 
 
-@pytest.mark.parametrize("flags", [
-    dict(data="b", init_from="resume", **TINY | {"max_iters": 3}),
-    dict(data="b", init_from="outa/ckpt.pt", **TINY | {"out_dir": "new"}),
-    dict(data="a:0.5,b:0.5", **TINY | {"out_dir": "new"}),
-    dict(data="b", init_from="resume", **PPO),
-    dict(data="a", ptx_coef=0.1, ptx_data="b", **PPO),
-    dict(data="i.jsonl", ptx_coef=0.1, ptx_data="b", **PPO),
-    dict(data="a", tokenizer="b/tok300.model", **TINY | {"out_dir": "new"}),
-    dict(data="a", tokenizer="b/tok300.model", init_from="resume", **TINY | {"max_iters": 3}),
-    dict(data="i.jsonl", tokenizer="b/tok300.model", sft=True, **TEXT),
-    dict(data="p.jsonl", tokenizer="b/tok300.model", rm=True, **TEXT),
-    dict(data="p.jsonl", tokenizer="b/tok300.model", dpo=True, **TEXT),
-    dict(data="a", tokenizer="b/tok300.model", **PPO),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(data="b", init_from="resume", **TINY | {"max_iters": 3}),
+        dict(data="b", init_from="outa/ckpt.pt", **TINY | {"out_dir": "new"}),
+        dict(data="a:0.5,b:0.5", **TINY | {"out_dir": "new"}),
+        dict(data="b", init_from="resume", **PPO),
+        dict(data="a", ptx_coef=0.1, ptx_data="b", **PPO),
+        dict(data="i.jsonl", ptx_coef=0.1, ptx_data="b", **PPO),
+        dict(data="a", tokenizer="b/tok300.model", **TINY | {"out_dir": "new"}),
+        dict(data="a", tokenizer="b/tok300.model", init_from="resume", **TINY | {"max_iters": 3}),
+        dict(data="i.jsonl", tokenizer="b/tok300.model", sft=True, **TEXT),
+        dict(data="p.jsonl", tokenizer="b/tok300.model", rm=True, **TEXT),
+        dict(data="p.jsonl", tokenizer="b/tok300.model", dpo=True, **TEXT),
+        dict(data="a", tokenizer="b/tok300.model", **PPO),
+    ],
+)
 def test_train_refuses(here, flags):
     flags = {"out_dir": "outa"} | flags
 
     def files():  # run.lock says that a run is there, and stays
-        return sorted(p.name for d in ("outa", "new") for p in here.glob(f"{d}/*")
-                      if p.name != "run.lock")  # fmt: skip
+        return sorted(
+            p.name for d in ("outa", "new") for p in here.glob(f"{d}/*") if p.name != "run.lock"
+        )
 
     before = files()
     raises(r"b/tok300", run_train, **flags)
     assert files() == before
 
 
-@pytest.mark.parametrize("flag, path", [
-    ("reward", "outa/rm_ckpt.pt"), ("value_model", "outa/rm_ckpt.pt"), ("value_model", "outa/ckpt.pt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, path",
+    [
+        ("reward", "outa/rm_ckpt.pt"),
+        ("value_model", "outa/rm_ckpt.pt"),
+        ("value_model", "outa/ckpt.pt"),
+    ],
+)
 def test_reward_and_value_models(here, flag, path, capsys):
     """They read the policy's ids: their tokenizer must be the same."""
     other = load_checkpoint(path)
@@ -257,18 +317,27 @@ def test_reward_and_value_models(here, flag, path, capsys):
 
 def test_other_commands_refuse(here):
     wrong = "--tokenizer=b/tok300.model"
-    raises("b/tok300.model is not the tokenizer of outa/ckpt.pt",
-           sample.main, ["--checkpoint=outa/ckpt.pt", wrong])  # fmt: skip
+    raises(
+        "b/tok300.model is not the tokenizer of outa/ckpt.pt",
+        sample.main,
+        ["--checkpoint=outa/ckpt.pt", wrong],
+    )
     for more in ([], ["--version=2"], ["--version=0"], ["--format=hf"], ["--format=gguf"]):
-        raises("b/tok300.model is not the tokenizer of outa/ckpt.pt",
-               export.main, ["m", "--checkpoint=outa/ckpt.pt", wrong, *more])  # fmt: skip
+        raises(
+            "b/tok300.model is not the tokenizer of outa/ckpt.pt",
+            export.main,
+            ["m", "--checkpoint=outa/ckpt.pt", wrong, *more],
+        )
     assert not os.path.exists("m")
     (here / "a/task").mkdir()
     for name in "val", "sft":
         (here / f"a/task/{name}.jsonl").write_text('{"prompt": "Words: cat.", "response": "a cat"}')
     for stage in "judge", "pairs":
-        raises("b/tok300.model is not the tokenizer of outa/ckpt.pt", instruct.main,
-               [stage, "--checkpoint=outa/ckpt.pt", "--data=a", "--device=cpu", wrong])  # fmt: skip
+        raises(
+            "b/tok300.model is not the tokenizer of outa/ckpt.pt",
+            instruct.main,
+            [stage, "--checkpoint=outa/ckpt.pt", "--data=a", "--device=cpu", wrong],
+        )
 
 
 def test_a_tokenizer_in_the_way(here, capsys):
@@ -376,14 +445,18 @@ def field(number, value):
     return head + bytes([len(value) & 127 | 128, len(value) >> 7]) + value
 
 
-@pytest.mark.parametrize("change, same", [  # fmt: skip
-    (field(2, field(1, b"/home/me/text")), True),         # where it was trained
-    (field(2, field(16, 3)), True),                       # how many threads trained it
-    (field(4, field(1, field(1, b"x") + field(2, b"y"))), True),  # a test that comes with it
-    (field(3, field(3, 0)), False),                       # no space before the first word
-    (field(3, field(4, 1)), False),                       # spaces are merged
-    (field(2, field(44, b"?")), False),                   # how an unknown piece reads
-], ids="input threads self_test dummy_prefix extra_spaces unk_surface".split())
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (field(2, field(1, b"/home/me/text")), True),  # where it was trained
+        (field(2, field(16, 3)), True),  # how many threads trained it
+        (field(4, field(1, field(1, b"x") + field(2, b"y"))), True),  # a test that comes with it
+        (field(3, field(3, 0)), False),  # no space before the first word
+        (field(3, field(4, 1)), False),  # spaces are merged
+        (field(2, field(44, b"?")), False),  # how an unknown piece reads
+    ],
+    ids="input threads self_test dummy_prefix extra_spaces unk_surface".split(),
+)
 def test_what_a_sentencepiece_models_hash_depends_on(made, tmp_path, change, same):
     """A message that is appended to a protobuf message is merged with it."""
     path = tmp_path / "tok.model"
@@ -431,10 +504,12 @@ def test_hash_of_a_tokenizer_json(tmp_path):
     model.update(continuing_subword_prefix=None, byte_fallback=False)
     path.write_text(json.dumps(config, indent=3))
     assert hash_of(path) == first
-    for change in (lambda c: c["model"]["merges"].reverse(),
-                   lambda c: c.update(normalizer={"type": "NFC"}),
-                   lambda c: c["added_tokens"][2].update(content="<|other|>"),
-                   lambda c: c["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True)):
+    for change in (
+        lambda c: c["model"]["merges"].reverse(),
+        lambda c: c.update(normalizer={"type": "NFC"}),
+        lambda c: c["added_tokens"][2].update(content="<|other|>"),
+        lambda c: c["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True),
+    ):
         other = json.loads(json.dumps(config))
         change(other)
         path.write_text(json.dumps(other))
@@ -478,8 +553,10 @@ def test_the_hint_makes_no_other_vocabulary(here, capsys):
     """train_vocab makes what a model that exists was not trained with."""
     for path in "a/tok300.model", "outa/tok300.model":
         os.remove(path)
-    for call in (lambda: sample.main(["--checkpoint=outa/ckpt.pt"]),
-                 lambda: instruct.main(["judge", "--checkpoint=outa/ckpt.pt", "--data=a"])):
+    for call in (
+        lambda: sample.main(["--checkpoint=outa/ckpt.pt"]),
+        lambda: instruct.main(["judge", "--checkpoint=outa/ckpt.pt", "--data=a"]),
+    ):
         (here / "a/task").mkdir(exist_ok=True)
         (here / "a/task/val.jsonl").write_text('{"prompt": "Words: cat.", "response": "a cat"}')
         with pytest.raises(FileNotFoundError) as e:
@@ -494,6 +571,7 @@ def test_the_hint_makes_no_other_vocabulary(here, capsys):
 
 def test_pretokenize_again(here, capsys):
     """What changed is made again, whatever the times of the files are."""
+
     def times():
         for path in ("a/x.txt", "a/y.txt", "a/tok300.model"):
             os.utime(path, (1, 1))
@@ -538,8 +616,9 @@ def test_an_interrupted_change_of_the_tokenizer(here, monkeypatch):
 def test_pretokenize_with_a_models_tokenizer(here, capsys):
     """Stories of one's own for a model that exists."""
     capsys.readouterr()
-    tinystories.main(["pretokenize", "--data_dir=b", f"--vocab_size={N}",
-                      "--tokenizer=outa/tok300.model"])  # fmt: skip
+    tinystories.main(
+        ["pretokenize", "--data_dir=b", f"--vocab_size={N}", "--tokenizer=outa/tok300.model"]
+    )
     assert "all shards are made again" in capsys.readouterr().out
     run_train(data="b", out_dir="outa", init_from="resume", **TINY | {"max_iters": 3})
     assert load_checkpoint("outa/ckpt.pt")["tokenizer_hash"] == hash_of("a/tok300.model")

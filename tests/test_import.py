@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_export import program, run  # noqa: F401
 
 import export
 import formats
 import sample
 import tokenizer
 from checkpoint import load_checkpoint
-from test_export import program, run  # noqa: F401
 from common import run_main
 from tokenizer import Tokenizer
 
@@ -35,9 +35,17 @@ def llama(folder, vocab, never=(), **changes):
     """A random model, whose greedy text has none of the tokens `never`: here bytes, since half
     characters are decoded differently by each library."""
     torch.manual_seed(0)
-    config = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                  tie_word_embeddings=False, initializer_range=0.5)  # fmt: skip
+    config = dict(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **changes}))
     with torch.no_grad():
         model.lm_head.weight[list(never)] = 0
@@ -47,8 +55,12 @@ def llama(folder, vocab, never=(), **changes):
 
 def settings(folder, **values):
     path = folder / "tokenizer_config.json"
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|go|>",
-              "eos_token": "<|stop|>", **values}  # fmt: skip
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|go|>",
+        "eos_token": "<|stop|>",
+        **values,
+    }
     path.write_text(json.dumps(values))
 
 
@@ -58,16 +70,24 @@ def bpe_folder(folder, begin, rows=None, changes=None, **values):
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|stop|>", "<|go|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    t.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|stop|>", "<|go|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if begin:
         t.post_processor = processors.TemplateProcessing(
             single="<|go|> $A", pair="<|go|> $A $B", special_tokens=[("<|go|>", 1)]
         )
     size = t.get_vocab_size()
     never = [i for text, i in t.get_vocab().items() if i < 2 or not text.isascii()]
-    model = llama(folder, rows or size, never, **{"bos_token_id": 1, "eos_token_id": 0, **(changes or {})})
+    model = llama(
+        folder, rows or size, never, **{"bos_token_id": 1, "eos_token_id": 0, **(changes or {})}
+    )
     t.save(str(folder / "tokenizer.json"))
     settings(folder, **values)
     return model, size
@@ -76,9 +96,10 @@ def bpe_folder(folder, begin, rows=None, changes=None, **values):
 @functools.cache
 def sentencepiece_vocabulary():
     """{piece: id}, merges, and the file's bytes of a SentencePiece model with 512 tokens."""
-    import tinystories
     from sentencepiece import SentencePieceProcessor
     from transformers.convert_slow_tokenizer import generate_merges
+
+    import tinystories
 
     with tempfile.TemporaryDirectory() as data:
         tinystories.synthesize(data, 300, seed=1)
@@ -113,8 +134,15 @@ def their_text(folder, prompt, n=12):
 def our_text(checkpoint, prompt, *flags, n=12):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        sample.main([f"--checkpoint={checkpoint}", f"--start={prompt}", "--temperature=0",
-                     f"--max_new_tokens={n}", *flags])  # fmt: skip
+        sample.main(
+            [
+                f"--checkpoint={checkpoint}",
+                f"--start={prompt}",
+                "--temperature=0",
+                f"--max_new_tokens={n}",
+                *flags,
+            ]
+        )
     return out.getvalue().strip()
 
 
@@ -182,8 +210,11 @@ def test_perplexity_without_bos_is_transformers_loss(tmp_path, program):  # noqa
     (tmp_path / "text.txt").write_text(text)
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")(text, return_tensors="pt")
     want = model(ids["input_ids"], labels=ids["input_ids"]).loss.item()
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "perplexity", "-i",
-                           tmp_path / "text.txt"], capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "perplexity", "-i", tmp_path / "text.txt"],
+        capture_output=True,
+        text=True,
+    )
     assert float(done.stdout.split()[1].rstrip(",")) == pytest.approx(want, abs=1e-3)
 
 
@@ -199,7 +230,9 @@ def test_ppo_prompts_of_a_model_without_bos(tmp_path):
     args = str(tmp_path / "tok512"), "train", 8, 512
     with_bos = tinystories.Prompts(*args).batch(0, 40)
     without = tinystories.Prompts(*args, bos=False).batch(0, 40)
-    assert without == [p[1:] or [tinystories.BOS] for p in with_bos] and [tinystories.BOS] in without
+    assert (
+        without == [p[1:] or [tinystories.BOS] for p in with_bos] and [tinystories.BOS] in without
+    )
 
 
 def test_training_keeps_the_flag(tmp_path):
@@ -209,16 +242,33 @@ def test_training_keeps_the_flag(tmp_path):
     run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
     lines = [json.dumps({"prompt": f"the dog {i}", "response": f"ran {i}"}) for i in range(60)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    train.main(["--sft", f"--init_from={tmp_path}/c.pt", f"--out_dir={tmp_path}/out",
-                f"--data={tmp_path}/d.jsonl", "--max_iters=1", "--batch_size=4", "--device=cpu",
-                "--eval_iters=1"])  # fmt: skip
+    train.main(
+        [
+            "--sft",
+            f"--init_from={tmp_path}/c.pt",
+            f"--out_dir={tmp_path}/out",
+            f"--data={tmp_path}/d.jsonl",
+            "--max_iters=1",
+            "--batch_size=4",
+            "--device=cpu",
+            "--eval_iters=1",
+        ]
+    )
     assert load_checkpoint(tmp_path / "out/sft_ckpt.pt")["bos"] is False
     assert struct.unpack_from("<i", (tmp_path / "out/sft_model.bin").read_bytes(), 152) == (1,)
 
 
-@pytest.mark.parametrize("kind, tokens, rows", [
-    ("bpe", 0, 64), ("bpe", 0, 128), ("sentencepiece", 0, 0), ("sentencepiece", 1, 0),
-    ("sentencepiece", 1, 64), ("sentencepiece", 0, 64)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, tokens, rows",
+    [
+        ("bpe", 0, 64),
+        ("bpe", 0, 128),
+        ("sentencepiece", 0, 0),
+        ("sentencepiece", 1, 0),
+        ("sentencepiece", 1, 64),
+        ("sentencepiece", 0, 64),
+    ],
+)
 def test_vocabularies_that_are_padded_or_have_more_tokens(tmp_path, program, kind, tokens, rows):  # noqa: F811
     """Padded rows are left out, so that nothing can sample them, although they are the likeliest
     here; all the rest writes the same text as transformers, where they are suppressed."""
@@ -240,8 +290,13 @@ def test_vocabularies_that_are_padded_or_have_more_tokens(tmp_path, program, kin
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        [out] = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0,
-                               suppress_tokens=list(range(size, rows)) or None).tolist()  # fmt: skip
+        [out] = model.generate(
+            ids,
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=0,
+            suppress_tokens=list(range(size, rows)) or None,
+        ).tolist()
         want = tokenizer.decode(out, skip_special_tokens=True).strip()
         assert our_text(tmp_path / "c.pt", prompt) == want
         got = c_text(program, tmp_path / "m.bin", prompt, "-n", str(len(out)))
@@ -291,11 +346,14 @@ def test_tokens_that_are_added_to_a_sentencepiece_model(tmp_path, where):
 # ----------------------------------------------------------------------------
 # chat templates
 
-TALK = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + 'Q: ' + m['content'] + "
-        "'\nA:' }}{% elif m['role'] == 'assistant' %}REPLY{% endif %}{% endfor %}")  # fmt: skip
+TALK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + 'Q: ' + m['content'] + "
+    "'\nA:' }}{% elif m['role'] == 'assistant' %}REPLY{% endif %}{% endfor %}"
+)
 NO_END = TALK.replace("REPLY", "{{ ' ' + m['content'] + '\n' }}")
-MARKED = TALK.replace("REPLY", "{% generation %}{{ ' ' + m['content'] + eos_token }}"
-                      "{% endgeneration %}")  # fmt: skip
+MARKED = TALK.replace(
+    "REPLY", "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+)
 
 
 def chat_lines(checkpoint, monkeypatch, *users, flags=(), n=12):
@@ -311,8 +369,15 @@ def chat_lines(checkpoint, monkeypatch, *users, flags=(), n=12):
         m.setattr(sample, "generate", watched)
         m.setattr(sample, "read_line", lambda _: lines.pop(0))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            sample.main([f"--checkpoint={checkpoint}", "--chat", "--temperature=0",
-                         f"--max_new_tokens={n}", *flags])  # fmt: skip
+            sample.main(
+                [
+                    f"--checkpoint={checkpoint}",
+                    "--chat",
+                    "--temperature=0",
+                    f"--max_new_tokens={n}",
+                    *flags,
+                ]
+            )
     return out.getvalue().split("Assistant: ")[1:], err.getvalue(), prompts
 
 
@@ -334,8 +399,12 @@ def test_chat_is_transformers(tmp_path, program, monkeypatch, source, begin):  #
     [reply], err, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "Hello dog")
     assert prompt == ids[0].tolist() and reply.strip() == want.strip() and "note" not in err
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hello dog", "-t", "0",
-                           "-n", "12"], capture_output=True, text=True, input="")  # fmt: skip
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "chat", "-i", "Hello dog", "-t", "0", "-n", "12"],
+        capture_output=True,
+        text=True,
+        input="",
+    )
     assert done.returncode == 0 and "note" not in done.stderr
     reply = done.stdout.removeprefix("Assistant:").split("\n\n")[0].removesuffix("\nUser:")
     assert reply.split("\nUser")[0].strip() == plain(want).strip()
@@ -349,8 +418,15 @@ def test_a_template_without_an_end_is_trained_and_replaced(tmp_path, monkeypatch
     run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
     lines = [json.dumps({"prompt": f"the dog {i}", "response": f"ran {i}"}) for i in range(60)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    common = ["--sft", f"--init_from={tmp_path}/c.pt", f"--data={tmp_path}/d.jsonl", "--max_iters=1",
-              "--batch_size=4", "--device=cpu", "--eval_iters=1"]  # fmt: skip
+    common = [
+        "--sft",
+        f"--init_from={tmp_path}/c.pt",
+        f"--data={tmp_path}/d.jsonl",
+        "--max_iters=1",
+        "--batch_size=4",
+        "--device=cpu",
+        "--eval_iters=1",
+    ]
     train.main([*common, f"--out_dir={tmp_path}/a"])
     kept = load_checkpoint(tmp_path / "a/sft_ckpt.pt")["template"]["turn"]
     assert kept == "{bos}Q: {user}\nA:{reply}{eos}\n"
@@ -389,24 +465,40 @@ def test_a_template_that_is_dropped(tmp_path, program, monkeypatch, says):  # no
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
     assert prompt == tokenizer.encode("[INST] Hi [/INST]")
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0",
-                           "-n", "5"], capture_output=True, text=True, input="")  # fmt: skip
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0", "-n", "5"],
+        capture_output=True,
+        text=True,
+        input="",
+    )
     assert done.returncode == 0 and "note: this model has no chat template" in done.stderr
 
 
-@pytest.mark.parametrize("says, turn", [
-    ("", "{bos}Q: {user}A: {reply}"), ("", "{user} {reply}\n \n"), ("", "{user} {reply}{bos}x"),
-    ("{reply}", "{bos}Q: {user}A: {reply}\n{eos}"), ("{user}", "{reply}{eos}"),
-    ("{reply}", "{user}{reply}{reply}{eos}"), ("{system}", "{system}{user}{reply}{eos}"),
-    ("<|im_end|>", "{user}<|im_end|>{reply}{eos}")])  # fmt: skip
+@pytest.mark.parametrize(
+    "says, turn",
+    [
+        ("", "{bos}Q: {user}A: {reply}"),
+        ("", "{user} {reply}\n \n"),
+        ("", "{user} {reply}{bos}x"),
+        ("{reply}", "{bos}Q: {user}A: {reply}\n{eos}"),
+        ("{user}", "{reply}{eos}"),
+        ("{reply}", "{user}{reply}{reply}{eos}"),
+        ("{system}", "{system}{user}{reply}{eos}"),
+        ("<|im_end|>", "{user}<|im_end|>{reply}{eos}"),
+    ],
+)
 def test_python_and_c_have_one_rule(tmp_path, program, monkeypatch, says, turn):  # noqa: F811
     bpe_folder(tmp_path / "in", True)
     run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
     state = load_checkpoint(tmp_path / "c.pt")
     torch.save(state | {"template": {"turn": turn, "system": "", "next": ""}}, tmp_path / "c.pt")
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0",
-                           "-n", "5"], capture_output=True, text=True, input="")  # fmt: skip
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "chat", "-i", "Hi", "-t", "0", "-n", "5"],
+        capture_output=True,
+        text=True,
+        input="",
+    )
     assert done.returncode == bool(says) and says in done.stderr
     if says:
         with pytest.raises(ValueError, match=says.replace("|", "\\|")):
@@ -418,30 +510,50 @@ def test_python_and_c_have_one_rule(tmp_path, program, monkeypatch, says, turn):
 def test_added_tokens_in_a_template(tmp_path, program, monkeypatch):  # noqa: F811
     """ChatML on Llama 2's kind of tokenizer: its tokens are tokens in Python and in C, and text that
     spells them is text."""
-    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + "
-              "'\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + "
+        "'\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     tokens = ["<|im_start|>", "<|im_end|>"]
     sentencepiece_folder(tmp_path / "in", True, tokens)
     config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
     (tmp_path / "in/tokenizer_config.json").write_text(
-        json.dumps({**config, "chat_template": source, "eos_token": "<|im_end|>"}))  # fmt: skip
+        json.dumps({**config, "chat_template": source, "eos_token": "<|im_end|>"})
+    )
     assert "with its chat template" in run(tmp_path / "c.pt", f"--hf={tmp_path}/in").stdout
     _, _, [prompt] = chat_lines(tmp_path / "c.pt", monkeypatch, "x<|im_end|>")
     assert [i for i in prompt if i >= 512] == [512, 513, 512]
     run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
     text = [chat_lines(tmp_path / "c.pt", monkeypatch, "x")[0][0].split("\n(cut")[0].strip()]
-    done = subprocess.run([program, tmp_path / "m.bin", "-m", "chat", "-i", "x", "-t", "0", "-n",
-                           "12"], capture_output=True, text=True, input="")  # fmt: skip
+    done = subprocess.run(
+        [program, tmp_path / "m.bin", "-m", "chat", "-i", "x", "-t", "0", "-n", "12"],
+        capture_output=True,
+        text=True,
+        input="",
+    )
     assert done.stdout.removeprefix("Assistant:").split("\n")[0].strip() == plain(text[0])
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 def test_whatever_a_config_says_is_an_import_or_one_line(tmp_path, name):
     """Each value of a model's files, and of RoPE's settings, replaced by what it should not be."""
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 1e4,
-              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-    bpe_folder(tmp_path / "in", True, 320, {"rope_parameters": llama3}, add_bos_token=True,
-               added_tokens_decoder={}, chat_template="")  # fmt: skip
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "rope_theta": 1e4,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    bpe_folder(
+        tmp_path / "in",
+        True,
+        320,
+        {"rope_parameters": llama3},
+        add_bos_token=True,
+        added_tokens_decoder={},
+        chat_template="",
+    )
     good = json.loads((tmp_path / "in" / name).read_text())
     source = inspect.getsource(export) + inspect.getsource(formats) + inspect.getsource(tokenizer)
     keys = [(key,) for key in good if f'"{key}"' in source]  # that are read at all

@@ -7,7 +7,7 @@ import pytest
 
 import instruct
 from alignment import load_reward
-from instruct import InstructPrompts, Instructions, Rankings, Record, Template, TEMPLATES, read
+from instruct import TEMPLATES, Instructions, InstructPrompts, Rankings, Record, Template, read
 
 
 class Letters:
@@ -39,30 +39,60 @@ def write(path, records):
 # reading
 
 SHAPES = [
-    ({"instruction": "Add.", "input": "1 2", "output": "3"},
-     Record([("Add.\n1 2", None)], "", ["3"])),
+    (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        Record([("Add.\n1 2", None)], "", ["3"]),
+    ),
     ({"instruction": "Hi", "output": " Hello "}, Record([("Hi", None)], "", [" Hello "])),
-    ({"prompt": "Hi", "response": "Hello", "system": "Be kind."},
-     Record([("Hi", None)], "Be kind.", ["Hello"])),
+    (
+        {"prompt": "Hi", "response": "Hello", "system": "Be kind."},
+        Record([("Hi", None)], "Be kind.", ["Hello"]),
+    ),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, Record([("Hi", None)], "", ["a", "b"])),
-    ({"instruction": "Hi", "input": "", "output": "o", "chosen": "a", "rejected": "b"},
-     Record([("Hi", None)], "", ["a", "b"], ("output",))),
-    ({"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
-      "rejected": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: E\n\nE"},
-     Record([("A", "B"), ("C", None)], "", ["D", "E\n\nE"])),
-    ({"prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:", "chosen": "D",
-      "rejected": "E"}, Record([("A", "B"), ("C", None)], "", ["D", "E"])),
-    ({"chosen": "\n\nHuman: A\n\nHuman: B\n\nAssistant:", "rejected":
-      "\n\nHuman: A\n\nHuman: B\n\nAssistant: C"}, Record([("A\n\nB", None)], "", ["", "C"])),
-    ({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: X\n\nAssistant: B"},
-     Record([("A", None)], "", [])),
-    ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "A"},
-                   {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"},
-                   {"role": "assistant", "content": "D"}]},
-     Record([("A", "B"), ("C", None)], "S", ["D"])),
-    ({"prompt": "Hi", "completions": ["a", "b", "c"]},
-     Record([("Hi", None)], "", ["a", "b", "c"])),
-]  # fmt: skip
+    (
+        {"instruction": "Hi", "input": "", "output": "o", "chosen": "a", "rejected": "b"},
+        Record([("Hi", None)], "", ["a", "b"], ("output",)),
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
+            "rejected": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: E\n\nE",
+        },
+        Record([("A", "B"), ("C", None)], "", ["D", "E\n\nE"]),
+    ),
+    (
+        {
+            "prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:",
+            "chosen": "D",
+            "rejected": "E",
+        },
+        Record([("A", "B"), ("C", None)], "", ["D", "E"]),
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: A\n\nHuman: B\n\nAssistant:",
+            "rejected": "\n\nHuman: A\n\nHuman: B\n\nAssistant: C",
+        },
+        Record([("A\n\nB", None)], "", ["", "C"]),
+    ),
+    (
+        {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: X\n\nAssistant: B"},
+        Record([("A", None)], "", []),
+    ),
+    (
+        {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "A"},
+                {"role": "assistant", "content": "B"},
+                {"role": "user", "content": "C"},
+                {"role": "assistant", "content": "D"},
+            ]
+        },
+        Record([("A", "B"), ("C", None)], "S", ["D"]),
+    ),
+    ({"prompt": "Hi", "completions": ["a", "b", "c"]}, Record([("Hi", None)], "", ["a", "b", "c"])),
+]
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -83,101 +113,218 @@ TWO = Record([("A", "B"), ("C", None)], "", ["D"])
 PAIR = Record([("A", None)], "", ["B", "X"])
 
 PUBLIC = {  # records as data sets of these names have them
-    "dolly": ({"instruction": "Q", "context": "In 1900.", "response": "R", "category": "qa"},
-              Record([("Q\nIn 1900.", None)], "", ["R"])),
-    "prompt and input": ({"prompt": "Q", "input": "cat", "response": "R"},
-                         Record([("Q\ncat", None)], "", ["R"])),
-    "squad": ({"question": "Q", "context": "K", "answer": "R", "id": 3},
-              Record([("Q\nK", None)], "", ["R"])),
+    "dolly": (
+        {"instruction": "Q", "context": "In 1900.", "response": "R", "category": "qa"},
+        Record([("Q\nIn 1900.", None)], "", ["R"]),
+    ),
+    "prompt and input": (
+        {"prompt": "Q", "input": "cat", "response": "R"},
+        Record([("Q\ncat", None)], "", ["R"]),
+    ),
+    "squad": (
+        {"question": "Q", "context": "K", "answer": "R", "id": 3},
+        Record([("Q\nK", None)], "", ["R"]),
+    ),
     "gsm8k": ({"question": "A", "answer": "B"}, ONE),
-    "metamath": ({"query": "A", "response": "B", "type": "x", "original_question": "O"},
-                 ONE._replace(ignored=("original_question",))),
+    "metamath": (
+        {"query": "A", "response": "B", "type": "x", "original_question": "O"},
+        ONE._replace(ignored=("original_question",)),
+    ),
     "numina": ({"problem": "A", "solution": "B"}, ONE),
     "xp3": ({"inputs": "A", "targets": "B"}, ONE),
-    "openorca": ({"id": "1", "system_prompt": "S", "question": "A", "response": "B"},
-                 ONE._replace(system="S")),
+    "openorca": (
+        {"id": "1", "system_prompt": "S", "question": "A", "response": "B"},
+        ONE._replace(system="S"),
+    ),
     "alpaca-gpt4": ({"instruction": "A", "input": "", "output": "B"}, ONE),
-    "alpaca, rendered too": ({"instruction": "A", "input": "", "output": "B", "text": "A B"},
-                             ONE._replace(ignored=("text",))),
+    "alpaca, rendered too": (
+        {"instruction": "A", "input": "", "output": "B", "text": "A B"},
+        ONE._replace(ignored=("text",)),
+    ),
     "instruction in input": ({"instruction": "", "input": "A", "output": "B"}, ONE),
     "alpaca history": ({"instruction": "C", "output": "D", "history": [["A", "B"]]}, TWO),
     "no history": ({"instruction": "A", "output": "B", "history": []}, ONE),
     "prompt completion": ({"prompt": "A", "completion": " B"}, ONE),
     "prompt completion, messages": ({"prompt": says("A"), "completion": [says("A", "B")[1]]}, ONE),
     "sharegpt": ({"id": "x", "conversations": says("A", "B", "C", "D", **SHAREGPT)}, TWO),
-    "sharegpt, system": ({"conversations": [{"from": "system", "value": "S"},
-                                            *says("A", "B", **SHAREGPT)]},
-                         ONE._replace(system="S")),
-    "sharegpt, system beside": ({"system": "S", "conversations": says("A", "B", **SHAREGPT)},
-                                ONE._replace(system="S")),
+    "sharegpt, system": (
+        {"conversations": [{"from": "system", "value": "S"}, *says("A", "B", **SHAREGPT)]},
+        ONE._replace(system="S"),
+    ),
+    "sharegpt, system beside": (
+        {"system": "S", "conversations": says("A", "B", **SHAREGPT)},
+        ONE._replace(system="S"),
+    ),
     "conversations, roles": ({"conversations": says("A", "B", "C", "D")}, TWO),
     "lima": ({"conversations": ["A", "B", "C", "D"], "source": "x"}, TWO),
     "ultrachat": ({"id": "0", "data": ["A", "B", "C", "D"]}, TWO),
-    "ultrachat_200k": ({"prompt": "A", "prompt_id": "x", "messages": says("A", "B", "C", "D")},
-                       TWO),
-    "capybara": ({"source": "x", "conversation": [{"input": "A", "output": "B"},
-                                                  {"input": "C", "output": "D"}]}, TWO),
-    "no_robots": ({"prompt": "S", "prompt_id": "x", "category": "Chat",
-                   "messages": [SYSTEM, *says("A", "B")]}, ONE._replace(system="S")),
-    "text parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "A"}]},
-                                 says("", "B")[1]]}, ONE),
-    "message keys": ({"messages": [{"role": "user", "content": "A", "name": "Al", "weight": None},
-                                   {"role": "assistant", "content": "B", "weight": 1,
-                                    "tool_calls": []}]},
-                     ONE._replace(ignored=("messages.name",))),
-    "developer": ({"messages": [{"role": "developer", "content": "S"}, *says("A", "B")]},
-                  ONE._replace(system="S")),
+    "ultrachat_200k": (
+        {"prompt": "A", "prompt_id": "x", "messages": says("A", "B", "C", "D")},
+        TWO,
+    ),
+    "capybara": (
+        {
+            "source": "x",
+            "conversation": [{"input": "A", "output": "B"}, {"input": "C", "output": "D"}],
+        },
+        TWO,
+    ),
+    "no_robots": (
+        {
+            "prompt": "S",
+            "prompt_id": "x",
+            "category": "Chat",
+            "messages": [SYSTEM, *says("A", "B")],
+        },
+        ONE._replace(system="S"),
+    ),
+    "text parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "A"}]},
+                says("", "B")[1],
+            ]
+        },
+        ONE,
+    ),
+    "message keys": (
+        {
+            "messages": [
+                {"role": "user", "content": "A", "name": "Al", "weight": None},
+                {"role": "assistant", "content": "B", "weight": 1, "tool_calls": []},
+            ]
+        },
+        ONE._replace(ignored=("messages.name",)),
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "S"}, *says("A", "B")]},
+        ONE._replace(system="S"),
+    ),
     "no images": ({"prompt": "A", "response": "B", "images": [], "tools": None}, ONE),
-    "labels that are words": ({"prompt": "A", "response": "B", "label": "math"},
-                              ONE._replace(ignored=("label",))),
+    "labels that are words": (
+        {"prompt": "A", "response": "B", "label": "math"},
+        ONE._replace(ignored=("label",)),
+    ),
     "empty messages": ({"prompt": "A", "response": "B", "messages": [], "completions": []}, ONE),
-    "data of another kind": ({"prompt": "A", "response": "B", "data": {"n": 3}},
-                             ONE._replace(ignored=("data",))),
+    "data of another kind": (
+        {"prompt": "A", "response": "B", "data": {"n": 3}},
+        ONE._replace(ignored=("data",)),
+    ),
     "null is absent": ({"prompt": None, "instruction": "A", "response": None, "output": "B"}, ONE),
-    "helpsteer": ({"prompt": "A", "response": "B", "helpfulness": 3, "verbosity": 0},
-                  ONE._replace(ignored=("helpfulness", "verbosity"))),
-    "ultrafeedback_binarized": ({"prompt": "A", "chosen": says("A", "B"),
-                                 "rejected": says("A", "X"), "messages": says("A", "B"),
-                                 "score_chosen": 8.0, "score_rejected": 2.0}, PAIR),
-    "orpo-dpo-mix": ({"source": "x", "prompt": "A", "question": "A",
-                      "chosen": says("A", "B", "C", "D"), "rejected": says("A", "B", "C", "X")},
-                     TWO._replace(completions=["D", "X"])),
-    "last turn as prompt": ({"prompt": "C", "chosen": says("A", "B", "C", "D"),
-                             "rejected": says("A", "B", "C", "X")},
-                            TWO._replace(completions=["D", "X"])),
-    "another prompt": ({"prompt": "P", "input": "I", "chosen": says("A", "B"),
-                        "rejected": says("A", "X")}, PAIR._replace(ignored=("input", "prompt"))),
-    "trl": ({"prompt": says("A"), "chosen": [says("", "B")[1]], "rejected": [says("", "X")[1]]},
-            PAIR),
-    "trl, system": ({"prompt": [SYSTEM, *says("A", "B", "C")], "chosen": [says("", "D")[1]],
-                     "rejected": [says("", "X")[1]]},
-                    TWO._replace(system="S", completions=["D", "X"])),
-    "system as prompt": ({"prompt": [SYSTEM], "chosen": says("A", "B"),
-                          "rejected": says("A", "X")}, PAIR._replace(system="S")),
+    "helpsteer": (
+        {"prompt": "A", "response": "B", "helpfulness": 3, "verbosity": 0},
+        ONE._replace(ignored=("helpfulness", "verbosity")),
+    ),
+    "ultrafeedback_binarized": (
+        {
+            "prompt": "A",
+            "chosen": says("A", "B"),
+            "rejected": says("A", "X"),
+            "messages": says("A", "B"),
+            "score_chosen": 8.0,
+            "score_rejected": 2.0,
+        },
+        PAIR,
+    ),
+    "orpo-dpo-mix": (
+        {
+            "source": "x",
+            "prompt": "A",
+            "question": "A",
+            "chosen": says("A", "B", "C", "D"),
+            "rejected": says("A", "B", "C", "X"),
+        },
+        TWO._replace(completions=["D", "X"]),
+    ),
+    "last turn as prompt": (
+        {"prompt": "C", "chosen": says("A", "B", "C", "D"), "rejected": says("A", "B", "C", "X")},
+        TWO._replace(completions=["D", "X"]),
+    ),
+    "another prompt": (
+        {"prompt": "P", "input": "I", "chosen": says("A", "B"), "rejected": says("A", "X")},
+        PAIR._replace(ignored=("input", "prompt")),
+    ),
+    "trl": (
+        {"prompt": says("A"), "chosen": [says("", "B")[1]], "rejected": [says("", "X")[1]]},
+        PAIR,
+    ),
+    "trl, system": (
+        {
+            "prompt": [SYSTEM, *says("A", "B", "C")],
+            "chosen": [says("", "D")[1]],
+            "rejected": [says("", "X")[1]],
+        },
+        TWO._replace(system="S", completions=["D", "X"]),
+    ),
+    "system as prompt": (
+        {"prompt": [SYSTEM], "chosen": says("A", "B"), "rejected": says("A", "X")},
+        PAIR._replace(system="S"),
+    ),
     "trl, implicit": ({"chosen": says("A", "B"), "rejected": says("A", "X")}, PAIR),
-    "single messages": ({"prompt": "A", "chosen": says("", "B")[1], "rejected": says("", "X")[1]},
-                        PAIR),
-    "llama-factory": ({"conversations": says("A", **SHAREGPT), "chosen": {"from": "gpt",
-                       "value": "B"}, "rejected": {"from": "gpt", "value": "X"}}, PAIR),
-    "intel orca": ({"system": "S", "question": "A", "chosen": "B", "rejected": "X"},
-                   PAIR._replace(system="S")),
-    "distilabel orca": ({"system": "", "input": "A", "chosen": "B", "rejected": "X",
-                         "generations": ["B", "X"], "status": "tie"},
-                        PAIR._replace(ignored=("status",))),
-    "rm-static": ({"prompt": "\n\nHuman: A\n\nAssistant:", "response": " B", "chosen": " B",
-                   "rejected": " X"}, PAIR),
-    "hh with prompt": ({"prompt": "\n\nHuman: A\n\nAssistant:", "chosen":
-                        "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: X"},
-                       PAIR),
-    "nectar": ({"prompt": "\n\nHuman: A\n\nAssistant: ", "turns": 1, "num_responses": 2,
-                "source": ["x"], "good_natured": True,
-                "answers": [{"answer": "X", "model": "m", "rank": 2.0, "tone": "sad"},
-                            {"answer": "B", "model": "n", "rank": 1.0}]},
-               PAIR._replace(ignored=("answers.tone", "good_natured", "turns"))),
-    "aliases": ({"question": "A", "answer": "B", "answers": ["B", "b"]},
-                ONE._replace(ignored=("answers",))),
+    "single messages": (
+        {"prompt": "A", "chosen": says("", "B")[1], "rejected": says("", "X")[1]},
+        PAIR,
+    ),
+    "llama-factory": (
+        {
+            "conversations": says("A", **SHAREGPT),
+            "chosen": {"from": "gpt", "value": "B"},
+            "rejected": {"from": "gpt", "value": "X"},
+        },
+        PAIR,
+    ),
+    "intel orca": (
+        {"system": "S", "question": "A", "chosen": "B", "rejected": "X"},
+        PAIR._replace(system="S"),
+    ),
+    "distilabel orca": (
+        {
+            "system": "",
+            "input": "A",
+            "chosen": "B",
+            "rejected": "X",
+            "generations": ["B", "X"],
+            "status": "tie",
+        },
+        PAIR._replace(ignored=("status",)),
+    ),
+    "rm-static": (
+        {
+            "prompt": "\n\nHuman: A\n\nAssistant:",
+            "response": " B",
+            "chosen": " B",
+            "rejected": " X",
+        },
+        PAIR,
+    ),
+    "hh with prompt": (
+        {
+            "prompt": "\n\nHuman: A\n\nAssistant:",
+            "chosen": "\n\nHuman: A\n\nAssistant: B",
+            "rejected": "\n\nHuman: A\n\nAssistant: X",
+        },
+        PAIR,
+    ),
+    "nectar": (
+        {
+            "prompt": "\n\nHuman: A\n\nAssistant: ",
+            "turns": 1,
+            "num_responses": 2,
+            "source": ["x"],
+            "good_natured": True,
+            "answers": [
+                {"answer": "X", "model": "m", "rank": 2.0, "tone": "sad"},
+                {"answer": "B", "model": "n", "rank": 1.0},
+            ],
+        },
+        PAIR._replace(ignored=("answers.tone", "good_natured", "turns")),
+    ),
+    "aliases": (
+        {"question": "A", "answer": "B", "answers": ["B", "b"]},
+        ONE._replace(ignored=("answers",)),
+    ),
     "task and input": ({"task": "T", "input": "A", "output": "B"}, ONE._replace(ignored=("task",))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -192,41 +339,85 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
     "kto, llama-factory": ({"instruction": "A", "output": "B", "kto_tag": True}, '"kto_tag"'),
     "images": ({"prompt": "A", "response": "B", "images": ["a.png"]}, '"images".*only text'),
     "tools": ({"messages": says("A", "B"), "tools": "[{}]"}, '"tools".*tools'),
-    "tool calls": ({"messages": [*says("A"), {"role": "assistant", "content": None,
-                                              "tool_calls": [{"id": "1"}]}]}, '"tool_calls".*tool'),
-    "tool role": ({"messages": [*says("A", "B"), {"role": "tool", "content": "3"}]},
-                  "role 'tool': expected user, assistant or system"),
-    "observation": ({"conversations": [*says("A", **SHAREGPT),
-                                       {"from": "observation", "value": "3"}]}, "'observation'"),
+    "tool calls": (
+        {
+            "messages": [
+                *says("A"),
+                {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+            ]
+        },
+        '"tool_calls".*tool',
+    ),
+    "tool role": (
+        {"messages": [*says("A", "B"), {"role": "tool", "content": "3"}]},
+        "role 'tool': expected user, assistant or system",
+    ),
+    "observation": (
+        {"conversations": [*says("A", **SHAREGPT), {"from": "observation", "value": "3"}]},
+        "'observation'",
+    ),
     "no role": ({"messages": [{"content": "A"}]}, "role None"),
-    "not learned": ({"messages": [*says("A"), {"role": "assistant", "content": "B", "weight": 0}]},
-                    "not to be learned"),
-    "image part": ({"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "A"}]},
-        says("", "B")[1]]}, "part of type 'image_url': only text"),
+    "not learned": (
+        {"messages": [*says("A"), {"role": "assistant", "content": "B", "weight": 0}]},
+        "not to be learned",
+    ),
+    "image part": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "x"}},
+                        {"type": "text", "text": "A"},
+                    ],
+                },
+                says("", "B")[1],
+            ]
+        },
+        "part of type 'image_url': only text",
+    ),
     "two systems": ({"system": "T", "messages": [SYSTEM, *says("A", "B")]}, "two system prompts"),
     "text history": ({"instruction": "A", "output": "B", "history": "long ago"}, '"history" must'),
-    "oasst": ({"message_id": "1", "parent_id": None, "text": "A", "role": "prompter"},
-              'it has "message_id", "parent_id", "text", "role", but none of "prompt"'),
-    "shp": ({"post_id": "1", "history": "A", "human_ref_A": "B", "human_ref_B": "X", "labels": 1},
-            'it has "post_id", "history", .*but none of'),
-    "safe-rlhf": ({"prompt": "A", "response_0": "B", "response_1": "X", "better_response_id": 0},
-                  r'"response" is missing \(or "output".*: it has "prompt", "response_0"'),
+    "oasst": (
+        {"message_id": "1", "parent_id": None, "text": "A", "role": "prompter"},
+        'it has "message_id", "parent_id", "text", "role", but none of "prompt"',
+    ),
+    "shp": (
+        {"post_id": "1", "history": "A", "human_ref_A": "B", "human_ref_B": "X", "labels": 1},
+        'it has "post_id", "history", .*but none of',
+    ),
+    "safe-rlhf": (
+        {"prompt": "A", "response_0": "B", "response_1": "X", "better_response_id": 0},
+        r'"response" is missing \(or "output".*: it has "prompt", "response_0"',
+    ),
     "no rejected": ({"prompt": "A", "chosen": "B"}, '"rejected" is missing: it has "prompt", "ch'),
-    "argilla completions": ({"instruction": "A", "completions": [
-        {"response": "B", "overall_score": 8}, {"response": "X", "overall_score": 3}]},
-        '"completions" must be replies, best first, or objects with different "rank"s'),
-    "tied ranks": ({"prompt": "A", "completions": [{"answer": "B", "rank": 1},
-                                                   {"answer": "X", "rank": 1}]}, 'different "ra'),
-    "squad answers": ({"question": "A", "context": "K", "answers": {"text": ["B"]}},
-                      '"response" is missing .*it has "question", "context", "answers"'),
+    "argilla completions": (
+        {
+            "instruction": "A",
+            "completions": [
+                {"response": "B", "overall_score": 8},
+                {"response": "X", "overall_score": 3},
+            ],
+        },
+        '"completions" must be replies, best first, or objects with different "rank"s',
+    ),
+    "tied ranks": (
+        {"prompt": "A", "completions": [{"answer": "B", "rank": 1}, {"answer": "X", "rank": 1}]},
+        'different "ra',
+    ),
+    "squad answers": (
+        {"question": "A", "context": "K", "answers": {"text": ["B"]}},
+        '"response" is missing .*it has "question", "context", "answers"',
+    ),
     "empty messages": ({"messages": []}, "in turn, not nothing"),
     "nothing": ({}, "it has no keys"),
     "replies of no prompt": ({"completions": ["B", "X"]}, "none of"),
     "a list as a reply": ({"question": "A", "answer": ["B", "C"]}, '"answer" must be a list of'),
-    "starts with a reply": ({"conversations": says("A", "B", names=("gpt", "human"),
-                                                   keys=("from", "value"))}, "in turn, not assist"),
-}  # fmt: skip
+    "starts with a reply": (
+        {"conversations": says("A", "B", names=("gpt", "human"), keys=("from", "value"))},
+        "in turn, not assist",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -243,8 +434,9 @@ def test_every_key_is_used_or_harmless_or_counted(tmp_path):
         found = instruct.record({**item, "mood": "glad", "empty": "", "prompt_id": "7"})
         assert found.ignored == tuple(sorted([*expected.ignored, "mood"])), name
         assert found[:3] == expected[:3], name
-    records = [{"prompt": f"p{i}", "response": "r", **({"mood": 1} if i < 3 else {})}
-               for i in range(60)]  # fmt: skip
+    records = [
+        {"prompt": f"p{i}", "response": "r", **({"mood": 1} if i < 3 else {})} for i in range(60)
+    ]
     path = write(tmp_path / "x.jsonl", records)
     for kind in Instructions, InstructPrompts:
         data = kind(path, "all", T, PLAIN, 99)
@@ -261,11 +453,25 @@ def test_no_text_disappears_without_a_word():
     texts = ["", "A", "B", "\n\nHuman: A\n\nAssistant: B", "\n\nHuman: C\n\nAssistant:", " "]
 
     def value(depth=0):
-        kinds = [None, 3, True, {}, [], rng.choice(texts), rng.choice(texts), says("A", "B"),
-                 says("A"), [SYSTEM, *says("A")], says("A", "B", **SHAREGPT), ["A", "B"],
-                 [["A", "B"]], {"role": "assistant", "content": "B", "mood": "x"},
-                 [{"answer": "B", "rank": 1, "mood": "x"}, {"answer": "X", "rank": 2}],
-                 [{"type": "text", "text": "A"}], [{"input": "A", "output": "B"}]]  # fmt: skip
+        kinds = [
+            None,
+            3,
+            True,
+            {},
+            [],
+            rng.choice(texts),
+            rng.choice(texts),
+            says("A", "B"),
+            says("A"),
+            [SYSTEM, *says("A")],
+            says("A", "B", **SHAREGPT),
+            ["A", "B"],
+            [["A", "B"]],
+            {"role": "assistant", "content": "B", "mood": "x"},
+            [{"answer": "B", "rank": 1, "mood": "x"}, {"answer": "X", "rank": 2}],
+            [{"type": "text", "text": "A"}],
+            [{"input": "A", "output": "B"}],
+        ]
         return rng.choice(kinds)
 
     def strings(x, path=()):
@@ -302,7 +508,10 @@ def test_no_text_disappears_without_a_word():
             names = {path[0], ".".join(str(k) for k in (path[0], path[-1]))}
             answer = not replies and path[0] not in ("prompt", "messages")
             assert learned(other, replies) != before or names & set(before.ignored) or answer, (
-                item, path, before)  # fmt: skip
+                item,
+                path,
+                before,
+            )
     assert found > 1000
 
 
@@ -320,9 +529,11 @@ def test_replies_stay_as_they_are(tmp_path):
         {"prompt": "def f(x):", "chosen": CODE, "rejected": "x"},
         {"prompt": "def f(x):", "completions": [CODE, "x"]},
         {"chosen": says("def f(x):", CODE), "rejected": says("def f(x):", "x")},
-        {"chosen": f"\n\nHuman: def f(x):\n\nAssistant: {CODE}", "rejected":
-         "\n\nHuman: def f(x):\n\nAssistant: x"},
-    ]  # fmt: skip
+        {
+            "chosen": f"\n\nHuman: def f(x):\n\nAssistant: {CODE}",
+            "rejected": "\n\nHuman: def f(x):\n\nAssistant: x",
+        },
+    ]
     for item in shapes:
         data = Instructions(write(tmp_path / "x.jsonl", [item]), "all", T, PLAIN, 99)
         [(ids, mask)] = data.batch(0, 1)
@@ -370,16 +581,27 @@ def test_layouts_of_files(tmp_path):
     assert read(str(tmp_path / "x.json")) == [ONE]
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"prompt": "a",\n "response": "b"}\n{"prompt": "a"\n "response": "b"}',
-     r"line 3: not JSON: .*noticed in line 4"),
-    ('{"prompt": "a",\n "response": "b"}\n{"prompt": 3}', 'line 3: "prompt" is no text'),
-    ('{"prompt": "a", "response": "b"\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
-    ('{"prompt": "a", "response": "b"},\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
-    ('{"data": [{"prompt": "a", "response": "b"}, {"prompt": 3}]}', 'item 2 of "data": "prompt"'),
-    ('{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}', 'several lists.*"train", "test"'),
-    ('{"data": 5}', 'line 1: it has "data", but none of'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"prompt": "a",\n "response": "b"}\n{"prompt": "a"\n "response": "b"}',
+            r"line 3: not JSON: .*noticed in line 4",
+        ),
+        ('{"prompt": "a",\n "response": "b"}\n{"prompt": 3}', 'line 3: "prompt" is no text'),
+        ('{"prompt": "a", "response": "b"\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
+        ('{"prompt": "a", "response": "b"},\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
+        (
+            '{"data": [{"prompt": "a", "response": "b"}, {"prompt": 3}]}',
+            'item 2 of "data": "prompt"',
+        ),
+        (
+            '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
+            'several lists.*"train", "test"',
+        ),
+        ('{"data": 5}', 'line 1: it has "data", but none of'),
+    ],
+)
 def test_broken_layouts_name_the_place(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=rf"x\.json.*{message}"):
@@ -387,15 +609,32 @@ def test_broken_layouts_name_the_place(text, message, tmp_path):
 
 
 def test_prompts_need_no_reply(tmp_path):
-    alone = [{"prompt": "a"}, {"messages": says("b")}, {"conversations": says("c", **SHAREGPT)},
-             {"messages": [SYSTEM, *says("d", "e", "f")]}, {"prompt": says("g")},
-             {"question": "h", "context": "i"}, {"prompt": "\n\nHuman: j\n\nAssistant:"},
-             {"prompt": "k", "chosen": "l"}, {"prompt": "m", "label": True}]  # fmt: skip
+    alone = [
+        {"prompt": "a"},
+        {"messages": says("b")},
+        {"conversations": says("c", **SHAREGPT)},
+        {"messages": [SYSTEM, *says("d", "e", "f")]},
+        {"prompt": says("g")},
+        {"question": "h", "context": "i"},
+        {"prompt": "\n\nHuman: j\n\nAssistant:"},
+        {"prompt": "k", "chosen": "l"},
+        {"prompt": "m", "label": True},
+    ]
     path = write(tmp_path / "x.jsonl", alone)
     data = InstructPrompts(path, "all", T, PLAIN, 99)
     assert sorted(map(T.text, data.batch(0, 9))) == sorted(
-        ["<s>a\n", "<s>b\n", "<s>c\n", "<s>S\nd\ne</s><s>f\n", "<s>g\n", "<s>h\ni\n", "<s>j\n",
-         "<s>k\n", "<s>m\n"])  # fmt: skip
+        [
+            "<s>a\n",
+            "<s>b\n",
+            "<s>c\n",
+            "<s>S\nd\ne</s><s>f\n",
+            "<s>g\n",
+            "<s>h\ni\n",
+            "<s>j\n",
+            "<s>k\n",
+            "<s>m\n",
+        ]
+    )
     assert data.answered == 1 and data.counts == {'with "label", which is ignored': 1}
     for item in alone:
         with pytest.raises(ValueError, match="line 1: "):
@@ -429,14 +668,17 @@ def test_mistakes_name_file_and_line(item, message, tmp_path):
         read(write(tmp_path / "x.json", [good, item]))
 
 
-@pytest.mark.parametrize("text, line", [
-    ('{"prompt": "a", "response": "b"}\n{"prompt": ', 2),
-    ('[{"prompt": "a", "response": "b"},\n\n{"prompt": ]', 3),
-    ('[{"prompt": "a", "response": "b"}', 1),
-    ('[{"prompt": "a", "response": "b"},]', 1),
-    ('[{"prompt": "a", "response": "b"}] x', 1),
-    ('[' * 100_000, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('{"prompt": "a", "response": "b"}\n{"prompt": ', 2),
+        ('[{"prompt": "a", "response": "b"},\n\n{"prompt": ]', 3),
+        ('[{"prompt": "a", "response": "b"}', 1),
+        ('[{"prompt": "a", "response": "b"},]', 1),
+        ('[{"prompt": "a", "response": "b"}] x', 1),
+        ("[" * 100_000, 1),
+    ],
+)
 def test_broken_files_name_the_line(text, line, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=f"x.json, line {line}: ") as e:
@@ -481,22 +723,23 @@ def test_what_is_between_exchanges_and_next():
 def test_text_never_becomes_a_token_or_a_placeholder():
     t = Template("{bos}{user}<|end|>{reply}{eos}", "{bos}{system}|{user}{reply}{eos}")
     for text in "{bos}", "<|end|>", "{reply}", "{system}", "{user}", r"\1", "</s>":
-        assert t.dialogue(T, [(text, text)])[0] == (
-            [1, *map(ord, text), 3, *map(ord, text), 2]
-        )
+        assert t.dialogue(T, [(text, text)])[0] == ([1, *map(ord, text), 3, *map(ord, text), 2])
         ids = t.dialogue(T, [(text, text)], text)[0]
         assert ids == [1, *map(ord, text), ord("|"), *map(ord, text), *map(ord, text), 2]
 
 
-@pytest.mark.parametrize("template, message", [
-    (Template("{bos}{user}{reply}"), "a token must follow"),
-    (Template("{bos}{user}{reply}\n{eos}"), "a token must follow"),
-    (Template("{bos}{reply}{eos}"), "{user} must be in it once"),
-    (Template("{user}{reply}{reply}{eos}"), "{reply} must be in it once"),
-    (Template("{user}{system}{reply}{eos}"), "in its form `system` only"),
-    (Template("{user}{reply}{eos}", "{user}{reply}{eos}"), "{system} must be in it once"),
-    (Template("{user}<|im_end|>{reply}{eos}"), "<|im_end|> is no token of this tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (Template("{bos}{user}{reply}"), "a token must follow"),
+        (Template("{bos}{user}{reply}\n{eos}"), "a token must follow"),
+        (Template("{bos}{reply}{eos}"), "{user} must be in it once"),
+        (Template("{user}{reply}{reply}{eos}"), "{reply} must be in it once"),
+        (Template("{user}{system}{reply}{eos}"), "in its form `system` only"),
+        (Template("{user}{reply}{eos}", "{user}{reply}{eos}"), "{system} must be in it once"),
+        (Template("{user}<|im_end|>{reply}{eos}"), "<|im_end|> is no token of this tokenizer"),
+    ],
+)
 def test_templates_that_do_not_fit_are_refused(template, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         template.check(T)
@@ -521,7 +764,8 @@ def test_which_template(tmp_path, capsys):
     assert "has no chat template: using llama2" in capsys.readouterr().err
     open_ended = {"turn": "{bos}{user}\n{reply}\n", "next": "{user}\n{reply}"}  # an older import
     assert instruct.find_template("", {"template": open_ended}, T) == Template(
-        "{bos}{user}\n{reply}{eos}\n", "", "{user}\n{reply}{eos}")
+        "{bos}{user}\n{reply}{eos}\n", "", "{user}\n{reply}{eos}"
+    )
     no_bos = instruct.find_template("plain", {"bos": False}, T)
     assert no_bos == Template("{user}\n{reply}{eos}", "{system}\n{user}\n{reply}{eos}")
     with pytest.raises(ValueError, match="expected plain, llama2 or a .json"):
@@ -554,10 +798,14 @@ def random_records(n, seed=0):
 
     out = []
     for _ in range(n):
-        messages = [{"role": r, "content": words()}
-                    for _ in range(rng.randint(1, 4)) for r in ("user", "assistant")]  # fmt: skip
-        out.append({"messages": [{"role": "system", "content": words()}] * rng.randint(0, 1)
-                    + messages})  # fmt: skip
+        messages = [
+            {"role": r, "content": words()}
+            for _ in range(rng.randint(1, 4))
+            for r in ("user", "assistant")
+        ]
+        out.append(
+            {"messages": [{"role": "system", "content": words()}] * rng.randint(0, 1) + messages}
+        )
     return out
 
 
@@ -574,8 +822,9 @@ def test_the_mask_is_replies_and_end_tokens_and_nothing_else(tmp_path):
     for r in records:
         said = r["messages"]
         system = said.pop(0)["content"] + "\n" if said[0]["role"] == "system" else ""
-        given = "".join(f"<s>{'' if i else system}{m['content']}\n"
-                        for i, m in enumerate(said[::2]))  # fmt: skip
+        given = "".join(
+            f"<s>{'' if i else system}{m['content']}\n" for i, m in enumerate(said[::2])
+        )
         expected[given] = "".join(m["content"] + "</s>" for m in said[1::2])
     assert seen == expected
 
@@ -619,8 +868,10 @@ def test_too_long_for_instructions(tmp_path):
     assert texts([chat], n - 1) == newest
     assert texts([chat], 12) == newest
     assert texts([chat], 11)[0] == [("<s>three\nfour", 4)]  # without an end token
-    assert texts([chat], 8) == ([("<s>three\nf", 1)], {
-        "shortened: oldest turns dropped": 1, "shortened: reply cut": 1})  # fmt: skip
+    assert texts([chat], 8) == (
+        [("<s>three\nf", 1)],
+        {"shortened: oldest turns dropped": 1, "shortened: reply cut": 1},
+    )
     with pytest.raises(ValueError, match=r"x.json: 0 samples \(1 left out: prompt too long\)"):
         texts([chat], 7)
     good = {"prompt": "a", "response": "b"}
@@ -633,15 +884,18 @@ def test_too_long_for_instructions(tmp_path):
 def test_rankings(tmp_path):
     def found(records, max_len=99):
         data = Rankings(write(tmp_path / "x.json", records), "all", T, PLAIN, max_len)
-        return [(T.text(p), [T.text(c) for c in cs]) for p, cs in data.batch(0, len(data))], \
-            data.counts  # fmt: skip
+        return [
+            (T.text(p), [T.text(c) for c in cs]) for p, cs in data.batch(0, len(data))
+        ], data.counts
 
     three = {"prompt": "p", "completions": ["a", "bbb", "cc"]}
     kept = ("<s>p\n", ["a</s>", "bbb</s>", "cc</s>"])
     assert found([three]) == ([kept], {})
     assert found([three], 7) == ([kept], {})
-    assert found([three], 6) == ([("<s>p\n", ["a</s>", "cc</s>"])],
-                                 {"shortened: fewer completions": 1})  # fmt: skip
+    assert found([three], 6) == (
+        [("<s>p\n", ["a</s>", "cc</s>"])],
+        {"shortened: fewer completions": 1},
+    )
     rest = [
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen equal to rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": ""}, "empty response"),
@@ -650,11 +904,14 @@ def test_rankings(tmp_path):
         (SHAPES[8][0], "the two dialogues part before the last reply"),
     ]
     assert found([three, *(r for r, _ in rest)]) == (
-        [kept], {f"left out: {why}": 1 for _, why in rest}
-    )  # fmt: skip
+        [kept],
+        {f"left out: {why}": 1 for _, why in rest},
+    )
     doubled = {"prompt": "p", "completions": ["a", "b", "a"]}
-    assert found([doubled]) == ([("<s>p\n", ["a</s>", "b</s>"])],
-                                {"shortened: fewer completions": 1})  # fmt: skip
+    assert found([doubled]) == (
+        [("<s>p\n", ["a</s>", "b</s>"])],
+        {"shortened: fewer completions": 1},
+    )
     with pytest.raises(ValueError, match="nothing to use"):
         found([rest[0][0]])
     with pytest.raises(ValueError, match="0 samples: too few to hold some out: .* --val_data"):
@@ -713,8 +970,12 @@ def test_gold_by_hand():
     assert parts("Words: doll.", "A dolly.") == (0, 1, 1)
     assert parts("Words: dog. Length: short.", "dog " * 30)[2] == 0.25
     assert parts("Words: dog. Length: short.", "dog " * 200)[2] == 0
-    for ending, last in {"happy": "They hugged.", "sad": 'He said, "I cried."', "lesson":
-                         "He learned to share.", "friends": "They shared it."}.items():
+    for ending, last in {
+        "happy": "They hugged.",
+        "sad": 'He said, "I cried."',
+        "lesson": "He learned to share.",
+        "friends": "They shared it.",
+    }.items():
         assert instruct.ends(f"One. Two. {last}", ending)
         assert not instruct.ends(f"{last} One. Two.", ending)  # not in its last two sentences
         assert not instruct.ends(f"One. Two. {last} Then", ending)  # not finished
@@ -774,14 +1035,16 @@ def test_the_task_of_a_lone_file_holds_out_its_end(task, tmp_path, capsys):
     (tmp_path / "all.json").write_text(json.dumps(stories))
     instruct.main(["stories", f"--data_dir={tmp_path}"])
     assert "its last 30 stories are for validation" in capsys.readouterr().out
-    sft, val = ({r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))}
-                for n in ("sft", "val"))  # fmt: skip
+    sft, val = (
+        {r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))} for n in ("sft", "val")
+    )
     ends = {" ".join(s.split()) for s in stories[-30:]}
     assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
 
 
 def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
     """Whatever the model tells: here what the prompt asks for, more or less of it."""
+
     def told(args, prompts, n):
         texts = [(STORY, True), ("A dog.", True), ("", True), ("cut in the mid", False)]
         return [texts[:n] for _ in prompts]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import functions_of
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
@@ -26,7 +27,6 @@ from checkpoint import (
     save_checkpoint,
 )
 from lora import add_lora, merged_state
-from conftest import functions_of
 from model import (
     KVCache,
     ModelArgs,
@@ -40,7 +40,9 @@ from model import (
 def small(seed=0, **kw):
     """A little random model whose logits are far from uniform."""
     torch.manual_seed(seed)
-    args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=48, multiple_of=4, max_seq_len=64)
+    args = dict(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=48, multiple_of=4, max_seq_len=64
+    )
     model = Transformer(ModelArgs(**(args | kw)))
     for p in model.parameters():
         if p.dim() == 2:
@@ -126,8 +128,15 @@ def native(request, monkeypatch):
 
 
 SHAPES = [  # heads, kv heads, head dim: all the cases of kernels.c, and one beyond it
-    (4, 4, 8), (4, 2, 8), (6, 2, 4), (8, 1, 16), (3, 1, 6), (2, 2, 2), (4, 2, 12), (2, 1, 20),
-]  # fmt: skip
+    (4, 4, 8),
+    (4, 2, 8),
+    (6, 2, 4),
+    (8, 1, 16),
+    (3, 1, 6),
+    (2, 2, 2),
+    (4, 2, 12),
+    (2, 1, 20),
+]
 
 
 @pytest.mark.parametrize("H,K,E", SHAPES)
@@ -162,6 +171,7 @@ def test_native_attention_gradients(native, H, K, E):
     for i, n in enumerate(lengths):
         s = slice(starts[i], starts[i + 1])
         c, si = angles[:n].double().cos(), angles[:n].double().sin()
+
         # apply_rope works in fp32; this is its formula in complex numbers, in float64
         def turn(x):
             z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -206,7 +216,9 @@ def against_float64(function, oracle, *inputs):
         weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
         found.append([out, *torch.autograd.grad((out * weight).sum(), x)])
     for got, want in zip(*found):
-        atol = 5e-5 + 2e-6 * float(want.detach().abs().max())  # sums of large terms that all but cancel
+        atol = 5e-5 + 2e-6 * float(
+            want.detach().abs().max()
+        )  # sums of large terms that all but cancel
         torch.testing.assert_close(got.double(), want, atol=atol, rtol=1e-5)
 
 
@@ -228,7 +240,9 @@ def test_rms_norm_takes_a_whole_number_for_eps(native):
 
 
 @pytest.mark.parametrize("width,hidden", [(16, 5), (32, 48), (48, 172)])
-@pytest.mark.parametrize("rows", [256, 700])  # whole tiles, and the last one neither full nor of whole vectors
+@pytest.mark.parametrize(
+    "rows", [256, 700]
+)  # whole tiles, and the last one neither full nor of whole vectors
 def test_feed_forward(native, rows, width, hidden):
     """Also where the sigmoid is all but 0 or 1, and e^-x would overflow."""
     x, norm = torch.randn(rows, width) * 3, torch.randn(width)
@@ -273,7 +287,11 @@ def test_token_terms_and_their_gradients(backend, vocabulary, with_reference):
     x, x64 = logits.clone().requires_grad_(), logits.double().requires_grad_()
     got = kernels.TokenTerms.apply(x, target, ref if with_reference else None)
     logp, logr = x64.log_softmax(-1), ref.double().log_softmax(-1)
-    want = [logp[range(70), target], -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logr)).sum(-1)]
+    want = [
+        logp[range(70), target],
+        -(logp.exp() * logp).sum(-1),
+        (logp.exp() * (logp - logr)).sum(-1),
+    ]
     want[0] = torch.where(target < 0, 0, want[0])
     if not with_reference:
         want[2] = want[2].detach() * 0
@@ -304,17 +322,26 @@ def test_loss_of_a_model(backend):
 
 
 @pytest.mark.parametrize("rows", [1, 511, 1300])
-@pytest.mark.parametrize("n,k", [(4, 16), (20, 48), (36, 80), (172, 64), (64, 172), (10, 64), (12, 12)])
+@pytest.mark.parametrize(
+    "n,k", [(4, 16), (20, 48), (36, 80), (172, 64), (64, 172), (10, 64), (12, 12)]
+)
 def test_gradient_of_a_weight(native, rows, n, k):
     """As it lies, with the two operands exchanged, and left to oneDNN where neither fits."""
     g, x = torch.randn(rows, n), torch.randn(rows, k)
     want = g.double().T @ x.double()
-    torch.testing.assert_close(kernels.transposed_product(g, x).double(), want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        kernels.transposed_product(g, x).double(), want, atol=1e-4, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("view", [
-    lambda x: x[:, :64], lambda x: x[:1, :64].expand(300, 64), lambda x: x.view(64, 600)[:, :300].T,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :64],
+        lambda x: x[:1, :64].expand(300, 64),
+        lambda x: x.view(64, 600)[:, :300].T,
+    ],
+)
 def test_gradient_of_a_weight_from_a_view(native, view):
     """Rows that do not lie one after the other in memory."""
     x, w = view(torch.randn(300, 128)), torch.randn(32, 64, requires_grad=True)
@@ -384,7 +411,9 @@ def test_gradients_when_activations_are_computed_again(backend, rows, adapters):
     def gradients():
         loss = model(tokens, tokens.roll(-1))
         if kernels.library() is not None and kernels.MIN_ROWS == 1 and not adapters:
-            fast = {f"{name}Backward" for name in ("NormQKV", "FeedForward", "Attention", "TokenTerms")}
+            fast = {
+                f"{name}Backward" for name in ("NormQKV", "FeedForward", "Attention", "TokenTerms")
+            }
             assert fast | {"ProductBackward", "RMSNormalizeBackward"} <= functions_of(loss)
         return torch.autograd.grad(loss, trained)
 
@@ -483,7 +512,9 @@ def test_loss_ignores_minus_one():
     x, y = torch.randint(0, 48, (2, 8)), torch.randint(0, 48, (2, 8))
     y[0, 3:] = -1
     logp = model(x).log_softmax(-1)
-    expected = -torch.stack([logp[b, t, y[b, t]] for b in range(2) for t in range(8) if y[b, t] >= 0])
+    expected = -torch.stack(
+        [logp[b, t, y[b, t]] for b in range(2) for t in range(8) if y[b, t] >= 0]
+    )
     torch.testing.assert_close(model(x, y), expected.mean())
 
 
@@ -519,16 +550,29 @@ def exact_distribution(logits, temperature, top_k, top_p):
 
 @pytest.mark.parametrize(
     "temperature,top_k,top_p",
-    [(1, 0, 1), (0.5, 0, 1), (1.7, 0, 1), (1, 5, 1), (1, 0, 0.6), (0.8, 10, 0.9), (1, 999, 1), (1, 0, 0.0)],
+    [
+        (1, 0, 1),
+        (0.5, 0, 1),
+        (1.7, 0, 1),
+        (1, 5, 1),
+        (1, 0, 0.6),
+        (0.8, 10, 0.9),
+        (1, 999, 1),
+        (1, 0, 0.0),
+    ],
 )
 def test_sampling_frequencies(temperature, top_k, top_p):
     """20,000 first tokens of `generate` against the exact distribution."""
     model, n = small(), 20_000
-    expected = exact_distribution(model(torch.tensor([[1, 7]]))[0, -1].detach(), temperature, top_k, top_p)
+    expected = exact_distribution(
+        model(torch.tensor([[1, 7]]))[0, -1].detach(), temperature, top_k, top_p
+    )
     out = generate(model, [[1, 7]] * n, 1, temperature, top_k, top_p, stop_ids=(), max_batch=n)
     chi_square(torch.bincount(out.tokens[:, 0], minlength=48).double(), expected.double())
     seen = out.tokens[:, 0]
-    torch.testing.assert_close(out.logprobs[:, 0].exp(), expected[seen].float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        out.logprobs[:, 0].exp(), expected[seen].float(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_sampling_edges():
@@ -536,7 +580,9 @@ def test_sampling_edges():
     for kw in (dict(top_k=1), dict(top_p=1e-9)):
         assert sampling_probabilities(logits, **kw).tolist() == [[0, 1, 0, 0]]
     for top_p in (0.0, 1.0):  # llama2.c takes either for all, and so does run.c (test_run.py)
-        torch.testing.assert_close(sampling_probabilities(logits, top_k=4, top_p=top_p), logits.softmax(-1))
+        torch.testing.assert_close(
+            sampling_probabilities(logits, top_k=4, top_p=top_p), logits.softmax(-1)
+        )
     assert generate(small(), [[1]], 0).lengths.tolist() == [0]
     assert generate(small(), [], 5).tokens.shape == (0, 5)
 
@@ -601,7 +647,11 @@ def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H
     oracle = generate(*args, uniform=uniform)
     blind = generate(*args, uniform=uniform, max_batch=21, ahead=7)  # as on a GPU
     ends = [(len(p) + n, n) for p, n in zip(prompts, oracle.lengths.tolist())]
-    assert oracle.ended.any() and any(n == 45 for _, n in ends) and any(total == 65 for total, _ in ends)
+    assert (
+        oracle.ended.any()
+        and any(n == 45 for _, n in ends)
+        and any(total == 65 for total, _ in ends)
+    )
     for got in many, single, blind:
         assert got.responses() == oracle.responses() and torch.equal(got.ended, oracle.ended)
         assert torch.equal(got.tokens, oracle.tokens)
@@ -675,7 +725,9 @@ def test_lora_starts_as_the_model_and_merges(rows):
     before, frozen = model(x), {n: p.clone() for n, p in model.named_parameters()}
     add_lora(model, rank=4, alpha=8, layers="q,v,down")
     exact = kernels.MIN_ROWS > 1  # without adapters other kernels sum in another order
-    torch.testing.assert_close(model(x), before, atol=0 if exact else 1e-5, rtol=0 if exact else 1e-4)
+    torch.testing.assert_close(
+        model(x), before, atol=0 if exact else 1e-5, rtol=0 if exact else 1e-4
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 3 and all(".lora_" in n for n in trained)
     assert frozen.keys() | trained == {n for n, _ in model.named_parameters()}
@@ -723,7 +775,9 @@ def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories
 
     import export
 
-    export.main([str(tmp_path / "ckpt.pt"), f"--llama2c={stories260k_bin}", f"--tokenizer={tok512_model}"])
+    export.main(
+        [str(tmp_path / "ckpt.pt"), f"--llama2c={stories260k_bin}", f"--tokenizer={tok512_model}"]
+    )
     model = model_from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).eval()
     sp = SentencePieceProcessor(model_file=str(tok512_model))
     text = sp.decode(generate(model, [[1]], 500, temperature=0).responses()[0])
@@ -766,10 +820,16 @@ def test_checkpoint_names_and_args_are_llama2c(tmp_path):
     assert set(stored["model_args"]) == set(known.split())
     blocks = {k.split(".", 2)[2] for k in stored["model"] if k.startswith("layers.0.")}
     assert blocks == {
-        "attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
-        "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
-        "attention_norm.weight", "ffn_norm.weight",
-    }  # fmt: skip
+        "attention.wq.weight",
+        "attention.wk.weight",
+        "attention.wv.weight",
+        "attention.wo.weight",
+        "feed_forward.w1.weight",
+        "feed_forward.w2.weight",
+        "feed_forward.w3.weight",
+        "attention_norm.weight",
+        "ffn_norm.weight",
+    }
     rest = {k for k in stored["model"] if not k.startswith("layers.")}
     assert rest == {"tok_embeddings.weight", "norm.weight", "output.weight"}
 
@@ -839,7 +899,14 @@ def test_failed_save_keeps_the_old(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kw", [dict(dim=30), dict(n_kv_heads=3), dict(dim=12, n_heads=4), dict(n_layers=0), dict(dropout=1.0)]
+    "kw",
+    [
+        dict(dim=30),
+        dict(n_kv_heads=3),
+        dict(dim=12, n_heads=4),
+        dict(n_layers=0),
+        dict(dropout=1.0),
+    ],
 )
 def test_impossible_args(kw):
     with pytest.raises(ValueError):
@@ -867,8 +934,14 @@ def test_rope_scaling_is_the_papers():
     assert kinds == {"fast", "slow", "between"}
     linear = M.rope_frequencies(ModelArgs(**base, rope_scaling={"factor": 4.0}))
     assert torch.equal(linear * 4, M.rope_frequencies(ModelArgs(**base)))
-    for bad in ({}, {"factor": 0.0}, {"factor": 2.0, "type": "yarn"}, 8.0,
-                scaling | {"high_freq_factor": 1.0}, scaling | {"factor": math.inf}):  # fmt: skip
+    for bad in (
+        {},
+        {"factor": 0.0},
+        {"factor": 2.0, "type": "yarn"},
+        8.0,
+        scaling | {"high_freq_factor": 1.0},
+        scaling | {"factor": math.inf},
+    ):
         with pytest.raises(ValueError, match="rope_scaling"):
             ModelArgs(**base, rope_scaling=bad)
 
@@ -899,9 +972,12 @@ def test_products_of_many_sizes_do_not_pile_up():
         print(run(range(1300, 1900)) - before)
     """
     out = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(kernels.__file__).parent, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        cwd=Path(kernels.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     if out.stdout.strip() == "skip":
         pytest.skip("no glibc that counts its memory, or no oneDNN")
     assert int(out.stdout) < 5e6
@@ -941,10 +1017,15 @@ def replay(calls, compiler, emulator, tmp_path):
         sizes = [x.numel() * x.element_size() for x in before]
         given += b"".join(x.contiguous().numpy().tobytes() for x in before)
         places = iter(range(len(sizes)))
-        values = [f"t{next(places)}" if torch.is_tensor(x) else str(x or 0) for x in args]  # NULL is 0
+        values = [
+            f"t{next(places)}" if torch.is_tensor(x) else str(x or 0) for x in args
+        ]  # NULL is 0
         body += "{" + "".join(f"void *t{i} = take({n});\n" for i, n in enumerate(sizes))
         body += f"if ({name}({', '.join(values)})) return 1;\n"
-        body += "".join(f"fwrite(t{i}, 1, {n}, stdout); free(t{i});\n" for i, n in enumerate(sizes)) + "}"
+        body += (
+            "".join(f"fwrite(t{i}, 1, {n}, stdout); free(t{i});\n" for i, n in enumerate(sizes))
+            + "}"
+        )
     source = Path(kernels.__file__).with_name("kernels.c")
     program = tmp_path / "replay.c"
     program.write_text(
@@ -965,7 +1046,9 @@ def replay(calls, compiler, emulator, tmp_path):
         for want in after:
             size = want.numel() * want.element_size()
             found = torch.frombuffer(bytearray(got[:size] or b"0"), dtype=want.dtype).view_as(want)
-            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                found, want, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}"
+            )
             got = got[size:]
     assert not got
 
@@ -990,11 +1073,20 @@ def record_calls(monkeypatch, *models):
         for temperature in (0, 1):
             generate(model, [[1, 2], [3]] * 9, 4, temperature)
     assert {name for name, *_ in calls} == {
-        "rms_norm_forward", "rms_norm_backward", "feed_forward", "feed_forward_backward",
-        "norm_qkv", "norm_qkv_backward",
-        "attention_forward", "attention_backward", "weight_gradient", "token_terms",
-        "token_terms_backward", "decode_hidden", "decode_tokens",
-    }  # fmt: skip
+        "rms_norm_forward",
+        "rms_norm_backward",
+        "feed_forward",
+        "feed_forward_backward",
+        "norm_qkv",
+        "norm_qkv_backward",
+        "attention_forward",
+        "attention_backward",
+        "weight_gradient",
+        "token_terms",
+        "token_terms_backward",
+        "decode_hidden",
+        "decode_tokens",
+    }
     return calls
 
 
@@ -1005,7 +1097,15 @@ def record_calls(monkeypatch, *models):
 def test_kernels_on_arm64(tmp_path, monkeypatch):
     """All that training and generating call, with the same tensors, on an emulated arm64."""
     use_backend("4 lanes", monkeypatch)
-    compiler = ["aarch64-linux-gnu-gcc", "-O2", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    compiler = [
+        "aarch64-linux-gnu-gcc",
+        "-O2",
+        "-static",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     replay(record_calls(monkeypatch, small()), compiler, ["qemu-aarch64", "-cpu", "max"], tmp_path)
 
 
@@ -1015,7 +1115,9 @@ def test_kernels_under_sanitizers(native, tmp_path, monkeypatch):
     probe = [os.environ.get("CC", "cc"), *flags, "-x", "c", "-", "-o", str(tmp_path / "probe")]
     if subprocess.run(probe, input=b"int main(void) { return 0; }", capture_output=True).returncode:
         pytest.skip("this compiler has no -fsanitize=address,undefined")
-    calls = record_calls(monkeypatch, small(), small(dim=48, n_heads=3, n_kv_heads=3, multiple_of=1))
+    calls = record_calls(
+        monkeypatch, small(), small(dim=48, n_heads=3, n_kv_heads=3, multiple_of=1)
+    )
     compiler = [probe[0], "-O0", "-g", "-march=native", *flags]
     replay(calls, compiler + ([NARROW[native]] if native in NARROW else []), [], tmp_path)
 
@@ -1029,14 +1131,19 @@ def write_kinds(folder):
 
     weights = {"model.embed_tokens.weight": torch.ones(2, 2)}
     kinds = {
-        "GGUF": b"GGUF\3\0\0\0" + bytes(100), "model.bin for run.c": b"24ka\3\0\0\0" + bytes(300),
+        "GGUF": b"GGUF\3\0\0\0" + bytes(100),
+        "model.bin for run.c": b"24ka\3\0\0\0" + bytes(300),
         "llama2.c model of version 0": np.int32([8, 16, 1, 2, 2, 9, 16]).tobytes() + bytes(99),
         "safetensors of Hugging Face": (40).to_bytes(8, "little") + b'{"a": 1}'.ljust(60),
-        "SentencePiece": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2", "empty": b"", "gzip": b"\x1f\x8b\x08",
-        "web page": b"<!DOCTYPE html>\n<html></html>", "JSON that begins": b'{"a": [1, 2]}',
+        "SentencePiece": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\2",
+        "empty": b"",
+        "gzip": b"\x1f\x8b\x08",
+        "web page": b"<!DOCTYPE html>\n<html></html>",
+        "JSON that begins": b'{"a": [1, 2]}',
         "a text that begins with 'Once upon": "Once upon a time, é".encode() * 300,
-        "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid", "NumPy": b"\x93NUMPY\1\0v",
-    }  # fmt: skip
+        "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid",
+        "NumPy": b"\x93NUMPY\1\0v",
+    }
     paths = {}
     for i, (says, data) in enumerate(kinds.items()):
         paths[folder / f"{i}.pt"] = says
@@ -1048,8 +1155,12 @@ def write_kinds(folder):
     torch.save({"model": {}, "config": argparse.Namespace()}, folder / "namespace.pt")
     (folder / "folder").mkdir()
     (folder / "folder/config.json").write_text("{}")
-    more = {"zip": "zip archive of something else", "hf": "weights of Hugging Face",
-            "lora": "adapters", "namespace": "it holds argparse.Namespace"}  # fmt: skip
+    more = {
+        "zip": "zip archive of something else",
+        "hf": "weights of Hugging Face",
+        "lora": "adapters",
+        "namespace": "it holds argparse.Namespace",
+    }
     paths |= {folder / f"{name}.pt": says for name, says in more.items()}
     return paths | {folder / "folder": "is a folder"}
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import frontier
 import kernels
 import ppo
 from alignment import load_reward
+from experiments import frontier
 from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
 from ppo import LengthReward, Mismatch, PPOConfig, PPOTrainer
 
@@ -46,9 +46,15 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
         critic = TransformerWithValueHead(a)
         critic.load_state_dict(policy.state_dict(), strict=False)
     return PPOTrainer(
-        config, policy, reference, critic, optimizer(policy.parameters(), lr=lr),
-        critic and optimizer(critic.parameters(), lr=lr), nullcontext, ptx,
-    )  # fmt: skip
+        config,
+        policy,
+        reference,
+        critic,
+        optimizer(policy.parameters(), lr=lr),
+        critic and optimizer(critic.parameters(), lr=lr),
+        nullcontext,
+        ptx,
+    )
 
 
 def iterate(trainer, iterations=1, reward=None, prompt=(BOS_ID,)):
@@ -353,8 +359,15 @@ def test_expected_gradient_of_groups(kind):
     """Every pair of responses, 100 of them, as a group: RLOO's expected gradient is that of J;
     GRPO's is that of the share of pairs which a response wins, over √2."""
     beta = 0.3
-    trainer = tiny(advantage=kind, group_size=2, whiten_advantages=False, init_kl_coef=beta,
-                   ppo_epochs=1, rollouts=2, longest=2)  # fmt: skip
+    trainer = tiny(
+        advantage=kind,
+        group_size=2,
+        whiten_advantages=False,
+        init_kl_coef=beta,
+        ppo_epochs=1,
+        rollouts=2,
+        longest=2,
+    )
     sequences, kept = all_sequences(longest=2), capture_gradient(trainer)
     logps, kls = [], []
     for s in sequences:
@@ -381,10 +394,12 @@ def test_expected_gradient_of_groups(kind):
 def test_roof_against_brute_force():
     trainer, beta = tiny(), 0.3
     with torch.no_grad():
-        logprobs = torch.stack([
-            log_distributions(trainer.reference, s)[torch.arange(len(s)), torch.tensor(s)].sum()
-            for s in all_sequences()
-        ])  # fmt: skip
+        logprobs = torch.stack(
+            [
+                log_distributions(trainer.reference, s)[torch.arange(len(s)), torch.tensor(s)].sum()
+                for s in all_sequences()
+            ]
+        )
     scores = torch.tensor([score(s) for s in all_sequences()])
     roof = beta * (logprobs + scores / beta).logsumexp(0)
     best = (logprobs + scores / beta).softmax(0)
@@ -441,9 +456,12 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
     def penalties(logp, ref, r):
         x = logp[range(len(r)), r] - ref[range(len(r)), r]
         return {
-            "kl": x, "abs": x.abs(), "mse": x * x / 2, "k3": (-x).exp() - 1 + x,
+            "kl": x,
+            "abs": x.abs(),
+            "mse": x * x / 2,
+            "k3": (-x).exp() - 1 + x,
             "full": (logp.exp() * (logp - ref)).sum(1),
-        }[c.kl_penalty]  # fmt: skip
+        }[c.kl_penalty]
 
     def discounted(x, factor):
         return [sum(factor ** (u - t) * x[u] for u in range(t, len(x))) for t in range(len(x))]
@@ -490,8 +508,11 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
     n_tokens, steps = sum(map(len, responses)), []
     high = c.cliprange_high or c.cliprange
     for _ in range(c.ppo_epochs):
-        total, step = 0, dict.fromkeys(
-            ("policy", "entropy", "clipfrac", "policykl", "value", "error", "vclip", "ptx"), 0.0
+        total, step = (
+            0,
+            dict.fromkeys(
+                ("policy", "entropy", "clipfrac", "policykl", "value", "error", "vclip", "ptx"), 0.0
+            ),
         )
         for i, (q, r) in enumerate(zip(queries, responses)):
             w = 1 / n_tokens if c.loss_aggregation == "token" else 1 / B / len(r)
@@ -504,9 +525,12 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
             in_loss = c.kl_in == "loss" or c.kl_in == "both" and c.kl_penalty == "full"
             total = total + w * (-surrogate.sum() - c.entropy_coef * entropy)
             total = total + w * scale * c.init_kl_coef * kl * in_loss
-            found = dict(policy=-surrogate.sum(), entropy=entropy,
-                         clipfrac=(surrogate < A * ratio).sum(),
-                         policykl=(ratio - 1 - moved).sum())  # fmt: skip
+            found = dict(
+                policy=-surrogate.sum(),
+                entropy=entropy,
+                clipfrac=(surrogate < A * ratio).sum(),
+                policykl=(ratio - 1 - moved).sum(),
+            )
             if c.advantage == "gae":
                 new, target, before = values(q, r), torch.tensor(returns[i]), torch.tensor(v[i])
                 error = (new - target) ** 2
@@ -565,9 +589,14 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
 def test_an_iteration_is_that_of_the_definitions(config, rows):
     """Weights after three epochs, and statistics, against `by_hand`."""
     trainer = make_trainer(
-        mini_batch_size=8, gradient_accumulation_steps=2, ppo_epochs=3, optimizer=torch.optim.SGD,
-        lr=0.3, ptx=lambda: (1.0, *next(batches)), **dict(max_grad_norm=1e9, cliprange=0.1, early_stopping=False) | config,
-    )  # fmt: skip
+        mini_batch_size=8,
+        gradient_accumulation_steps=2,
+        ppo_epochs=3,
+        optimizer=torch.optim.SGD,
+        lr=0.3,
+        ptx=lambda: (1.0, *next(batches)),
+        **dict(max_grad_norm=1e9, cliprange=0.1, early_stopping=False) | config,
+    )
     with torch.no_grad():  # away from the reference, and a critic with an opinion
         for p in trainer.policy.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -584,11 +613,19 @@ def test_an_iteration_is_that_of_the_definitions(config, rows):
     before = weights(trainer.policy)
     s = trainer.step(queries, responses, logprobs, scores, ended)
     names = {
-        "policy": "ppo/loss/policy", "total": "ppo/loss/total", "value": "ppo/loss/value",
-        "ptx": "ppo/loss/ptx", "entropy": "ppo/policy/entropy", "clipfrac": "ppo/policy/clipfrac",
-        "policykl": "ppo/policy/policykl", "error": "ppo/val/error", "vclip": "ppo/val/clipfrac",
-        "ev": "ppo/val/explained_variance", "norm": "grad_norm", "ref": "ppo/ref_loss",
-    }  # fmt: skip
+        "policy": "ppo/loss/policy",
+        "total": "ppo/loss/total",
+        "value": "ppo/loss/value",
+        "ptx": "ppo/loss/ptx",
+        "entropy": "ppo/policy/entropy",
+        "clipfrac": "ppo/policy/clipfrac",
+        "policykl": "ppo/policy/policykl",
+        "error": "ppo/val/error",
+        "vclip": "ppo/val/clipfrac",
+        "ev": "ppo/val/explained_variance",
+        "norm": "grad_norm",
+        "ref": "ppo/ref_loss",
+    }
     for short, name in names.items():
         assert s.get(name, 0) == pytest.approx(want[short], abs=2e-5, rel=1e-3), name
     torch.testing.assert_close(weights(trainer.policy), weights(policy), atol=2e-5, rtol=1e-3)
@@ -604,9 +641,13 @@ def test_split_into_forward_passes_does_not_matter(aggregation, rows):
     found = []
     for size, accumulate in [(16, 1), (4, 4), (2, 8)]:
         trainer = make_trainer(
-            mini_batch_size=size, gradient_accumulation_steps=accumulate, ppo_epochs=2,
-            loss_aggregation=aggregation, optimizer=torch.optim.SGD, lr=0.1,
-        )  # fmt: skip
+            mini_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            ppo_epochs=2,
+            loss_aggregation=aggregation,
+            optimizer=torch.optim.SGD,
+            lr=0.1,
+        )
         stats = iterate(trainer, 2)
         found.append((weights(trainer.policy), weights(trainer.critic), stats))
     for policy, critic, stats in found[1:]:
@@ -773,8 +814,9 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
     given = rollouts(trainer)
     with torch.no_grad():
         trainer.reference.norm.weight.mul_(1.25)
-        far = ppo.against_reference(trainer.policy, trainer.reference, given["queries"],
-                                    given["responses"], 16)[0]  # fmt: skip
+        far = ppo.against_reference(
+            trainer.policy, trainer.reference, given["queries"], given["responses"], 16
+        )[0]
     assert 0.02 < float(far.mean()) < 0.19
     trainer.token_limit = trainer.mean_limit = trainer.bias_limit = 1.0  # of a token
     with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
@@ -838,7 +880,9 @@ def round_as(kind, monkeypatch):
     monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS["half" if kind == "bf16" else kind])
 
 
-@pytest.mark.parametrize("fault", ["none", "policy", "top_k", "temperature", "top_p", "ratio", "reference"])
+@pytest.mark.parametrize(
+    "fault", ["none", "policy", "top_k", "temperature", "top_p", "ratio", "reference"]
+)
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
 def test_mistakes_are_seen_through_the_rounding_of_a_gpu(kind, fault, monkeypatch):
     round_as(kind, monkeypatch)
@@ -1101,8 +1145,10 @@ def test_frontier_keeps_the_runs_of_its_command(tmp_path, monkeypatch):
         flags = dict(word[2:].split("=") for word in command if "=" in word)
         done.append((flags["init_kl_coef"], flags["ppo_iters"]))
         folder = Path(flags["out_dir"])
-        after = dict.fromkeys(("objective", "reward", "kl", "length_mean", "length_std", "ended",
-                               "ref_loss"), float(flags["ppo_iters"]))  # fmt: skip
+        after = dict.fromkeys(
+            ("objective", "reward", "kl", "length_mean", "length_std", "ended", "ref_loss"),
+            float(flags["ppo_iters"]),
+        )
         report = dict(roof=(-0.5, 0.1), before=dict(objective=-1.0), after=after)
         (folder / "ppo_report.json").write_text(json.dumps(report))
         (folder / "ppo_log.jsonl").write_text("{}\n" * int(flags["ppo_iters"]))
@@ -1113,8 +1159,10 @@ def test_frontier_keeps_the_runs_of_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "draw", lambda *_: None)
     folders = [f"--out_dir={tmp_path / 'runs'}", f"--assets={tmp_path}", "--group="]
     for betas, new in [
-        ("0.2,0:7", [("0.2", "3"), ("0", "7")]), ("0.2,0:7", []), ("0:8,0.2", [("0", "8")]),
-    ]:  # fmt: skip
+        ("0.2,0:7", [("0.2", "3"), ("0", "7")]),
+        ("0.2,0:7", []),
+        ("0:8,0.2", [("0", "8")]),
+    ]:
         done.clear()
         frontier.main([*folders, "--iters=3", f"--betas={betas}"])
         assert done == new
@@ -1157,9 +1205,14 @@ def test_learns(seed):
     for m in (policy, reference, critic):
         m.load_state_dict(state, strict=False)
     trainer = PPOTrainer(
-        config, policy, reference, critic, torch.optim.Adam(policy.parameters(), lr=1e-3),
-        torch.optim.Adam(critic.parameters(), lr=5e-3), nullcontext,
-    )  # fmt: skip
+        config,
+        policy,
+        reference,
+        critic,
+        torch.optim.Adam(policy.parameters(), lr=1e-3),
+        torch.optim.Adam(critic.parameters(), lr=5e-3),
+        nullcontext,
+    )
     queries, responses, _, ended = trainer.rollout([[BOS_ID]] * 2000, seed=77)
     scores = torch.tensor(reward(queries, responses, ended))
     start, (roof, _) = float(scores.mean()), ppo.objective_roof(scores[None], beta)
@@ -1170,8 +1223,10 @@ def test_learns(seed):
     variances = torch.tensor([s["ppo/val/explained_variance"] for s in history])
     fives = variances.unfold(0, 5, 1).mean(1)
     explained, at_the_end = float(fives.max()), float(fives[-1])
-    print(f"J {start:.3f} -> {reached:.3f} of {roof:.3f}: {closed:.0%}, EV {explained:.2f}, "
-          f"{at_the_end:.2f} at the end")
+    print(
+        f"J {start:.3f} -> {reached:.3f} of {roof:.3f}: {closed:.0%}, EV {explained:.2f}, "
+        f"{at_the_end:.2f} at the end"
+    )
     assert closed >= 0.6
     assert explained > 0.3 and at_the_end > 0.2  # little is left to explain of the best policy
     assert min(objectives) > start - 0.25 * (roof - start)

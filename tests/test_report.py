@@ -96,8 +96,17 @@ def test_plan_for_this_machine_is_what_training_takes(tmp_path, native):
     (tmp_path / "tok4096").mkdir()
     ids = np.random.default_rng(0).integers(3, 4096, 20_000).astype("<u2")
     ids.tofile(tmp_path / "tok4096/data00.bin")
-    shape = ["--dim=256", "--n_layers=4", "--n_heads=8", "--n_kv_heads=8", "--max_seq_len=256",
-             "--batch_size=6", "--device=cpu", "--dtype=float32", "--plan_gpu=cpu"]  # fmt: skip
+    shape = [
+        "--dim=256",
+        "--n_layers=4",
+        "--n_heads=8",
+        "--n_kv_heads=8",
+        "--max_seq_len=256",
+        "--batch_size=6",
+        "--device=cpu",
+        "--dtype=float32",
+        "--plan_gpu=cpu",
+    ]
     env = {**os.environ, "NATIVE_KERNELS": native, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", PEAK, Path(report.__file__).parent, tmp_path, *shape]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -145,9 +154,11 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
         close=lambda: board.update(closed=True),
     )
     wandb = types.SimpleNamespace(
-        init=lambda project, name, config: logged.append((project, name, config["dim"])) or
-        types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
-    )  # fmt: skip
+        init=lambda project, name, config: (
+            logged.append((project, name, config["dim"]))
+            or types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
+        )
+    )
     tensorboard = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -156,12 +167,29 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     (tmp_path / "tok96").mkdir()
     ids = np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2")
     ids.tofile(tmp_path / "tok96/data00.bin")
-    train.main([
-        f"--data={tmp_path}", f"--out_dir={tmp_path}/out", "--vocab_source=custom", "--vocab_size=96",
-        "--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=2", "--max_seq_len=32", "--batch_size=2",
-        "--max_iters=4", "--eval_interval=2", "--eval_iters=2", "--warmup_iters=1", "--device=cpu",
-        "--tensorboard", "--wandb_log", "--wandb_project=p", "--wandb_run_name=n",
-    ])  # fmt: skip
+    train.main(
+        [
+            f"--data={tmp_path}",
+            f"--out_dir={tmp_path}/out",
+            "--vocab_source=custom",
+            "--vocab_size=96",
+            "--dim=16",
+            "--n_layers=1",
+            "--n_heads=2",
+            "--n_kv_heads=2",
+            "--max_seq_len=32",
+            "--batch_size=2",
+            "--max_iters=4",
+            "--eval_interval=2",
+            "--eval_iters=2",
+            "--warmup_iters=1",
+            "--device=cpu",
+            "--tensorboard",
+            "--wandb_log",
+            "--wandb_project=p",
+            "--wandb_run_name=n",
+        ]
+    )
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if "tok/s" in line]
     assert len(lines) == 4 and "left" not in lines[0]
@@ -212,11 +240,22 @@ def test_a_line_that_is_being_written_is_no_line(tmp_path, capsys):
 LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
 
 
-@pytest.mark.parametrize("roof,says", [(-0.5, "40% of the gap closed"), (-1.0, "as high before PPO"),
-                                       (-1.2, "as high before PPO")])  # fmt: skip
+@pytest.mark.parametrize(
+    "roof,says",
+    [(-0.5, "40% of the gap closed"), (-1.0, "as high before PPO"), (-1.2, "as high before PPO")],
+)
 def test_report_without_a_gap(capsys, roof, says):
-    part = dict(reward=-1.0, kl=0.0, length_mean=9.0, length_std=1.0, ended=1.0, ref_loss=1.0,
-                val_loss=1.0, lengths=[9, 10], story="")  # fmt: skip
+    part = dict(
+        reward=-1.0,
+        kl=0.0,
+        length_mean=9.0,
+        length_std=1.0,
+        ended=1.0,
+        ref_loss=1.0,
+        val_loss=1.0,
+        lengths=[9, 10],
+        story="",
+    )
     before, after = part | {"objective": -1.0}, part | {"objective": -0.8}
     report.print_report(dict(beta=0.1, roof=(roof, 0.01), before=before, after=after))
     out = capsys.readouterr().out
@@ -238,14 +277,18 @@ def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train.main(["--plot", f"--out_dir={tmp_path}"])
     text = capsys.readouterr().out
-    curve = [line.split("|")[1] for line in text.partition("grad_norm")[2].splitlines() if "|" in line]
+    curve = [
+        line.split("|")[1] for line in text.partition("grad_norm")[2].splitlines() if "|" in line
+    ]
     assert curve[0] == " " * 20 + "*" and curve[-1] == "*" * 20 + " " + "*" * 20  # the spike
 
 
 def test_plot_as_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot draws on the terminal without matplotlib")
-    rows = [{"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1, "grad_norm": 2 + i % 2}
-            for i in range(9)]  # fmt: skip
+    rows = [
+        {"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1, "grad_norm": 2 + i % 2}
+        for i in range(9)
+    ]
     (tmp_path / "ppo_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train.main(["--plot", f"--out_dir={tmp_path}"])
     picture = (tmp_path / "ppo_log.png").read_bytes()

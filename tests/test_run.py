@@ -25,8 +25,10 @@ from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN_START = ("Once upon a time, there was a little girl named Lily. She loved to play outside "
-                "in the park. One day, she saw a big, red ball.")
+GOLDEN_START = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside "
+    "in the park. One day, she saw a big, red ball."
+)
 GOLDEN_END = "You are a good friend."
 
 WRAPPERS = r"""
@@ -225,15 +227,31 @@ void samples(float *logits, int n, float t, int k, float p, int seed, int *out, 
 # -----------------------------------------------------------------------------
 # What the tests share: the library, the program, models, tokenizers
 
+
 def compile_c(source, output, *flags, cc=None):
-    done = subprocess.run([cc or os.environ.get("CC", "cc"), *flags, str(source), "-o", str(output),
-                           "-I", str(ROOT), "-lm", "-pthread"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            cc or os.environ.get("CC", "cc"),
+            *flags,
+            str(source),
+            "-o",
+            str(output),
+            "-I",
+            str(ROOT),
+            "-lm",
+            "-pthread",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return output
+
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory):
     return tmp_path_factory.mktemp("run")
+
 
 @pytest.fixture(scope="session")
 def lib(build):
@@ -248,35 +266,60 @@ def lib(build):
         library.isas.append(library.isa_name(len(library.isas)).decode())
     return library
 
+
 @pytest.fixture(scope="session")
 def program(build):
-    return compile_c(ROOT / "run.c", build / "run", "-O3", "-Wall", "-Wextra", "-Wpedantic",
-                     "-Werror")
+    return compile_c(
+        ROOT / "run.c", build / "run", "-O3", "-Wall", "-Wextra", "-Wpedantic", "-Werror"
+    )
+
 
 def call(program, *args, stdin="", env=None, ok=0, raw=False):
-    done = subprocess.run([str(a) for a in (program, *args)], input=stdin.encode(),
-                          capture_output=True, env={**os.environ, **(env or {})}, timeout=100)
+    done = subprocess.run(
+        [str(a) for a in (program, *args)],
+        input=stdin.encode(),
+        capture_output=True,
+        env={**os.environ, **(env or {})},
+        timeout=100,
+    )
     assert ok is None or done.returncode == ok, (done.returncode, done.stderr[-2000:])
     done.text = done.stdout if raw else done.stdout.decode(errors="replace")
     done.err = done.stderr.decode(errors="replace")
     return done
 
+
 def floats(a):
     return np.ascontiguousarray(a, np.float32)
+
 
 def pointer(a):
     return a.ctypes.data_as(ctypes.c_void_p)
 
+
 SHAPES = {  # every way in which a model can be odd
-    "plain": dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=172,
-                  max_seq_len=64),
-    "odd": dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=77, hidden_dim=52,
-                max_seq_len=40, tied=False, rope_theta=5e4, norm_eps=1e-6),
-    "one": dict(dim=20, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=17, hidden_dim=4,
-                max_seq_len=33),
-    "wide": dict(dim=288, n_layers=1, n_heads=6, n_kv_heads=1, vocab_size=300, hidden_dim=768,
-                 max_seq_len=48),
+    "plain": dict(
+        dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=172, max_seq_len=64
+    ),
+    "odd": dict(
+        dim=36,
+        n_layers=2,
+        n_heads=6,
+        n_kv_heads=2,
+        vocab_size=77,
+        hidden_dim=52,
+        max_seq_len=40,
+        tied=False,
+        rope_theta=5e4,
+        norm_eps=1e-6,
+    ),
+    "one": dict(
+        dim=20, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=17, hidden_dim=4, max_seq_len=33
+    ),
+    "wide": dict(
+        dim=288, n_layers=1, n_heads=6, n_kv_heads=1, vocab_size=300, hidden_dim=768, max_seq_len=48
+    ),
 }
+
 
 def make(shape, **changes):
     torch.manual_seed(0)
@@ -286,6 +329,7 @@ def make(shape, **changes):
             p.copy_(1 + 0.2 * torch.randn_like(p) if p.ndim == 1 else 4 * p)
     return model
 
+
 def save(model, path, version, fmt="q8_0", tokenizer=None):
     with open(path, "wb") as f:
         if version == 3:
@@ -293,6 +337,7 @@ def save(model, path, version, fmt="q8_0", tokenizer=None):
         else:
             {0: export.write_v0, 2: export.write_v2}[version](f, model.args, model.state_dict())
     return path
+
 
 def dequantized(model, group, dtype):
     """The model with the weights that the int8 file really holds."""
@@ -305,20 +350,31 @@ def dequantized(model, group, dtype):
             w = export.pad(p.detach().numpy(), 1, group)
             ints, scale = export.quantize(w, group, dtype)
             w = ints.reshape(len(w), -1, group) * scale.astype(np.float32)[..., None]
-            q.copy_(torch.from_numpy(w.reshape(len(w), -1)[:, :p.shape[1]]))
+            q.copy_(torch.from_numpy(w.reshape(len(w), -1)[:, : p.shape[1]]))
     return twin
+
 
 def torch_logits(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).reshape(-1, len(ids), model.args.vocab_size)[0].numpy()
 
+
 def c_logits(lib, path, ids, vocab, isa=-1, threads=1, block=64, cache=-1):
     out = np.zeros((len(ids), vocab), np.float32)
     isa = isa % len(lib.isas)
-    failed = lib.logits_of(str(path).encode(), isa, threads, block, cache,
-                           pointer(np.array(ids, np.int32)), len(ids), pointer(out))
+    failed = lib.logits_of(
+        str(path).encode(),
+        isa,
+        threads,
+        block,
+        cache,
+        pointer(np.array(ids, np.int32)),
+        len(ids),
+        pointer(out),
+    )
     assert not failed
     return out
+
 
 @pytest.fixture(scope="session")
 def stories(build, stories260k_bin, tok512_model):
@@ -327,36 +383,56 @@ def stories(build, stories260k_bin, tok512_model):
     tokenizer = Tokenizer(tok512_model)
     tokenizer.export(build / "tok512.bin")
     paths = {"v0": stories260k_bin}
-    writers = {"v2": lambda f: export.write_v2(f, args, weights),
-               "v3": lambda f: export.write_v3(f, args, weights, "q8_0", tokenizer),
-               "v3_fp32": lambda f: export.write_v3(f, args, weights, "fp32", tokenizer)}
+    writers = {
+        "v2": lambda f: export.write_v2(f, args, weights),
+        "v3": lambda f: export.write_v3(f, args, weights, "q8_0", tokenizer),
+        "v3_fp32": lambda f: export.write_v3(f, args, weights, "fp32", tokenizer),
+    }
     for name, write in writers.items():
         paths[name] = build / f"stories_{name}.bin"
         with open(paths[name], "wb") as f:
             write(f)
     return paths
 
+
 @pytest.fixture(scope="session")
 def own(build):
     """A model and a tokenizer made here, for what needs no real one: (path, Tokenizer)."""
     import sentencepiece
+
     text = build / "text.txt"
     rng = np.random.default_rng(0)
     syllables = ["ba", "lo", "mi", "tu", "ra", "sen", "dor", "ki", "pa", "él", "한", "글"]
-    text.write_text("\n".join(" ".join("".join(rng.choice(syllables, rng.integers(1, 4)))
-                                       for _ in range(12)) for _ in range(300)), encoding="utf-8")
+    text.write_text(
+        "\n".join(
+            " ".join("".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(12))
+            for _ in range(300)
+        ),
+        encoding="utf-8",
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(build / "own"), model_type="bpe", vocab_size=400,
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+        input=str(text),
+        model_prefix=str(build / "own"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
     tokenizer = Tokenizer(build / "own.model")
     torch.manual_seed(3)
-    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=400, hidden_dim=64,
-                                  max_seq_len=64))
+    model = Transformer(
+        ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=400, hidden_dim=64, max_seq_len=64)
+    )
     return save(model, build / "own.bin", 3, tokenizer=tokenizer), tokenizer
+
 
 # -----------------------------------------------------------------------------
 # Kernels
+
 
 def test_half_is_ieee(lib):
     every = np.arange(65536, dtype=np.uint16)
@@ -369,6 +445,7 @@ def test_half_is_ieee(lib):
     assert np.array_equal(got, x.astype(np.float16).view(np.uint16))
     assert lib.half_of(ctypes.c_float(1e9)) == np.float16(65504).view(np.uint16)
 
+
 def test_exp_sum_and_maximum(lib):
     for isa in range(len(lib.isas)):
         for n in (1, 3, 16, 63, 64, 65, 1000):
@@ -378,7 +455,7 @@ def test_exp_sum_and_maximum(lib):
             assert lib.maximum_of(isa, pointer(padded), n) == x.max()
             total = lib.exps_of(isa, pointer(padded), n)
             assert np.abs(x / want - 1).max() < 3e-7
-            assert abs(total / want.sum() - 1) < 1e-5 and not padded[n:-(-n // 16) * 16].any()
+            assert abs(total / want.sum() - 1) < 1e-5 and not padded[n : -(-n // 16) * 16].any()
             least = float(np.median(x))
             above = lib.above_of(isa, pointer(padded), n, ctypes.c_float(least))
             assert abs(above - x[x > np.float32(least)].sum(dtype=np.float64)) < 1e-5 * want.sum()
@@ -387,20 +464,38 @@ def test_exp_sum_and_maximum(lib):
         lib.exps_of(isa, pointer(x), len(x))
         assert x[1] == 0 and x[2] < 1e-37 and abs(x[3] - np.exp(2)) < 1e-5
 
+
 @pytest.mark.parametrize("group", [4, 8, 12, 16, 32, 64, 128])
 def test_q8_product(lib, group):
     """Every instruction set, odd sizes, one row, group edges: the exact product of what was
     quantized, and each row the same whether alone or in a block."""
     rng = np.random.default_rng(group)
-    for rows, cols, B in [(1, 4, 1), (15, group, 2), (16, 2 * group, 9), (17, 172, 8),
-                          (33, 3 * group + 1, 5), (40, 67, 17)]:
+    for rows, cols, B in [
+        (1, 4, 1),
+        (15, group, 2),
+        (16, 2 * group, 9),
+        (17, 172, 8),
+        (33, 3 * group + 1, 5),
+        (40, 67, 17),
+    ]:
         w, x = floats(rng.normal(size=(rows, cols))), floats(rng.normal(size=(B, cols)))
         w[0, : cols // 2] *= 50
         for isa in range(len(lib.isas)):
             out = np.zeros((B, -(-rows // 16) * 16), np.float32)
             seen_w, seen_x = np.zeros_like(w), np.zeros_like(x)
-            lib.product_of(isa, 1, group, pointer(w), rows, cols, pointer(x), B, pointer(out),
-                           pointer(seen_w), pointer(seen_x))
+            lib.product_of(
+                isa,
+                1,
+                group,
+                pointer(w),
+                rows,
+                cols,
+                pointer(x),
+                B,
+                pointer(out),
+                pointer(seen_w),
+                pointer(seen_x),
+            )
             want = seen_x.astype(np.float64) @ seen_w.astype(np.float64).T
             size = np.abs(seen_x) @ np.abs(seen_w).T + 1e-6
             assert (np.abs(out[:, :rows] - want) / size).max() < 1e-6
@@ -409,9 +504,21 @@ def test_q8_product(lib, group):
             assert error < 1 / 16256 and np.abs(seen_w - w).max() < 0.502 * np.abs(w).max() / 127
             for b in (0, B - 1):
                 one = np.zeros((1, out.shape[1]), np.float32)
-                lib.product_of(isa, 1, group, pointer(w), rows, cols, pointer(x[b:b + 1].copy()),
-                               1, pointer(one), pointer(seen_w), pointer(seen_x[:1].copy()))
+                lib.product_of(
+                    isa,
+                    1,
+                    group,
+                    pointer(w),
+                    rows,
+                    cols,
+                    pointer(x[b : b + 1].copy()),
+                    1,
+                    pointer(one),
+                    pointer(seen_w),
+                    pointer(seen_x[:1].copy()),
+                )
                 assert np.array_equal(one[0], out[b])
+
 
 def test_fp32_product(lib):
     rng = np.random.default_rng(0)
@@ -420,20 +527,27 @@ def test_fp32_product(lib):
         want = x.astype(np.float64) @ w.astype(np.float64).T
         for isa in range(len(lib.isas)):
             out = np.zeros((B, -(-rows // 16) * 16), np.float32)
-            lib.product_of(isa, 0, 32, pointer(w), rows, cols, pointer(x), B, pointer(out), None, None)
-            assert np.abs(out[:, :rows] - want).max() < 1e-5 * cols ** 0.5
+            lib.product_of(
+                isa, 0, 32, pointer(w), rows, cols, pointer(x), B, pointer(out), None, None
+            )
+            assert np.abs(out[:, :rows] - want).max() < 1e-5 * cols**0.5
+
 
 def test_normalize(lib):
     rng = np.random.default_rng(2)
     for n in (1, 2, 7, 16, 36, 67, 288):
-        x, weight, out = np.zeros(n + 15, np.float32), floats(rng.normal(size=n)), \
-            np.zeros(n + 1, np.float32)
+        x, weight, out = (
+            np.zeros(n + 15, np.float32),
+            floats(rng.normal(size=n)),
+            np.zeros(n + 1, np.float32),
+        )
         x[:n] = rng.normal(size=n) * 10.0 ** rng.integers(-3, 3)
         wide = x[:n].astype(np.float64)
         want = weight * wide / np.sqrt(np.square(wide).mean() + np.float32(1e-5))
         for isa in range(len(lib.isas)):
             lib.norm_of(isa, pointer(out), pointer(x), pointer(weight), n, ctypes.c_float(1e-5))
             assert np.abs(out[:n] - want).max() < 2e-6 * np.abs(want).max() and out[n] == 0
+
 
 def test_softmax(lib):
     rng = np.random.default_rng(3)
@@ -443,15 +557,19 @@ def test_softmax(lib):
             want = np.exp(x[:n].astype(np.float64) - x[:n].max())
             total = lib.softmax_of(isa, pointer(x), n)
             assert abs(total / want.sum() - 1) < 1e-6 and np.abs(x[:n] - want).max() < 1e-6
-            assert (x[n:-(-n // 16) * 16] < 1e-37).all()  # they have no weight
+            assert (x[n : -(-n // 16) * 16] < 1e-37).all()  # they have no weight
             x[:n], x[n // 2] = 1, np.nan
             assert np.isnan(lib.softmax_of(isa, pointer(x), n))
+
 
 def test_swiglu(lib):
     rng = np.random.default_rng(4)
     for F in (1, 4, 16, 52, 172):
-        gate, value, out = floats(rng.normal(size=F) * 4), floats(rng.normal(size=F)), \
-            np.zeros(F, np.float32)
+        gate, value, out = (
+            floats(rng.normal(size=F) * 4),
+            floats(rng.normal(size=F)),
+            np.zeros(F, np.float32),
+        )
         gate[:4] = np.array([-200, 200, -88.5, 0])[:F]
         wide = gate.astype(np.float64)
         want = wide / (1 + np.exp(-wide)) * value
@@ -459,14 +577,20 @@ def test_swiglu(lib):
             lib.swiglu_of(isa, pointer(gate), pointer(value), F, pointer(out))
             assert np.abs(out - want).max() < 1e-6 * np.abs(want).max() + 1e-30
 
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_attention(lib, half):
     """Scores, softmax and the mix of values, in the tiles of a cache, beside numpy."""
     rng = np.random.default_rng(5)
-    for H, K, E, n in [(1, 1, 2, 1), (8, 4, 8, 17), (6, 2, 6, 15), (2, 1, 20, 16), (3, 3, 48, 33),
-                       (4, 1, 64, 100)]:
-        q, keys, values = (floats(rng.normal(size=size)) for size in
-                           ((H, E), (K, n, E), (K, n, E)))
+    for H, K, E, n in [
+        (1, 1, 2, 1),
+        (8, 4, 8, 17),
+        (6, 2, 6, 15),
+        (2, 1, 20, 16),
+        (3, 3, 48, 33),
+        (4, 1, 64, 100),
+    ]:
+        q, keys, values = (floats(rng.normal(size=size)) for size in ((H, E), (K, n, E), (K, n, E)))
         if half:  # numbers that the cache holds exactly
             keys, values = (floats(a.astype(np.float16)) for a in (keys, values))
         scores = np.einsum("hge,hte->hgt", q.reshape(K, H // K, E).astype(np.float64), keys)
@@ -474,12 +598,15 @@ def test_attention(lib, half):
         want = np.einsum("hgt,hte->hge", p / p.sum(-1, keepdims=True), values).reshape(H, E)
         for isa in range(len(lib.isas)):
             out = np.zeros((H, E), np.float32)
-            lib.attention_of(isa, half, pointer(q), pointer(keys), pointer(values), H, K, E, n,
-                             pointer(out))
+            lib.attention_of(
+                isa, half, pointer(q), pointer(keys), pointer(values), H, K, E, n, pointer(out)
+            )
             assert np.abs(out - want).max() < 4e-6
+
 
 # -----------------------------------------------------------------------------
 # The forward pass
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_pytorchs(lib, build, shape):
@@ -505,6 +632,7 @@ def test_logits_are_pytorchs(lib, build, shape):
             got = c_logits(lib, path, ids, V, isa)
             assert np.abs(got - want).max() < tolerance * max(1, np.abs(want).max())
 
+
 @pytest.mark.parametrize("group", [32, 64])
 def test_groups_that_straddle_rows(lib, build, group):
     """Where the hidden size, 172, is no multiple of the group, as llama2.c may write version 2."""
@@ -516,8 +644,9 @@ def test_groups_that_straddle_rows(lib, build, group):
     for name, w in model.named_parameters():
         if w.ndim == 2:
             q, scale = export.quantize(w.detach().numpy().reshape(1, -1), group, "<f4")
-            state[name] = torch.from_numpy((q.reshape(-1, group) * scale.reshape(-1, 1))
-                                           .reshape(w.shape))
+            state[name] = torch.from_numpy(
+                (q.reshape(-1, group) * scale.reshape(-1, 1)).reshape(w.shape)
+            )
     twin.load_state_dict(state)
     for w in export.matrices(model.args, model.state_dict()):
         q, scale = export.quantize(export.floats(w).reshape(1, -1), group, "<f4")
@@ -541,8 +670,14 @@ def test_threads_and_blocks_change_nothing(lib, build):
             assert np.array_equal(c_logits(lib, path, ids, V, -1, threads, block), want)
         assert np.array_equal(c_logits(lib, path, ids[:20], V), want[:20])
 
-LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_seq_len": 64}
+
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 64,
+}
+
 
 @pytest.mark.parametrize("scaling", [{"factor": 4.0}, LLAMA3_ROPE])
 def test_rope_scaling(lib, build, scaling):
@@ -556,6 +691,7 @@ def test_rope_scaling(lib, build, scaling):
     path.write_bytes(patched(path.read_bytes(), 112, "<3fi", 0, 0, 0, 0))
     assert np.abs(c_logits(lib, path, ids, 512) - want).max() > 0.1
 
+
 def test_file_of_more_than_4_gib(lib, build):
     """A classifier of its own, of 2^22 rows, puts the embedding's end and all layers beyond."""
     model = make("one", dim=260, tied=False)
@@ -568,7 +704,7 @@ def test_file_of_more_than_4_gib(lib, build):
         with open(huge, "wb") as f:  # what is not written is a hole, and reads as zero
             f.write(head)
             f.seek(256 + row * (V - 32))
-            f.write(data[256:len(data) - 32 * row])  # the last 32 rows are those of the small one
+            f.write(data[256 : len(data) - 32 * row])  # the last 32 rows are those of the small one
             f.truncate(len(data) + 2 * row * (V - 32))
         if os.stat(huge).st_blocks * 512 > 1 << 30:
             pytest.skip("this file system writes holes")
@@ -580,18 +716,23 @@ def test_file_of_more_than_4_gib(lib, build):
     finally:
         huge.unlink(missing_ok=True)
 
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_long_context_takes_no_memory_until_it_is_used(program, own, build):
     """The caches of 2^20 positions would take 268 MB and their angles 33; one turn takes little."""
     path = build / "long.bin"
     path.write_bytes(patched(own[0].read_bytes(), 32, "<i", 1 << 20))
-    with subprocess.Popen([program, path, "-m", "chat", "-i", "balo", "-n", "5"],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [program, path, "-m", "chat", "-i", "balo", "-n", "5"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
         while not child.stdout.readline().startswith(b"Assistant:"):
             pass  # after it the program waits for the next turn
         status = Path(f"/proc/{child.pid}/status").read_text()
     assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 20_000
     assert int(re.search(r"VmPeak:\s+(\d+) kB", status)[1]) > 290_000
+
 
 def test_more_end_ids(program, own, lib, build):
     args = ["-t", 0, "-n", 30, "-i", "balo mi"]
@@ -609,6 +750,7 @@ def test_more_end_ids(program, own, lib, build):
         told = int(re.search(r"story: (\d+) tokens", done.err)[1])
         assert told == last + 1 and whole.text.startswith(done.text[:-1])
 
+
 def test_golden_story(program, stories, build):
     """The known greedy story, letter for letter: fp32, int8, all versions, all instruction sets."""
     texts = set()
@@ -620,20 +762,27 @@ def test_golden_story(program, stories, build):
     (text,) = texts
     assert text.startswith(GOLDEN_START) and text.endswith(GOLDEN_END + '"\n')
 
+
 def test_what_an_fp16_cache_costs(lib, stories, tok512_model, real_stories):
     """Of int8's error: the same int8 weights with an fp16 and with an fp32 cache. What it adds is a
     tenth of what the weights cost (0.0033 beside 0.053 when this was written)."""
     told = json.loads((real_stories / "data00.json").read_text())[0]["story"]
     ids = Tokenizer(tok512_model).encode(told, True, False)[:400]
-    exact, int8, both = (c_logits(lib, stories[name], ids, 512, cache=cache)
-                         for name, cache in (("v3_fp32", 0), ("v3", 0), ("v3", 1)))
+    exact, int8, both = (
+        c_logits(lib, stories[name], ids, 512, cache=cache)
+        for name, cache in (("v3_fp32", 0), ("v3", 0), ("v3", 1))
+    )
+
     def rms(x):
         return float(np.sqrt(np.square(x).mean()))
+
     assert 0 < rms(both - int8) < 0.1 * rms(int8 - exact)
     assert np.array_equal(both, c_logits(lib, stories["v3"], ids, 512))
 
+
 def test_perplexity(program, stories, build, stories260k_bin, real_stories, tok512_model):
     from checkpoint import model_from_checkpoint
+
     told = json.loads((real_stories / "data00.json").read_text())[:40]
     text = build / "stories.txt"
     text.write_text("<|endoftext|>\n".join(s["story"].strip() + "\n" for s in told))
@@ -643,29 +792,60 @@ def test_perplexity(program, stories, build, stories260k_bin, real_stories, tok5
     model = model_from_checkpoint({"model": weights, "model_args": checkpoint_args(args)}).eval()
     loss = 0
     for i in range(0, len(ids) - 1, 512):
-        window = ids[i:i + 513]
+        window = ids[i : i + 513]
         logits = torch.from_numpy(torch_logits(model, window[:-1]))
         loss += torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum")
     loss = float(loss) / (len(ids) - 1)
-    found = {name: call(program, stories[name], "-m", "perplexity", "-i", text).text.split()
-             for name in ("v3", "v3_fp32")}
+    found = {
+        name: call(program, stories[name], "-m", "perplexity", "-i", text).text.split()
+        for name in ("v3", "v3_fp32")
+    }
     assert int(found["v3"][4]) == len(ids) - 1
     fp32, int8 = (float(found[name][1].rstrip(",")) for name in ("v3_fp32", "v3"))
     assert abs(fp32 - loss) < 1e-3
     assert abs(int8 - fp32) < 0.005
 
+
 # -----------------------------------------------------------------------------
 # The tokenizer
 
-ODD = ["", " ", "  ", "a", " a", "a ", "  a  b  ", "\n", "\n\n\t", "é", "한국어 문장", "👍🏽 emoji 👨‍👩‍👧",
-       "▁", "▁▁x▁",
-       "x▁", "<s>", "</s> <unk> <0x41>", "\x00", "a\x00b", "日本語テキスト", "ﬁ ligature", "A" * 300,
-       "1234567890", "'quoted' \"text\"", "\u00a0nbsp", "mixed 한 é 👍 <0xE2>", "e\u0301", "\r\n"]
+ODD = [
+    "",
+    " ",
+    "  ",
+    "a",
+    " a",
+    "a ",
+    "  a  b  ",
+    "\n",
+    "\n\n\t",
+    "é",
+    "한국어 문장",
+    "👍🏽 emoji 👨‍👩‍👧",
+    "▁",
+    "▁▁x▁",
+    "x▁",
+    "<s>",
+    "</s> <unk> <0x41>",
+    "\x00",
+    "a\x00b",
+    "日本語テキスト",
+    "ﬁ ligature",
+    "A" * 300,
+    "1234567890",
+    "'quoted' \"text\"",
+    "\u00a0nbsp",
+    "mixed 한 é 👍 <0xE2>",
+    "e\u0301",
+    "\r\n",
+]
+
 
 def piece_bytes(lib, token):
     buffer = ctypes.create_string_buffer(4096)
     n = lib.bytes_of(token, buffer)
     return buffer.raw[:n]
+
 
 def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
     """C's ids are SentencePiece's; and their bytes are the text again."""
@@ -687,10 +867,12 @@ def check_tokenizer(lib, tokenizer, strings, flags=(-1,)):
         back = b"".join(piece_bytes(lib, int(i)) for i in out[1:n])
         assert back == (b" " + data.replace(b"\xe2\x96\x81", b" ") if data else b"")
 
+
 def random_strings(n, seed=0):
     rng = np.random.default_rng(seed)
     alphabet = list("abcdefghij klmnop qrstuvwxyz ABC ,.!?'\"\n  012") + list("éüñ한글日本👍▁ß…")
     return ["".join(rng.choice(alphabet, rng.integers(1, 60))) for _ in range(n)]
+
 
 def test_encode_is_sentencepieces(lib, tok512_model, real_stories):
     told = json.loads((real_stories / "data00.json").read_text())
@@ -701,35 +883,80 @@ def test_encode_is_sentencepieces(lib, tok512_model, real_stories):
     if llama.exists():
         check_tokenizer(lib, Tokenizer(llama), strings)
 
+
 def test_encode_with_own_vocabulary(lib, own):
     check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
+
 
 # Byte-level BPE, beside the library `tokenizers`
 
 SCRIPTS = {  # (first, last) code points
-    "latin": (0xC0, 0x24F), "greek": (0x370, 0x3FF), "cyrillic": (0x400, 0x4FF),
-    "armenian": (0x530, 0x58F), "hebrew": (0x591, 0x5F4), "arabic": (0x600, 0x6FF),
-    "devanagari": (0x900, 0x97F), "tamil": (0xB80, 0xBFF), "thai": (0xE01, 0xE5B),
-    "georgian": (0x10A0, 0x10FF), "ethiopic": (0x1200, 0x137F), "khmer": (0x1780, 0x17F9),
-    "kana": (0x3041, 0x30FF), "han": (0x4E00, 0x9FFF), "hangul": (0xAC00, 0xD7A3),
-    "gothic": (0x10330, 0x1034A), "emoji": (0x1F300, 0x1F6FF), "spaces": (0x1FFE, 0x2031),
-    "letters in numbers": (0x2150, 0x218B), "fullwidth": (0xFF01, 0xFF5E)}
+    "latin": (0xC0, 0x24F),
+    "greek": (0x370, 0x3FF),
+    "cyrillic": (0x400, 0x4FF),
+    "armenian": (0x530, 0x58F),
+    "hebrew": (0x591, 0x5F4),
+    "arabic": (0x600, 0x6FF),
+    "devanagari": (0x900, 0x97F),
+    "tamil": (0xB80, 0xBFF),
+    "thai": (0xE01, 0xE5B),
+    "georgian": (0x10A0, 0x10FF),
+    "ethiopic": (0x1200, 0x137F),
+    "khmer": (0x1780, 0x17F9),
+    "kana": (0x3041, 0x30FF),
+    "han": (0x4E00, 0x9FFF),
+    "hangul": (0xAC00, 0xD7A3),
+    "gothic": (0x10330, 0x1034A),
+    "emoji": (0x1F300, 0x1F6FF),
+    "spaces": (0x1FFE, 0x2031),
+    "letters in numbers": (0x2150, 0x218B),
+    "fullwidth": (0xFF01, 0xFF5E),
+}
 SPECIAL = ["<|begin|>", "<|end|>", "<|start_header|>", "<|end_header|>", "<|eot|>", "<|e"]
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def scripts_text(n, seed=0):
     """n strings of words, numbers, punctuation and white space, each mostly in one script."""
     rng = np.random.default_rng(seed)
     marks = list(" .,!?'\"\n\r\t-–…()0123456789") + [
-        "  ", "\r\n", "\n\n ", "\u00a0", "\u3000", "'s", "'LL", "'ſ", "'rE", "'d", " 't", "\x00",
-        "\x85", "½", "²", "٣", "ⅷ", "_", "e\u0301", "\u200d"]
+        "  ",
+        "\r\n",
+        "\n\n ",
+        "\u00a0",
+        "\u3000",
+        "'s",
+        "'LL",
+        "'ſ",
+        "'rE",
+        "'d",
+        " 't",
+        "\x00",
+        "\x85",
+        "½",
+        "²",
+        "٣",
+        "ⅷ",
+        "_",
+        "e\u0301",
+        "\u200d",
+    ]
+
     def word(first, last):
         letters = "".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 8))))
         return letters if rng.random() < 0.8 else rng.choice(["don't", "I'll", "A1b22", "x" * 40])
-    return ["".join(word(*span) + "".join(rng.choice(marks, rng.integers(0, 5)))
-                    for _ in range(rng.integers(1, 12)))
-            for _, span in zip(range(n), list(SCRIPTS.values()) * n)]
+
+    return [
+        "".join(
+            word(*span) + "".join(rng.choice(marks, rng.integers(0, 5)))
+            for _ in range(rng.integers(1, 12))
+        )
+        for _, span in zip(range(n), list(SCRIPTS.values()) * n)
+    ]
+
 
 def class_ranges(tokenizers):
     """The Unicode ranges of letters, numbers and white space, as the library's own regex has it."""
@@ -741,17 +968,21 @@ def class_ranges(tokenizers):
     assert all(hi - lo < 0x20000 for lo, hi, _ in spans) and len(spans) > 700
     return sorted(spans)
 
+
 def byte_level_blob(tk, ranges, pattern, flags):
     """A tokenizer of kind 1, as run.c describes it."""
     from tokenizers import pre_tokenizers
+
     data = json.loads(tk.to_str())
     known = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(b): b for b in known}
     byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in known)}
     assert set(byte_of) == set(pre_tokenizers.ByteLevel.alphabet())
     vocab, special = data["model"]["vocab"], {t["content"] for t in data["added_tokens"]}
-    pieces = sorted({**vocab, **{t["content"]: t["id"] for t in data["added_tokens"]}}.items(),
-                    key=lambda item: item[1])
+    pieces = sorted(
+        {**vocab, **{t["content"]: t["id"] for t in data["added_tokens"]}}.items(),
+        key=lambda item: item[1],
+    )
     assert [i for _, i in pieces] == list(range(len(pieces)))
     blob = struct.pack("<I", len(ranges)) + b"".join(struct.pack("<3I", *r) for r in ranges)
     merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
@@ -762,47 +993,74 @@ def byte_level_blob(tk, ranges, pattern, flags):
         blob += struct.pack("<I", len(raw) << 1 | (text in special)) + raw
     return blob, len(pieces)
 
+
 @pytest.fixture(scope="session")
 def byte_level(build):
     """{name: (library's tokenizer, blob, size)} of every kind, trained on text made here."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
     from tokenizers import models, pre_tokenizers, trainers
+
     ranges, made = class_ranges(tokenizers), {}
-    level, bare = pre_tokenizers.ByteLevel(add_prefix_space=False), \
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    level, bare = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    )
     llama = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), bare]
     digits = pre_tokenizers.Digits(individual_digits=True)
     prefix = pre_tokenizers.ByteLevel(add_prefix_space=True)
     for name, parts, pattern, flags in [
-            ("GPT-2", [level], 0, 0), ("Llama 3", llama, 1, 1), ("SmolLM2", [digits, level], 0, 2),
-            ("prefix", [prefix], 0, 4), ("digits, prefix", [digits, prefix], 0, 6),
-            ("not cut", [bare], 2, 0)]:
+        ("GPT-2", [level], 0, 0),
+        ("Llama 3", llama, 1, 1),
+        ("SmolLM2", [digits, level], 0, 2),
+        ("prefix", [prefix], 0, 4),
+        ("digits, prefix", [digits, prefix], 0, 6),
+        ("not cut", [bare], 2, 0),
+    ]:
         tk = tokenizers.Tokenizer(models.BPE(ignore_merges=bool(flags & 1)))
         tk.pre_tokenizer = pre_tokenizers.Sequence(parts)
         texts = [t for t in scripts_text(600, 1)] + [GOLDEN_START * 3] * 20
-        tk.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=1500, initial_alphabet=level.alphabet(), special_tokens=SPECIAL,
-            show_progress=False))
+        tk.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=1500,
+                initial_alphabet=level.alphabet(),
+                special_tokens=SPECIAL,
+                show_progress=False,
+            ),
+        )
         if name == "Llama 3":  # every split of every piece, as its tokenizer.json has it
             data = json.loads(tk.to_str())
             vocab = data["model"]["vocab"]
             data["model"]["merges"] = [
-                [piece[:i], piece[i:]] for piece, rank in sorted(vocab.items(), key=lambda x: x[1])
+                [piece[:i], piece[i:]]
+                for piece, rank in sorted(vocab.items(), key=lambda x: x[1])
                 if piece not in SPECIAL and rank % 9  # some are reached as whole words only
                 for i in sorted(range(1, len(piece)), key=lambda i: vocab.get(piece[:i], 0))
-                if piece[:i] in vocab and piece[i:] in vocab]
+                if piece[:i] in vocab and piece[i:] in vocab
+            ]
             tk = tokenizers.Tokenizer.from_str(json.dumps(data))
         made[name] = (tk, *byte_level_blob(tk, ranges, pattern, flags))
     return made
 
+
 def byte_level_ids(lib, data):
     out = np.zeros(2 * len(data) + 2, np.int32)
-    return out[:lib.encode_into(data, len(data), 0, pointer(out))].tolist()
+    return out[: lib.encode_into(data, len(data), 0, pointer(out))].tolist()
+
 
 def test_byte_level_ids_are_the_librarys(lib, byte_level):
     """1,000 strings in 20 scripts and the odd ones; and their bytes are the text again."""
-    strings = ODD + scripts_text(1000, 2) + [GOLDEN_START, "x'ſab 'LLab 'Llab 'vEab 'llab 'tab",
-                                             "a\r\n \n  b \t\tc!\r\n\n", "12345 1234567", " \n"]
+    strings = (
+        ODD
+        + scripts_text(1000, 2)
+        + [
+            GOLDEN_START,
+            "x'ſab 'LLab 'Llab 'vEab 'llab 'tab",
+            "a\r\n \n  b \t\tc!\r\n\n",
+            "12345 1234567",
+            " \n",
+        ]
+    )
     for name, (tk, blob, n) in byte_level.items():
         assert lib.open_tok(blob, len(blob), 1, n, 0) == 0
         for text in strings:
@@ -813,12 +1071,19 @@ def test_byte_level_ids_are_the_librarys(lib, byte_level):
             assert got == want, (name, text)
             if name in ("GPT-2", "Llama 3", "SmolLM2", "not cut"):
                 assert b"".join(piece_bytes(lib, i) for i in got) == data
-        for data in (b"\xff\xfe", b"a\x80\xc3", b"\xed\xa0\x80 x", b"\xf4\xbf\xbf\xbf",
-                     bytes(range(256))):
+        for data in (
+            b"\xff\xfe",
+            b"a\x80\xc3",
+            b"\xed\xa0\x80 x",
+            b"\xf4\xbf\xbf\xbf",
+            bytes(range(256)),
+        ):
             got = byte_level_ids(lib, data)  # not UTF-8
             assert "prefix" in name or b"".join(piece_bytes(lib, i) for i in got) == data
 
+
 # Chat templates
+
 
 def render_like_the_manual(encode, special, template, exchanges, system, bos, eos):
     """The ids of a dialogue, from the description: cut at tokens, then insert, then encode."""
@@ -826,8 +1091,11 @@ def render_like_the_manual(encode, special, template, exchanges, system, bos, eo
     cut = "|".join(map(re.escape, sorted([*named, "{reply}"], key=len, reverse=True)))
     ids, ends = [], []
     for i, (user, reply) in enumerate(exchanges):
-        text = template.get("next", template["turn"]) if i else \
-            template["system" if system else "turn"]
+        text = (
+            template.get("next", template["turn"])
+            if i
+            else template["system" if system else "turn"]
+        )
         for part in re.split(f"({cut})", text):
             if part == "{reply}":
                 ends.append(len(ids))
@@ -836,26 +1104,50 @@ def render_like_the_manual(encode, special, template, exchanges, system, bos, eo
                 ids.append(named[part])
             elif part:
                 parts = re.split(r"(\{user\}|\{system\})", part)
-                ids += encode("".join({"{user}": user, "{system}": system}.get(p, p)
-                                      for p in parts))
-    return ids[:ends[-1]], ids[ends[-1] + len(exchanges[-1][1]):]
+                ids += encode(
+                    "".join({"{user}": user, "{system}": system}.get(p, p) for p in parts)
+                )
+    return ids[: ends[-1]], ids[ends[-1] + len(exchanges[-1][1]) :]
 
-LLAMA2_CHAT = {"turn": "{bos}[INST] {user} [/INST]{reply}{eos}",
-               "system": "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}"}
-HEADERS = "<|start_header|>user<|end_header|>\n\n{user}<|eot|><|start_header|>assistant" \
+
+LLAMA2_CHAT = {
+    "turn": "{bos}[INST] {user} [/INST]{reply}{eos}",
+    "system": "{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]{reply}{eos}",
+}
+HEADERS = (
+    "<|start_header|>user<|end_header|>\n\n{user}<|eot|><|start_header|>assistant"
     "<|end_header|>\n\n{reply}<|eot|>"
-LLAMA3_CHAT = {"turn": "{bos}" + HEADERS, "next": HEADERS, "system":
-               "{bos}<|start_header|>system<|end_header|>\n\n{system}<|eot|>" + HEADERS}
+)
+LLAMA3_CHAT = {
+    "turn": "{bos}" + HEADERS,
+    "next": HEADERS,
+    "system": "{bos}<|start_header|>system<|end_header|>\n\n{system}<|eot|>" + HEADERS,
+}
+
 
 def with_tail(data, kind, blob, template):
     """A version-3 file with another tokenizer and template."""
-    offset, = struct.unpack_from("<Q", data, 64)
-    texts = [template[k].encode() for k in ("turn", "system", "next") if k in template] \
-        if template else []
+    (offset,) = struct.unpack_from("<Q", data, 64)
+    texts = (
+        [template[k].encode() for k in ("turn", "system", "next") if k in template]
+        if template
+        else []
+    )
     chat = b"".join(struct.pack("<I", len(t)) + t for t in texts)
-    data = patched(data[:offset] + blob + chat, 64, "<3Q2I2Q", offset, len(blob),
-                   offset + len(blob) + len(chat), 0, kind, offset + len(blob), len(chat))
+    data = patched(
+        data[:offset] + blob + chat,
+        64,
+        "<3Q2I2Q",
+        offset,
+        len(blob),
+        offset + len(blob) + len(chat),
+        0,
+        kind,
+        offset + len(blob),
+        len(chat),
+    )
     return data if chat else patched(data, 96, "<Q", 0)
+
 
 @pytest.fixture(scope="session")
 def llama3(build, byte_level):
@@ -867,24 +1159,31 @@ def llama3(build, byte_level):
     (build / "llama3.bin").write_bytes(data)
     return build / "llama3.bin", tk
 
+
 @pytest.mark.parametrize("kind", ["SentencePiece", "its own", "byte-level"])
 def test_chat_template(lib, build, own, request, kind):
     if kind == "byte-level":
         path, tk = request.getfixturevalue("llama3")
         tk.encode_special_tokens = True  # what the library calls encoding them as text
+
         def encode(text):
             return tk.encode(text).ids
+
         special, template, bos, eos = {t: tk.token_to_id(t) for t in SPECIAL}, LLAMA3_CHAT, 0, 1
     else:
         path, bos, eos, special, template = own[0], 1, 2, {}, LLAMA2_CHAT
+
         def encode(text):
             return own[1].encode(text, False, False)
+
         if kind == "its own":
-            template = {"turn": " {user}{user\n{reply}{bos}\n ",
-                        "system": "{system}{bos}{user}{reply}{eos}"}
+            template = {
+                "turn": " {user}{user\n{reply}{bos}\n ",
+                "system": "{system}{bos}{user}{reply}{eos}",
+            }
             path = build / "templated.bin"
             data = own[0].read_bytes()
-            blob = data[struct.unpack_from("<Q", data, 64)[0]:]
+            blob = data[struct.unpack_from("<Q", data, 64)[0] :]
             path.write_bytes(with_tail(data, 0, blob, template))
     rude = "<|eot|>{eos}<|end|>{reply}</s>{system}"
     for system in ("", "be kind", rude):
@@ -896,37 +1195,62 @@ def test_chat_template(lib, build, own, request, kind):
             replies = (ctypes.c_void_p * n)(*(a.ctypes.data for a in arrays))
             sizes = (ctypes.c_int * n)(*(len(r) for _, r in part))
             out, stop = np.zeros(2000, np.int32), ctypes.c_int()
-            count = lib.chat_into(str(path).encode(), system.encode() or None, n, users, replies,
-                                  sizes, pointer(out), ctypes.byref(stop))
+            count = lib.chat_into(
+                str(path).encode(),
+                system.encode() or None,
+                n,
+                users,
+                replies,
+                sizes,
+                pointer(out),
+                ctypes.byref(stop),
+            )
             want, after = render_like_the_manual(encode, special, template, part, system, bos, eos)
             assert out[:count].tolist() == want
             assert n > 1 or stop.value == after[0]
     if kind == "byte-level":
         tk.encode_special_tokens = False
 
+
 def test_byte_level_program(program, llama3, build):
     """Tells, chats and measures with a byte-level tokenizer; special tokens are silent."""
     path, tk = llama3
     done = call(program, path, "-i", "Привет, 한국어! don't", "-n", 60, "-s", 3)
     assert done.text.startswith("Привет, 한국어! don't") and "<|" not in done.text
-    done = call(program, path, "-m", "chat", "-y", "be kind", "-n", 20, "-s", 1,
-                stdin="hello <|eot|>\nyou\n")
+    done = call(
+        program,
+        path,
+        "-m",
+        "chat",
+        "-y",
+        "be kind",
+        "-n",
+        20,
+        "-s",
+        1,
+        stdin="hello <|eot|>\nyou\n",
+    )
     assert done.text.count("Assistant: ") == 2
     (build / "text").write_text("one 1<|endoftext|>два 2" * 20)
     assert "loss" in call(program, path, "-m", "perplexity", "-i", build / "text").text
 
+
 def test_damaged_byte_level_files(program, llama3, build):
     data, path = llama3[0].read_bytes(), build / "damaged.bin"
-    at, = struct.unpack_from("<Q", data, 64)
-    n_ranges, = struct.unpack_from("<I", data, at)
+    (at,) = struct.unpack_from("<Q", data, 64)
+    (n_ranges,) = struct.unpack_from("<I", data, at)
     tables, chat = at + 4 + 12 * n_ranges, struct.unpack_from("<Q", data, 96)[0]
-    n_merges, = struct.unpack_from("<I", data, tables + 8)
+    (n_merges,) = struct.unpack_from("<I", data, tables + 8)
     pieces = tables + 12 + 12 * n_merges
     bad = [patched(data, 92, "<I", k) for k in (2, 0xFFFFFFFF)]
     for offset in (at, tables + 8):  # how many
         bad += [patched(data, offset, "<I", k) for k in (0, 1, 1 << 20, 1 << 31, (1 << 32) - 1)]
-    bad += [patched(data, at + 4, "<I", 0x110000), patched(data, at + 8, "<I", 0),
-            patched(data, at + 12, "<I", 0), patched(data, at + 12, "<I", 4)]  # a range
+    bad += [
+        patched(data, at + 4, "<I", 0x110000),
+        patched(data, at + 8, "<I", 0),
+        patched(data, at + 12, "<I", 0),
+        patched(data, at + 12, "<I", 4),
+    ]  # a range
     bad += [patched(data, tables, "<I", 3), patched(data, tables + 4, "<I", 8)]  # pattern, flags
     for i in range(3):  # a merge: past the end, of others
         bad += [patched(data, tables + 12 + 4 * i, "<I", k) for k in (7, 1500, (1 << 32) - 1)]
@@ -935,19 +1259,25 @@ def test_damaged_byte_level_files(program, llama3, build):
     bad += [patched(data, 104, "<Q", k) for k in (0, 5, 1 << 63, (1 << 64) - 1)]
     bad += [patched(data, chat, "<I", k) for k in (0, 5, 1 << 31, (1 << 32) - 1)]
     bad += [patched(data, 112, "<f", f) for f in (-1.0, float("nan"), float("inf"))]
-    bad += [patched(data, 116, "<f", 4.0), patched(data, 116, "<2f", 4, 1),
-            patched(data, 116, "<2f", 1, 4), patched(data, 124, "<i", -1)]  # no original context
+    bad += [
+        patched(data, 116, "<f", 4.0),
+        patched(data, 116, "<2f", 4, 1),
+        patched(data, 116, "<2f", 1, 4),
+        patched(data, 124, "<i", -1),
+    ]  # no original context
     bad += [patched(data, 128 + 4 * i, "<i", k) for i in range(4) for k in (-1, 1500, 1 << 30)]
     for k, mutant in enumerate(bad):
         path.write_bytes(mutant)
         done = call(program, path, "-n", 2, "-j", 1, ok=None)
         assert done.returncode == 1 and done.err.startswith("error: "), (k, done.err)
         assert done.err.count("\n") == 1, k
-    for template, says in (({"turn": "{user}", "system": ""}, "{reply}"),
-                           ({"turn": "{reply}", "system": ""}, "{user}"),
-                           ({"turn": "{system}{user}{reply}{eos}", "system": ""}, "{system}"),
-                           ({"turn": "{user}{user}{reply}{eos}", "system": ""}, "{user}"),
-                           ({"turn": "{user}{reply} .", "system": ""}, "no token after")):
+    for template, says in (
+        ({"turn": "{user}", "system": ""}, "{reply}"),
+        ({"turn": "{reply}", "system": ""}, "{user}"),
+        ({"turn": "{system}{user}{reply}{eos}", "system": ""}, "{system}"),
+        ({"turn": "{user}{user}{reply}{eos}", "system": ""}, "{user}"),
+        ({"turn": "{user}{reply} .", "system": ""}, "no token after"),
+    ):
         blob = data[at:chat]
         path.write_bytes(with_tail(data, 1, blob, template))
         assert says in call(program, path, "-m", "chat", ok=1).err
@@ -957,8 +1287,10 @@ def test_damaged_byte_level_files(program, llama3, build):
     done = call(program, path, "-m", "chat", "-n", 1000, "-s", 1, "-i", "", stdin="x\n")
     assert "(the message has 0 tokens" in done.err and done.text.count("Assistant:") == 1
 
+
 # -----------------------------------------------------------------------------
 # The sampler
+
 
 def nucleus(logits, t, k, p):
     """The exact distribution: softmax of logits / t, cut to the k most probable, and to the smallest
@@ -973,15 +1305,32 @@ def nucleus(logits, t, k, p):
         q[order[more > p]] = 0
     return q / q.sum()
 
-@pytest.mark.parametrize("t,k,p", [
-    (1, 0, 1), (1, 0, 0), (0.7, 0, 0.9), (1.5, 0, 0.5), (1, 0, 0.01), (0.3, 0, 0.99),
-    (1, 1, 1), (1.2, 7, 1), (1.2, 150, 0), (2, 20, 0.6), (1, 299, 0.9), (1, 300, 1)])
+
+@pytest.mark.parametrize(
+    "t,k,p",
+    [
+        (1, 0, 1),
+        (1, 0, 0),
+        (0.7, 0, 0.9),
+        (1.5, 0, 0.5),
+        (1, 0, 0.01),
+        (0.3, 0, 0.99),
+        (1, 1, 1),
+        (1.2, 7, 1),
+        (1.2, 150, 0),
+        (2, 20, 0.6),
+        (1, 299, 0.9),
+        (1, 300, 1),
+    ],
+)
 def test_sampling_is_exact(lib, t, k, p):
     """Chi-square against the exact distribution, at a fixed seed."""
     logits = floats(np.random.default_rng(8).normal(size=300) * 2)
     want, count = nucleus(logits.astype(np.float64), t, k, p), 20000
     out = np.zeros(count, np.int32)
-    lib.samples(pointer(logits), 300, ctypes.c_float(t), k, ctypes.c_float(p), 7, pointer(out), count)
+    lib.samples(
+        pointer(logits), 300, ctypes.c_float(t), k, ctypes.c_float(p), 7, pointer(out), count
+    )
     seen = np.bincount(out, minlength=300)
     assert seen[want == 0].sum() == 0
     often = want * count >= 5
@@ -989,12 +1338,22 @@ def test_sampling_is_exact(lib, t, k, p):
     freedom = max(1, often.sum() - 1)
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
 
+
 def test_sampling_edges(lib):
     def draw(logits, t, p, count=200, k=0):
         out, logits = np.zeros(count, np.int32), floats(logits)
-        lib.samples(pointer(logits), len(logits), ctypes.c_float(t), k, ctypes.c_float(p), 1,
-                    pointer(out), count)
+        lib.samples(
+            pointer(logits),
+            len(logits),
+            ctypes.c_float(t),
+            k,
+            ctypes.c_float(p),
+            1,
+            pointer(out),
+            count,
+        )
         return set(out.tolist())
+
     nan, inf = float("nan"), float("inf")
     assert draw([1, 3, 3, 2], 0, 0.9) == {1}  # the first of equals
     assert draw([1, 9, 3], 1, 1e-9) == {1}  # p < 1 / n leaves one
@@ -1006,8 +1365,10 @@ def test_sampling_edges(lib):
     assert draw([2, 1, 2, 2, 0], 1, 1, k=2) == {0, 2, 3}  # equals stay together
     assert draw([-inf, 1, nan, -80, -90], 3, 1, 9999, k=3) == {1}  # fewer are at all possible
 
+
 # -----------------------------------------------------------------------------
 # The program
+
 
 def test_batch_tells_the_stories_that_its_seeds_tell(program, own):
     common = [own[0], "-n", 30, "-i", "balo mi", "-t", 0.9]
@@ -1016,13 +1377,16 @@ def test_batch_tells_the_stories_that_its_seeds_tell(program, own):
     assert call(program, *common, "-s", 5, "-b", 5).text == "\n".join(alone)
     assert call(program, *common, "-s", 5, "-b", 5, "-j", 2).text == "\n".join(alone)
 
+
 def test_chat(program, own):
-    done = call(program, own[0], "-m", "chat", "-y", "be kind", "-n", 6, "-s", 1,
-                stdin="balo\nmi\n\nra tu")
+    done = call(
+        program, own[0], "-m", "chat", "-y", "be kind", "-n", 6, "-s", 1, stdin="balo\nmi\n\nra tu"
+    )
     assert done.text.count("User: ") == 5 and done.text.count("Assistant:") == 4
     assert "forgetting" in done.err  # 64 tokens of context are soon full
     done = call(program, own[0], "-m", "chat", "-n", 3, "-i", "tu", stdin="balo " * 200 + "\nmi\n")
     assert "the context is 64: too long" in done.err and done.text.count("Assistant:") == 2
+
 
 def test_chat_replies_go_on_to_the_end_of_the_context(program, own, build):
     """By default, past 256 tokens; -n limits each reply."""
@@ -1035,16 +1399,21 @@ def test_chat_replies_go_on_to_the_end_of_the_context(program, own, build):
     assert cut.err.count("(cut short: -n 4)") == 2 and "full" not in cut.err
     assert "each reply" in call(program, "--help").text
 
+
 def test_story_arrives_while_it_is_told(program, own, build):
     path = build / "endless.bin"
     path.write_bytes(patched(own[0].read_bytes(), 32, "<i", 1 << 20))
-    with subprocess.Popen([program, path, "-t", "0", "-n", "0", "-i", "balo mi"],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        [program, path, "-t", "0", "-n", "0", "-i", "balo mi"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
         text = os.read(child.stdout.fileno(), 1 << 16)
         text += os.read(child.stdout.fileno(), 1 << 16)  # more than the prompt
         running = child.poll() is None  # with hours to go
         child.kill()
     assert running and text.startswith(b"balo mi") and len(text) > 20
+
 
 def test_byte_tokens_are_printed(program, own):
     """Those above 0x7f too, which llama2.c loses."""
@@ -1054,13 +1423,16 @@ def test_byte_tokens_are_printed(program, own):
     done = call(program, own[0], "-i", text, "-n", 60, "-t", 0, raw=True)
     assert done.text.startswith(text.encode())
 
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="asks Linux for its cores")
 def test_threads_by_default(program, own, build):
     """All cores, but one for a model that fits a cache, unless it tells many stories."""
     cores = len(os.sched_getaffinity(0))
     all_cores = f"{cores} thread" + "s" * (cores > 1) + ")"
+
     def threads(*args):
         return re.search(r"\d+ threads?\)", call(program, *args, "-n", 4, "-s", 1).err)[0]
+
     assert threads(own[0]) == threads(own[0], "-b", 3) == "1 thread)"
     assert threads(own[0], "-b", 4) == all_cores == threads(own[0], "-j", cores)
     path = save(make("one", dim=288, vocab_size=14000), build / "4MB.bin", 3)
@@ -1068,55 +1440,94 @@ def test_threads_by_default(program, own, build):
     (build / "14000.bin").write_bytes(blob)
     assert threads(path, "-z", build / "14000.bin") == all_cores
 
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_written(program, own, build):
     (build / "some_text").write_text("balo mi " * 20)
-    for args in (["-n", 30], ["-b", 3], ["-m", "chat", "-i", "balo", "-n", 5],
-                 ["-m", "perplexity", "-i", build / "some_text"], ["-m", "bench", "-n", 1]):
+    for args in (
+        ["-n", 30],
+        ["-b", 3],
+        ["-m", "chat", "-i", "balo", "-n", 5],
+        ["-m", "perplexity", "-i", build / "some_text"],
+        ["-m", "bench", "-n", 1],
+    ):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([program, own[0], *map(str, args)], stdout=full, timeout=100,
-                                  stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [program, own[0], *map(str, args)],
+                stdout=full,
+                timeout=100,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         last = done.stderr.splitlines()[-1]  # a chat says first that the model has no template
         assert done.returncode == 1 and last.startswith("error: cannot write"), args
     with open("/dev/full", "wb") as full:
         assert subprocess.run([program, "-h"], stdout=full, stderr=subprocess.PIPE).returncode == 1
     # A reader that has seen enough ends the program by a signal, quietly.
-    with subprocess.Popen([program, own[0], "-m", "chat", "-n", "5"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [program, own[0], "-m", "chat", "-n", "5"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
         child.stdout.close()
         assert b"error" not in child.communicate(b"balo\n")[1]
     assert child.returncode != 0
+
 
 def test_bench_prints_its_roof(program, own):
     done = call(program, own[0], "-m", "bench", "-n", 16)
     for words in ("read bandwidth", "prompt", "decode", "% of decoding"):
         assert words in done.text
+
     def roof(isa):
         done = call(program, own[0], "-m", "bench", "-n", 1, "-j", 1, env={"RUN_ISA": isa})
         return float(re.search(r"bandwidth ([\d.]+) GB/s", done.text)[1])
+
     # it is the memory's, not the arithmetic's; a machine with much else to do gets three tries
     assert any(roof("portable") > 0.4 * roof("") for _ in range(3))
 
+
 BAD_CALLS = [
-    (["-n", "12x"], 2, "-n 12x"), (["-n", "-3"], 2, "-n -3"), (["-t", "nan"], 2, "-t nan"),
-    (["-t", ""], 2, "-t"), (["-p", "1.5"], 2, "-p 1.5"), (["-k", "-1"], 2, "-k -1"),
-    (["-s", "1.5"], 2, "-s 1.5"), (["-b", "0"], 2, "-b 0"), (["-q", "1"], 2, "no such option"),
-    (["-n"], 2, "value is missing"), (["--steps", "5"], 2, "no such option"),
-    (["-m", "sing"], 2, "generate, chat"), (["-n", " 8"], 2, "-n  8"), (["-n", "0x10"], 2, "-n 0x10"),
-    (["-n", "+8"], 2, "-n +8"), (["-n", "8 "], 2, "-n 8 "), (["-n", "8."], 2, "-n 8."),
-    (["-n", "1e1"], 2, "-n 1e1"), (["-t", "1e0"], 2, "-t 1e0"), (["-t", "inf"], 2, "-t inf"),
-    (["-t", "."], 2, "-t ."), (["-p", "0x1p-1"], 2, "-p 0x1p-1"), (["-n", "--3"], 2, "-n --3"),
+    (["-n", "12x"], 2, "-n 12x"),
+    (["-n", "-3"], 2, "-n -3"),
+    (["-t", "nan"], 2, "-t nan"),
+    (["-t", ""], 2, "-t"),
+    (["-p", "1.5"], 2, "-p 1.5"),
+    (["-k", "-1"], 2, "-k -1"),
+    (["-s", "1.5"], 2, "-s 1.5"),
+    (["-b", "0"], 2, "-b 0"),
+    (["-q", "1"], 2, "no such option"),
+    (["-n"], 2, "value is missing"),
+    (["--steps", "5"], 2, "no such option"),
+    (["-m", "sing"], 2, "generate, chat"),
+    (["-n", " 8"], 2, "-n  8"),
+    (["-n", "0x10"], 2, "-n 0x10"),
+    (["-n", "+8"], 2, "-n +8"),
+    (["-n", "8 "], 2, "-n 8 "),
+    (["-n", "8."], 2, "-n 8."),
+    (["-n", "1e1"], 2, "-n 1e1"),
+    (["-t", "1e0"], 2, "-t 1e0"),
+    (["-t", "inf"], 2, "-t inf"),
+    (["-t", "."], 2, "-t ."),
+    (["-p", "0x1p-1"], 2, "-p 0x1p-1"),
+    (["-n", "--3"], 2, "-n --3"),
     (["-y", "be"], 2, "-y is not for -m generate"),
     (["-m", "chat", "-b", "3"], 2, "-b is not for -m chat"),
     (["-n", "5", "-m", "perplexity", "-i", "x"], 2, "-n is not for -m perplexity"),
-    *((["-m", "perplexity", "-i", "x", f"-{flag}", "1"], 2, f"-{flag} is not for -m perplexity")
-      for flag in "tkpsby"),
+    *(
+        (["-m", "perplexity", "-i", "x", f"-{flag}", "1"], 2, f"-{flag} is not for -m perplexity")
+        for flag in "tkpsby"
+    ),
     *((["-m", "bench", f"-{flag}", "1"], 2, f"-{flag} is not for -m bench") for flag in "bizy"),
     (["-i", "balo " * 300], 1, "context is 64"),
     (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
-    (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"), (["-m", "perplexity"], 1, "give the file"),
+    (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"),
+    (["-m", "perplexity"], 1, "give the file"),
     (["-m", "perplexity", "-i", "/nowhere"], 1, "/nowhere"),
 ]
+
 
 @pytest.mark.parametrize("args,status,says", BAD_CALLS)
 def test_bad_calls(program, own, args, status, says):
@@ -1124,14 +1535,27 @@ def test_bad_calls(program, own, args, status, says):
     assert says in done.err and done.err.startswith("error:")
     assert status == 2 or done.err.count("\n") == 1
 
+
 def patched(data, offset, fmt, *values):
-    return data[:offset] + struct.pack(fmt, *values) + data[offset + struct.calcsize(fmt):]
+    return data[:offset] + struct.pack(fmt, *values) + data[offset + struct.calcsize(fmt) :]
+
 
 def mutants(data):
     """(name, bytes) of damaged version-3 files."""
-    for field, offset in {"dim": 8, "hidden": 12, "layers": 16, "heads": 20, "kv heads": 24,
-                          "vocab": 28, "seq": 32, "format": 36, "group": 40, "tied": 44,
-                          "bos": 48, "eos": 52}.items():
+    for field, offset in {
+        "dim": 8,
+        "hidden": 12,
+        "layers": 16,
+        "heads": 20,
+        "kv heads": 24,
+        "vocab": 28,
+        "seq": 32,
+        "format": 36,
+        "group": 40,
+        "tied": 44,
+        "bos": 48,
+        "eos": 52,
+    }.items():
         for value in (-1, 0, 2, 3, 7, 1 << 20, (1 << 31) - 1, -(1 << 31)):
             if value != struct.unpack_from("<i", data, offset)[0]:
                 yield f"{field} {value}", patched(data, offset, "<i", value)
@@ -1146,11 +1570,23 @@ def mutants(data):
     yield "version 1", data[:4] + struct.pack("<i", 1) + data[8:]
     yield "magic", b"GGUF" + data[4:]
 
+
 def test_damaged_files(program, own, build, lib):
     """Whatever is wrong: one line, exit status 1, and no crash."""
     path, data = build / "damaged.bin", own[0].read_bytes()
-    harmless = {"eos 0", "eos 3", "eos 7", "bos 0", "bos 2", "bos 3", "bos 7", "seq 2", "seq 3",
-                "seq 7", "seq 1048576"}
+    harmless = {
+        "eos 0",
+        "eos 3",
+        "eos 7",
+        "bos 0",
+        "bos 2",
+        "bos 3",
+        "bos 7",
+        "seq 2",
+        "seq 3",
+        "seq 7",
+        "seq 1048576",
+    }
     for name, mutant in mutants(data):
         path.write_bytes(mutant)
         done = call(program, path, "-n", 2, "-j", 1, ok=None)
@@ -1159,6 +1595,7 @@ def test_damaged_files(program, own, build, lib):
             continue
         assert done.returncode == 1 and done.err.startswith("error: "), (name, done)
         assert done.err.count("\n") == 1, name
+
 
 def test_tensors_fill_their_span(program, own, build):
     """A header that asks for less than there is would tell another model's story."""
@@ -1172,6 +1609,7 @@ def test_tensors_fill_their_span(program, own, build):
         for field, value in ((2, 1), (1, 160), (5, 511), (0, 32)):
             path.write_bytes(patched(data, at + 4 * field, "<i", value))
             assert "its header says" in call(program, path, "-m", "bench", "-n", 1, ok=1).err
+
 
 def test_damaged_old_files(program, build):
     model = make("one")
@@ -1188,14 +1626,21 @@ def test_damaged_old_files(program, build):
             done = call(program, build / "old_bad.bin", "-n", 2, ok=1)
             assert done.err.startswith("error: ") and done.err.count("\n") == 1
 
+
 def test_tokenizer_of_another_model(program, own, build):
     blob = export.tokenizer_blob(own[1])
     path = build / "other.bin"
-    for bad, says in ((blob[:-1], "ends within"), (blob + b"x", "another model"), (b"", "empty"),
-                      (blob[:100], "ends within"), (struct.pack("<IfI", 1, 0, 0xFFFFFFF0), "ends")):
+    for bad, says in (
+        (blob[:-1], "ends within"),
+        (blob + b"x", "another model"),
+        (b"", "empty"),
+        (blob[:100], "ends within"),
+        (struct.pack("<IfI", 1, 0, 0xFFFFFFF0), "ends"),
+    ):
         path.write_bytes(bad)
         done = call(program, own[0], "-z", path, ok=1)
         assert says in done.err and done.err.count("\n") == 1
+
 
 def test_missing_file_and_help(program, build):
     assert "cannot open" in call(program, build / "none.bin", ok=1).err
@@ -1203,6 +1648,7 @@ def test_missing_file_and_help(program, build):
     torch.save({"model": {}}, build / "ckpt.pt")
     assert "is a checkpoint: export.py" in call(program, build / "ckpt.pt", ok=1).err
     assert "usage" in call(program, "--help").text and "usage" in call(program, ok=2).text
+
 
 def test_a_file_of_another_kind_is_named(program, own, build):
     """What people have beside models: one line that says what the file is, and what to do."""
@@ -1236,41 +1682,62 @@ def test_a_file_of_another_kind_is_named(program, own, build):
     for says, data in cases.items():
         (build / "kind").write_bytes(data)
         done = call(program, build / "kind", ok=1)
-        assert done.err.startswith(f"error: {build / 'kind'}") and done.err.count("\n") == 1, done.err
+        assert done.err.startswith(f"error: {build / 'kind'}") and done.err.count("\n") == 1, (
+            done.err
+        )
         assert says.strip() in done.err, (says, done.err)
-    for file, says in (("own.model", "a SentencePiece model: tokenizer.py"), ("kind.pt", "a checkpoint"),
-                       ("kind_v3.bin", "a model, not a tokenizer")):
+    for file, says in (
+        ("own.model", "a SentencePiece model: tokenizer.py"),
+        ("kind.pt", "a checkpoint"),
+        ("kind_v3.bin", "a model, not a tokenizer"),
+    ):
         done = call(program, own[0], "-z", build / file, ok=1)
         assert says in done.err and done.err.count("\n") == 1, done.err
+
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_a_fifo_is_refused_at_once(program, own, build):
     """To open one waits for a writer, who may never come."""
     os.mkfifo(build / "fifo")
-    for args in ([build / "fifo"], [own[0], "-z", build / "fifo"],
-                 [own[0], "-m", "perplexity", "-i", build / "fifo"]):
+    for args in (
+        [build / "fifo"],
+        [own[0], "-z", build / "fifo"],
+        [own[0], "-m", "perplexity", "-i", build / "fifo"],
+    ):
         done = subprocess.run([program, *args], capture_output=True, timeout=20, text=True)
         assert done.returncode == 1 and "fifo is not a regular file" in done.stderr
+
 
 @pytest.mark.parametrize("stdin", ["<&-", "</"])
 def test_chat_ends_where_its_input_cannot_be_read(program, own, stdin):
     """A closed standard input, and a folder."""
-    done = subprocess.run(f"'{program}' '{own[0]}' -m chat -n 5 {stdin} | head -c 99", shell=True,
-                          capture_output=True, timeout=20, text=True)
+    done = subprocess.run(
+        f"'{program}' '{own[0]}' -m chat -n 5 {stdin} | head -c 99",
+        shell=True,
+        capture_output=True,
+        timeout=20,
+        text=True,
+    )
     assert done.stderr.startswith("error: cannot read the input: ") and done.stderr.count("\n") == 1
+
 
 def test_a_byte_order_mark_is_no_text(program, own, build):
     (build / "plain").write_bytes(b"balo mi tu ra<|endoftext|>balo")
     (build / "bom").write_bytes(b"\xef\xbb\xbf" + (build / "plain").read_bytes())
+
     def loss(name):
         text = call(program, own[0], "-m", "perplexity", "-i", build / name).text
         return re.match(r"loss [\d.]+, perplexity [\d.]+, \d+ tokens", text)[0]
+
     assert loss("bom") == loss("plain")
-    said = [call(program, own[0], "-m", "chat", "-s", 1, "-n", 9, stdin=f"{bom}balo mi\ntu\n").text
-            for bom in ("", "\ufeff")]
+    said = [
+        call(program, own[0], "-m", "chat", "-s", 1, "-n", 9, stdin=f"{bom}balo mi\ntu\n").text
+        for bom in ("", "\ufeff")
+    ]
     assert said[0] == said[1]
     (build / "utf16").write_bytes("balo mi".encode("utf-16"))
     assert "UTF-16" in call(program, own[0], "-m", "perplexity", "-i", build / "utf16", ok=1).err
+
 
 def test_top_p_0_samples_from_all(program, own):
     """As in llama2.c; sample.py's --top_p=0 means the same (test_model.py)."""
@@ -1278,21 +1745,24 @@ def test_top_p_0_samples_from_all(program, own):
     assert call(program, *args, "-p", 0).text == call(program, *args, "-p", 1).text
     assert call(program, *args, "-p", 0).text != call(program, *args, "-p", 0.1).text
 
+
 def test_an_unknown_instruction_set_is_an_error(program, own):
     done = call(program, own[0], "-n", 3, env={"RUN_ISA": "AVX1024"}, ok=2)
     assert "RUN_ISA=AVX1024" in done.err and "portable" in done.err and done.err.count("\n") == 1
     assert "RUN_ISA" in call(program, "--help").text
 
+
 def test_model_that_is_not_a_number(program, build, own):
     data = bytearray(own[0].read_bytes())
     start = len(data) - struct.unpack_from("<Q", data, 72)[0] - 64  # the last norm is in front
     for i in range(64, 200, 4):
-        data[start - i:start - i + 4] = struct.pack("<f", float("nan"))
+        data[start - i : start - i + 4] = struct.pack("<f", float("nan"))
     (build / "nan.bin").write_bytes(data)
     assert "not a number" in call(program, build / "nan.bin", ok=1).err
     (build / "text").write_text("balo mi tu " * 9)
     done = call(program, build / "nan.bin", "-m", "perplexity", "-i", build / "text", ok=1)
     assert "not a number" in done.err and done.err.count("\n") == 1 and not done.text
+
 
 def test_one_score_that_is_not_a_number_does_not_vanish(lib, build):
     """Token 5's key is infinite; turned by its position, 0, it is NaN. Its value is a number."""
@@ -1306,28 +1776,51 @@ def test_one_score_that_is_not_a_number_does_not_vanish(lib, build):
         assert np.isfinite(c_logits(lib, path, [4, 1, 2, 3], 17, isa)).all()
         assert np.isnan(c_logits(lib, path, [5, 1, 2, 3], 17, isa)).all()
 
+
 # -----------------------------------------------------------------------------
 # Compilers, sanitizers, the other architecture, the fuzz target
 
+
 def works(*command):
     try:
-        return subprocess.run(command, input=b"int main(void) { return 0; }", timeout=60,
-                              capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                command, input=b"int main(void) { return 0; }", timeout=60, capture_output=True
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
+
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
 def test_clang_has_nothing_to_say(build):
-    targets = [[]] if not Path("/usr/aarch64-linux-gnu/include").exists() else [[], [
-        "--target=aarch64-linux-gnu", "-I/usr/aarch64-linux-gnu/include"]]
+    targets = (
+        [[]]
+        if not Path("/usr/aarch64-linux-gnu/include").exists()
+        else [[], ["--target=aarch64-linux-gnu", "-I/usr/aarch64-linux-gnu/include"]]
+    )
     for target in targets:
-        compile_c(ROOT / "run.c", build / "syntax", "-fsyntax-only", "-Wall", "-Wextra",
-                  "-Wpedantic", "-Werror", "-Wno-unused-command-line-argument", *target, cc="clang")
+        compile_c(
+            ROOT / "run.c",
+            build / "syntax",
+            "-fsyntax-only",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-Wno-unused-command-line-argument",
+            *target,
+            cc="clang",
+        )
+
 
 @pytest.mark.skipif(not shutil.which("x86_64-w64-mingw32-gcc"), reason="needs mingw-w64")
 def test_windows_builds(build):
-    compile_c(ROOT / "run.c", build / "run.exe", "-O0", "-Wall", "-Werror",
-              cc="x86_64-w64-mingw32-gcc")
+    compile_c(
+        ROOT / "run.c", build / "run.exe", "-O0", "-Wall", "-Werror", cc="x86_64-w64-mingw32-gcc"
+    )
+
 
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
 def test_sanitizers(build, own, kind):
@@ -1349,27 +1842,43 @@ def test_sanitizers(build, own, kind):
             path = save(make(shape, vocab_size=400), build / "sanitize.bin", version)
             call(program, path, "-z", build / "own_tok.bin", "-n", 17, "-i", "balo")
 
-@pytest.mark.skipif(not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
-                    reason="needs gcc-aarch64-linux-gnu and qemu-user")
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")),
+    reason="needs gcc-aarch64-linux-gnu and qemu-user",
+)
 def test_arm64(build, program, own):
     """Cross-compiled and emulated: NEON and portable C tell the story that x86 tells."""
-    arm = compile_c(ROOT / "run.c", build / "run_arm", "-O2", "-static", "-Wall", "-Wextra",
-                    "-Wpedantic", "-Werror", cc="aarch64-linux-gnu-gcc")
+    arm = compile_c(
+        ROOT / "run.c",
+        build / "run_arm",
+        "-O2",
+        "-static",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        cc="aarch64-linux-gnu-gcc",
+    )
     args = [own[0], "-t", 0, "-n", 30, "-i", "balo mi"]
     want = call(program, *args).text
     for isa in ("NEON", "portable"):
         done = call("qemu-aarch64", "-cpu", "max", arm, *args, env={"RUN_ISA": isa})
         assert done.text == want and isa in done.err
 
+
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="needs qemu-user")
 def test_kernels_are_those_that_the_processor_has(build, own):
     x86 = compile_c(ROOT / "run.c", build / "run_static", "-O2", "-static")
+
     def isa(cpu):
         return call("qemu-x86_64", "-cpu", cpu, x86, own[0], "-n", 3).err
+
     if "AVX2" not in isa("max"):
         pytest.skip("this qemu has no AVX2")
     for without in ("avx2", "fma", "f16c"):
         assert "portable C" in isa(f"max,-{without}")
+
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
 def test_fuzz_a_little(build):
@@ -1379,5 +1888,13 @@ def test_fuzz_a_little(build):
         pytest.skip("libFuzzer does not link here")
     target = compile_c(ROOT / "tests/fuzz_run.c", build / "fuzz", *flags, cc="clang")
     (build / "corpus").mkdir()
-    call(target, "-runs=20000", "-seed=1", "-max_len=8192", "-max_total_time=6",
-         "-close_fd_mask=3", build / "corpus", ROOT / "tests/fuzz_corpus")
+    call(
+        target,
+        "-runs=20000",
+        "-seed=1",
+        "-max_len=8192",
+        "-max_total_time=6",
+        "-close_fd_mask=3",
+        build / "corpus",
+        ROOT / "tests/fuzz_corpus",
+    )

@@ -25,7 +25,9 @@ from common import write_atomic
 from model import ModelArgs
 
 ROOT = Path(kernels.__file__).parent
-needs_cc = pytest.mark.skipif(not shutil.which("cc") or sys.platform == "win32", reason="needs a C compiler")
+needs_cc = pytest.mark.skipif(
+    not shutil.which("cc") or sys.platform == "win32", reason="needs a C compiler"
+)
 
 # ----------------------------------------------------------------------------
 # kernels.c: where its library lies, and what is said when there is none
@@ -75,8 +77,10 @@ def test_planted_library_is_not_loaded(code, tmp_path, attack, monkeypatch):
     folder = tmp_path / "cache/fable"
     evil, mark = folder / compiled_name(folder), tmp_path / "mark"
     source = tmp_path / "evil.c"
-    source.write_text("#include <stdio.h>\n__attribute__((constructor)) static void run(void)"
-                      f' {{ fclose(fopen("{mark}", "w")); }}\nint answer(void) {{ return 13; }}\n')  # fmt: skip
+    source.write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) static void run(void)"
+        f' {{ fclose(fopen("{mark}", "w")); }}\nint answer(void) {{ return 13; }}\n'
+    )
     evil.unlink()
     subprocess.run(["cc", "-shared", "-fPIC", source, "-o", evil], check=True)
     evil.chmod(0o700)
@@ -122,8 +126,14 @@ def test_library_changes_its_name_with_compiler_flags_and_processor(code, tmp_pa
     assert note() == 6
 
 
-@pytest.mark.parametrize("cc,says", [("no-such-cc", "there is no C compiler no-such-cc"),
-                                     ("cc -no-such-flag", "cannot compile it"), (None, "cannot write to")])  # fmt: skip
+@pytest.mark.parametrize(
+    "cc,says",
+    [
+        ("no-such-cc", "there is no C compiler no-such-cc"),
+        ("cc -no-such-flag", "cannot compile it"),
+        (None, "cannot write to"),
+    ],
+)
 def test_says_why_there_is_no_library(code, tmp_path, cc, says, monkeypatch, capsys):
     """One line, which is no error: PyTorch's kernels serve."""
     if cc:
@@ -134,7 +144,9 @@ def test_says_why_there_is_no_library(code, tmp_path, cc, says, monkeypatch, cap
         pytest.skip("needs a C compiler")
     assert load() is None
     text = capsys.readouterr().err
-    assert text.startswith("note: kernels.c is not used: ") and says in text and text.count("\n") == 1
+    assert (
+        text.startswith("note: kernels.c is not used: ") and says in text and text.count("\n") == 1
+    )
     monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun: one process says it
     assert load() is None
     monkeypatch.setenv("NATIVE_KERNELS", "0")  # asked for
@@ -195,7 +207,10 @@ def test_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path):
         with pytest.raises(OSError, match="is not a regular file"):
             with write_atomic(tmp_path / name):
                 pass
-    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode) and (tmp_path / "to a device").is_symlink()
+    assert (
+        stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode)
+        and (tmp_path / "to a device").is_symlink()
+    )
 
 
 WRITER = """
@@ -212,8 +227,10 @@ with write_atomic({path!r}) as f:
 
 def test_a_killed_write_is_removed_by_the_next_and_a_living_one_is_not(tmp_path):
     path = tmp_path / "file"
-    child = subprocess.Popen([sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))],
-                             stdout=subprocess.PIPE)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))],
+        stdout=subprocess.PIPE,
+    )
     assert child.stdout.readline()
     [temporary] = hidden(tmp_path)
     with write_atomic(path) as f:
@@ -233,15 +250,19 @@ def test_a_killed_write_is_removed_by_the_next_and_a_living_one_is_not(tmp_path)
 # ----------------------------------------------------------------------------
 # one run in a folder at a time
 
-SMALL = ("--vocab_source=custom --vocab_size=96 --dim=16 --n_layers=1 --n_heads=2 --n_kv_heads=2 "
-         "--max_seq_len=32 --batch_size=2 --eval_iters=1 --warmup_iters=1 --device=cpu")  # fmt: skip
+SMALL = (
+    "--vocab_source=custom --vocab_size=96 --dim=16 --n_layers=1 --n_heads=2 --n_kv_heads=2 "
+    "--max_seq_len=32 --batch_size=2 --eval_iters=1 --warmup_iters=1 --device=cpu"
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "tok96").mkdir()
-    np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2").tofile(folder / "tok96/data00.bin")
+    np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2").tofile(
+        folder / "tok96/data00.bin"
+    )
     return folder
 
 
@@ -254,7 +275,9 @@ def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
     frees the folder, and the first run has lost nothing."""
     out = tmp_path / "out"
     argv = command(data, out, "--max_iters=100000 --eval_interval=2")
-    first = subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *argv], stdout=subprocess.PIPE, text=True
+    )
     try:
         lines = iter(first.stdout.readline, "")
         assert any(line.split("|")[0].strip() == "4" for line in lines)
@@ -310,13 +333,24 @@ def test_the_lock_is_no_way_to_another_file(tmp_path):
 @pytest.mark.parametrize("both", ["", "2>&1"])
 def test_training_goes_on_when_the_reader_leaves(data, tmp_path, both):
     """train.py | head -1"""
-    words = [sys.executable, str(ROOT / "train.py"),
-             *command(data, tmp_path / "out", "--max_iters=400 --eval_interval=100 --log_interval=1")]  # fmt: skip
+    words = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *command(data, tmp_path / "out", "--max_iters=400 --eval_interval=100 --log_interval=1"),
+    ]
     line = f"({shlex.join(words)}; echo status $? >&3) {both} | head -1"
-    done = subprocess.run(["sh", "-c", f"exec 3>{tmp_path}/status; {line}"], capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", f"exec 3>{tmp_path}/status; {line}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (tmp_path / "status").read_text() == "status 0\n", done.stderr
-    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert (
+        done.stdout.count("\n") == 1
+        and "Traceback" not in done.stderr
+        and "Broken" not in done.stderr
+    )
     assert load_checkpoint(tmp_path / "out/ckpt.pt")["iter_num"] == 400
     iterations = {json.loads(line)["iter"] for line in (tmp_path / "out/log.jsonl").open()}
     assert iterations == set(range(401))
@@ -326,12 +360,16 @@ def test_training_goes_on_when_the_reader_leaves(data, tmp_path, both):
 # what is not installed
 
 
-@pytest.mark.parametrize("flag, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")])
+@pytest.mark.parametrize(
+    "flag, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")]
+)
 def test_optional_packages_are_looked_for_first(tmp_path, flag, module, monkeypatch):
     """Before a model is made or a reference sampled, which may take an hour."""
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(train, "setup", lambda args: pytest.fail("the run has begun"))
-    with pytest.raises(ValueError, match=f"--{flag} needs: pip install {flag.removesuffix('_log')}"):
+    with pytest.raises(
+        ValueError, match=f"--{flag} needs: pip install {flag.removesuffix('_log')}"
+    ):
         train.main([f"--{flag}", f"--out_dir={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
 
@@ -343,8 +381,9 @@ SCRIPTS = "train.py sample.py export.py instruct.py tinystories.py tokenizer.py"
 def test_without_the_environment(script):
     """A Python that has none of the packages (-S: no site-packages): one line with the remedy."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True,
-                          env=env)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "no torch" in done.stderr
     assert ".venv/bin/activate" in done.stderr and "pip install -r requirements.txt" in done.stderr
@@ -366,7 +405,9 @@ def examples():
     texts += [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("doc/*.md"))]
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            found = re.search(r"^(?:.*: )? *(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line)
+            found = re.search(
+                r"^(?:.*: )? *(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line
+            )
             if found:
                 # [--optional], a variable of the shell, and what comes after this command
                 words = re.sub(r"[][]|\$\w+|\.\.\.$|&&.*", "", found[2] or "")

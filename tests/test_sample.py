@@ -96,13 +96,25 @@ def test_interactive(stories260k, capsys, monkeypatch):
 # streaming
 
 
-@pytest.mark.parametrize("text", [
-    "Once upon a time", "안녕하세요, 토끼!", "a 🦊 and a 👩‍👩‍👧", "é", "\ufffd", "tab\tnewline\n", "",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time",
+        "안녕하세요, 토끼!",
+        "a 🦊 and a 👩‍👩‍👧",
+        "é",
+        "\ufffd",
+        "tab\tnewline\n",
+        "",
+    ],
+)
 def test_streaming_shows_whole_characters_only(tok512_model, capsys, text):
     """The small vocabulary spells Korean and emoji by bytes: none is shown before its last."""
     tokenizer = Tokenizer(tok512_model)
-    prompt, *rest = [tokenizer.encode("So", bos=True, eos=False), *tokenizer.encode(text, False, False)]
+    prompt, *rest = [
+        tokenizer.encode("So", bos=True, eos=False),
+        *tokenizer.encode(text, False, False),
+    ]
     stream, shown = sample.Stream(tokenizer, prompt), ""
     for token in rest:
         stream(0, token)
@@ -170,7 +182,9 @@ def test_streams_while_it_works(stories260k, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "ckpt.pt"
-    model = Transformer(ModelArgs(dim=8, n_layers=1, n_heads=2, vocab_size=48, multiple_of=4, max_seq_len=16))
+    model = Transformer(
+        ModelArgs(dim=8, n_layers=1, n_heads=2, vocab_size=48, multiple_of=4, max_seq_len=16)
+    )
     save_checkpoint(path, {"model": model.state_dict(), "model_args": checkpoint_args(model.args)})
     return path
 
@@ -192,7 +206,11 @@ def test_errors(tiny, tmp_path, capsys, tok512_model):
     (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
     cases = [
         ((f"--checkpoint={tmp_path / 'none.pt'}",), 1, "there is no such checkpoint"),
-        ((f"--checkpoint={tmp_path / 'short.pt'}",), 1, "not a readable checkpoint, or is cut short"),
+        (
+            (f"--checkpoint={tmp_path / 'short.pt'}",),
+            1,
+            "not a readable checkpoint, or is cut short",
+        ),
         ((f"--checkpoint={tmp_path / 'noise.pt'}",), 1, "not a readable checkpoint"),
         ((here, tok), 1, "has 512 tokens, the model 48: it is not this model's tokenizer"),
         ((here,), 1, "no tokenizer with 48 tokens"),
@@ -217,9 +235,11 @@ def test_errors_of_prompts(stories260k, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
     for start, message in (
-        ("FILE:none.txt", "none.txt: No such file"), (f"FILE:{tmp_path / 'empty.txt'}", "has no prompt"),
-        (f"FILE:{tmp_path / 'noise.txt'}", "noise.txt"), ("x" * 2000, "context holds"),
-    ):  # fmt: skip
+        ("FILE:none.txt", "none.txt: No such file"),
+        (f"FILE:{tmp_path / 'empty.txt'}", "has no prompt"),
+        (f"FILE:{tmp_path / 'noise.txt'}", "noise.txt"),
+        ("x" * 2000, "context holds"),
+    ):
         status, text = error_of(capsys, f"--checkpoint={stories260k}", f"--start={start}")
         assert status == 1 and message in text, text
 

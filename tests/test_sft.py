@@ -12,6 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import (  # noqa: F401
+    assert_same_run,
+    die_in_step,
+    finish,
+    keep_signals,
+    processes,
+    read_log,
+    spawn,
+)
 
 import export
 import kernels
@@ -27,8 +36,6 @@ from checkpoint import (
 from instruct import TEMPLATES, Instructions
 from lora import FourBitLoRALinear, load_adapters
 from model import ModelArgs, Transformer, generate
-from test_train import assert_same_run, die_in_step, finish, keep_signals, processes  # noqa: F401
-from test_train import read_log, spawn
 from tokenizer import Tokenizer
 
 WORDS = "cat dog sun red big ran sat hat the a".split()
@@ -43,18 +50,25 @@ def base(tmp_path_factory):
     text = [" ".join(rng.choices(WORDS, k=6)) + "\n" for _ in range(200)]
     (folder / "text").write_text("".join(text))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tok290"), vocab_size=290,
-        model_type="bpe", byte_fallback=True, minloglevel=3, num_threads=1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tok290"),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=3,
+        num_threads=1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     records = []
     for _ in range(120):
         words = rng.choices(WORDS, k=rng.randint(1, 6))
         records.append({"prompt": " ".join(words), "response": " ".join(reversed(words))})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     torch.manual_seed(0)
-    args = ModelArgs(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290, multiple_of=4,
-                     max_seq_len=64)  # fmt: skip
+    args = ModelArgs(
+        dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=290, multiple_of=4, max_seq_len=64
+    )
     weights = Transformer(args).state_dict()
     save_checkpoint(folder / "ckpt.pt", {"model": weights, "model_args": checkpoint_args(args)})
     return folder
@@ -65,10 +79,22 @@ def command(base, out, **flags):
     out.mkdir(exist_ok=True)
     for name in "ckpt.pt", "tok290.model":
         shutil.copy(base / name, out)
-    values = dict(
-        sft=True, data=base / "data.jsonl", out_dir=out, batch_size=4, max_iters=8, eval_interval=4,
-        eval_iters=3, learning_rate=1e-2, warmup_iters=3, device="cpu", log_interval=100,
-    ) | flags  # fmt: skip
+    values = (
+        dict(
+            sft=True,
+            data=base / "data.jsonl",
+            out_dir=out,
+            batch_size=4,
+            max_iters=8,
+            eval_interval=4,
+            eval_iters=3,
+            learning_rate=1e-2,
+            warmup_iters=3,
+            device="cpu",
+            log_interval=100,
+        )
+        | flags
+    )
     return [f"--{k}={v}" for k, v in values.items()]
 
 
@@ -118,8 +144,10 @@ def test_each_token_counts_the_same_in_any_split(base, tmp_path):
         assert not torch.equal(w, start[name])
         for other in states[1:]:
             torch.testing.assert_close(other[name], w, atol=2e-4, rtol=1e-3)
-    shown = [[r["loss/train"] for r in read_log(tmp_path / n, "sft_") if "loss/train" in r]
-             for n in names]  # fmt: skip
+    shown = [
+        [r["loss/train"] for r in read_log(tmp_path / n, "sft_") if "loss/train" in r]
+        for n in names
+    ]
     assert len(shown[0]) == 8 and shown == [pytest.approx(shown[0], rel=1e-3)] * 3
 
 
@@ -139,9 +167,14 @@ def test_it_learns_and_the_loss_shown_is_that_of_the_replies(base, tmp_path, cap
     assert log[-1]["loss/val"] < 0.6 * log[0]["loss/val"]
 
 
-@pytest.mark.parametrize("flags", [
-    dict(dropout=0.1), dict(lora_rank=2, lora_dropout=0.1), dict(lora_rank=2, lora_4bit=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(dropout=0.1),
+        dict(lora_rank=2, lora_dropout=0.1),
+        dict(lora_rank=2, lora_4bit=True),
+    ],
+)
 def test_resumes_to_the_bit(base, tmp_path, flags):
     if "lora_4bit" in flags:
         pytest.importorskip("bitsandbytes")
@@ -211,8 +244,14 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
     for name, w in two["model"].items():
         torch.testing.assert_close(one["model"][name], w, atol=1e-6, rtol=1e-6)
     export.main([str(tmp_path / "all.bin"), *merge, "--format=fp32"])
-    export.main([str(tmp_path / "same.bin"), f"--checkpoint={out}", "--format=fp32",
-                 f"--tokenizer={base}/tok290.model"])  # fmt: skip
+    export.main(
+        [
+            str(tmp_path / "same.bin"),
+            f"--checkpoint={out}",
+            "--format=fp32",
+            f"--tokenizer={base}/tok290.model",
+        ]
+    )
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "same.bin").read_bytes()
     size = (folder / "sft_lora.pt").stat().st_size
     assert size < (folder / "sft_ckpt.pt").stat().st_size / 3  # of a model of 10,000 weights
@@ -223,12 +262,31 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
 def nf4(w):
     """NF4 from its definition (Dettmers et al., 2023): of each 64 weights the largest is 1; the
     nearest of 16 levels for each."""
-    levels = torch.tensor([
-        -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
-        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
+    levels = torch.tensor(
+        [
+            -1.0,
+            -0.6961928,
+            -0.5250731,
+            -0.3949175,
+            -0.2844414,
+            -0.1847734,
+            -0.0910500,
+            0.0,
+            0.0795803,
+            0.1609302,
+            0.2461123,
+            0.3379152,
+            0.4407098,
+            0.5626170,
+            0.7229568,
+            1.0,
+        ]
+    )
     blocks = w.flatten().split(64)
-    out = [levels[(b[:, None] / b.abs().max() - levels).abs().argmin(1)] * b.abs().max()
-           for b in blocks]  # fmt: skip
+    out = [
+        levels[(b[:, None] / b.abs().max() - levels).abs().argmin(1)] * b.abs().max()
+        for b in blocks
+    ]
     return torch.cat(out).view_as(w)
 
 
@@ -264,8 +322,9 @@ def talk(folder, monkeypatch, capsys, lines, *flags):
     monkeypatch.setattr(sample, "generate", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     capsys.readouterr()
-    sample.main([f"--checkpoint={folder}/sft_ckpt.pt", "--chat", "--device=cpu",
-                 "--temperature=0", *flags])  # fmt: skip
+    sample.main(
+        [f"--checkpoint={folder}/sft_ckpt.pt", "--chat", "--device=cpu", "--temperature=0", *flags]
+    )
     out = capsys.readouterr()
     return out.out, out.err, prompts
 
@@ -274,8 +333,9 @@ def talk(folder, monkeypatch, capsys, lines, *flags):
 def tuned(base, tmp_path_factory):
     """A folder with a model that was fine-tuned enough to end its replies."""
     folder = tmp_path_factory.mktemp("tuned")
-    train.main(command(base, folder, max_iters=200, batch_size=16, eval_interval=200,
-                       warmup_iters=10))  # fmt: skip
+    train.main(
+        command(base, folder, max_iters=200, batch_size=16, eval_interval=200, warmup_iters=10)
+    )
     return folder
 
 
@@ -312,12 +372,18 @@ def test_chat_in_c_says_the_same(tuned, monkeypatch, capsys, tmp_path, system):
     lines = ["cat dog sun", "the", "a red hat ran", "dog " * 10, "cat dog sun red big ran", "sun"]
     out, err, _ = talk(tuned, monkeypatch, capsys, lines, *[f"--system={system}"] * bool(system))
     command = [tmp_path / "run", tuned / "sft_model.bin", "-m", "chat", "-t", "0"]
-    done = subprocess.run([*command, *["-y", system] * bool(system)], check=True, text=True,
-                          errors="ignore", input="".join(f"{x}\n" for x in lines),
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [*command, *["-y", system] * bool(system)],
+        check=True,
+        text=True,
+        errors="ignore",
+        input="".join(f"{x}\n" for x in lines),
+        capture_output=True,
+    )
     # without the bytes of half characters, which C shows as they are
-    python, c = (re.findall("Assistant: ?(.*)", re.sub(r"[^ -~\n]", "", text))
-                 for text in (out, done.stdout))  # fmt: skip
+    python, c = (
+        re.findall("Assistant: ?(.*)", re.sub(r"[^ -~\n]", "", text)) for text in (out, done.stdout)
+    )
     assert len(python) == len(lines) and python == c and len("".join(c)) > 20
     forgot = [re.findall(r"forgetting the first (\d+) turns", text) for text in (err, done.stderr)]
     assert forgot[0] == forgot[1] != []
@@ -367,8 +433,15 @@ def test_mistakes(base, tmp_path, monkeypatch):
     for flags in dict(lora_rank=3), dict(), dict(lora_rank=2, lora_layers="o"):
         with pytest.raises(ValueError, match="other adapters"):
             train.main(command(base, tmp_path / "a", init_from="resume", **flags))
-    train.main(command(base, tmp_path / "b", init_from=tmp_path / "a/sft_ckpt.pt",
-                       template="llama2", max_iters=2))  # fmt: skip
+    train.main(
+        command(
+            base,
+            tmp_path / "b",
+            init_from=tmp_path / "a/sft_ckpt.pt",
+            template="llama2",
+            max_iters=2,
+        )
+    )
     assert "[INST]" in load_checkpoint(tmp_path / "b/sft_ckpt.pt")["template"]["turn"]
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     refused("pip install bitsandbytes", lora_rank=2, lora_4bit=True)

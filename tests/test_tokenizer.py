@@ -18,9 +18,23 @@ import tokenizer
 from common import boolean, parse_args, run_main, write_atomic
 from tokenizer import Tokenizer, find_tokenizer
 
-ODD = ["", "a", " ", "  two  spaces ", "Once upon a time", "line\nbreak\ttab\r\n", "😀 emoji 👩‍👩‍👧",
-       "한국어 이야기", "ünïcödé ½", "<s> </s> <0x0A> <unk>", "1234567890", "\x00\x01\x7f",
-       "x" * 5000, "".join(map(chr, range(1, 0x300)))]
+ODD = [
+    "",
+    "a",
+    " ",
+    "  two  spaces ",
+    "Once upon a time",
+    "line\nbreak\ttab\r\n",
+    "😀 emoji 👩‍👩‍👧",
+    "한국어 이야기",
+    "ünïcödé ½",
+    "<s> </s> <0x0A> <unk>",
+    "1234567890",
+    "\x00\x01\x7f",
+    "x" * 5000,
+    "".join(map(chr, range(1, 0x300))),
+]
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
@@ -30,6 +44,7 @@ def made(tmp_path_factory):
     tinystories.train_vocab(str(folder), 512)
     return str(folder / "tok512.model")
 
+
 @pytest.fixture(params=["made", "tok512", "llama2"])
 def model(request):
     if request.param == "llama2":
@@ -38,8 +53,10 @@ def model(request):
         return str(DATA / "llama2/tokenizer.model")
     return str(request.getfixturevalue("made" if request.param == "made" else "tok512_model"))
 
+
 # -----------------------------------------------------------------------------
 # Tokenizer
+
 
 @pytest.mark.parametrize("text", ODD)
 def test_encode_is_sentencepiece_and_round_trips(model, text):
@@ -53,6 +70,7 @@ def test_encode_is_sentencepiece_and_round_trips(model, text):
     expected = text if keeps else re.sub(" +", " ", text).strip(" ")
     assert t.decode(t.encode(text, True, True)) == expected
 
+
 def test_every_byte_and_every_token(model):
     t = Tokenizer(model)
     first = t.sp.piece_to_id("<0x00>")
@@ -64,17 +82,19 @@ def test_every_byte_and_every_token(model):
         assert isinstance(t.decode([i]), str)
     assert (t.bos_id, t.eos_id) == (1, 2) and t.decode([1, 2]) == ""
 
+
 def read_tok_bin(path):
     """An independent reader, after the description of the format in llama2.c."""
     data = open(path, "rb").read()
-    longest, = struct.unpack_from("<I", data)
+    (longest,) = struct.unpack_from("<I", data)
     at, tokens = 4, []
     while at < len(data):
         score, n = struct.unpack_from("<fI", data, at)
-        tokens.append((score, data[at + 8:at + 8 + n]))
+        tokens.append((score, data[at + 8 : at + 8 + n]))
         assert len(tokens[-1][1]) == n
         at += 8 + n
     return longest, tokens
+
 
 def test_export_is_read_back(model, tmp_path):
     t = Tokenizer(model)
@@ -94,17 +114,22 @@ def test_export_is_read_back(model, tmp_path):
         b = c.encode()
         got += [ids[b]] if b in ids else [ids[f"<0x{x:02X}>".encode()] for x in b]
     while True:
-        merges = [(tokens[ids[m]][0], -k) for k, (a, b) in enumerate(zip(got, got[1:]))
-                  if (m := tokens[a][1] + tokens[b][1]) in ids]
+        merges = [
+            (tokens[ids[m]][0], -k)
+            for k, (a, b) in enumerate(zip(got, got[1:]))
+            if (m := tokens[a][1] + tokens[b][1]) in ids
+        ]
         if not merges:
             break
         k = -max(merges)[1]
-        got[k:k + 2] = [ids[tokens[got[k]][1] + tokens[got[k + 1]][1]]]
+        got[k : k + 2] = [ids[tokens[got[k]][1] + tokens[got[k + 1]][1]]]
     assert got == t.encode(text, False, False)
 
+
 def test_command_writes_bin_beside_model(made):
-    run = lambda *args: subprocess.run([sys.executable, str(ROOT / "tokenizer.py"), *args],
-                                       capture_output=True, text=True)
+    run = lambda *args: subprocess.run(
+        [sys.executable, str(ROOT / "tokenizer.py"), *args], capture_output=True, text=True
+    )
     assert run(f"--tokenizer-model={made}").returncode == 0
     assert os.path.getsize(made.replace(".model", ".bin")) > 4000
     r = run("--tokenizer-model=missing.model")
@@ -113,12 +138,14 @@ def test_command_writes_bin_beside_model(made):
     assert r.returncode == 2 and "did you mean --tokenizer" in r.stderr
     assert r.stderr.count("\n") == 1
 
+
 @pytest.mark.parametrize("damage", [b"", b"junk" * 500, "truncated"])
 def test_corrupt_model(made, tmp_path, damage):
     path = tmp_path / "bad.model"
     path.write_bytes(open(made, "rb").read()[:-100] if damage == "truncated" else damage)
     with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
         Tokenizer(path)
+
 
 def test_bad_ids_and_bad_text(made):
     t = Tokenizer(made)
@@ -127,6 +154,7 @@ def test_bad_ids_and_bad_text(made):
             t.decode([i])
     with pytest.raises(ValueError):
         t.encode("\ud800", False, False)
+
 
 def test_find_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -138,6 +166,7 @@ def test_find_tokenizer(tmp_path, monkeypatch):
     assert find_tokenizer(64, "out") == "data/tok64.model"
     assert find_tokenizer(32000) == "tokenizer.model"
 
+
 # -----------------------------------------------------------------------------
 # tokenizer.json
 
@@ -147,10 +176,40 @@ Le café était fermé; où est l'été? | Größe, Straße, ẞ | Pożar w Łod
 كان يا ما كان في قديم الزمان ١٢٣٤٥ | היה היה פעם מלך אחד | एक समय की बात है, १२३ राजा था
 從前有一個國王,他有三個女兒。第１２章 | むかしむかし、あるところに | 옛날 옛적에 호랑이가
 กาลครั้งหนึ่งนานมาแล้ว ๑๒๓ | ერთხელ იყო და არა იყო რა | Կար չկար մի թագավոր | নীল আকাশ
-ሀገር ውስጥ ፩፪፫ | ½ ² Ⅷ ① 𝟙𝟚 𒐀 | 👩‍👩‍👧 🇪🇺 e\u0301 a\u0300\u0323 \u200b\ufeff \U000e0001""".replace("\n", " | ")
-PIECES = [*SCRIPTS.split(" | "), "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "'s",
-          "'S", "'\u017f", "'re'VE", "!", "?!\n", "_", "<|eot_id|>", "<|im_end|>", "\x00", "\x7f",
-          "\ufffd", "1234567", "a1b2", " 7", "\U0001f600", "\U0010ffff", "\ud7ff\ue000"]
+ሀገር ውስጥ ፩፪፫ | ½ ² Ⅷ ① 𝟙𝟚 𒐀 | 👩‍👩‍👧 🇪🇺 e\u0301 a\u0300\u0323 \u200b\ufeff \U000e0001""".replace(
+    "\n", " | "
+)
+PIECES = [
+    *SCRIPTS.split(" | "),
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u2028",
+    "\u3000",
+    "'s",
+    "'S",
+    "'\u017f",
+    "'re'VE",
+    "!",
+    "?!\n",
+    "_",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "\x00",
+    "\x7f",
+    "\ufffd",
+    "1234567",
+    "a1b2",
+    " 7",
+    "\U0001f600",
+    "\U0010ffff",
+    "\ud7ff\ue000",
+]
+
 
 def odd_texts(n=1000):
     """Real and odd strings: the pieces alone, and shuffled, cut and joined."""
@@ -158,35 +217,44 @@ def odd_texts(n=1000):
     texts = ODD + PIECES
     while len(texts) < n:
         parts = [rng.choice(PIECES) for _ in range(rng.randint(1, 6))]
-        parts = [p[rng.randint(0, len(p)):] if rng.random() < 0.4 else p for p in parts]
+        parts = [p[rng.randint(0, len(p)) :] if rng.random() < 0.4 else p for p in parts]
         texts.append(rng.choice(["", " "]).join(parts))
     return texts
 
+
 class Blob:
     """What is in byte_level_blob's bytes, read and used by its description alone."""
+
     def __init__(self, data):
         at = 0
+
         def take(form):
             nonlocal at
             at += struct.calcsize("<" + form)
             return struct.unpack_from("<" + form, data, at - struct.calcsize("<" + form))
+
         self.ranges = [take("3I") for _ in range(take("I")[0])]
         self.pattern, self.flags, n = take("3I")
         merges = [take("3I") for _ in range(n)]
         self.merges = {(a, b): (rank, i) for rank, (a, b, i) in enumerate(merges)}
         self.tokens = []
         while at < len(data):
-            n, = take("I")
-            self.tokens.append((data[at:at + (n >> 1)], n & 1))
+            (n,) = take("I")
+            self.tokens.append((data[at : at + (n >> 1)], n & 1))
             at += n >> 1
         assert at == len(data)
         self.ids = {b: i for i, (b, special) in enumerate(self.tokens) if not special}
-        L, N, S = ("".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b, k in self.ranges
-                           if k == kind) for kind in (1, 2, 3))
+        L, N, S = (
+            "".join(
+                f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b, k in self.ranges if k == kind
+            )
+            for kind in (1, 2, 3)
+        )
         patterns = [
             f"'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+",
             f"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n{L}{N}]?[{L}]+|[{N}]{{1,3}}"
-            f"| ?[^{S}{L}{N}]+[\\r\\n]*|[{S}]*[\\r\\n]+|[{S}]+(?![^{S}])|[{S}]+"]
+            f"| ?[^{S}{L}{N}]+[\\r\\n]*|[{S}]*[\\r\\n]+|[{S}]+(?![^{S}])|[{S}]+",
+        ]
         self.split = re.compile(patterns[self.pattern]).findall
         self.digits = re.compile(f"[{N}]|[^{N}]+").findall
 
@@ -199,12 +267,14 @@ class Blob:
     def bpe(self, piece):
         if self.flags & 1 and piece in self.ids:
             return [self.ids[piece]]
-        ids = [self.ids[piece[k:k + 1]] for k in range(len(piece))]
-        while pairs := [(self.merges[p], k) for k, p in enumerate(zip(ids, ids[1:]))
-                        if p in self.merges]:
+        ids = [self.ids[piece[k : k + 1]] for k in range(len(piece))]
+        while pairs := [
+            (self.merges[p], k) for k, p in enumerate(zip(ids, ids[1:])) if p in self.merges
+        ]:
             (_, merged), k = min(pairs)
-            ids[k:k + 2] = [merged]
+            ids[k : k + 2] = [merged]
         return ids
+
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "smollm2"])
 def test_byte_level_blob_is_the_librarys_tokenizer(kind, tmp_path):
@@ -221,6 +291,7 @@ def test_byte_level_blob_is_the_librarys_tokenizer(kind, tmp_path):
     assert all(a <= b < c for (a, b, _), (c, _, _) in zip(blob.ranges, blob.ranges[1:]))
     high = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\p{L}\p{N}\s]"), "isolated")
     assert len(high.pre_tokenize_str("".join(map(chr, range(0x40000, 0x110000))))) == 1  # no more
+
 
 def test_control_tokens_of_a_tokenizer_json(tmp_path):
     path = make_bpe(tmp_path / "a", "llama3")
@@ -245,13 +316,28 @@ def test_control_tokens_of_a_tokenizer_json(tmp_path):
     with pytest.raises(FileNotFoundError):
         find_tokenizer(601, str(tmp_path / "a"))
 
-@pytest.mark.parametrize("change, says", [
-    ({"normalizer": {"type": "NFC"}}, "does not know the normalizer NFC"),
-    ({"decoder": {"type": "Fuse"}}, "only byte-level BPE"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "does not know the pre-tokenizer Whitespace"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated",
-                        "invert": False}}, "Split {'Regex': 'a+'}"),
-    ("cut", "is not a tokenizer.json, or is cut short"), ("[1]", "is not a tokenizer.json")])
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"normalizer": {"type": "NFC"}}, "does not know the normalizer NFC"),
+        ({"decoder": {"type": "Fuse"}}, "only byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "does not know the pre-tokenizer Whitespace"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "a+"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            "Split {'Regex': 'a+'}",
+        ),
+        ("cut", "is not a tokenizer.json, or is cut short"),
+        ("[1]", "is not a tokenizer.json"),
+    ],
+)
 def test_a_tokenizer_json_that_c_cannot_read(change, says, tmp_path):
     path = make_bpe(tmp_path / "a")
     if isinstance(change, dict):
@@ -260,6 +346,7 @@ def test_a_tokenizer_json_that_c_cannot_read(change, says, tmp_path):
         path.write_text(path.read_text()[:-20] if change == "cut" else change)
     with pytest.raises(ValueError, match=re.escape(says)):
         tokenizer.byte_level_blob(Tokenizer(path))
+
 
 def test_shards_refuse_what_they_cannot_hold(tmp_path):
     path = make_bpe(tmp_path / "a")
@@ -272,8 +359,10 @@ def test_shards_refuse_what_they_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="has 65537 tokens: at most 65536 fit into a shard"):
         tinystories.pretokenize(str(tmp_path / "a"), 65537)
 
+
 # -----------------------------------------------------------------------------
 # What the commands share
+
 
 def parser():
     p = argparse.ArgumentParser(prog="x.py")
@@ -281,17 +370,24 @@ def parser():
     p.add_argument("--ppo", type=boolean, nargs="?", const=True, default=False, help="align")
     return p
 
+
 def test_parse_args(capsys):
     assert parse_args(parser(), ["--max_iters=7"]).max_iters == 7
-    for flag, value in (("--ppo", True), ("--ppo=True", True), ("--ppo=False", False),
-                        ("--ppo=0", False)):
+    for flag, value in (
+        ("--ppo", True),
+        ("--ppo=True", True),
+        ("--ppo=False", False),
+        ("--ppo=0", False),
+    ):
         assert parse_args(parser(), [flag]).ppo is value
-    for argv, hint in ((["--max_itres=7"], "did you mean --max_iters?"),
-                       (["--max-iters=7"], "did you mean --max_iters?"),
-                       (["--max=7"], "unknown argument --max"),  # no abbreviations
-                       (["--qqqqqq"], "unknown argument --qqqqqq (see"),
-                       (["--max_iters=many"], "invalid int value: 'many'"),
-                       (["--ppo=maybe"], "expected True or False, not 'maybe'")):
+    for argv, hint in (
+        (["--max_itres=7"], "did you mean --max_iters?"),
+        (["--max-iters=7"], "did you mean --max_iters?"),
+        (["--max=7"], "unknown argument --max"),  # no abbreviations
+        (["--qqqqqq"], "unknown argument --qqqqqq (see"),
+        (["--max_iters=many"], "invalid int value: 'many'"),
+        (["--ppo=maybe"], "expected True or False, not 'maybe'"),
+    ):
         with pytest.raises(SystemExit) as e:
             parse_args(parser(), argv)
         message = capsys.readouterr().err
@@ -300,20 +396,28 @@ def test_parse_args(capsys):
         parse_args(parser(), ["--help"])
     assert "(default: 5)" in capsys.readouterr().out
 
-@pytest.mark.parametrize("error, status, message", [
-    (ValueError("no\nsuch luck"), 1, "error: no such luck\n"),
-    (FileNotFoundError(2, "No such file", "x.bin"), 1, "error: x.bin: No such file\n"),
-    (OSError("in our words"), 1, "error: in our words\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")])
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ValueError("no\nsuch luck"), 1, "error: no such luck\n"),
+        (FileNotFoundError(2, "No such file", "x.bin"), 1, "error: x.bin: No such file\n"),
+        (OSError("in our words"), 1, "error: in our words\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
 def test_run_main(error, status, message, capsys):
     def main():
         if error:
             raise error
+
     with pytest.raises(SystemExit) as e:
         run_main(main)
     assert (e.value.code or 0) == status and capsys.readouterr().err == message
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         run_main(lambda: 1 / 0)
+
 
 def test_write_atomic(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file"

@@ -77,11 +77,29 @@ def data(tmp_path_factory):
 
 def command(data, out, **flags):
     """The flags of a tiny run."""
-    values = dict(
-        data=data, out_dir=out, vocab_source="custom", vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4,
-        n_kv_heads=2, multiple_of=4, max_seq_len=32, batch_size=4, max_iters=12, eval_interval=4,
-        eval_iters=3, learning_rate=1e-2, warmup_iters=3, device="cpu", log_interval=100,
-    ) | flags  # fmt: skip
+    values = (
+        dict(
+            data=data,
+            out_dir=out,
+            vocab_source="custom",
+            vocab_size=VOCAB,
+            dim=16,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            multiple_of=4,
+            max_seq_len=32,
+            batch_size=4,
+            max_iters=12,
+            eval_interval=4,
+            eval_iters=3,
+            learning_rate=1e-2,
+            warmup_iters=3,
+            device="cpu",
+            log_interval=100,
+        )
+        | flags
+    )
     if not values.get("decay_lr", True):
         del values["warmup_iters"]
     if "reward" in values:
@@ -92,10 +110,21 @@ def command(data, out, **flags):
 # everything that makes a state hard to keep: dropout, two optimizers, accumulated gradients
 HARD = dict(dropout=0.1, optimizer="muon", gradient_accumulation_steps=2)
 PPO = dict(
-    ppo=True, ppo_iters=4, rollouts=16, batch_size=8, max_gen_len=16, start_len=6, target_len=10,
-    eval_interval=1, roof_prompts=2, roof_samples=4, report_rollouts=16, averaging=0.5, ptx_coef=0.1,
+    ppo=True,
+    ppo_iters=4,
+    rollouts=16,
+    batch_size=8,
+    max_gen_len=16,
+    start_len=6,
+    target_len=10,
+    eval_interval=1,
+    roof_prompts=2,
+    roof_samples=4,
+    report_rollouts=16,
+    averaging=0.5,
+    ptx_coef=0.1,
     learning_rate=1e-3,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -176,9 +205,14 @@ def processes(n, argv, folder, hooks={}):
         port = str(s.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
     return [
-        spawn(argv, f"{folder}/rank{r}.txt", common | {"RANK": str(r), "LOCAL_RANK": str(r)}, hooks.get(r))
+        spawn(
+            argv,
+            f"{folder}/rank{r}.txt",
+            common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            hooks.get(r),
+        )
         for r in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def die_in_step(iteration, number=signal.SIGKILL):
@@ -242,9 +276,22 @@ def die_later(seconds):
 
 @pytest.mark.parametrize("flags", [dict(), dict(optimizer="muon", schedule="linear")])
 def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
-    train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150, eval_iters=100,
-                       eval_interval=150, learning_rate=2e-2, weight_decay=0.0, warmup_iters=10,
-                       **flags))  # fmt: skip
+    train.main(
+        command(
+            data,
+            tmp_path,
+            dim=32,
+            n_layers=1,
+            batch_size=16,
+            max_iters=150,
+            eval_iters=100,
+            eval_interval=150,
+            learning_rate=2e-2,
+            weight_decay=0.0,
+            warmup_iters=10,
+            **flags,
+        )
+    )
     val = pretraining.Windows(data, "val", 32, VOCAB)
     best = true_loss(*val.batch(0, len(val)))
     reached = [r["loss/val"] for r in read_log(tmp_path) if "loss/val" in r]
@@ -255,12 +302,44 @@ def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
 def test_ppo_raises_the_objective(data, tmp_path):
     """Aligned to shorter texts: J rises by a third of the way to its roof, the KL is that of the
     report, and the reward in the log is the reward of the definition."""
-    train.main(command(data, tmp_path, dim=32, n_layers=1, batch_size=16, max_iters=150,
-                       eval_interval=150, learning_rate=2e-2, warmup_iters=10))  # fmt: skip
-    train.main(command(data, tmp_path, **PPO | dict(
-        ppo_iters=25, rollouts=64, batch_size=32, max_gen_len=24, target_len=4, init_kl_coef=0.005,
-        report_rollouts=256, learning_rate=5e-3, averaging=0, ptx_coef=0, eval_interval=50,
-        target_kl=1.0, roof_prompts=16, roof_samples=64, dim=32, n_layers=1)))  # fmt: skip
+    train.main(
+        command(
+            data,
+            tmp_path,
+            dim=32,
+            n_layers=1,
+            batch_size=16,
+            max_iters=150,
+            eval_interval=150,
+            learning_rate=2e-2,
+            warmup_iters=10,
+        )
+    )
+    train.main(
+        command(
+            data,
+            tmp_path,
+            **PPO
+            | dict(
+                ppo_iters=25,
+                rollouts=64,
+                batch_size=32,
+                max_gen_len=24,
+                target_len=4,
+                init_kl_coef=0.005,
+                report_rollouts=256,
+                learning_rate=5e-3,
+                averaging=0,
+                ptx_coef=0,
+                eval_interval=50,
+                target_kl=1.0,
+                roof_prompts=16,
+                roof_samples=64,
+                dim=32,
+                n_layers=1,
+            ),
+        )
+    )
     report = json.loads((tmp_path / "ppo_report.json").read_text())
     before, after, roof = report["before"], report["after"], report["roof"][0]
     assert before["kl"] == pytest.approx(0, abs=1e-6)
@@ -288,8 +367,12 @@ def test_schedule():
 
 def test_weight_decay_is_of_matrices_only(data, tmp_path):
     """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no vector."""
-    args = train.flags(command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02))
-    model = pretraining.Transformer(pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4))
+    args = train.flags(
+        command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02)
+    )
+    model = pretraining.Transformer(
+        pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, multiple_of=4)
+    )
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -372,7 +455,9 @@ def test_ppo_has_no_muon(data, tmp_path, capsys):
 def test_adam_eps(data, tmp_path):
     """With gradients of 1, Adam's first step is rate / (1 + eps)."""
     args = train.flags(command(data, tmp_path, adam_eps=0.6, weight_decay=0))
-    model = pretraining.Transformer(pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8))
+    model = pretraining.Transformer(
+        pretraining.ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8)
+    )
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -402,7 +487,8 @@ def test_accumulated_steps_are_one_large_batch(data, tmp_path):
     for name, flags in (("one", dict(batch_size=8)), ("two", dict(gradient_accumulation_steps=2))):
         train.main(command(data, tmp_path / name, **flags))
     one, two = (
-        [r["loss/train"] for r in read_log(tmp_path / n) if "loss/train" in r] for n in ("one", "two")
+        [r["loss/train"] for r in read_log(tmp_path / n) if "loss/train" in r]
+        for n in ("one", "two")
     )
     np.testing.assert_allclose(one, two, atol=1e-5)
 
@@ -517,9 +603,11 @@ def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monk
 def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkeypatch):
     """Both in the second iteration, of which the first is saved where the reward is to be mended."""
     reward = tmp_path / "reward.py"
-    reward.write_text("calls = []\ndef f(p, r):\n    calls.append(0)\n"
-                      "    if len(calls) > 3:\n        raise ValueError('mine')\n"
-                      "    return [0.0] * len(r)\nf.tokens = True\n")  # fmt: skip
+    reward.write_text(
+        "calls = []\ndef f(p, r):\n    calls.append(0)\n"
+        "    if len(calls) > 3:\n        raise ValueError('mine')\n"
+        "    return [0.0] * len(r)\nf.tokens = True\n"
+    )
     train.main(command(data, tmp_path, max_iters=1))
     flags = PPO | dict(init_from="resume", eval_interval=100, ptx_coef=0)
     with pytest.raises(ValueError, match="line 5: ValueError: mine; iteration 3 is saved: when it"):
@@ -547,7 +635,9 @@ def test_times_of_an_iteration_have_their_published_names(data, tmp_path):
 
 @pytest.mark.parametrize("ppo", [False, True])
 @pytest.mark.parametrize("how", ["cpu", "cuda", "numpy"])
-def test_a_batch_too_large_for_the_memory_is_one_line(data, tmp_path, monkeypatch, capsys, how, ppo):
+def test_a_batch_too_large_for_the_memory_is_one_line(
+    data, tmp_path, monkeypatch, capsys, how, ppo
+):
     def too_much(*_):
         if how == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -611,8 +701,10 @@ def test_ppo_in_half_precision(data, tmp_path, dtype):
 def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     """The critic alone learns in the first iteration, and a reward may return a tensor."""
     reward = tmp_path / "reward.py"
-    reward.write_text("import torch\ndef f(p, r):\n    return torch.tensor([float(len(x)) for x in r])\n"
-                      "f.tokens = True\ndef short(p, r):\n    return [0.0]\nshort.tokens = True\n")
+    reward.write_text(
+        "import torch\ndef f(p, r):\n    return torch.tensor([float(len(x)) for x in r])\n"
+        "f.tokens = True\ndef short(p, r):\n    return [0.0]\nshort.tokens = True\n"
+    )
     train.main(command(data, tmp_path))
     flags = PPO | dict(critic_warmup=2, averaging=0, ptx_coef=0, ppo_iters=1, init_from="resume")
     train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
@@ -630,7 +722,9 @@ def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
     for name in ("whole", "stopped"):
         train.main(command(data, tmp_path / name))
     train.main(command(data, tmp_path / "whole", init_from="resume", **flags))
-    assert interrupted(data, tmp_path / "stopped", 13, signal.SIGINT, init_from="resume", **flags) == 0
+    assert (
+        interrupted(data, tmp_path / "stopped", 13, signal.SIGINT, init_from="resume", **flags) == 0
+    )
     train.main(command(data, tmp_path / "stopped", init_from="resume", **flags))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", "ppo_")
     reports = [(tmp_path / n / "ppo_report.json").read_text() for n in ("whole", "stopped")]
@@ -646,7 +740,9 @@ def test_a_mistake_in_the_reward_loses_no_iteration(data, tmp_path):
         train.main(command(data, tmp_path / name))
     reward.write_text(right)
     train.main(command(data, tmp_path / "whole", **flags))
-    wrong = "    calls.append(1)\n    if len(calls) > 3:\n        raise KeyError('a word')\n    return"
+    wrong = (
+        "    calls.append(1)\n    if len(calls) > 3:\n        raise KeyError('a word')\n    return"
+    )
     reward.write_text("calls = []\n" + right.replace("    return", wrong))
     with pytest.raises(ValueError, match=r"line 5: KeyError: 'a word'; iteration 14 is saved"):
         train.main(command(data, tmp_path / "stopped", **flags))
@@ -664,10 +760,12 @@ def test_killed_twenty_times(data, tmp_path):
     while kills < 20:
         kind = kills % 4
         hook = (
-            (die_in_write, rng.randint(1, 2), rng.random()) if kind == 0
-            else (die_later, rng.uniform(0.05, 0.4)) if kind == 1
+            (die_in_write, rng.randint(1, 2), rng.random())
+            if kind == 0
+            else (die_later, rng.uniform(0.05, 0.4))
+            if kind == 1
             else (die_at_file_operation, rng.randint(8, 30), str(folder))
-        )  # fmt: skip
+        )
         there = (folder / "ckpt.pt").exists() or (folder / "ckpt.prev.pt").exists()
         argv = command(data, folder, init_from="resume" if there else "scratch", **flags)
         status = finish(spawn(argv, tmp_path / "log.txt", hook=hook))
@@ -745,8 +843,14 @@ def test_full_disk_leaves_the_last_checkpoint(data, tmp_path):
     for limit in (len(before) // 2, 4096):
         assert finish(spawn(argv, log, hook=(limit_file_size, limit))) == 1
         error = [x for x in log.read_text().splitlines() if x.startswith("error")]
-        assert error == [f"error: {tmp_path}/ckpt.pt: cannot write the checkpoint: "
-                         f"{os.strerror(errno.EFBIG)}"] and "Traceback" not in log.read_text()  # fmt: skip
+        assert (
+            error
+            == [
+                f"error: {tmp_path}/ckpt.pt: cannot write the checkpoint: "
+                f"{os.strerror(errno.EFBIG)}"
+            ]
+            and "Traceback" not in log.read_text()
+        )
         assert (tmp_path / "ckpt.pt").read_bytes() == before
         log.unlink()
     assert not list(tmp_path.glob(".*tmp"))
@@ -789,7 +893,11 @@ def test_folder_without_permission(data, tmp_path):
 
 def poison(monkeypatch, iterations, what):
     """In some iterations the loss, or the gradient alone, is not a number."""
-    step, forward, state = pretraining.Pretraining.step, pretraining.Transformer.forward, {"bad": False}
+    step, forward, state = (
+        pretraining.Pretraining.step,
+        pretraining.Transformer.forward,
+        {"bad": False},
+    )
 
     def watched(self, i):
         state["bad"] = i in iterations
@@ -798,7 +906,9 @@ def poison(monkeypatch, iterations, what):
     def poisoned(self, *args, **kwargs):
         loss = forward(self, *args, **kwargs)
         if state["bad"] and self.training:
-            return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] - 1).abs().sqrt()
+            return (
+                loss * math.inf if what == "loss" else loss + (self.norm.weight[0] - 1).abs().sqrt()
+            )
         return loss
 
     monkeypatch.setattr(pretraining.Pretraining, "step", watched)
@@ -812,7 +922,9 @@ def test_steps_that_are_not_finite_are_skipped(data, tmp_path, monkeypatch, what
     train.main(command(data, tmp_path, max_iters=1))
     fresh = pretraining.Transformer  # the weights are still those of the seed
     torch.manual_seed(1337)
-    same = fresh(pretraining.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])).state_dict()
+    same = fresh(
+        pretraining.ModelArgs(**load_checkpoint(tmp_path / "ckpt.pt")["model_args"])
+    ).state_dict()
     assert equal(same, load_checkpoint(tmp_path / "ckpt.pt")["model"]) == []
     record = [r for r in read_log(tmp_path) if "bad_steps" in r][0]
     assert record["bad_steps"] == 1 and record["grad_norm"] is None
@@ -825,7 +937,9 @@ def test_ends_after_many_bad_steps(data, tmp_path, monkeypatch, capsys):
         train.main(command(data, tmp_path))
     counts = [r["bad_steps"] for r in read_log(tmp_path) if "bad_steps" in r]
     assert counts == [0, 1, 2, 0, 0, 1, 2]
-    assert all(torch.isfinite(w).all() for w in load_checkpoint(tmp_path / "ckpt.pt")["model"].values())
+    assert all(
+        torch.isfinite(w).all() for w in load_checkpoint(tmp_path / "ckpt.pt")["model"].values()
+    )
 
 
 def test_checkpoint_that_does_not_fit_names_the_flags(data, tmp_path):
@@ -836,7 +950,9 @@ def test_checkpoint_that_does_not_fit_names_the_flags(data, tmp_path):
 
 def test_resumes_with_other_flags(data, tmp_path, capsys):
     train.main(command(data, tmp_path))
-    train.main(command(data, tmp_path, init_from="resume", batch_size=2, max_iters=16, optimizer="muon"))
+    train.main(
+        command(data, tmp_path, init_from="resume", batch_size=2, max_iters=16, optimizer="muon")
+    )
     text = capsys.readouterr()
     assert "batch_size was 4, is 2, optimizer was adamw, is muon" in text.out
     assert "it starts anew" in text.err
@@ -888,7 +1004,9 @@ def test_compiled_is_the_same_model(data, tmp_path, monkeypatch, native):
     but heads are too wide for its attention, the compiled model is that of its other kernels."""
     flags, ran = dict(max_iters=4), []
     if native:
-        flags |= dict(dim=64, n_heads=2, n_layers=1, batch_size=2, max_seq_len=kernels.MIN_ROWS // 2)
+        flags |= dict(
+            dim=64, n_heads=2, n_layers=1, batch_size=2, max_seq_len=kernels.MIN_ROWS // 2
+        )
         call = kernels.call
         monkeypatch.setattr(kernels, "call", lambda *a: ran.append(a[0]) or call(*a))
     else:
@@ -958,8 +1076,9 @@ def alone(data, tmp_path_factory):
 
 
 # As many rows per micro-batch as the kernels of whole layers need.
-MICRO = dict(batch_size=2, max_seq_len=kernels.MIN_ROWS // 2, gradient_accumulation_steps=4,
-             eval_interval=10)  # fmt: skip
+MICRO = dict(
+    batch_size=2, max_seq_len=kernels.MIN_ROWS // 2, gradient_accumulation_steps=4, eval_interval=10
+)
 
 
 def count_messages(folder):
@@ -971,7 +1090,9 @@ def count_messages(folder):
             return step(self, i)
         with torch.profiler.profile() as found:
             out = step(self, i)
-        names = [e.name.removeprefix("c10d::") for e in found.events() if e.name.startswith("c10d::")]
+        names = [
+            e.name.removeprefix("c10d::") for e in found.events() if e.name.startswith("c10d::")
+        ]
         counts = {name: names.count(name) for name in names}
         counts["fast"] = sum(e.name in ("NormQKV", "FeedForward") for e in found.events())
         Path(f"{folder}/counts.json").write_text(json.dumps(counts))
@@ -980,9 +1101,15 @@ def count_messages(folder):
     pretraining.Pretraining.step = watched
 
 
-@pytest.mark.parametrize("n,flags", [
-    (2, {}), (4, {}), (2, dict(fsdp=True)), (4, dict(fsdp=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n,flags",
+    [
+        (2, {}),
+        (4, {}),
+        (2, dict(fsdp=True)),
+        (4, dict(fsdp=True)),
+    ],
+)
 def test_any_number_of_processes_learns_the_same(data, tmp_path, alone, n, flags):
     """And they exchange gradients once a step, however many micro-batches it has: DDP in one bucket,
     FSDP layer by layer. One more all-reduce is of loss and tokens; FSDP needs one for the norm."""
@@ -1012,21 +1139,36 @@ def test_validation_does_not_depend_on_the_number_of_processes(data, tmp_path, a
 
 def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
     """Ten steps sharded over two processes, ten more over one, without --fsdp: one ordinary file."""
-    for n, flags in ((2, dict(fsdp=True, max_iters=10)), (1, dict(init_from="resume", max_iters=20))):
+    for n, flags in (
+        (2, dict(fsdp=True, max_iters=10)),
+        (1, dict(init_from="resume", max_iters=20)),
+    ):
         argv = command(data, tmp_path, **MICRO | flags | dict(decay_lr=False))
         for p in processes(n, argv, tmp_path) if n > 1 else [spawn(argv, tmp_path / "one.txt")]:
             assert finish(p) == 0
-        assert equal(
-            {k: v.shape for k, v in load_checkpoint(tmp_path / "ckpt.pt")["model"].items()},
-            {k: v.shape for k, v in load_checkpoint(alone / "ckpt.pt")["model"].items()},
-        ) == []  # fmt: skip
+        assert (
+            equal(
+                {k: v.shape for k, v in load_checkpoint(tmp_path / "ckpt.pt")["model"].items()},
+                {k: v.shape for k, v in load_checkpoint(alone / "ckpt.pt")["model"].items()},
+            )
+            == []
+        )
     train.main(command(data, tmp_path / "whole", **MICRO | dict(max_iters=20, decay_lr=False)))
     np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "whole"), atol=1e-5)
-    argv = command(data, tmp_path, init_from="resume", fsdp=True, decay_lr=False, **MICRO | dict(max_iters=24))
+    argv = command(
+        data, tmp_path, init_from="resume", fsdp=True, decay_lr=False, **MICRO | dict(max_iters=24)
+    )
     for p in processes(2, argv, tmp_path):  # and back to shards
         assert finish(p) == 0
-    train.main(command(data, tmp_path / "whole", init_from="resume", decay_lr=False,
-                       **MICRO | dict(max_iters=24)))  # fmt: skip
+    train.main(
+        command(
+            data,
+            tmp_path / "whole",
+            init_from="resume",
+            decay_lr=False,
+            **MICRO | dict(max_iters=24),
+        )
+    )
     np.testing.assert_allclose(losses(tmp_path)[20:], losses(tmp_path / "whole")[20:], atol=1e-4)
 
 
@@ -1064,7 +1206,11 @@ def held(tensors):
 def watch_shards(folder):
     """A hook: what a process with --fsdp holds and does, into a file of its own after each step."""
     found, block = {"forwards": 0}, TransformerBlock
-    step, forward, state = pretraining.Pretraining.step, block.forward, pretraining.Pretraining.state
+    step, forward, state = (
+        pretraining.Pretraining.step,
+        block.forward,
+        pretraining.Pretraining.state,
+    )
 
     def whole_to_device(*args):
         raise AssertionError("a module is moved as a whole")
@@ -1078,7 +1224,9 @@ def watch_shards(folder):
         found["forwards"] = 0
         out = step(self, i)
         found["parameters"] = held(self.model.parameters())
-        moments = [t for o in self.optimizers for s in o.state.values() for t in s.values() if t.dim()]
+        moments = [
+            t for o in self.optimizers for s in o.state.values() for t in s.values() if t.dim()
+        ]
         found["moments"] = held(moments)
         Path(f"{folder}/rank{self.rank}.json").write_text(json.dumps(found))
         return out
@@ -1135,11 +1283,14 @@ def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = command(data, tmp_path / "out", **MICRO | dict(eval_interval=4))
-    done = subprocess.run([*torchrun, "--max-restarts=1", script, *argv], capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*torchrun, "--max-restarts=1", script, *argv], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "iterations 4 to 12" in done.stdout
-    for p in processes(2, command(data, tmp_path / "whole", **MICRO | dict(eval_interval=4)), tmp_path):
+    for p in processes(
+        2, command(data, tmp_path / "whole", **MICRO | dict(eval_interval=4)), tmp_path
+    ):
         assert finish(p) == 0
     np.testing.assert_allclose(losses(tmp_path / "out"), losses(tmp_path / "whole"), atol=1e-6)
 
