@@ -215,12 +215,15 @@ class Record(NamedTuple):
     system       the system prompt, or ""
     completions  the replies, best first; one where nothing is known to be worse
     ignored      the keys that are neither used nor known to be harmless
+    irregular    how the messages differ from user and assistant in turn; "" where they do not.
+                 `turns` is empty where nothing in the record can be used.
     """
 
     turns: list
     system: str
     completions: list
     ignored: tuple = ()
+    irregular: str = ""
 
 
 # The keys of a record by what they hold. Where a record has several of a row, the first one is
@@ -270,19 +273,29 @@ REFUSED = {  # keys that change the meaning of a record, and what to do
 }
 
 
-def read(path, replies=True):
-    """The records of a JSON or JSONL file; prompts alone are records where no `replies` are needed.
-    ValueError naming file and line; OSError."""
+def read(path, replies=True, lenient=False):
+    """
+    The records of a JSON or JSONL file; prompts alone are records where no `replies` are needed.
+    Data sets of real conversations hold some that begin with the assistant or end with the user:
+    with `lenient` these are read as irregular records, unless the file holds no other record.
+    Raises ValueError that names file and line, and OSError.
+    """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
-    records = []
+    records, first = [], None
     for place, item in items(path, RECORD_KEYS):
+        first = first or (place, item)
         try:
-            records.append(record(item, replies))
+            records.append(record(item, replies, lenient))
         except ValueError as e:
             raise ValueError(f"{path}, {place}: {e}") from None
     if not records:
         raise ValueError(f"{path} holds no record")
+    if all(r.irregular for r in records):
+        try:
+            record(first[1], replies)
+        except ValueError as e:
+            raise ValueError(f"{path}, {first[0]}: {e}") from None
     return records
 
 
@@ -299,10 +312,11 @@ def text_of(value, key):
     return value.encode(errors="replace").decode()  # JSON can spell what is no text
 
 
-def record(item, replies=True):
+def record(item, replies=True, lenient=False):
     """
     One item as a Record; ValueError says what is wrong with it. A text stays as it is, except for
     the space that a format puts before a reply: after "Assistant:", and in "completion".
+    `replies` and `lenient` are as in read().
     """
     if not isinstance(item, dict):
         raise ValueError(f"expected an object, not {type(item).__name__}")
@@ -389,6 +403,11 @@ def record(item, replies=True):
             if system not in ("", s[0][1]):
                 raise ValueError("it has two system prompts, which differ")
             system = s.pop(0)[1]
+    irregular = irregularity(said, replies) if lenient else ""
+    if irregular.startswith("left out"):
+        return Record([], system, [], irregular=irregular)
+    if irregular:
+        said = [s[:-1] for s in said]
     dialogues = [exchanges(s, replies) for s in said]
     turns, completions = dialogues[0], [d[-1][1] for d in dialogues]
     turns = [*turns[:-1], (turns[-1][0], None)]
@@ -401,7 +420,7 @@ def record(item, replies=True):
         if not repeats(item[k], texts):
             ignored.append(k)
     completions = [c for c in completions if c is not None]
-    return Record(turns, system, completions, tuple(sorted(set(ignored))))
+    return Record(turns, system, completions, tuple(sorted(set(ignored))), irregular)
 
 
 def is_strings(value):
@@ -513,6 +532,22 @@ def joined(begin, said):
     return [*said] if begin and said and begin[-1][0] == said[0][0] else begin + said
 
 
+def irregularity(dialogues, replies):
+    """
+    How dialogues, lists of messages, differ from user and assistant in turn, for the summary of the
+    data: "left out: ..." where nothing can be used, "shortened: ..." where the last message is to be
+    dropped, "" where they do not differ or where exchanges() refuses them.
+    """
+    roles = [[role for role, _ in messages] for messages in dialogues]
+    if not all(all(a != b for a, b in itertools.pairwise(r)) and "system" not in r for r in roles):
+        return ""
+    if all(r[:1] == ["assistant"] for r in roles):
+        return "left out: begins with the assistant"
+    if replies and len(roles) == 1 and roles[0][-1:] == ["user"]:
+        return "shortened: last user turn dropped" if roles[0][1:] else "left out: no reply"
+    return ""
+
+
 def exchanges(said, replies):
     """[(user, reply), ...] of messages; without `replies` the last reply may be missing: None."""
     roles = [role for role, _ in said]
@@ -545,7 +580,7 @@ HELD_OUT = 10  # one dialogue in so many, by a hash of how it begins, is for val
 
 
 def held_out(record):
-    begin = f"{record.system}\n{record.turns[0][0]}".encode()
+    begin = f"{record.system}\n{record.turns[0][0] if record.turns else ''}".encode()
     return hashlib.sha256(begin).digest()[0] % HELD_OUT == 0
 
 
@@ -568,13 +603,16 @@ class Samples:
         if split not in ("train", "val", "all"):
             raise ValueError(f"split must be train, val or all, not {split!r}")
         self.data, self.tokenizer, self.template, self.max_len = data, tokenizer, template, max_len
-        files = (read(path, self.replies) for path in data.split(","))
+        files = (read(path, self.replies, lenient=True) for path in data.split(","))
         records = itertools.chain.from_iterable(files)
         self.counts, self.samples = collections.Counter(), []
         # Some SentencePiece models, such as that of stories260K, remove and merge spaces.
         spaced, bare = (tokenizer.encode(s, bos=False, eos=False) for s in ("  a", "a"))
         for r in records:
             if split == "all" or held_out(r) == (split == "val"):
+                self.note(r.irregular, bool(r.irregular))
+                if not r.turns:
+                    continue
                 if r.system and not template.system:
                     raise ValueError(
                         f"{data} has a system prompt, for which the template "

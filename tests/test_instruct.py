@@ -881,6 +881,71 @@ def test_too_long_for_instructions(tmp_path):
     assert data.summary().endswith("x.json: 1 samples (2 left out: empty response)")
 
 
+GOOD = [{"messages": says(f"A{i}", "B", "C", "D")} for i in range(40)]
+LATE = {"messages": [SYSTEM, *says("E", "F", names=("assistant", "user"))]}
+LATER = {"conversations": says("E", "F", "G", names=("gpt", "human"), keys=("from", "value"))}
+OPEN = {"messages": says("A", "B", "C")}
+UNANSWERED = {"messages": [SYSTEM, *says("A")]}
+
+
+def test_dialogues_that_begin_with_the_assistant_or_end_with_the_user(tmp_path):
+    """Real data sets hold some: they are left out or shortened, and counted."""
+    path = write(tmp_path / "x.jsonl", [LATE, *GOOD, OPEN, LATER, OPEN, UNANSWERED])
+    data = Instructions(path, "all", T, PLAIN, 99)
+    assert data.summary() == (
+        f"{path}: 42 samples (2 left out: begins with the assistant; 1 left out: no reply; "
+        "2 shortened: last user turn dropped)"
+    )
+    texts = [T.text(ids) for ids, _ in data.batch(0, len(data))]
+    assert texts.count("<s>A\nB</s>") == 2 and not any("E" in text for text in texts)
+    whole = Instructions(write(tmp_path / "y.jsonl", GOOD), "all", T, PLAIN, 99)
+    assert {"<s>A\nB</s>", *(T.text(ids) for ids, _ in whole.batch(0, 40))} == set(texts)
+    parts = [Instructions(path, split, T, PLAIN, 99) for split in ("train", "val")]
+    assert sum((part.counts for part in parts), instruct.collections.Counter()) == data.counts
+    assert sum(map(len, parts)) == len(data)
+    # prompts may end with the user; without the assistant's last reply they are prompts, too
+    prompts = InstructPrompts(path, "all", T, PLAIN, 99)
+    assert prompts.counts == {
+        "left out: begins with the assistant": 2,
+        "left out: prompt seen before": 1,
+    }
+    texts = {T.text(ids) for ids in prompts.batch(0, len(prompts))}
+    expected = {f"<s>A{i}\nB</s><s>C\n" for i in range(40)}
+    assert texts == expected | {"<s>A\nB</s><s>C\n", "<s>S\nA\n"}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    late = {"chosen": LATE["messages"][1:2], "rejected": LATER["conversations"]}
+    data = Rankings(write(tmp_path / "x.jsonl", [late, pair]), "all", T, PLAIN, 99)
+    assert data.counts == {"left out: begins with the assistant": 1} and len(data) == 1
+
+
+@pytest.mark.parametrize("records", [[LATE], [OPEN], [UNANSWERED], [LATE, OPEN, UNANSWERED]])
+def test_a_file_of_nothing_but_irregular_dialogues_is_refused(records, tmp_path):
+    path = write(tmp_path / "x.jsonl", records)
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: messages must be user and assistant"):
+        Instructions(path, "all", T, PLAIN, 99)
+    with pytest.raises(ValueError, match="line 2: messages must be user and assistant in turn"):
+        read(write(tmp_path / "x.jsonl", [*GOOD[:1], *records]))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [*says("A"), *says("A", "B")],
+        [*says("A", "B"), says("", "B")[1]],
+        [*says("A", "B"), SYSTEM],
+        [says("", "B")[1], *says("A"), *says("A", "B")],
+        [*says("A", "B", "C"), *says("D")],
+        [SYSTEM],
+        [{"role": "tool", "content": "x"}],
+    ],
+)
+def test_messages_in_no_order_are_refused_beside_others(messages, tmp_path):
+    path = write(tmp_path / "x.jsonl", [*GOOD, {"messages": messages}])
+    for kind in Instructions, InstructPrompts:
+        with pytest.raises(ValueError, match=r"x\.jsonl, line 41: .*user(,| and) assistant"):
+            kind(path, "all", T, PLAIN, 99)
+
+
 def test_rankings(tmp_path):
     def found(records, max_len=99):
         data = Rankings(write(tmp_path / "x.json", records), "all", T, PLAIN, max_len)
