@@ -33,10 +33,12 @@ import tempfile
 import warnings
 from dataclasses import replace
 
+import common  # noqa: F401  first: it reports missing packages
+
+# isort: split
 import numpy as np
 import torch
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
 from checkpoint import (
     check_generates,
     checkpoint_args,

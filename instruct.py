@@ -32,9 +32,11 @@ import re
 import sys
 from typing import NamedTuple
 
+import common  # noqa: F401  first: it reports missing packages
+
+# isort: split
 import numpy as np
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
 from common import flags_of_others, parse_args, printable, run_main, write_atomic
 from tinystories import Dealer, items, quoted, read_stories, story_files
 from tokenizer import own_tokenizer

@@ -7,14 +7,15 @@ python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="You tell stories.
 """
 
 import argparse
-import os
 import sys
 import time
 from contextlib import nullcontext
 
+import common  # noqa: F401  first: it reports missing packages
+
+# isort: split
 import torch
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
 import kernels
 from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
 from common import boolean, parse_args, printable, run_main

@@ -35,12 +35,14 @@ import time
 import urllib.parse
 import zlib
 
+import common  # noqa: F401  first: it reports missing packages
+
+# isort: split
 import numpy as np
 import requests
 import sentencepiece
 from tqdm import tqdm
 
-import common  # noqa: F401  first: it says what to do where a package is not installed
 from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
 from experiments.grammar import tell_story
 from tokenizer import Tokenizer, find_tokenizer, hashed_name

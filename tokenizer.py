@@ -19,9 +19,11 @@ import subprocess
 import sys
 import zlib
 
-from sentencepiece import SentencePieceProcessor
+# First, because it reports missing packages:
+from common import note, parse_args, read_json, run_main, write_atomic
 
-from common import note, parse_args, read_json, run_main, write_atomic  # before sentencepiece
+# isort: split
+from sentencepiece import SentencePieceProcessor
 
 # -----------------------------------------------------------------------------
 # Tokenizer

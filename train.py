@@ -33,10 +33,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # first: it reports missing packages
+
+# isort: split
 import torch
 import torch.distributed as dist
 
-import common  # noqa: I001  first: it says what to do where a package is not installed
 import ppo
 from alignment import Alignment, instruction_file
 from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
