@@ -407,9 +407,9 @@ class Pretraining:
     def line(self, iteration, s):
         bad = "" if not s["bad_steps"] else f" | not finite, skipped ({s['bad_steps']} in a row)"
         return (
-            f"{iteration:6d} | loss {s['loss/train']:.4f} | lr {s['lr']:.2e} | "
+            f"{iteration:6d} | loss {s['loss/train']:.4f}{bad} | lr {s['lr']:.2e} | "
             f"norm {s['grad_norm']:5.2f} | {s['ms']:7.1f} ms | {s['tokens_per_s']:9,.0f} tok/s | "
-            f"mfu {s['mfu']:5.1%}{bad}"
+            f"mfu {s['mfu']:5.1%}"
         )
 
     def evaluate(self):

@@ -1,7 +1,9 @@
-"""Output of a run for people and programs: log, progress bar, closing report, curves."""
+"""What a run writes for people and programs: log, progress bar, PPO's report, plots."""
 
 import json
 import math
+import shutil
+import sys
 import textwrap
 import time
 from contextlib import suppress
@@ -16,12 +18,13 @@ from kernels import multiply
 
 
 def plain_config(args):
+    """The flags of a run as a dictionary, as checkpoints and Weights & Biases store them."""
     return {k: v for k, v in vars(args).items() if k not in ("given", "kept")}
 
 
 def load_boards(args):
-    """TensorBoard's SummaryWriter and the wandb module, each None where the flags do not ask for it.
-    Raises ValueError where it is not installed."""
+    """TensorBoard's SummaryWriter and the wandb module; each is None unless its flag is set.
+    Raises ValueError if a package that is asked for is not installed."""
     SummaryWriter = wandb = None
     try:
         if args.tensorboard:
@@ -36,7 +39,8 @@ def load_boards(args):
 
 
 def read_log(path):
-    """The records of a log; a line that is cut short, by a crash or because it is being written, is none."""
+    """The records of a log. A line that is incomplete, because a run crashed or is writing it, is
+    skipped."""
     records = []
     for line in Path(path).read_text().splitlines():
         with suppress(ValueError, KeyError, TypeError):
@@ -45,15 +49,36 @@ def read_log(path):
     return records
 
 
+def terminal_columns():
+    """The width of the terminal on standard output; sys.maxsize if it is a file or a pipe."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
+
+
+def fit_line(text, columns):
+    """One line of the log in at most `columns` columns where possible. A line of fields,
+    "12 | loss 2.1 | lr 1e-3", loses its last fields; a sentence is wrapped with an indent of 4."""
+    fields = text.split(" | ")
+    if len(fields) == 1:
+        wrapped = textwrap.wrap(text, columns, subsequent_indent="    ", break_on_hyphens=False)
+        return text if len(text) <= columns else "\n".join(wrapped)
+    while len(" | ".join(fields)) > columns and len(fields) > 1:
+        fields.pop()
+    return " | ".join(fields)
+
+
 class Log:
-    """One JSON object an iteration into a file, the same scalars to TensorBoard and Weights &
-    Biases where asked for, a progress bar and lines on the terminal. Silent but on rank 0."""
+    """Writes one JSON object per iteration to a file, the same scalars to TensorBoard and Weights &
+    Biases if their flags are set, and shows a progress bar and lines on the terminal. Only rank 0
+    writes."""
 
     def __init__(self, args, name, first, resumed, rank):
         self.master, self.path = rank == 0, Path(args.out_dir) / name
         self.file = self.board = self.wandb = None
-        self.steps, self.last, self.pace = 0, 0.0, 0.0  # how many, the last one's end, mean seconds
-        quiet = None if self.master else True  # None: shown on a terminal only
+        # The number of steps, the time at the end of the last one, mean seconds per step
+        self.steps, self.last, self.pace = 0, 0.0, 0.0
+        quiet = None if self.master else True  # None: tqdm draws the bar on terminals only
         self.bar = tqdm(
             total=args.max_iters - first,
             unit="it",
@@ -64,12 +89,12 @@ class Log:
         )
         if not self.master:
             return
-        # A resumed run continues its log, without the iterations that it does again.
+        # A resumed run continues its log, without the iterations that it will repeat.
         old = read_log(self.path) if resumed and self.path.exists() else []
-        kept = [json.dumps(record) + "\n" for record in old if record["iter"] < first]
-        if not args.eval_only:  # which may look at a run that goes on
+        lines = [json.dumps(record) + "\n" for record in old if record["iter"] < first]
+        if not args.eval_only:  # --eval_only may read the folder while another run writes to it
             with write_atomic(self.path, "w") as f:
-                f.writelines(kept)
+                f.writelines(lines)
         self.file = open(self.path, "a")
         SummaryWriter, wandb = load_boards(args)
         if SummaryWriter:
@@ -80,6 +105,7 @@ class Log:
             )
 
     def scalars(self, iteration, stats):
+        """Logs {name: number}. Raises OSError, which names the log, if it cannot be written."""
         if not self.master:
             return
         stats = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
@@ -95,17 +121,22 @@ class Log:
             self.wandb.log({"iter": iteration, **stats}, step=iteration)
 
     def text(self, iteration, name, text):
+        """Logs a text to TensorBoard; other logs have scalars only."""
         if self.board:
             self.board.add_text(name, text.replace("\n", "  \n"), iteration)
 
     def line(self, text):
+        """Prints a line, or several, fitted to the terminal's width; files and pipes get all of it.
+        (The progress bar shows the time left, which is a line's last field.)"""
         if self.master:
             self.bar.clear()
-            print(text, flush=True)
+            columns = terminal_columns()
+            print("\n".join(fit_line(row, columns) for row in text.split("\n")), flush=True)
 
     def left(self, steps):
-        """After a step: how long `steps` more will take, evaluations between them included, for its line.
-        Nobody knows after the first, which warms up; of the others the last 50 count most."""
+        """Called after each step: a field with the time that `steps` further steps will take,
+        evaluations included. It is empty after the first step, which includes warm-up; later steps
+        are averaged, the last 50 with the most weight."""
         self.steps += 1
         now = time.perf_counter()
         if self.steps > 1:
@@ -121,54 +152,56 @@ class Log:
 
 
 def matmul_roof(device, dtype):
-    """Measured operations a second of a large matrix product: what MFU is held against."""
-    # A GPU takes many products at a time: to start one and to wait for it costs as much as itself.
+    """Measured FLOP/s of a large matrix product, the denominator of MFU."""
+    # On a GPU many products are timed together, because launching one and waiting for it would take
+    # as long as the product itself.
     n, times, tries = (4096, 20, 4) if device.startswith("cuda") else (1024, 1, 20)
     a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     for _ in range(tries):
         t = time.perf_counter()
         for _ in range(times):
             product = multiply(a, a)  # as the model multiplies
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # synchronizes with the device
         best = min(best, (time.perf_counter() - t) / times)
     return 2 * n**3 / best
 
 
 def print_report(found):
-    """What PPO changed, held against the roof: a table, lengths as a histogram, a story each."""
+    """Prints what PPO changed: a table beside J*, histograms of lengths, one response before and
+    after. `found` is ppo_report.json: {"beta", "roof": (J*, error), "before", "after"}."""
     before, after = found["before"], found["after"]
-    n = len(before["lengths"])
+    n, columns = len(before["lengths"]), terminal_columns()
     print(f"\nPPO on {n} held-out prompts, beta = {found['beta']:g}" + " " * 8 + "before     after")
     rows = [
         ("J = reward - beta KL", "objective", "8.3f"),
         ("reward", "reward", "8.3f"),
         ("KL to the reference, nats", "kl", "8.2f"),
         ("mean length, tokens", "length_mean", "8.1f"),
-        ("its standard deviation", "length_std", "8.1f"),
-        ("ended by themselves", "ended", "8.0%"),
-        ("reference's loss on the samples", "ref_loss", "8.3f"),
+        ("standard deviation of the length", "length_std", "8.1f"),
+        ("share that ended", "ended", "8.0%"),
+        ("reference model's loss on the responses", "ref_loss", "8.3f"),
         ("loss on validation text", "val_loss", "8.3f"),
     ]
     for title, key, form in (row for row in rows if row[1] in before):
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
-    roof, error = found["roof"]
-    gap = roof - before["objective"]
-    closed = "J was as high before PPO, within the error of both"
+    best, error = found["roof"]
+    gap = best - before["objective"]
+    closed = "J was as high before PPO, within both errors"
     if gap > 0:
         closed = f"{(after['objective'] - before['objective']) / gap:.0%} of the gap closed"
-    print(f"  roof J*: {roof:.3f} ±{error:.3f} (95 %, from reference samples); {closed}")
+    print(f"  {'best achievable J (J*), 95 % interval':<40}{best:8.3f} ±{error:.3f}\n  {closed}")
     print("\n  tokens     before" + " " * 26 + "after")
-    every = before["lengths"] + after["lengths"]
-    for low in range(min(every) // 20 * 20, max(every) + 1, 20):
+    lengths = before["lengths"] + after["lengths"]
+    for low in range(min(lengths) // 20 * 20, max(lengths) + 1, 20):
         bars = []
-        for x in (before, after):
-            share = sum(low <= length < low + 20 for length in x["lengths"]) / n
+        for part in (before, after):
+            share = sum(low <= length < low + 20 for length in part["lengths"]) / n
             bars.append(f"{'█' * round(share * 30):<22.22} {share:4.0%}")
         print(f"  {low:3d}-{low + 19:3d}    {bars[0]}     {bars[1]}")
-    for title, x in (("before", before), ("after", after)):
-        if x["story"]:
-            story = textwrap.indent(textwrap.fill(printable(x["story"]), 96), "    ")
-            print(f"\n  a story {title} PPO:\n{story}")
+    for title, part in (("before", before), ("after", after)):
+        if part["story"]:
+            text = textwrap.fill(printable(part["story"]), min(96, columns - 4))
+            print(f"\n  response {title} PPO:\n{textwrap.indent(text, '    ')}")
     print()
 
 
@@ -177,20 +210,20 @@ def print_report(found):
 
 
 def plot(out_dir):
-    """Draws the logs in a run's folder into out_dir/NAME.png, or on the terminal where matplotlib
-    is not installed: losses, PPO's objective below its roof, and the gradient's norm, whose spikes tell
-    of trouble. Raises FileNotFoundError."""
+    """Draws the logs in a run's folder into out_dir/NAME.png, or on the terminal if matplotlib is
+    not installed: losses, PPO's J and J*, and the gradient norm, whose spikes show instabilities.
+    Raises FileNotFoundError if the folder has no log."""
     drawn = {
-        "log": ("loss, nats a token", ("loss/train", "loss/val")),
-        "sft_log": ("loss, nats a token of the replies", ("loss/train", "loss/val")),
-        "rm_log": ("loss, nats a pair", ("loss/train", "loss/val")),
-        "dpo_log": ("loss, nats a pair", ("loss/train", "loss/val")),
+        "log": ("loss, nats per token", ("loss/train", "loss/val")),
+        "sft_log": ("loss, nats per reply token", ("loss/train", "loss/val")),
+        "rm_log": ("loss, nats per pair", ("loss/train", "loss/val")),
+        "dpo_log": ("loss, nats per pair", ("loss/train", "loss/val")),
         "ppo_log": ("J = reward - beta KL", ("ppo/objective", "ppo/objective_roof")),
     }
-    found = [n for n in drawn if (Path(out_dir) / f"{n}.jsonl").exists()]
-    if not found:
+    names = [n for n in drawn if (Path(out_dir) / f"{n}.jsonl").exists()]
+    if not names:
         raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
-    for name in found:
+    for name in names:
         path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
         rows = read_log(path)
         curves = {
@@ -223,7 +256,7 @@ def plot(out_dir):
 
 
 def terminal_curve(points, width=72, height=12):
-    """Points (x, y) as lines of text: in each of `width` columns the mean of its y."""
+    """Points (x, y) as lines of text; each of the `width` columns shows the mean of its y."""
     low, high = min(y for _, y in points), max(y for _, y in points)
     columns = [[] for _ in range(min(width, len(points)))]
     for i, (_, y) in enumerate(points):

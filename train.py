@@ -57,7 +57,7 @@ from export import write_v3
 from model import ModelArgs
 from preferences import DPO, RewardModel
 from pretraining import MODEL_FLAGS, Pretraining
-from report import Log, load_boards, plain_config, plot, print_report
+from report import Log, load_boards, plain_config, plot, print_report, terminal_columns
 from sample import choose_device, out_of_memory
 from sft import FineTuning
 from tinystories import parse_data, shards_tokenizer
@@ -645,7 +645,8 @@ def train(args, rank, world):
             log.scalars(iter_num, losses)
         story = stage.story() if rank == 0 else ""
         if story:
-            log.line(textwrap.fill(story, 96, initial_indent="  | ", subsequent_indent="  | "))
+            width = min(96, terminal_columns())
+            log.line(textwrap.fill(story, width, initial_indent="  | ", subsequent_indent="  | "))
             log.text(iter_num, "story", story)
         if not args.eval_only and (iter_num > first or improved and resumed):
             save(args, stage, iter_num, best_val_loss, improved, rank)

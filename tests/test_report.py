@@ -1,5 +1,6 @@
-"""What is seen of a run: --plot, and --plan against what training really holds in memory."""
+"""What a run shows: its lines, --plot, and --plan against the memory that training takes."""
 
+import io
 import json
 import os
 import re
@@ -72,11 +73,13 @@ kernels.keep_memory = lambda: None  # else freed memory counts too
 from model import ModelArgs
 torch.set_num_threads(1)
 def stage(*flags):
-    args = train.flags([f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", "--plan", *flags])
+    source = [f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", "--plan"]
+    args = train.flags([*source, *flags])
     rank, world = train.setup(args)
     return args, train.Pretraining(args, None, rank, world, contextlib.nullcontext, None)
-small = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=2 --batch_size=2 --max_seq_len=32 --device=cpu"
-stage(*small.split())[1].step(0)  # what is loaded and compiled on first use is not the model's
+small = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=2 --batch_size=2 --max_seq_len=32"
+# The first step loads and compiles what is not part of the model.
+stage("--device=cpu", *small.split())[1].step(0)
 before = int(open("/proc/self/statm").read().split()[1]) * 4096
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 args, run = stage(*sys.argv[3:])
@@ -145,8 +148,8 @@ class Letters:
 
 
 def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
-    """The time left in each line but the first, the story that the model tells at an evaluation, and
-    all of it also where TensorBoard and Weights & Biases would have it."""
+    """Each line but the first has the time left, each evaluation has a text of the model, and
+    TensorBoard and Weights & Biases receive the same numbers."""
     board, logged = {}, []
     writer = types.SimpleNamespace(
         add_scalar=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
@@ -162,8 +165,9 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     tensorboard = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(train, "load_tokenizer", lambda *_: Letters())
-    monkeypatch.setattr(train, "write_v3", lambda *_, **__: None)
+    monkeypatch.setattr(train, "load_tokenizer", lambda *_: (Letters(), "", []))
+    for name in ("write_v3", "copy_tokenizer"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
     (tmp_path / "tok96").mkdir()
     ids = np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2")
     ids.tofile(tmp_path / "tok96/data00.bin")
@@ -206,6 +210,81 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     for key in ("loss/train", "loss/val", "grad_norm"):
         assert board[key] == {r["iter"]: r[key] for r in records if key in r}
     assert board["story"][4] == story and sorted(board["story"]) == [0, 2, 4] and board["closed"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+STATS = {
+    "loss/train": 12.3456,
+    "lr": 1e-3,
+    "grad_norm": 123.45,
+    "bad_steps": 0,
+    "ms": 123456.7,
+    "tokens_per_s": 1234567,
+    "mfu": 1.0,
+    "ppo/objective": -12.345,
+    "ppo/objective_roof": -10.123,
+    "ppo/reward": -12.345,
+    "ppo/kl_ref": 123.45,
+    "ppo/length/mean": 1234.0,
+    "ppo/length/std": 123.0,
+    "ppo/ended": 1.0,
+    "ppo/val/explained_variance": -1.23,
+    "time/ppo/rollout": 123.4,
+    "time/ppo/scoring": 123.4,
+    "time/ppo/optimize_step": 1234.5,
+}
+
+
+@pytest.mark.parametrize("columns", [80, 132])
+def test_lines_fit_the_terminal(tmp_path, monkeypatch, columns):
+    """A line has as many of its first fields as fit; a sentence is wrapped; a file has it all."""
+    args = types.SimpleNamespace(ppo_debug=False)
+    fields = [
+        train.stage_class(train.flags(flags)).line(types.SimpleNamespace(args=args), 123456, STATS)
+        + " | left 10:00:00"
+        for flags in ([], ["--ppo"])
+    ]
+    numbers = [f"rm/val/number_{i} {i}.123" for i in range(6)]
+    lines = [*fields, "step 100: train loss 0.3153, val loss 0.3505, " + ", ".join(numbers)]
+    log = report.Log(train.flags([f"--out_dir={tmp_path}"]), "log.jsonl", 0, False, 0)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stdout", kind())
+        for line in lines:
+            log.line(line)
+        shown = sys.stdout.getvalue()
+        if kind is io.StringIO:
+            assert shown == "\n".join(lines) + "\n"
+            continue
+        rows = shown.splitlines()
+        assert max(map(len, rows)) <= columns
+        for row, line in zip(rows, fields):
+            assert (line + " | ").startswith(row + " | ")
+            assert len(row) > columns - 30
+        assert " ".join(shown.split()).endswith(lines[2]) and rows[3].startswith("    ")
+    log.close()
+
+
+def test_a_skipped_step_is_the_first_thing_in_its_line():
+    stats = STATS | {"bad_steps": 2}
+    line = train.Pretraining.line(types.SimpleNamespace(), 123456, stats)
+    assert "not finite, skipped (2 in a row)" in report.fit_line(line, 80)
+
+
+def test_the_report_fits_the_terminal(monkeypatch):
+    part = dict.fromkeys(("objective", "reward", "kl", "length_mean", "length_std"), -123.0)
+    part |= {"ended": 1.0, "ref_loss": 9.0, "val_loss": 9.0, "story": "A long text. " * 30}
+    before, after = part | {"lengths": [1000] * 9}, part | {"lengths": [1020] * 9, "objective": 0.0}
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for best in (-100.0, -140.0):
+        report.print_report(dict(beta=0.05, roof=(best, 0.123), before=before, after=after))
+    rows = sys.stdout.getvalue().splitlines()
+    assert len(rows) > 40 and max(map(len, rows)) <= 80, max(rows, key=len)
 
 
 def test_time_left(tmp_path, monkeypatch):
