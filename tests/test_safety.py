@@ -408,7 +408,7 @@ def examples():
             found = re.search(
                 r"^(?:.*: )? *(?:python|torchrun .*) ((?:\w+/)?\w+\.py)(?: (.*))?$", line
             )
-            if found:
+            if found and not line.startswith("error: "):  # a quoted message
                 # [--optional], a variable of the shell, and what comes after this command
                 words = re.sub(r"[][]|\$\w+|\.\.\.$|&&.*", "", found[2] or "")
                 words = shlex.split(words, comments=True)
