@@ -18,18 +18,17 @@ from pathlib import Path
 import torch
 
 import ppo
-from checkpoint import load_checkpoint, model_from_checkpoint
+from checkpoint import choose_device, load_checkpoint, model_from_checkpoint
 from common import flag, flag_names, printable, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from lora import add_lora, merged_state
-from model import BOS_ID, EOS_ID, Transformer, TransformerWithValueHead, generate
+from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
 from pretraining import MODEL_FLAGS, flags_decide, schedule
 from report import print_report
-from sample import choose_device
 from sft import InstructionFlags, LoRAFlags, Packed, instructions, stage_template
 from tinystories import Prompts, Windows
-from tokenizer import check_same_tokenizer
+from tokenizer import check_same_tokenizer, stop_ids
 
 
 @dataclass
@@ -299,7 +298,7 @@ class Alignment:
             self.optimizers[1] if critic else None,
             context,
             self.ptx_batch,
-            self.stop_ids,
+            stop_ids=self.stop_ids,
         )
         if args.reward.endswith(".pt"):
             device = args.reward_device or args.device
@@ -326,14 +325,14 @@ class Alignment:
         beginnings of stories, or instructions where --data names a file of them."""
         args, model = self.args, self.model.args
         vocab, context = model.vocab_size, model.max_seq_len
-        stops = self.tokenizer.stop_ids if self.tokenizer else (BOS_ID, EOS_ID)
-        self.stop_ids = *stops, *args.kept.get("end_ids", ())
+        template, end_ids = None, args.kept.get("end_ids")
         ptx = args.ptx_data or args.data
         if instruction_file(args.data) or config.ptx_coef and instruction_file(ptx):
             template = stage_template(args, self.tokenizer)
             texts = self.tokenizer, template
+        self.stop_ids = stop_ids(self.tokenizer, end_ids=end_ids)
         if instruction_file(args.data):
-            self.stop_ids += (template.end(self.tokenizer),)
+            self.stop_ids = stop_ids(self.tokenizer, template, end_ids)
             room = context - min(config.max_gen_len, context // 2)
             self.prompts, self.held_out = (
                 instructions(InstructPrompts, args, split, *texts, room)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from common import write_atomic
+from kernels import accelerate
 from model import LARGEST, ModelArgs, Transformer
 
 
@@ -130,9 +131,9 @@ def check_generates(checkpoint, path):
 
 
 def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
-    """The model of a checkpoint, on the CPU in fp32. `overrides` replace fields of its ModelArgs;
-    a class with a head that the checkpoint lacks gets a fresh one. Raises ValueError where names
-    or shapes do not fit."""
+    """The model of a checkpoint, on the CPU in fp32, with the fast modules of kernels.py. `overrides`
+    replace fields of its ModelArgs; a class with a head that the checkpoint lacks gets a fresh one.
+    Raises ValueError where names or shapes do not fit."""
     known = {f.name for f in fields(ModelArgs)}
     given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
     state = checkpoint["model"]
@@ -155,7 +156,7 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
         raise ValueError(
             f"the checkpoint lacks {missing or 'nothing'} and has unknown {unexpected}"
         )
-    return model
+    return accelerate(model)
 
 
 def check_sizes(args, state):
@@ -183,3 +184,19 @@ def checkpoint_args(args: ModelArgs):
         if stored[name] == default:
             del stored[name]
     return stored
+
+
+def choose_device(name=""):
+    """The device that --device names, or the best there is. Raises ValueError if it is not here."""
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    name = name or next(kind for kind, n in counts.items() if n)
+    kind, _, number = name.partition(":")
+    if kind not in counts or not (number or "0").isdigit():
+        raise ValueError(f"--device={name}: expected cpu, cuda, cuda:N or mps")
+    if int(number or 0) >= counts[kind]:
+        raise ValueError(f"--device={name}: there is no such device here; use --device=cpu")
+    return name

@@ -39,7 +39,7 @@ import numpy as np
 
 from common import flags_of_others, parse_args, printable, run_main, write_atomic
 from tinystories import Dealer, items, quoted, read_stories, story_files
-from tokenizer import own_tokenizer
+from tokenizer import own_tokenizer, stop_ids
 
 # -----------------------------------------------------------------------------
 # The template
@@ -119,10 +119,6 @@ class Template(NamedTuple):
     def end(self, tokenizer):
         """The id of the token that ends a reply."""
         return self.sides(tokenizer, self.turn, "")[1][0]
-
-    def stops(self, tokenizer, end_ids=()):
-        """The ids at which a reply ends: `end_ids` are those that a checkpoint adds."""
-        return {*tokenizer.stop_ids, self.end(tokenizer), *end_ids}
 
     def check(self, tokenizer):
         """The template itself; ValueError where it is malformed or the tokenizer does not fit."""
@@ -887,9 +883,8 @@ def tell(args, prompts, n):
     """n stories for each prompt of a checkpoint: lists of (story, whether it ended by itself)."""
     import torch  # here: what reads files need not wait a second for it
 
-    from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
+    from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
     from model import generate
-    from sample import choose_device
 
     checkpoint = load_checkpoint(args.checkpoint)
     check_generates(checkpoint, args.checkpoint)
@@ -898,7 +893,7 @@ def tell(args, prompts, n):
     template = find_template(args.template, checkpoint, tokenizer, "plain")
     ids = [template.prompt(tokenizer, [(p, None)]) for p in prompts for _ in range(n)]
     torch.manual_seed(args.seed)
-    stops = template.stops(tokenizer, checkpoint.get("end_ids") or ())
+    stops = stop_ids(tokenizer, template, checkpoint.get("end_ids"))
     room = model.args.max_seq_len - max(map(len, ids))
     out = generate(model, ids, room, args.temperature, stop_ids=stops)
     texts = [tokenizer.decode(r).strip() for r in out.responses()]

@@ -378,7 +378,7 @@ static void *vectors(int64_t floats) {
 }
 
 /* q (N, H, E), k and v (N, K, E), unrotated; starts (S + 1) token offsets of the sequences; cosine and
- * sine (max position, E / 2) -> out (N, H, E), and for the backward pass softmax (N, H, 2): highest
+ * sine (N, E / 2) of each token's position -> out (N, H, E), and for the backward pass softmax (N, H, 2): highest
  * score, in bits, and 1 / sum of 2^(score - highest). Returns 0, or -1 without memory. */
 int attention_forward(float *out, float *softmax, const float *q, const float *k, const float *v,
                       const int64_t *starts, const float *cosine, const float *sine, int S, int H,
@@ -391,7 +391,8 @@ int attention_forward(float *out, float *softmax, const float *q, const float *k
         float *work = vectors((int64_t)n * (LANES + E));
         if (!work) { failed = -1; continue; }
         #define FORWARD(E) forward_head(out + from * H * E, softmax + from * H * 2, q + from * H * E, \
-            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
+            k + from * K * E, v + from * K * E, cosine + from * (E / 2), sine + from * (E / 2), \
+            n, H, K, job % K, work, E)
         FOR_E(FORWARD)
         free(work);
     }
@@ -412,7 +413,8 @@ int attention_backward(float *dq, float *dk, float *dv, const float *dout, const
         if (!work) { failed = -1; continue; }
         #define BACKWARD(E) backward_head(dq + from * H * E, dk + from * K * E, dv + from * K * E, \
             dout + from * H * E, out + from * H * E, softmax + from * H * 2, q + from * H * E, \
-            k + from * K * E, v + from * K * E, cosine, sine, n, H, K, job % K, work, E)
+            k + from * K * E, v + from * K * E, cosine + from * (E / 2), sine + from * (E / 2), \
+            n, H, K, job % K, work, E)
         FOR_E(BACKWARD)
         free(work);
     }

@@ -1,9 +1,25 @@
-"""What a CPU computes here better than PyTorch does by itself, and PyTorch's own where it does not.
+"""Faster classes for the modules of model.py on a CPU: `accelerate(model)` swaps them in.
 
-kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN. Both
-are for fp32 on a CPU without autocast. Everything else, and every machine without a C compiler, takes
-PyTorch's functions, which the tests hold these against. NATIVE_KERNELS=0 in the environment asks for
-PyTorch's functions everywhere, CC names the compiler. Letters as in model.py.
+kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN.
+Both take fp32 on a CPU without autocast. Each fast class is a subclass of the plain one and has the
+same parameters; where a shape, a device or a dtype does not fit it runs its parent's code. A machine
+without a C compiler, and torch.compile while it traces, get PyTorch's functions in the same way.
+
+    specification (plain PyTorch)      fast twin, and functions of kernels.c        held together by
+    nn.Linear                          FastLinear: multiply, weight_gradient        test_products_*
+    model.RMSNorm                      FastRMSNorm: rms_norm_*                      test_rms_norm
+    model.TransformerBlock             FastTransformerBlock: norm_qkv, feed_forward test_norm_and_*,
+                                                                                    test_feed_forward
+    model.Attention.attend             FastAttention: attention_*                   test_native_attention_*
+    model.Transformer.loss             FastTransformer: token_terms                 test_loss_of_a_model
+    model.Transformer.hidden           FastTransformer: decode_hidden               test_cached_steps_*
+    model.Transformer.sample_tokens    FastTransformer: decode_tokens               test_tokens_drawn_*
+    model.KVCache                      FastKVCache: another order in memory         test_cached_steps_*
+    ppo.logprob_entropy_kl             TokenTerms: token_terms                      test_token_terms_*
+    model.Transformer                  accelerate: all of these together            test_accelerated_*
+
+To switch all of them off set NATIVE_KERNELS=0 in the environment, or do not call `accelerate`. CC names
+the compiler. Letters as in model.py.
 """
 
 import ctypes
@@ -21,9 +37,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from model import (
+    Attention,
+    KVCache,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+    TransformerWithValueHead,
+    apply_rope,
+)
 
 # oneDNN and PyTorch each keep the 1,024 last products that they compiled, one for each number of rows.
 # Packed batches hardly ever repeat one: after hundreds of iterations of PPO it was 5 GB with the holes
@@ -32,11 +59,15 @@ for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "128")
 
 
+def switched_on():
+    return os.environ.get("NATIVE_KERNELS") != "0"
+
+
 @functools.cache
 def library():
     """The compiled kernels.c, or None where PyTorch's own kernels serve: with NATIVE_KERNELS=0 in the
     environment, on Windows and, with one line on stderr that says why, where it cannot be compiled."""
-    if os.environ.get("NATIVE_KERNELS") == "0" or sys.platform == "win32":
+    if not switched_on() or sys.platform == "win32":
         return None
     try:
         loaded = ctypes.CDLL(str(compiled(Path(__file__).with_name("kernels.c"))))
@@ -243,11 +274,11 @@ def transposed_product(g, x):
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension."""
     if native(x) and plain(weight):
-        return RMSNormalize.apply(x.contiguous(), weight, eps)
+        return FusedRMSNorm.apply(x.contiguous(), weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-class RMSNormalize(torch.autograd.Function):
+class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
@@ -272,7 +303,7 @@ def native_layer(x, *weights):
     return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
 
-class FeedForward(torch.autograd.Function):
+class FusedFeedForward(torch.autograd.Function):
     """w2 (silu(w1 n) * w3 n), n = rms_norm(x, norm, eps): x (..., D), w1 and w3 (F, D), w2 (D, F)."""
 
     @staticmethod
@@ -293,7 +324,7 @@ class FeedForward(torch.autograd.Function):
         return *grads, None
 
 
-class NormQKV(torch.autograd.Function):
+class FusedQKV(torch.autograd.Function):
     """wq n, wk n and wv n, n = rms_norm(x, norm, eps): x (..., D), wq (Q, D), wk and wv (K, D)."""
 
     @staticmethod
@@ -379,9 +410,9 @@ def native_attention(x):
     return x.shape[-1] <= 16 and native(x, 2)
 
 
-class Attention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """Rotary embedding and causal attention of packed sequences: q (N, H, E), k and v (N, K, E),
-    starts (S + 1) int64 -> (N, H, E)."""
+    starts (S + 1) int64, cos and sin (N, E/2) -> (N, H, E)."""
 
     @staticmethod
     def forward(ctx, q, k, v, starts, cos, sin):
@@ -403,6 +434,127 @@ class Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+# ----------------------------------------------------------------------------
+# the modules
+
+
+class FastLinear(nn.Linear):
+    def forward(self, x):
+        if self.bias is not None:
+            return F.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight)
+
+
+class FastRMSNorm(RMSNorm):
+    def forward(self, x):
+        return rms_norm(x.float(), self.weight.float(), self.eps).type_as(x)
+
+
+class FastAttention(Attention):
+    """Without padding. The rotation is part of the kernel."""
+
+    def attend(self, q, k, v, layout):
+        heads = [x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v)]
+        if layout.lengths is None or not native_attention(heads[0]):
+            return super().attend(q, k, v, layout)
+        q, k, v = heads
+        if layout.cache is not None:
+            layout.cache.append(self.layer, layout, apply_rope(k, layout.cos, layout.sin), v)
+        starts = torch.tensor([0, *layout.lengths]).cumsum(0)
+        out = FusedAttention.apply(q, k, v, starts, layout.cos, layout.sin)
+        return self.wo(out.flatten(1))
+
+
+class FastTransformerBlock(TransformerBlock):
+    """The norms are part of the products that follow them, and SwiGLU is one function."""
+
+    def forward(self, x, layout):
+        a, f = self.attention, self.feed_forward
+        if fusible(x, self.attention_norm, a.wq, a.wk, a.wv):
+            qkv = apply_fused(FusedQKV, x, self.attention_norm, a.wq, a.wk, a.wv)
+            out = a.attend(*qkv, layout)
+        else:
+            out = a(self.attention_norm(x), layout)
+        x = x + self.dropout(out)
+        if fusible(x, self.ffn_norm, f.w1, f.w2, f.w3):
+            out = apply_fused(FusedFeedForward, x, self.ffn_norm, f.w1, f.w2, f.w3)
+        else:
+            out = f(self.ffn_norm(x))
+        return x + self.dropout(out)
+
+
+def fusible(x, norm, *linears):
+    """Whether a norm of x and the linear layers that follow it can be one function: no adapters."""
+    if not all(type(linear) is FastLinear for linear in linears):
+        return False
+    return native_layer(x, norm.weight, *(linear.weight for linear in linears))
+
+
+def apply_fused(function, x, norm, *linears):
+    return function.apply(x, norm.weight, *(linear.weight for linear in linears), norm.eps)
+
+
+class FastKVCache(KVCache):
+    """A KVCache for the functions of kernels.c that decode: as many positions as a vector has lanes, W,
+    lie side by side, k and v (L, B, K, T / W, E, W). It keeps a copy of the weights of all layers in the
+    order of kernels.c, with adapters merged."""
+
+    def __init__(self, model, batch, max_len):
+        a, self.width = model.args, library().attention_lanes()
+        self.capacity = -(-max_len // self.width) * self.width
+        super().__init__(a, batch, self.capacity, torch.float32, "cpu")
+        blocks = self.capacity // self.width, a.head_dim, self.width
+        self.k, self.v = (x.view(*x.shape[:3], *blocks) for x in (self.k, self.v))
+        self.weights = decode_weights(model)
+        sizes = a.n_layers, a.ffn_dim, a.n_heads, a.n_kv_heads, a.head_dim, self.capacity
+        self.sizes = batch, *sizes, float(a.norm_eps)  # the last arguments of the two functions
+
+    def append(self, layer, layout, k, v):
+        block, lane = layout.positions // self.width, layout.positions % self.width
+        self.k[layer][layout.rows, :, block, :, lane] = k
+        self.v[layer][layout.rows, :, block, :, lane] = v
+
+
+class FastTransformer(Transformer):
+    """The cross-entropy in one sweep over the logits. A generation step, or several, in one call: groups
+    of W rows go through all layers, and stay in the processor's cache while they sample."""
+
+    def loss(self, logits, targets):
+        if not native(logits):
+            return super().loss(logits, targets)
+        return -TokenTerms.apply(logits, targets)[0].sum() / (targets != -1).sum()
+
+    def new_cache(self, batch, max_len):
+        if native_attention(self.output.weight.new_empty(0, self.args.head_dim)):
+            return FastKVCache(self, batch, max_len)
+        return super().new_cache(batch, max_len)
+
+    def hidden(self, tokens, lengths=None, cache=None):
+        if lengths is not None or not isinstance(cache, FastKVCache):
+            return super().hidden(tokens, lengths, cache)
+        x = self.dropout(self.tok_embeddings(tokens)).clone(memory_format=torch.contiguous_format)
+        args = cache.k, cache.v, cache.length, cache.weights, self.freqs_cos, self.freqs_sin
+        call("decode_hidden", x, *args, len(x), *cache.sizes)
+        cache.length[: len(x)] += 1
+        return self.norm(x)
+
+    def sample_tokens(self, batch, steps):
+        b, cache, V = batch, batch.cache, self.args.vocab_size
+        temperature, top_k, top_p = b.sampling
+        restricted = 0 < top_k < V or 0 < top_p < 1
+        if temperature == 0 or restricted or not isinstance(cache, FastKVCache):
+            return super().sample_tokens(batch, steps)
+        texts = b.tokens, b.probabilities, b.lengths, b.current, cache.length, b.uniform, b.prompt
+        weights = self.tok_embeddings.weight, cache.weights, self.norm.weight, self.output.weight
+        args = *texts, b.stop_ids, cache.k, cache.v, *weights, self.freqs_cos, self.freqs_sin
+        sizes = len(b.prompt), steps, b.tokens.shape[1], len(b.stop_ids), self.args.max_seq_len, V
+        call("decode_tokens", *args, *sizes, *cache.sizes, float(temperature))
+
+
+class FastTransformerWithValueHead(FastTransformer, TransformerWithValueHead):
+    pass
+
+
 def decode_weights(model):
     """The weights of all layers as kernels.c's Stack has them, flat; adapters merged."""
     parts = []
@@ -412,3 +564,22 @@ def decode_weights(model):
             weight = w.merged() if hasattr(w, "merged") else w.weight
             parts.append(weight.detach().flatten())
     return torch.cat(parts)
+
+
+FAST = {
+    nn.Linear: FastLinear,
+    RMSNorm: FastRMSNorm,
+    Attention: FastAttention,
+    TransformerBlock: FastTransformerBlock,
+    Transformer: FastTransformer,
+    TransformerWithValueHead: FastTransformerWithValueHead,
+}
+
+
+def accelerate(model):
+    """Replaces the modules of a model by faster ones with the same parameters, in place, and returns
+    the model. Values are the same to rounding. Adapters and FSDP come after it."""
+    if switched_on():
+        for module in model.modules():
+            module.__class__ = FAST.get(type(module), type(module))
+    return model

@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
-
 
 class LoRALinear(nn.Linear):
     """A frozen Linear plus a trained product of two thin matrices: x Wᵀ + (alpha / R) x Aᵀ Bᵀ (Hu et
@@ -21,6 +19,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.linear = type(linear)  # nn.Linear, or the class that kernels.accelerate has put there
         self.weight = linear.weight
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
@@ -33,7 +32,7 @@ class LoRALinear(nn.Linear):
         return self.product(x) + F.linear(low, self.lora_b) * self.scale
 
     def product(self, x):
-        return kernels.multiply(x, self.weight)
+        return self.linear.forward(self, x)
 
     def merged(self):
         return self.weight + self.scale * self.lora_b @ self.lora_a

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import kernels
 from common import flag
-from model import BOS_ID, EOS_ID, generate
+from kernels import TokenTerms, switched_on
+from model import generate
 
 # ----------------------------------------------------------------------------
 # configuration
@@ -201,6 +201,20 @@ def kl_estimate(logprob, ref_logprob, kind):
     raise ValueError(f"unknown KL estimate {kind!r}")
 
 
+def logprob_entropy_kl(logits, target, ref_logits=None):
+    """Of each token's distribution π = softmax(logits), logits (A, V): log π of the target (A,), 0 if
+    that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits), 0 without ref_logits.
+    All (A,) in fp32. kernels.TokenTerms computes the same with less memory in the backward pass."""
+    if switched_on():
+        return TokenTerms.apply(logits, target, ref_logits)
+    logp = logits.float().log_softmax(-1)
+    logprob = logp.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
+    entropy = -(logp.exp() * logp).sum(-1)
+    if ref_logits is None:
+        return logprob, entropy, torch.zeros_like(entropy)
+    return logprob, entropy, (logp.exp() * (logp - ref_logits.float().log_softmax(-1))).sum(-1)
+
+
 def over_tokens(x, counts):
     """One number a rollout (B,) -> one an action (A,), counts (B,): [5, 7], [2, 1] -> [5, 5, 7]."""
     return x.repeat_interleave(counts.to(x.device))
@@ -368,12 +382,12 @@ def against_reference(policy, reference, queries, responses, size, temperature=1
             both.append(logits.to(policy.output.weight.device))
         ref, logits = both
         counts = torch.tensor([len(r) for r in responses[i : i + size]])
-        kls.append(sum_by_rollout(kernels.TokenTerms.apply(logits, p.target, ref)[2], counts))
-        ref_logprobs.append(sum_by_rollout(kernels.TokenTerms.apply(ref, p.target)[0], counts))
+        kls.append(sum_by_rollout(logprob_entropy_kl(logits, p.target, ref)[2], counts))
+        ref_logprobs.append(sum_by_rollout(logprob_entropy_kl(ref, p.target)[0], counts))
     return torch.cat(kls), torch.cat(ref_logprobs)
 
 
-def check_rollouts(queries, responses, ended, logprobs, stop_ids=(BOS_ID, EOS_ID)):
+def check_rollouts(queries, responses, ended, logprobs, stop_ids):
     """What must hold of rollouts whatever the configuration; raises Mismatch."""
     if not len(queries) == len(responses) == len(ended):
         sizes = len(queries), len(responses), len(ended)
@@ -412,7 +426,8 @@ class PPOTrainer:
         critic_optimizer,
         context,
         ptx=None,
-        stop_ids=(BOS_ID, EOS_ID),
+        *,
+        stop_ids,
     ):
         c = self.config = config
         self.policy, self.reference, self.critic = policy, reference, critic
@@ -505,8 +520,8 @@ class PPOTrainer:
                 ref_logits = self.scaled(self.reference.output(hidden)).to(self.device)  # (A, V)
                 logits = self.policy.output(self.policy.hidden(p.tokens, p.lengths)[p.action])
                 values = self.values(p) if self.uses_values else torch.zeros(len(p.target))
-            old, _, kl = kernels.TokenTerms.apply(self.scaled(logits), p.target, ref_logits)
-            ref = kernels.TokenTerms.apply(ref_logits, p.target)[0]
+            old, _, kl = logprob_entropy_kl(self.scaled(logits), p.target, ref_logits)
+            ref = logprob_entropy_kl(ref_logits, p.target)[0]
             kl = kl if kind == "full" else kl_estimate(old, ref, kind)
             for k, x in zip(found, (old, ref, hidden, kl, values.to(self.device))):
                 found[k].append(x)
@@ -736,7 +751,7 @@ class PPOTrainer:
                 hidden = self.policy.hidden(p.tokens, p.lengths)[p.action]
                 logits = self.scaled(self.policy.output(hidden))  # (A, V)
             ref_logits = self.ref_logits(data, span) if self.kl_in_loss else None
-            logprobs, entropy, kl = kernels.TokenTerms.apply(logits, p.target, ref_logits)
+            logprobs, entropy, kl = logprob_entropy_kl(logits, p.target, ref_logits)
             old = data["old"][span]
             high = c.cliprange_high or c.cliprange
             losses, clipped = policy_loss(

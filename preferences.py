@@ -11,10 +11,10 @@ import ppo
 from checkpoint import model_from_checkpoint
 from common import flag
 from instruct import InstructPrompts, Rankings
-from kernels import TokenTerms
 from model import TransformerWithValueHead, generate
 from pretraining import Pretraining, TextFlags
 from sft import InstructionFlags, instructions, stage_template
+from tokenizer import stop_ids
 
 # ----------------------------------------------------------------------------
 # flags
@@ -85,7 +85,7 @@ def response_logprobs(model, queries, responses, device):
     """log p(response | query) of each pair of lists of ids: (n,), from one forward pass."""
     p = ppo.pack(queries, responses, device)
     logits = model.output(model.hidden(p.tokens, p.lengths)[p.action])
-    each = TokenTerms.apply(logits, p.target)[0]
+    each = ppo.logprob_entropy_kl(logits, p.target)[0]
     return ppo.sum_by_rollout(each, torch.tensor([len(r) for r in responses]))
 
 
@@ -138,7 +138,7 @@ class Preferences(Pretraining):
         n = min(self.args.max_gen_len, self.model.args.max_seq_len)
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(self.prompts), n, generator=random)
-        stop = self.template.stops(self.tokenizer, self.args.kept.get("end_ids", ()))
+        stop = stop_ids(self.tokenizer, self.template, self.args.kept.get("end_ids"))
         with self.context():
             return generate(model, self.prompts, n, stop_ids=stop, uniform=uniform).responses()
 

@@ -25,10 +25,11 @@ import ppo
 from checkpoint import model_from_checkpoint
 from common import flag
 from experiments.plan import GPUS
-from kernels import library, native_attention
-from model import BOS_ID, ModelArgs, Transformer, generate
-from report import matmul_roof
+from kernels import accelerate, library, native_attention
+from model import ModelArgs, Transformer, generate
+from report import flops_per_token, matmul_roof
 from tinystories import Windows
+from tokenizer import BOS_ID, stop_ids
 
 MODEL_FLAGS = (
     "dim",
@@ -257,7 +258,7 @@ class Pretraining:
         self.args, self.rank, self.world, self.context = args, rank, world, context
         self.tokenizer = tokenizer
         self.model = self.build(checkpoint).train()
-        self.flops = self.model.flops_per_token(self.model.args.max_seq_len)
+        self.flops = flops_per_token(self.model, self.model.args.max_seq_len)
         dtype = getattr(torch, args.dtype)
         if args.device == "cpu":
             library()  # compiled now, if ever, not in the first step, whose time is taken
@@ -308,7 +309,7 @@ class Pretraining:
         if checkpoint is not None:
             return model_from_checkpoint(checkpoint, dropout=self.args.dropout)
         values = {n: getattr(self.args, n) for n in (*MODEL_FLAGS, "dropout")}
-        return Transformer(ModelArgs(**values))
+        return accelerate(Transformer(ModelArgs(**values)))
 
     def data(self, split):
         """The samples of "train" or "val": they have a length, and batch(position, n)."""
@@ -452,8 +453,9 @@ class Pretraining:
             return ""
         n = min(100, self.model.args.max_seq_len - 1)
         uniform = torch.rand(1, n, generator=torch.Generator().manual_seed(self.args.seed))
+        stops = stop_ids(self.tokenizer, end_ids=self.args.kept.get("end_ids"))
         with self.context():
-            out = generate(self.model, [[BOS_ID]], n, temperature=0.7, uniform=uniform)
+            out = generate(self.model, [[BOS_ID]], n, 0.7, stop_ids=stops, uniform=uniform)
         text = self.tokenizer.decode(out.responses()[0])
         return "".join(c if c.isprintable() else " " for c in text)  # bytes of a young model
 

@@ -151,6 +151,12 @@ class Log:
                 x.close()
 
 
+def flops_per_token(model, seq_len):
+    """Floating-point operations of forward and backward pass per token (PaLM, appendix B)."""
+    weights = sum(p.numel() for p in model.parameters())
+    return 6 * weights + 12 * model.args.n_layers * model.args.dim * seq_len
+
+
 def matmul_roof(device, dtype):
     """Measured FLOP/s of a large matrix product, the denominator of MFU."""
     # On a GPU many products are timed together, because launching one and waiting for it would take

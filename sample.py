@@ -17,11 +17,11 @@ import common  # noqa: F401  first: it reports missing packages
 import torch
 
 import kernels
-from checkpoint import check_generates, load_checkpoint, model_from_checkpoint
+from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
 from common import boolean, parse_args, printable, run_main
 from instruct import find_template
 from model import generate
-from tokenizer import own_tokenizer
+from tokenizer import own_tokenizer, stop_ids
 
 
 def flags(argv=None):
@@ -85,22 +85,6 @@ def flags(argv=None):
     return args
 
 
-def choose_device(name=""):
-    """The device that --device names, or the best there is. Raises ValueError if it is not here."""
-    counts = {
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
-    name = name or next(kind for kind, n in counts.items() if n)
-    kind, _, number = name.partition(":")
-    if kind not in counts or not (number or "0").isdigit():
-        raise ValueError(f"--device={name}: expected cpu, cuda, cuda:N or mps")
-    if int(number or 0) >= counts[kind]:
-        raise ValueError(f"--device={name}: there is no such device here; use --device=cpu")
-    return name
-
-
 def out_of_memory(error):
     """Whether an exception says that the device, or the CPU, has no memory left."""
     words = ("out of memory", "not enough memory", "DefaultCPUAllocator")
@@ -161,7 +145,7 @@ def tell(model, tokenizer, prompts, args, end_ids=(), bos=True):
     if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
         stream = Stream(tokenizer, tokens[0])
     how = args.temperature, args.top_k, args.top_p
-    stops = {*tokenizer.stop_ids, *end_ids}
+    stops = stop_ids(tokenizer, end_ids=end_ids)
     out = generate(model, tokens, args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
     if stream is None:
         for prompt, response in zip(tokens, out.responses()):
@@ -186,7 +170,7 @@ def chat(model, tokenizer, template, end_ids, args):
     context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
     if args.system and not template.system:
         raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
-    stops = template.stops(tokenizer, end_ids)
+    stops = stop_ids(tokenizer, template, end_ids)
     turns, dropped = [], 0
     while (user := read_line("User: ")) is not None:
         if not user.strip():
@@ -206,7 +190,7 @@ def chat(model, tokenizer, template, end_ids, args):
         prompt = template.prompt(tokenizer, kept, args.system)
         print("Assistant: ", end="", flush=True)
         stream = Stream(tokenizer, [])
-        out = generate(model, [prompt], args.max_new_tokens, *how, stops, on_token=stream)
+        out = generate(model, [prompt], args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
         stream.close()
         [reply], [ended] = out.responses(), out.ended.tolist()
         if not ended:

@@ -10,6 +10,7 @@ from instruct import Instructions, find_template
 from lora import adapter_state, add_lora, merged_state
 from model import generate
 from pretraining import CompileFlags, Pretraining, TextFlags
+from tokenizer import stop_ids
 
 # ----------------------------------------------------------------------------
 # flags
@@ -148,7 +149,7 @@ class FineTuning(Pretraining):
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token that is not of the reply
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
         uniform = torch.rand(1, room, generator=torch.Generator().manual_seed(self.args.seed))
-        stops = self.template.stops(self.tokenizer, self.args.kept.get("end_ids", ()))
+        stops = stop_ids(self.tokenizer, self.template, self.args.kept.get("end_ids"))
         with self.context():
             out = generate(self.model, [prompt], room, 0.7, stop_ids=stops, uniform=uniform)
         text = f"{self.tokenizer.decode(prompt)} >>> {self.tokenizer.decode(out.responses()[0])}"

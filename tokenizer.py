@@ -28,6 +28,18 @@ from sentencepiece import SentencePieceProcessor
 # -----------------------------------------------------------------------------
 # Tokenizer
 
+BOS_ID, EOS_ID = 1, 2  # of llama2.c's tokenizers
+
+
+def stop_ids(tokenizer, template=None, end_ids=()):
+    """The set of ids at which generated text ends, defined here for all commands: EOS and BOS of the
+    tokenizer (llama2.c's where there is none), because the next text would begin with BOS; with a
+    chat `template` also the token that ends a reply; and those that the checkpoint names, `end_ids`.
+    """
+    ids = (BOS_ID, EOS_ID) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
+    ends = () if template is None else (template.end(tokenizer),)
+    return {i for i in (*ids, *ends, *(end_ids or ())) if i >= 0}
+
 
 class Tokenizer:
     """
@@ -108,11 +120,6 @@ class Tokenizer:
         """Whether the post-processor of a tokenizer.json puts BOS before text."""
         first = self.bpe.encode("a", add_special_tokens=True).ids[:1] if self.bpe else []
         return self.bos_id >= 0 and first == [self.bos_id]
-
-    @property
-    def stop_ids(self):
-        """Ids at which a text ends: EOS, and BOS, with which another would begin."""
-        return {i for i in (self.bos_id, self.eos_id) if i >= 0}
 
     def special_id(self, text):
         """The id of a control token of a tokenizer.json by its spelling, such as <|eot_id|>."""

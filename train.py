@@ -41,7 +41,13 @@ import torch.distributed as dist
 
 import ppo
 from alignment import Alignment, instruction_file
-from checkpoint import check_generates, checkpoint_args, load_checkpoint, save_checkpoint
+from checkpoint import (
+    check_generates,
+    checkpoint_args,
+    choose_device,
+    load_checkpoint,
+    save_checkpoint,
+)
 from common import (
     add_flags,
     flag,
@@ -58,7 +64,7 @@ from model import ModelArgs
 from preferences import DPO, RewardModel
 from pretraining import MODEL_FLAGS, Pretraining
 from report import Log, load_boards, plain_config, plot, print_report, terminal_columns
-from sample import choose_device, out_of_memory
+from sample import out_of_memory
 from sft import FineTuning
 from tinystories import parse_data, shards_tokenizer
 from tokenizer import (

@@ -19,6 +19,7 @@ from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main  # noqa: E402
 from model import Transformer, TransformerWithValueHead  # noqa: E402
 from tinystories import Prompts  # noqa: E402
+from tokenizer import stop_ids  # noqa: E402
 
 
 def main():
@@ -43,7 +44,8 @@ def main():
         value_model=a.value_model,
     )
     optimizers = [m and torch.optim.Adam(m.parameters(), lr=1e-4) for m in (policy, critic)]
-    trainer = ppo.PPOTrainer(config, policy, reference, critic, *optimizers, nullcontext)
+    models, ends = (config, policy, reference, critic), stop_ids(None)
+    trainer = ppo.PPOTrainer(*models, *optimizers, nullcontext, stop_ids=ends)
     prompts = Prompts(a.data, "train", 30, policy.args.vocab_size)
     reward = ppo.LengthReward(200)
     print(f"{torch.get_num_threads()} threads")

@@ -31,6 +31,7 @@ from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
 from tinystories import Prompts  # noqa: E402
+from tokenizer import stop_ids  # noqa: E402
 
 PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
 FLAGS = """--ppo --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3
@@ -67,7 +68,7 @@ def reference_scores(a):
     prompts = Prompts(a.data, "val", 30, model.args.vocab_size, seed=99).batch(0, a.prompts)
     batch = [p for p in prompts for _ in range(a.samples)]
     uniform = torch.rand(len(batch), 300, generator=torch.Generator().manual_seed(1))
-    out = generate(model, batch, 300, 1.0, uniform=uniform, max_batch=512)
+    out = generate(model, batch, 300, stop_ids=stop_ids(None), uniform=uniform, max_batch=512)
     scores = ppo.LengthReward(200)(batch, out.responses(), out.ended)
     return torch.tensor(scores, dtype=torch.float64).view(a.prompts, a.samples)
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import library
+from kernels import accelerate, library
 from model import Transformer
-from report import matmul_roof
+from report import flops_per_token, matmul_roof
 
 GPUS = {  # makers' figures: dense bf16 operations a second, bytes, bytes a second between cards
     "h200": (989e12, 141e9, 450e9),
@@ -34,7 +34,7 @@ def saved_bytes(args, batch, seq_len, dtype, here=False):
     totals = []
     for n_layers in (1, 2):
         with nullcontext() if here else FakeTensorMode():
-            model, kept = Transformer(replace(args, n_layers=n_layers)), {}
+            model, kept = accelerate(Transformer(replace(args, n_layers=n_layers))), {}
             weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
             def keep(t):
@@ -67,7 +67,7 @@ def plan(args, model_args):
         peak = peak if dtype != torch.float32 else peak / 16  # without tensor cores
     with FakeTensorMode():
         model = Transformer(model_args)
-        flops = model.flops_per_token(args.max_seq_len)
+        flops = flops_per_token(model, args.max_seq_len)
         P = sum(p.numel() for p in model.parameters())
         in_layer = sum(p.numel() for p in model.layers[0].parameters())
     B, T = args.batch_size, args.max_seq_len

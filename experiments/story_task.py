@@ -27,7 +27,7 @@ import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
-from tokenizer import Tokenizer, find_tokenizer  # noqa: E402
+from tokenizer import Tokenizer, find_tokenizer, stop_ids  # noqa: E402
 
 
 class Lab:
@@ -57,7 +57,7 @@ class Lab:
         random_numbers = torch.Generator().manual_seed(self.args.seed)
         room = model.args.max_seq_len - max(map(len, prompts))
         uniform = torch.rand(len(prompts), room, generator=random_numbers)
-        stop = self.template.stops(self.tokenizer, self.checkpoint.get("end_ids") or ())
+        stop = stop_ids(self.tokenizer, self.template, self.checkpoint.get("end_ids"))
         out = generate(model, prompts, room, stop_ids=stop, uniform=uniform)
         return texts, prompts, out.responses(), out.ended
 

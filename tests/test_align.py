@@ -29,6 +29,7 @@ from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
 from common import run_main
 from experiments import preference_data, story_task
 from instruct import Template
+from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 
 VOCAB = 320  # 256 bytes, 3 control tokens, letters
@@ -131,7 +132,7 @@ def sequences(n, seed, longest=30):
 
 def critic(seed=0):
     torch.manual_seed(seed)
-    net = TransformerWithValueHead(ModelArgs(vocab_size=VOCAB, **ARGS))
+    net = accelerate(TransformerWithValueHead(ModelArgs(vocab_size=VOCAB, **ARGS)))
     torch.nn.init.normal_(net.value_head.weight)
     torch.nn.init.normal_(net.value_head.bias)
     return net.eval()
@@ -797,7 +798,7 @@ def test_refuses_flags_that_make_no_sense(home, tmp_path, capsys):
 def test_against_reference_is_the_plain_sum():
     """KL and log-probability of each response, a token at a time."""
     torch.manual_seed(3)
-    nets = [Transformer(ModelArgs(vocab_size=VOCAB, **ARGS)) for _ in range(2)]
+    nets = [accelerate(Transformer(ModelArgs(vocab_size=VOCAB, **ARGS))) for _ in range(2)]
     queries, responses = sequences(5, 1, 9), sequences(5, 2, 9)
     kl, logp = ppo.against_reference(*nets, queries, responses, 2, temperature=0.7)
     for i, (q, r) in enumerate(zip(queries, responses)):

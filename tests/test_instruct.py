@@ -8,12 +8,13 @@ import pytest
 import instruct
 from alignment import load_reward
 from instruct import TEMPLATES, Instructions, InstructPrompts, Rankings, Record, Template, read
+from tokenizer import stop_ids
 
 
 class Letters:
     """A tokenizer whose tokens are characters: what is in the ids can be read."""
 
-    bos_id, eos_id, special, stop_ids = 1, 2, {"<|end|>": 3}, (1, 2)
+    bos_id, eos_id, special = 1, 2, {"<|end|>": 3}
 
     def encode(self, s, bos, eos):
         if isinstance(s, list):
@@ -1017,8 +1018,8 @@ frog were very happy."""
 
 def test_a_reply_ends_where_tokenizer_template_and_checkpoint_say():
     template = Template("{bos}{user}{reply}<|end|>")
-    assert template.stops(T) == {1, 2, 3}
-    assert template.stops(T, [9, 11]) == {1, 2, 3, 9, 11}
+    assert stop_ids(T, template) == {1, 2, 3}
+    assert stop_ids(T, template, [9, 11]) == {1, 2, 3, 9, 11}
 
 
 def test_gold_by_hand():

@@ -26,15 +26,17 @@ from checkpoint import (
     model_from_checkpoint,
     save_checkpoint,
 )
+from kernels import FastLinear, accelerate
 from lora import add_lora, merged_state
 from model import (
-    KVCache,
     ModelArgs,
     Transformer,
     TransformerWithValueHead,
     generate,
     sampling_probabilities,
 )
+
+END = (1, 2)  # llama2.c's BOS and EOS
 
 
 def small(seed=0, **kw):
@@ -47,7 +49,7 @@ def small(seed=0, **kw):
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.25)
-    return model.eval()
+    return accelerate(model.eval())
 
 
 def naive_logits(model, tokens):
@@ -91,7 +93,7 @@ def naive_logits(model, tokens):
 
 
 NARROW = {"8 lanes": "-mno-avx512f", "4 lanes": "-mno-avx"}  # kernels.c for lesser processors
-BACKENDS = ["native", *NARROW, "torch"]
+BACKENDS = ["native", *NARROW, "torch", "plain"]
 
 
 @functools.cache
@@ -107,7 +109,9 @@ def narrow_library(flag):
 
 def use_backend(name, monkeypatch):
     library = narrow_library(NARROW[name]) if name in NARROW else kernels.library()
-    if name == "torch":
+    if name == "plain":
+        monkeypatch.setenv("NATIVE_KERNELS", "0")  # `accelerate` does nothing
+    if name in ("torch", "plain"):
         library = None
     elif library is None:
         pytest.skip("kernels.c cannot be compiled so here")
@@ -117,11 +121,12 @@ def use_backend(name, monkeypatch):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Runs a test with kernels.c, of all widths of vectors, and with PyTorch's attention."""
+    """Runs a test with kernels.c, of all widths of vectors, with the fast classes where kernels.c is
+    missing, and with model.py alone."""
     return use_backend(request.param, monkeypatch)
 
 
-@pytest.fixture(params=BACKENDS[:-1])
+@pytest.fixture(params=["native", *NARROW])
 def native(request, monkeypatch):
     """Runs a test with kernels.c, of all widths of vectors."""
     return use_backend(request.param, monkeypatch)
@@ -162,8 +167,9 @@ def test_native_attention_gradients(native, H, K, E):
     N = sum(lengths)
     q, k, v = (torch.randn(N, h, E, requires_grad=True) for h in (H, K, K))
     angles = torch.outer(torch.arange(40.0), 1e4 ** -(torch.arange(0, E, 2) / E))
+    turned = torch.cat([angles[:n] for n in lengths])  # the angles of each token
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    out = kernels.Attention.apply(q, k, v, starts, angles.cos(), angles.sin())
+    out = kernels.FusedAttention.apply(q, k, v, starts, turned.cos(), turned.sin())
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     q2, k2, v2 = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -192,7 +198,7 @@ def test_native_attention_extreme_scores(native):
     q = torch.tensor([[[1e4, 0.0]], [[1e4, 0.0]]])
     k, v = torch.tensor([[[1.0, 0]], [[-1.0, 0]]]), torch.tensor([[[3.0, 4]], [[5.0, 6]]])
     one, zero = torch.ones(2, 1), torch.zeros(2, 1)
-    out = kernels.Attention.apply(q, k, v, torch.tensor([0, 2]), one, zero)
+    out = kernels.FusedAttention.apply(q, k, v, torch.tensor([0, 2]), one, zero)
     torch.testing.assert_close(out, torch.tensor([[[3.0, 4]], [[3.0, 4]]]))
 
 
@@ -201,7 +207,7 @@ def test_a_nan_is_not_hidden_and_stays_in_its_place(native):
     q, k, v = torch.randn(3, 40, 2, 8)
     k[20, 0] = math.nan
     angles = torch.ones(40, 4)
-    out = kernels.Attention.apply(q, k, v, torch.tensor([0, 40]), angles, angles)
+    out = kernels.FusedAttention.apply(q, k, v, torch.tensor([0, 40]), angles, angles)
     spoilt = torch.zeros(40, 2, 8, dtype=torch.bool)
     spoilt[20:, 0] = True
     assert torch.equal(out.isnan(), spoilt)
@@ -256,7 +262,9 @@ def test_feed_forward(native, rows, width, hidden):
         return (gate / (1 + (-gate).exp()) * (n @ w3.T)) @ w2.T
 
     assert kernels.native_layer(x, norm, w1, w2, w3)
-    against_float64(lambda *i: kernels.FeedForward.apply(*i, 1e-5), equation, x, norm, w1, w2, w3)
+    against_float64(
+        lambda *i: kernels.FusedFeedForward.apply(*i, 1e-5), equation, x, norm, w1, w2, w3
+    )
 
 
 @pytest.mark.parametrize("width,q,k", [(16, 5, 3), (32, 32, 16), (48, 48, 48)])
@@ -270,7 +278,7 @@ def test_norm_and_products_of_attention(native, rows, width, q, k):
         return torch.cat([n @ w.T for w in weights], 1)
 
     def layer(*inputs):
-        return torch.cat(kernels.NormQKV.apply(*inputs, 1e-5), 1)
+        return torch.cat(kernels.FusedQKV.apply(*inputs, 1e-5), 1)
 
     against_float64(layer, equation, x, norm, *weights)
 
@@ -412,9 +420,10 @@ def test_gradients_when_activations_are_computed_again(backend, rows, adapters):
         loss = model(tokens, tokens.roll(-1))
         if kernels.library() is not None and kernels.MIN_ROWS == 1 and not adapters:
             fast = {
-                f"{name}Backward" for name in ("NormQKV", "FeedForward", "Attention", "TokenTerms")
+                f"{name}Backward"
+                for name in ("FusedQKV", "FusedFeedForward", "FusedAttention", "TokenTerms")
             }
-            assert fast | {"ProductBackward", "RMSNormalizeBackward"} <= functions_of(loss)
+            assert fast | {"ProductBackward", "FusedRMSNormBackward"} <= functions_of(loss)
         return torch.autograd.grad(loss, trained)
 
     plain = gradients()
@@ -433,7 +442,7 @@ def test_cached_steps_equal_full_forward(backend):
     model = small()
     rows = [torch.randint(0, 48, (n + 10,)) for n in (0, 3, 16, 31)]
     starts = [len(r) - 10 for r in rows]
-    cache = KVCache(model, 4, 41)
+    cache = model.new_cache(4, 41)
     with torch.no_grad():
         model.hidden(torch.cat([r[:n] for r, n in zip(rows, starts)]), starts, cache)
         for step in range(10):
@@ -453,7 +462,7 @@ def test_cached_steps_of_many_rows(backend, H, K, E):
         if name.endswith("lora_b"):
             torch.nn.init.normal_(p)
     rows = [torch.randint(0, 48, (n + 2,)) for n in range(19)]
-    cache = KVCache(model, 21, 21)
+    cache = model.new_cache(21, 21)
     with torch.no_grad():
         model.hidden(torch.cat([r[:-2] for r in rows]), [len(r) - 2 for r in rows], cache)
         for step in (-2, -1):
@@ -465,26 +474,37 @@ def test_cached_steps_of_many_rows(backend, H, K, E):
 
 def test_a_full_cache_is_refused(native):
     model = small()
-    cache = KVCache(model, 1, 3)
+    cache = model.new_cache(1, 3)
     model.hidden(torch.zeros(cache.capacity, dtype=torch.long), [cache.capacity], cache)
     with pytest.raises(ValueError, match="full"):
         model(torch.tensor([1]), cache=cache)
-    text = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4), torch.zeros(1, dtype=torch.long)
-    row = torch.zeros(1, dtype=torch.long)
+    zero = torch.zeros(1, dtype=torch.long)
+    batch = M.Batch(
+        cache=cache,
+        prompt=zero,
+        current=zero + 1,
+        tokens=zero.repeat(1, 4),
+        lengths=zero.clone(),
+        probabilities=torch.ones(1, 4),
+        limits=zero + 4,
+        uniform=torch.rand(1, 4),
+        stop_ids=zero[:0],
+        sampling=(1.0, 0, 1.0),
+    )
     with pytest.raises(ValueError, match="full"):
-        cache.draw(model, 4, *text, row + 1, torch.rand(1, 4), row, row[:0], 1.0)
-    assert text[0].tolist() == [[0] * 4] and text[2].tolist() == [0]
+        model.sample_tokens(batch, 4)
+    assert batch.tokens.tolist() == [[0] * 4] and batch.lengths.tolist() == [0]
 
 
 def test_cache_rows_can_leave(backend):
-    """drop keeps the others' contents, in the order it returns."""
+    """`keep` keeps the others' contents, in the order it returns."""
     model = small()
     rows = [torch.randint(0, 48, (6,)) for _ in range(6)]
-    cache = KVCache(model, 6, 8)
+    cache = model.new_cache(6, 8)
     alive = torch.tensor([False, True, False, False, True, True])
     with torch.no_grad():
         model.hidden(torch.cat([r[:4] for r in rows]), [4] * 6, cache)
-        order = cache.drop(alive)
+        order = cache.keep(alive)
         assert sorted(order.tolist()) == [1, 4, 5] and cache.rows == 3
         logits = model(torch.stack([rows[i][4] for i in order]), cache=cache)
         for got, i in zip(logits, order):
@@ -495,9 +515,9 @@ def test_too_long_is_refused():
     with pytest.raises(ValueError, match="65 tokens .* 64"):
         small()(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="64 tokens"):
-        generate(small(), [[1] * 64], 5)
+        generate(small(), [[1] * 64], 5, stop_ids=END)
     with pytest.raises(ValueError, match="0 tokens"):
-        generate(small(), [[1], []], 5)
+        generate(small(), [[1], []], 5, stop_ids=END)
 
 
 def test_padding_on_the_right_changes_nothing(backend):
@@ -583,8 +603,8 @@ def test_sampling_edges():
         torch.testing.assert_close(
             sampling_probabilities(logits, top_k=4, top_p=top_p), logits.softmax(-1)
         )
-    assert generate(small(), [[1]], 0).lengths.tolist() == [0]
-    assert generate(small(), [], 5).tokens.shape == (0, 5)
+    assert generate(small(), [[1]], 0, stop_ids=END).lengths.tolist() == [0]
+    assert generate(small(), [], 5, stop_ids=END).tokens.shape == (0, 5)
 
 
 def test_greedy_is_argmax():
@@ -641,11 +661,13 @@ def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H
     prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in range(33)]
     uniform = torch.rand(33, 45)
     args = model, prompts, 45, 0.8
-    many = generate(*args, uniform=uniform, max_batch=21)
-    single = generate(*args, uniform=uniform, on_token=lambda row, token: None)
+    how = dict(uniform=uniform, stop_ids=END)
+    many = generate(*args, **how, max_batch=21)
+    single = generate(*args, **how, on_token=lambda row, token: None)
     monkeypatch.setattr(kernels, "library", lambda: None)
-    oracle = generate(*args, uniform=uniform)
-    blind = generate(*args, uniform=uniform, max_batch=21, ahead=7)  # as on a GPU
+    oracle = generate(*args, **how)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on a GPU: rows that have ended idle
+    blind = generate(*args, **how, max_batch=21)
     ends = [(len(p) + n, n) for p, n in zip(prompts, oracle.lengths.tolist())]
     assert (
         oracle.ended.any()
@@ -659,13 +681,13 @@ def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H
 
 
 @pytest.mark.parametrize("how", [dict(temperature=0), dict(top_k=9), dict(top_p=0.8)])
-def test_looking_for_ended_rows_less_often_changes_nothing(backend, how):
+def test_looking_for_ended_rows_less_often_changes_nothing(backend, how, monkeypatch):
     model = small(n_kv_heads=1)
     prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in range(0, 60, 3)]
-    uniform = torch.rand(20, 40)
-    often, seldom = (
-        generate(model, prompts, 40, uniform=uniform, max_batch=8, ahead=n, **how) for n in (1, 32)
-    )
+    how = dict(uniform=torch.rand(20, 40), max_batch=8, stop_ids=END, **how)
+    often = generate(model, prompts, 40, **how, on_token=lambda row, token: None)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on a GPU: rows that have ended idle
+    seldom = generate(model, prompts, 40, **how)
     assert often.responses() == seldom.responses() and torch.equal(often.ended, seldom.ended)
     torch.testing.assert_close(often.logprobs, seldom.logprobs)
     assert len({len(r) for r in often.responses()}) > 3, "rows end at different times"
@@ -681,7 +703,7 @@ def test_generating_with_a_nan_shows_it(backend):
 
 def test_uniform_numbers_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 5\), not \(2, 4\)"):
-        generate(small(), [[1], [2]], 5, uniform=torch.rand(2, 4))
+        generate(small(), [[1], [2]], 5, uniform=torch.rand(2, 4), stop_ids=END)
 
 
 def test_rows_are_independent(backend):
@@ -690,9 +712,12 @@ def test_rows_are_independent(backend):
     model = small()
     prompts = [[1] + torch.randint(3, 48, (n,)).tolist() for n in (0, 4, 11, 2, 30, 7, 1)]
     uniform = torch.rand(7, 25)
-    alone = [generate(model, [p], 25, uniform=uniform[i : i + 1]) for i, p in enumerate(prompts)]
+    alone = [
+        generate(model, [p], 25, stop_ids=END, uniform=uniform[i : i + 1])
+        for i, p in enumerate(prompts)
+    ]
     for max_batch in (7, 3, 1):
-        out = generate(model, prompts, 25, uniform=uniform, max_batch=max_batch)
+        out = generate(model, prompts, 25, uniform=uniform, max_batch=max_batch, stop_ids=END)
         for i, single in enumerate(alone):
             assert out.responses()[i] == single.responses()[0]
             assert bool(out.ended[i]) == bool(single.ended[0])
@@ -713,7 +738,8 @@ def test_generation_stops_at_the_context():
 
 def test_streaming_sees_every_token_in_order():
     seen = {0: [], 1: []}
-    out = generate(small(), [[1], [1, 4]], 10, on_token=lambda row, t: seen[row].append(t))
+    show = lambda row, token: seen[row].append(token)  # noqa: E731
+    out = generate(small(), [[1], [1, 4]], 10, stop_ids=END, on_token=show)
     assert [seen[0], seen[1]] == out.responses()
 
 
@@ -780,7 +806,7 @@ def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories
     )
     model = model_from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).eval()
     sp = SentencePieceProcessor(model_file=str(tok512_model))
-    text = sp.decode(generate(model, [[1]], 500, temperature=0).responses()[0])
+    text = sp.decode(generate(model, [[1]], 500, temperature=0, stop_ids=END).responses()[0])
     assert text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."
@@ -990,7 +1016,7 @@ def test_products_and_their_gradients_against_float64(shape, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)  # test_gradient_of_a_weight is its
     monkeypatch.setattr(kernels, "onednn", lambda *a: used.append(1) or product(*a))
     torch.manual_seed(1)
-    layer = M.Linear(shape[-1], 72, bias=False)
+    layer = FastLinear(shape[-1], 72, bias=False)
     x = torch.randn(shape, requires_grad=True)
     grad = torch.randn(*shape[:-1], 72)
     out = layer(x)
@@ -1071,7 +1097,7 @@ def record_calls(monkeypatch, *models):
         tokens = torch.randint(0, 48, (5, 60))
         model(tokens, tokens.roll(-1, 1)).backward()
         for temperature in (0, 1):
-            generate(model, [[1, 2], [3]] * 9, 4, temperature)
+            generate(model, [[1, 2], [3]] * 9, 4, temperature, stop_ids=END)
     assert {name for name, *_ in calls} == {
         "rms_norm_forward",
         "rms_norm_backward",

@@ -18,8 +18,12 @@ import kernels
 import ppo
 from alignment import load_reward
 from experiments import frontier
-from model import BOS_ID, EOS_ID, ModelArgs, Transformer, TransformerWithValueHead
+from kernels import accelerate
+from model import ModelArgs, Transformer, TransformerWithValueHead
 from ppo import LengthReward, Mismatch, PPOConfig, PPOTrainer
+from tokenizer import BOS_ID, EOS_ID
+
+END = (BOS_ID, EOS_ID)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,14 +40,14 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
     settings = dict(rollouts=16, mini_batch_size=4, max_gen_len=10, cliprange_value=0.0)
     config = PPOConfig(**{**settings, "critic_warmup": 0, **config})
     shared = config.value_model == "shared"
-    policy = (TransformerWithValueHead if shared else Transformer)(a)
+    policy = accelerate((TransformerWithValueHead if shared else Transformer)(a))
     with torch.no_grad():
         policy.output.weight.mul_(25)
-    reference = Transformer(a).requires_grad_(False)
+    reference = accelerate(Transformer(a)).requires_grad_(False)
     reference.load_state_dict(policy.state_dict(), strict=False)
     critic = None
     if config.advantage == "gae" and not shared:
-        critic = TransformerWithValueHead(a)
+        critic = accelerate(TransformerWithValueHead(a))
         critic.load_state_dict(policy.state_dict(), strict=False)
     return PPOTrainer(
         config,
@@ -54,6 +58,7 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
         critic and optimizer(critic.parameters(), lr=lr),
         nullcontext,
         ptx,
+        stop_ids=END,
     )
 
 
@@ -247,9 +252,6 @@ def test_scores_become_token_rewards():
 
 # ----------------------------------------------------------------------------
 # the objective, by brute force over every sequence
-
-
-END = (BOS_ID, EOS_ID)
 
 
 def tiny(longest=3, **config):
@@ -1181,7 +1183,7 @@ def pretrained(seed):
     length of 10 is well away from what it does by itself."""
     torch.manual_seed(seed)
     a = args(vocab_size=8, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48, tied=True)
-    model = Transformer(a)
+    model = accelerate(Transformer(a))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(120):
         x = torch.randint(3, 8, (32, 40))
@@ -1203,7 +1205,7 @@ def test_learns(seed):
     policy, reference = Transformer(model.args), Transformer(model.args).requires_grad_(False)
     critic = TransformerWithValueHead(model.args)
     for m in (policy, reference, critic):
-        m.load_state_dict(state, strict=False)
+        accelerate(m).load_state_dict(state, strict=False)
     trainer = PPOTrainer(
         config,
         policy,
@@ -1212,6 +1214,7 @@ def test_learns(seed):
         torch.optim.Adam(policy.parameters(), lr=1e-3),
         torch.optim.Adam(critic.parameters(), lr=5e-3),
         nullcontext,
+        stop_ids=END,
     )
     queries, responses, _, ended = trainer.rollout([[BOS_ID]] * 2000, seed=77)
     scores = torch.tensor(reward(queries, responses, ended))

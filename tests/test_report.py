@@ -143,6 +143,8 @@ def test_plan_of_many_cards(capsys):
 class Letters:
     """A tokenizer for a vocabulary of 96."""
 
+    bos_id, eos_id = 1, 2
+
     def decode(self, ids):
         return "".join(chr(256 + i) for i in ids if i > 2)
 
@@ -202,7 +204,9 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     # the story of the last evaluation is the checkpoint's model's
     model = model_from_checkpoint(load_checkpoint(tmp_path / "out/ckpt.pt"))
     uniform = torch.rand(1, 31, generator=torch.Generator().manual_seed(1337))
-    story = Letters().decode(generate(model, [[1]], 31, 0.7, uniform=uniform).responses()[0])
+    story = Letters().decode(
+        generate(model, [[1]], 31, 0.7, stop_ids=(1, 2), uniform=uniform).responses()[0]
+    )
     assert story and out.rstrip().endswith("  | " + story.strip())
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").open()]
     assert [step for step, _ in logged[1:]] == [r["iter"] for r in records]

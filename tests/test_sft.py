@@ -350,7 +350,7 @@ def test_chat_gives_the_model_what_it_was_trained_on(tuned, monkeypatch, capsys)
     for line in ("cat dog", "the sun", "red"):
         prompt = template.prompt(t, [*turns, (line, None)], "big hat")
         assert prompts[len(turns)] == prompt
-        [reply] = generate(model, [prompt], 60, temperature=0).responses()
+        [reply] = generate(model, [prompt], 60, temperature=0, stop_ids=(1, 2)).responses()
         assert reply[-1] == 2
         turns.append((line, reply[:-1]))
         shown += f"Assistant: {t.decode(reply)}\n"

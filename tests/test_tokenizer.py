@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 import tinystories
 import tokenizer
 from common import boolean, parse_args, run_main, write_atomic
-from tokenizer import Tokenizer, find_tokenizer
+from tokenizer import Tokenizer, find_tokenizer, stop_ids
 
 ODD = [
     "",
@@ -297,7 +297,7 @@ def test_control_tokens_of_a_tokenizer_json(tmp_path):
     path = make_bpe(tmp_path / "a", "llama3")
     t = Tokenizer(path)
     assert t.bos_id == t.special_id("<|begin_of_text|>") and t.eos_id == t.special_id("<|eot_id|>")
-    assert t.stop_ids == {t.bos_id, t.eos_id}  # not 1 and 2, which are ordinary tokens here
+    assert stop_ids(t) == {t.bos_id, t.eos_id}  # not 1 and 2, which are ordinary tokens here
     ids = t.encode("a<|eot_id|>b", True, True)
     assert ids[0] == t.bos_id and ids[-1] == t.eos_id and t.eos_id not in ids[1:-1]
     assert t.decode(ids) == "a<|eot_id|>b"  # as the text that it was
