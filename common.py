@@ -1,6 +1,10 @@
-"""What all commands share, from the standard library alone: files that are never half-written, one run
-per folder at a time, output whose reader may leave, flags, errors, and a hint where a package is not
-installed. Every command imports this module first."""
+"""
+Utilities that all commands share: atomic writes, a lock per output folder, output that survives a
+closed pipe, command-line flags, error messages and JSON.
+
+This module needs only the standard library, and every command imports it first, so that a package
+that is not installed ends in one line that says what to do.
+"""
 
 import argparse
 import contextlib
@@ -32,8 +36,10 @@ if MISSING:
 
 
 def try_lock(fd):
-    """Locks an open file until it is closed, also by the end of the process, however that comes. False
-    if another process holds it; where a file system has no locks, OSError."""
+    """
+    Lock an open file until it is closed or the process ends. Returns False if another process holds
+    the lock. Raises OSError where the system or the file system has no locks.
+    """
     if fcntl is None:
         raise OSError("no locks on this system")
     try:
@@ -44,18 +50,22 @@ def try_lock(fd):
 
 
 # ----------------------------------------------------------------------------
-# files
+# Files
 
 
 @contextlib.contextmanager
 def write_atomic(path, mode="wb"):
-    """Opens `path` for writing so that it is the old file or the whole new one, never a part: a temporary
-    file beside it, flushed to the disk, then renamed; removed if anything fails, and by the next write of
-    `path` if this process is killed. Its name is new, so that no link there is followed and two
-    processes do not share it. Where `path` is a symbolic link, the file takes the link's place.
-    Raises OSError that names `path`."""
+    """
+    Open `path` for writing so that it always holds either the old or the complete new content.
+
+    The data goes to a temporary file in the same folder, which is flushed to the disk and renamed.
+    The temporary file is removed if anything fails; if this process is killed, the next write of
+    `path` removes it. Its name is random, so that no existing link is followed and two processes
+    never share it. If `path` is a symbolic link, the new file replaces the link. Raises OSError
+    that names `path`.
+    """
     path = os.path.abspath(path)
-    if os.path.exists(path) and not os.path.isfile(path):  # a folder, /dev/null, a link to one
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder, /dev/null
         raise OSError(f"{path} is not a regular file")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     remove_temporaries(os.path.dirname(path), os.path.basename(path))
@@ -66,18 +76,18 @@ def write_atomic(path, mode="wb"):
             f.flush()
             os.fsync(f.fileno())
             if fcntl is None:
-                f.close()  # Windows renames no open file
+                f.close()  # Windows cannot rename an open file
             os.replace(f.name, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(f.name)
         if isinstance(e, OSError) and e.filename in (None, f.name):
-            e.filename = path  # a full disk names no file; and nobody knows the temporary one
+            e.filename = path  # the user does not know the temporary file
         raise
 
 
 def open_temporary(path, mode):
-    """A new file .NAME.*.tmp beside `path`, locked while it is open."""
+    """Create the file .NAME.*.tmp in the folder of `path`; it is locked while it is open."""
     folder, name = os.path.split(path)
     while True:
         temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
@@ -88,22 +98,24 @@ def open_temporary(path, mode):
             raise
         with contextlib.suppress(OSError):
             try_lock(f.fileno())
-        if os.path.exists(temporary):  # else removed as if of a dead process, before it was locked
+        if os.path.exists(temporary):  # remove_temporaries may have come before the lock
             return f
         f.close()
 
 
 def remove_temporaries(folder, name="*"):
-    """Removes what write_atomic has left in a folder where its process was killed: files of this user
-    that no process has locked."""
+    """
+    Remove the temporary files of killed processes from a folder: those of write_atomic that belong
+    to this user and that no process has locked.
+    """
     pattern = f".{name if name == '*' else glob.escape(name)}.*.tmp"
     for path in glob.glob(os.path.join(glob.escape(folder), pattern)) if fcntl else ():
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                found = os.fstat(fd)
-                mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
-                if mine and try_lock(fd):
+                status = os.fstat(fd)
+                own = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+                if own and try_lock(fd):
                     os.remove(path)
             finally:
                 os.close(fd)
@@ -111,39 +123,43 @@ def remove_temporaries(folder, name="*"):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Keeps other runs out of a folder, where they would overwrite this run's files, until this process
-    ends in whatever way. Raises ValueError, with the process that is there, if there is one."""
-    path, mine = os.path.join(folder, "run.lock"), False
+    """
+    Keep other runs from writing to a folder until the block or the process ends. Raises ValueError,
+    which names the other process, if another run holds the folder.
+    """
+    path, locked = os.path.join(folder, "run.lock"), False
     fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         try:
-            mine = try_lock(fd)
+            locked = try_lock(fd)
         except OSError as e:
             print(f"note: {folder} is not locked: {e}", file=sys.stderr)
         else:
-            if not mine:
-                who = " ".join(os.read(fd, 200).decode(errors="replace").split())
+            if not locked:
+                owner = " ".join(os.read(fd, 200).decode(errors="replace").split())
                 raise ValueError(
-                    f"another run writes to {folder}{who and f' ({who})'}: wait for its end, "
+                    f"another run writes to {folder}{owner and f' ({owner})'}: wait until it ends, "
                     "or choose another --out_dir"
                 )
-            with contextlib.suppress(OSError):  # a full disk
+            with contextlib.suppress(OSError):  # the disk may be full
                 os.ftruncate(fd, 0)
                 os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
     finally:
-        if mine:
+        if locked:
             os.ftruncate(fd, 0)
         os.close(fd)
 
 
 # ----------------------------------------------------------------------------
-# output
+# Output
 
 
 class Unbreakable:
-    """A stream whose reader may leave (train.py | head): what is written after that goes nowhere, and
-    the run goes on."""
+    """
+    A stream that survives a closed pipe (train.py | head): later output is discarded, and the run
+    continues.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -168,18 +184,18 @@ class Unbreakable:
 
 @contextlib.contextmanager
 def unbreakable_output():
-    """Makes sys.stdout and sys.stderr Unbreakable, where there are any."""
+    """Make sys.stdout and sys.stderr Unbreakable; either may be None."""
     out, err = (stream and Unbreakable(stream) for stream in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
 
 # ----------------------------------------------------------------------------
-# flags
+# Flags
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a description; shows every default that is worth showing."""
+    """Keeps the line breaks of a description and shows every default that is not empty."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
@@ -187,11 +203,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def flag(default, help, choices=None, also=()):
     """
-    A field of a dataclass that add_flags makes a flag of (`also` are other names of it):
+    A dataclass field that add_flags turns into a command-line flag; `also` lists its aliases.
 
         @dataclass
         class Flags:
-            "output"                       # the title in --help
+            "output"                       # title of the group in --help
             out_dir: str = flag("out", "folder for checkpoints and logs")
     """
     metadata = {"help": help, "choices": choices, "also": also}
@@ -199,12 +215,12 @@ def flag(default, help, choices=None, also=()):
 
 
 def flag_names(kind):
-    """The fields of a dataclass that are flags."""
+    """Names of the fields of a dataclass that are flags."""
     return [f.name for f in dataclasses.fields(kind) if "help" in f.metadata]
 
 
 def add_flags(parser, kind):
-    """Add the flags of a dataclass to a parser, as one group, unless it has them already."""
+    """Add the flags of a dataclass to a parser as one group; flags that it has are skipped."""
     group = parser.add_argument_group(kind.__doc__.partition("\n")[0])
     known = {a.dest for a in parser._actions}
     for f in dataclasses.fields(kind):
@@ -220,7 +236,8 @@ def add_flags(parser, kind):
 
 def flags_of_others(mine, commands):
     """
-    The flags that the command `mine` has not, of {command: names of its flags}, as {name: why}:
+    The flags that only commands other than `mine` have, as {name: reason}. `commands` maps each
+    command to the names of its flags.
 
         flags_of_others("b", {"a": ["x", "y"], "b": ["y"]})      # {"x": "is a flag of a"}
     """
@@ -228,21 +245,24 @@ def flags_of_others(mine, commands):
     for command, names in commands.items():
         for name in names:
             owners.setdefault(name, []).append(command)
-    return {
-        name: f"is a flag of {' and '.join([', '.join(o[:-1]), o[-1]][len(o) < 2 :])}"
-        for name, o in owners.items()
-        if mine not in o
-    }
+    reasons = {}
+    for name, others in owners.items():
+        if mine not in others:
+            *first, last = others
+            listed = f"{', '.join(first)} and {last}" if first else last
+            reasons[name] = f"is a flag of {listed}"
+    return reasons
 
 
 def parse_args(parser, argv=None, unused=None):
     """
-    parser.parse_args, kinder: no abbreviations, defaults in --help, and a mistake ends in one
-    line (exit status 2) that names the flag which was probably meant. `args.given` holds the
-    names of the flags on the command line.
+    parser.parse_args without abbreviations, with defaults in --help, and with one-line errors (exit
+    status 2) that suggest the closest flag. `args.given` lists the names of the flags that are on
+    the command line.
 
-    unused(args) returns the flags that have no effect beside the others, as {name: why}. --help
-    does not show them; on the command line they are an error that says why, if `why` is not None.
+    unused(args) returns the flags that have no effect in combination with the others, as {name:
+    reason}. --help hides them. On the command line such a flag is an error that states the reason,
+    unless the reason is None.
     """
 
     def error(message):
@@ -255,7 +275,7 @@ def parse_args(parser, argv=None, unused=None):
     positionals = [a for a in parser._actions if not a.option_strings and a.nargs is None]
     if help_wanted:
         for action in positionals:
-            action.nargs = "?"  # a command is not needed to ask for help
+            action.nargs = "?"  # --help alone is valid
     args, unknown = parser.parse_known_args(words)
     hidden = unused(args) if unused else {}
     if help_wanted:
@@ -290,7 +310,7 @@ def parse_args(parser, argv=None, unused=None):
 
 def boolean(text):
     """
-    The type of a flag that may be --x, --x=True or --x=False:
+    argparse type of a flag that may be written --x, --x=True or --x=False:
     parser.add_argument("--x", type=boolean, nargs="?", const=True, default=False)
     """
     value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
@@ -302,50 +322,52 @@ def boolean(text):
 
 
 # ----------------------------------------------------------------------------
-# errors and JSON
+# Errors and JSON
 
 
 def run_main(main):
     """
-    Run a command: what a user can get wrong (OSError, ValueError) ends in one line and exit
-    status 1, Ctrl-C in 130; `main` may return an exit status. Anything else is a bug of ours
-    and keeps its traceback.
+    Run the command `main` and exit; `main` may return an exit status. Errors that a user can cause
+    (OSError, ValueError) print one line and exit with status 1, Ctrl-C exits with 130. Every other
+    exception is a bug and keeps its traceback.
     """
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+    except BrokenPipeError:  # the reader of the output (head, less) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError) as e:
-        known = isinstance(e, OSError) and e.strerror and e.filename
-        message = f"{e.filename}: {e.strerror}" if known else str(e)
+        named = isinstance(e, OSError) and e.strerror and e.filename
+        message = f"{e.filename}: {e.strerror}" if named else str(e)
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(1)
 
 
 def note(message):
-    """Print a line on stderr, once for all processes."""
+    """Print a line on stderr, in the process of rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr)
 
 
 def printable(text):
-    """Generated text without control characters (C0 but newline and tab, DEL, C1), which could move
-    a terminal's cursor or do worse; run.c leaves them out too."""
+    """
+    Text without the control characters that could move a terminal's cursor: DEL, C1, and C0 except
+    newline and tab. run.c removes the same characters.
+    """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def read_json(path):
-    """The object in a JSON file; {} if there is no such file. ValueError if it holds no object."""
+    """The object in a JSON file, or {} if the file does not exist. Raises ValueError otherwise."""
     try:
         with open(path, "rb") as f:
             value = json.load(f)
     except FileNotFoundError:
         return {}
-    except ValueError as e:  # also where it is not UTF-8
+    except ValueError as e:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not JSON, or is cut short: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
