@@ -1,6 +1,6 @@
 """
-The tokenizer: SentencePiece, or the byte-level BPE of a tokenizer.json, for Python, and its
-export for C.
+The tokenizer: a SentencePiece model or the byte-level BPE of a tokenizer.json, its export for
+run.c, and the search for the tokenizer of a model.
 
     python tokenizer.py --tokenizer-model=data/tok512.model    # writes data/tok512.bin
 """
@@ -43,18 +43,22 @@ def stop_ids(tokenizer, template=None, end_ids=()):
 
 class Tokenizer:
     """
-    Text to token ids and back.
+    Converts text to token ids and back.
 
         t = Tokenizer("data/tok512.model")
         t.encode("Once upon a time", bos=True, eos=False)  # [1, 403, 407, 261, 378]
         t.decode([1, 403, 407, 261, 378])                  # "Once upon a time"
 
-    A SentencePiece model or, by its name, a tokenizer.json of Llama 3's kind, for which it needs
-    the tokenizers library. `n_words` is the size of the vocabulary; `bos_id`, `eos_id`, `pad_id`
-    are its special ids (-1: there is none); `special` are the other control tokens, of a
-    tokenizer.json all of them, {text: id}. They are never found in text that is encoded, and they
-    are silent when decoded.
-    A missing file raises OSError, a corrupt one ValueError.
+    The file is a SentencePiece model or, if its name ends in .json, a byte-level BPE tokenizer.json
+    such as Llama 3's, which needs the tokenizers library.
+
+        n_words                  size of the vocabulary
+        bos_id, eos_id, pad_id   special ids, -1 where the tokenizer has none
+        special                  {text: id} of the other control tokens; for a tokenizer.json, of
+                                 all of them
+
+    Encoding never turns text into a control token, and decoding omits control tokens. Raises
+    OSError for a missing file and ValueError for a corrupt one.
     """
 
     def __init__(self, model_path):
@@ -69,7 +73,9 @@ class Tokenizer:
         try:
             self.sp.LoadFromSerializedProto(data)
         except RuntimeError:
-            raise ValueError(f"{self.model_path} is not a SentencePiece model, or is cut short")
+            raise ValueError(
+                f"{self.model_path} is not a SentencePiece model, or is cut short"
+            ) from None
         self.n_words = self.sp.vocab_size()
         self.bos_id = self.sp.bos_id()
         self.eos_id = self.sp.eos_id()
@@ -81,15 +87,15 @@ class Tokenizer:
 
     def _open_json(self, data):
         """
-        A tokenizer.json. It does not say which of its tokens are BOS and EOS: that is in the
-        tokenizer_config.json beside it; without one they are known by their usual names.
+        Read a tokenizer.json. The file does not identify BOS and EOS: tokenizer_config.json in the
+        same folder does; without that file, the usual names of these tokens identify them.
         """
         try:
             import tokenizers
         except ImportError:
             raise ValueError(
                 f"{self.model_path} needs the tokenizers library: pip install tokenizers"
-            )
+            ) from None
         try:
             self.json = json.loads(data)
             added = self.json.get("added_tokens") or []
@@ -98,17 +104,19 @@ class Tokenizer:
             plain = {**self.json, "truncation": None, "padding": None}
             self.bpe = tokenizers.Tokenizer.from_str(json.dumps(plain))
             self.special = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
-        except Exception as e:  # the library raises nothing more special
-            raise ValueError(f"{self.model_path} is not a tokenizer.json, or is cut short ({e})")
-        self.bpe.encode_special_tokens = True  # as ordinary text, that is
+        except Exception as e:  # the library raises no narrower class
+            raise ValueError(
+                f"{self.model_path} is not a tokenizer.json, or is cut short ({e})"
+            ) from None
+        self.bpe.encode_special_tokens = True  # encode their spelling as ordinary text
         self.n_words = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = read_json(os.path.join(os.path.dirname(self.model_path), "tokenizer_config.json"))
-        self.config = named
+        folder = os.path.dirname(self.model_path)
+        self.config = read_json(os.path.join(folder, "tokenizer_config.json"))
 
-        def find(key, *usual):
-            given = named.get(key)
-            given = given.get("content") if isinstance(given, dict) else given
-            names = [given] if isinstance(given, str) else usual
+        def find(key, *usual_names):
+            name = self.config.get(key)
+            name = name.get("content") if isinstance(name, dict) else name
+            names = [name] if isinstance(name, str) else usual_names
             return next((self.special[name] for name in names if name in self.special), -1)
 
         self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
@@ -117,49 +125,59 @@ class Tokenizer:
 
     @property
     def adds_bos(self):
-        """Whether the post-processor of a tokenizer.json puts BOS before text."""
+        """Whether the post-processor of a tokenizer.json puts BOS in front of the text."""
         first = self.bpe.encode("a", add_special_tokens=True).ids[:1] if self.bpe else []
         return self.bos_id >= 0 and first == [self.bos_id]
 
     def special_id(self, text):
-        """The id of a control token of a tokenizer.json by its spelling, such as <|eot_id|>."""
+        """The id of a control token by its text, such as <|eot_id|>. Raises ValueError."""
         if text not in self.special:
             raise ValueError(f"{self.model_path} has no special token {text}")
         return self.special[text]
 
     def encode(self, s, bos, eos):
-        """The ids of one string; or of a list of strings, as a list of lists, which is faster."""
+        """
+        The ids of a string, or a list of lists of ids for a list of strings, which is faster than
+        string by string. `bos` and `eos` add these tokens. Raises ValueError for text with
+        surrogates, which UTF-8 cannot represent.
+        """
         try:
             if self.sp:
                 return self.sp.encode(s, add_bos=bos, add_eos=eos)
             texts = [s] if isinstance(s, str) else s
             for text in texts:
-                text.encode()  # the library would not name the mistake
-        except (RuntimeError, UnicodeEncodeError):  # their own messages say nothing to a person
-            raise ValueError("only text that UTF-8 can write can be encoded")
+                text.encode()  # raises UnicodeEncodeError; the library's error has no cause
+        except (RuntimeError, UnicodeEncodeError):
+            raise ValueError(
+                "the text has characters that UTF-8 cannot represent: remove them"
+            ) from None
         head = [self.bos_id] if bos and self.bos_id >= 0 else []
         tail = [self.eos_id] if eos and self.eos_id >= 0 else []
         ids = [head + e.ids + tail for e in self.bpe.encode_batch(texts, add_special_tokens=False)]
         return ids[0] if isinstance(s, str) else ids
 
     def decode(self, ids):
-        """The text of a sequence of ids; BOS and EOS are silent."""
+        """
+        The text of a sequence of ids, without control tokens. Raises ValueError for an id that is
+        outside the vocabulary.
+        """
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise ValueError(
                     f"token {i} is outside the vocabulary of {self.model_path} "
-                    f"({self.n_words}): is it another model's tokenizer?"
+                    f"({self.n_words} tokens): is this another model's tokenizer?"
                 )
         return self.sp.decode(ids) if self.sp else self.bpe.decode(ids)
 
     @functools.cached_property
     def hash(self):
         """
-        64 hexadecimal digits that identify the tokenizer: a SHA-256 of everything that decides ids
-        and text. A vocabulary that was saved again has the same hash; a vocabulary that was trained
-        again has another one. The last 8 digits are, for a SentencePiece model, the CRC-32 of
-        llama2.c's tok.bin, by which run.c checks the file of its option -z; else 0.
+        64 hexadecimal digits that identify the tokenizer. The first 56 are from a SHA-256 of
+        everything that determines ids and text: saving a vocabulary again keeps the hash, training
+        it again changes the hash. For a SentencePiece model, the last 8 are the CRC-32 of
+        llama2.c's tok.bin, with which run.c checks the file of its option -z; for a tokenizer.json
+        they are 0.
         """
         identity = sentencepiece_identity(self.data) if self.sp else json_identity(self.json)
         identity += [self.bos_id, self.eos_id]
@@ -168,7 +186,7 @@ class Tokenizer:
         return f"{hashlib.sha256(text.encode()).hexdigest()[:56]}{crc:08x}"
 
     def export(self, path):
-        """Write llama2.c's tok.bin. ValueError for a tokenizer.json."""
+        """Write llama2.c's tok.bin. Raises ValueError for a tokenizer.json."""
         data = self.for_llama2c()
         with write_atomic(path) as f:
             f.write(data)
@@ -176,21 +194,21 @@ class Tokenizer:
     def for_llama2c(self):
         """
         The bytes of llama2.c's tok.bin: uint32 max_token_length, then for each token float32 score,
-        uint32 length, bytes; little-endian. Pieces for raw bytes keep SentencePiece's spelling
-        (<0x0A>): the reader in C unescapes them. Not for a tokenizer.json, which export.py puts
-        into the model file: ValueError.
+        uint32 length, bytes; little-endian. Pieces for raw bytes keep SentencePiece's notation
+        (<0x0A>), which run.c decodes. Raises ValueError for a tokenizer.json, which export.py
+        stores in the model file.
         """
         if not self.sp:
             raise ValueError(
-                f"{self.model_path} is no SentencePiece model: llama2.c cannot read it"
+                f"{self.model_path} is not a SentencePiece model: llama2.c cannot read it"
             )
         pieces = [self.sp.id_to_piece(i) for i in range(self.n_words)]
         if self.bos_id >= 0:
-            pieces[self.bos_id] = "\n<s>\n"  # the newlines keep text from ever matching these two
+            pieces[self.bos_id] = "\n<s>\n"  # no text matches BOS or EOS, because of the newlines
         if self.eos_id >= 0:
             pieces[self.eos_id] = "\n</s>\n"
-        control = set(self.special.values())  # never found in text: -inf
-        pieces = [p.replace("\u2581", " ").encode() for p in pieces]  # ▁ is how a space is spelt
+        control = set(self.special.values())  # a score of -inf: text never becomes these tokens
+        pieces = [p.replace("\u2581", " ").encode() for p in pieces]  # ▁ stands for a space
         scores = [-math.inf if i in control else self.sp.get_score(i) for i in range(len(pieces))]
         return struct.pack("<I", max(map(len, pieces))) + b"".join(
             struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces)
@@ -198,39 +216,42 @@ class Tokenizer:
 
 
 # -----------------------------------------------------------------------------
-# What identifies a tokenizer
+# The identity of a tokenizer
 
 
 def protobuf_fields(data):
-    """Yield (field number, value) of a protobuf message; value is an int, or the field's bytes."""
-    at = 0
+    """
+    Yields (field number, value) for each field of a protobuf message; the value is an int for a
+    varint and bytes for every other wire type.
+    """
+    position = 0
 
     def varint():
-        nonlocal at
+        nonlocal position
         value = shift = 0
         while True:
-            byte = data[at]
-            at += 1
+            byte = data[position]
+            position += 1
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
             shift += 7
 
-    while at < len(data):
+    while position < len(data):
         key = varint()
-        kind = key & 7
-        if kind == 0:
+        wire_type = key & 7
+        if wire_type == 0:
             yield key >> 3, varint()
             continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield key >> 3, data[at : at + size]
-        at += size
+        size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+        yield key >> 3, data[position : position + size]
+        position += size
 
 
 def sentencepiece_identity(data):
     """
-    What of a SentencePiece model decides ids and text: pieces, scores and types, the kind of
-    model, the normalizer. The names and the statistics of its training do not.
+    The parts of a SentencePiece model that determine ids and text: pieces, scores and types, the
+    model type and the normalizer, without the names and statistics of its training.
     """
     NORMAL, UNIGRAM = 1, 1
     pieces, trainer, normalizer = [], {}, {}
@@ -251,12 +272,16 @@ def sentencepiece_identity(data):
         trainer.get(24, 0),  # treat_whitespace_as_suffix
         trainer.get(44, " \u2047 ".encode()).hex(),  # unk_surface
         hashlib.sha256(normalizer.get(2, b"")).hexdigest(),  # precompiled_charsmap
+        # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
         *(normalizer.get(i, 1) for i in (3, 4, 5)),
-    ]  # dummy prefix, spaces
+    ]
 
 
 def json_identity(config):
-    """What of a tokenizer.json decides ids and text, in one spelling of the library's several."""
+    """
+    The parts of a tokenizer.json that determine ids and text. Different notations of the same
+    tokenizer, such as merges as strings or as pairs, give the same result.
+    """
     model = {k: v for k, v in config["model"].items() if v is not None and v is not False}
     model["type"] = model.get("type", "BPE")
     if "merges" in model:
@@ -273,8 +298,8 @@ def json_identity(config):
 
 
 # -----------------------------------------------------------------------------
-# Byte-level BPE for C. run.c has no Unicode tables and no regular expressions: it gets the classes
-# of characters that the splitting needs, and knows two patterns.
+# Byte-level BPE for run.c, which has no Unicode tables and no regular expressions: it implements
+# two splitting patterns and reads the character classes that they need from the model file.
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (
@@ -284,7 +309,7 @@ LLAMA3_PATTERN = (
 
 
 def byte_alphabet():
-    """GPT-2's spelling of bytes as printable characters, {character: byte}: a space is Ġ."""
+    """GPT-2's mapping of printable characters to bytes, {character: byte}; Ġ is a space."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -293,18 +318,21 @@ def byte_alphabet():
 @functools.cache
 def character_classes(digits):
     """
-    [(first, last, class)] of Unicode code points, ascending: 1 letter, 2 number, 3 white space.
-    Asked of the library's own engine, since versions of Unicode differ. With `digits`, numbers
-    are what its Digits step takes for one, which is what they are split by there.
+    Ranges of Unicode code points, [(first, last, class)] in ascending order, with class 1 for
+    letters, 2 for numbers and 3 for white space. They come from the tokenizers library itself,
+    because versions of Unicode differ. With `digits`, the numbers are the characters that the
+    library's Digits pre-tokenizer splits off.
     """
     from tokenizers import Regex, pre_tokenizers
 
-    points = [c for c in range(0x40000) if not 0xD800 <= c < 0xE000]  # beyond there are none
+    points = [
+        c for c in range(0x40000) if not 0xD800 <= c < 0xE000
+    ]  # higher planes have none of the three classes
     text, ranges = "".join(map(chr, points)), []
     for kind, pattern in ((1, r"\p{L}+"), (2, r"\p{N}+"), (3, r"\s+")):
         split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
         pieces = [(points[a], points[b - 1]) for _, (a, b) in split.pre_tokenize_str(text)]
-        if digits and kind == 2:  # a digit between two others is a piece of its own
+        if digits and kind == 2:  # between \0 characters, each digit is a piece of its own
             pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(
                 "".join(f"\0{c}" for c in text)
             )
@@ -315,13 +343,13 @@ def character_classes(digits):
 
 def byte_level_blob(tokenizer):
     """
-    The tokenizer of a tokenizer.json for version 3 of model.bin; run.c has it byte by byte.
-    ValueError, naming it, for whatever run.c does not do.
+    The bytes of a tokenizer.json in version 3 of model.bin; run.c documents the layout. Raises
+    ValueError that names any feature of the tokenizer that run.c does not support.
     """
     config, path = tokenizer.json, tokenizer.model_path
 
-    def refuse(what):
-        raise ValueError(f"{path}: run.c does not know {what}")
+    def refuse(feature):
+        raise ValueError(f"{path}: run.c does not support {feature}")
 
     model, decoder = config["model"], config.get("decoder") or {}
     if model.get("type", "BPE") != "BPE" or decoder.get("type") != "ByteLevel":
@@ -363,7 +391,7 @@ def byte_level_blob(tokenizer):
             try:
                 pieces[i] = bytes(alphabet[c] for c in text), 0
             except KeyError:
-                refuse(f"the token {text!r}, which is not spelt in bytes")
+                refuse(f"the token {text!r}, which is not made of byte-level characters")
     for text, i in tokenizer.special.items():
         pieces[i] = text.encode(), 1
     ranges = character_classes(digits)
@@ -381,19 +409,20 @@ def byte_level_blob(tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# Chat templates of Hugging Face's are programs (Jinja) of strangers: a process runs them that has
-# little time and memory.
+# Hugging Face's chat templates are untrusted programs (Jinja): they run in a process of their own,
+# in a sandbox and with limits on time and memory.
 
 RENDER_SECONDS, RENDER_BYTES, RENDER_CHARACTERS = 5, 1 << 30, 1 << 20
 
 
 def render_chats(source, chats):
     """
-    What a chat template writes for each of `chats`, the variables it can use: pairs (text, error),
-    one of which is "". ValueError if the template as a whole fails or exceeds the limits.
+    Render the chat template `source` once for each of `chats`, dicts of template variables.
+    Returns a list of pairs (text, error), one of which is "". Raises ValueError if the template
+    cannot be compiled or exceeds the limits.
     """
     if importlib.util.find_spec("jinja2") is None:
-        raise ValueError("this needs the jinja2 library: pip install jinja2")
+        raise ValueError("chat templates need the jinja2 library: pip install jinja2")
     folder = os.path.dirname(os.path.abspath(__file__))
     code = f"import sys; sys.path.insert(0, {folder!r}); import tokenizer; tokenizer.render_child()"
     try:
@@ -404,7 +433,7 @@ def render_chats(source, chats):
             text=True,
             timeout=2 * RENDER_SECONDS,
         )
-        written, error = json.loads(done.stdout) if done.returncode == 0 else (None, None)
+        rendered, error = json.loads(done.stdout) if done.returncode == 0 else (None, None)
     except subprocess.TimeoutExpired:
         done, error = None, None
     if error:
@@ -413,11 +442,11 @@ def render_chats(source, chats):
         raise ValueError(done.stderr.strip().split("\n")[-1])
     if done is None or done.returncode:
         raise ValueError(f"it needs more than {RENDER_SECONDS} seconds or {RENDER_BYTES >> 20} MB")
-    return written
+    return rendered
 
 
 def render_child():
-    """The process of render_chats: as transformers runs chat templates, and in a sandbox."""
+    """The child process of render_chats: renders as transformers does, in Jinja's sandbox."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
 
@@ -428,7 +457,7 @@ def render_child():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what transformers trains: the text stays."""
+        """{% generation %} ... {% endgeneration %} marks trained text, which stays unchanged."""
 
         tags = {"generation"}
 
@@ -447,12 +476,12 @@ def render_child():
     env.globals["raise_exception"] = refuse
     source, chats = json.load(sys.stdin)
 
-    def reason(e):  # a stranger's program fails as it likes
+    def reason(e):  # a template can raise any exception, with any message
         if isinstance(e, MemoryError):
             return f"it needs more than {RENDER_BYTES >> 20} MB"
         return " ".join(str(e).split())[:200] or type(e).__name__
 
-    written, error = [], ""
+    rendered, error = [], ""
     try:
         program = env.from_string(source)
     except Exception as e:
@@ -462,42 +491,43 @@ def render_child():
             text = program.render(**chat)
             if len(text) > RENDER_CHARACTERS:
                 raise ValueError(f"it writes more than {RENDER_CHARACTERS:,} characters")
-            written.append((text, ""))
+            rendered.append((text, ""))
         except Exception as e:
-            written.append(("", reason(e)))
-    json.dump([written, error], sys.stdout)
+            rendered.append(("", reason(e)))
+    json.dump([rendered, error], sys.stdout)
 
 
 # -----------------------------------------------------------------------------
-# Where tokenizers are
+# The search for tokenizers
 
 
 def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
     """
-    Path of a tokenizer in one of `folders` (None is skipped), in data/ or here.
+    The path of a tokenizer in one of `folders` (None is skipped), data/ or the current folder.
 
-    wanted  its hash: the search is for a file with this hash. Without it, the search is for the
-            first folder with a tok<vocab_size>.model, tokenizer.model or tokenizer.json of this size
-    owner   what was made with the tokenizer, for the messages; "": nothing was yet
+        wanted  hash of the tokenizer; "" selects the first folder that has a tok<vocab_size>.model,
+                tokenizer.model or tokenizer.json of this vocabulary size
+        owner   the model or data that was made with the tokenizer, for the messages; "" if nothing
+                was made with it
 
-    Raises FileNotFoundError where there is none, ValueError where there are only others than the
-    wanted one, or where the tokenizers of a folder disagree.
+    Raises FileNotFoundError if there is no tokenizer of this size, and ValueError if none of them
+    has the wanted hash or if the tokenizers of a folder disagree.
     """
     folders = list(dict.fromkeys(d for d in (*folders, "data", "") if d is not None))
     others = []
     for folder in folders:
-        found = tokenizers_in(folder, vocab_size)
+        paths = tokenizers_in(folder, vocab_size)
         if not wanted:
-            for other in found[1:]:
-                if disagree(found[0], other):
+            for other in paths[1:]:
+                if disagree(paths[0], other):
                     raise ValueError(
-                        f"{found[0]} and {other} disagree: name one of them with "
+                        f"{paths[0]} and {other} disagree: name one of them with "
                         "--tokenizer, or move the other one away"
                     )
-            if found:
-                return found[0]
+            if paths:
+                return paths[0]
             continue
-        for path in dict.fromkeys(found + all_tokenizers_in(folder)):
+        for path in dict.fromkeys(paths + all_tokenizers_in(folder)):
             try:
                 tokenizer = Tokenizer(path)
             except (OSError, ValueError):
@@ -510,15 +540,13 @@ def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
         raise ValueError(mismatch(others[0], owner, wanted))
     places = ", ".join(os.path.join(d, name) for d in folders for name in names_of(vocab_size))
     train = f"python tinystories.py train_vocab --vocab_size={vocab_size}"
-    if owner:  # a new vocabulary would have other words
-        remedy = f"copy the one that {owner} was made with beside it, or name it with --tokenizer"
+    if owner:  # a newly trained vocabulary would not be the same
+        remedy = f"copy the tokenizer of {owner} into its folder, or name it with --tokenizer"
     elif vocab_size == 32000:
         remedy = "download Llama 2's tokenizer.model"
     else:
-        remedy = f"make it with: {train} (for a model that exists, copy the model's own instead)"
-    raise FileNotFoundError(
-        f"no tokenizer with {vocab_size} tokens (looked for {places}); {remedy}"
-    )
+        remedy = f"train one with: {train} (for an existing model, copy the model's own instead)"
+    raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens (searched {places}); {remedy}")
 
 
 def names_of(vocab_size):
@@ -526,7 +554,7 @@ def names_of(vocab_size):
 
 
 def tokenizers_in(folder, vocab_size):
-    """Paths of the tokenizers of this size in a folder, under their usual names."""
+    """Paths of the tokenizers in a folder that have a usual name and this vocabulary size."""
     certain = [f"tok{vocab_size}.model"] + ["tokenizer.model"] * (vocab_size == 32000)
     paths = [(name, os.path.join(folder, name)) for name in names_of(vocab_size)]
     return [
@@ -537,14 +565,14 @@ def tokenizers_in(folder, vocab_size):
 
 
 def all_tokenizers_in(folder):
-    """Paths of all tokenizers in a folder, those with a hash in their names included."""
+    """Paths of all tokenizers in a folder, including those that hashed_name has renamed."""
     names = "tok*.model", "tokenizer*.json"
     paths = [p for name in names for p in glob.glob(os.path.join(glob.escape(folder), name))]
     return [path for path in sorted(paths) if not path.endswith("tokenizer_config.json")]
 
 
 def size_of(path):
-    """How many tokens a tokenizer has; 0 if it is damaged, or of a kind without a list."""
+    """Vocabulary size of a tokenizer file; 0 if it is damaged or lists no vocabulary."""
     if path.endswith(".json"):
         return max(json_vocabulary(path).values(), default=-1) + 1
     try:
@@ -554,7 +582,7 @@ def size_of(path):
 
 
 def json_vocabulary(path):
-    """{token: id} of a tokenizer.json; {} if it is damaged, or of a kind without a list."""
+    """{token: id} of a tokenizer.json; {} if it is damaged or lists no vocabulary."""
     try:
         config = read_json(path)
         added = {token["content"]: int(token["id"]) for token in config.get("added_tokens") or []}
@@ -565,8 +593,8 @@ def json_vocabulary(path):
 
 def disagree(one, other):
     """
-    Whether two tokenizers differ, by their paths. A tokenizer.json agrees with a SentencePiece
-    model whose tokens it has; it may have more.
+    Whether the tokenizers at two paths differ. A tokenizer.json agrees with a SentencePiece model
+    if it has all of the model's tokens under the same ids; it may have additional tokens.
     """
     if one.endswith(".json") == other.endswith(".json"):
         return Tokenizer(one).hash != Tokenizer(other).hash
@@ -576,25 +604,25 @@ def disagree(one, other):
 
 
 def data_folders(data):
-    """The folders where the tokenizer of some data may lie; `data` is as in train.py's --data."""
+    """The folders to search for the tokenizer of train.py's --data, which is `data`."""
     folders = []
     for item in str(data).split(","):
         path = next((p for p in (item, item.rpartition(":")[0]) if p and os.path.exists(p)), None)
-        if path and os.path.isfile(path):  # mystories/task/sft.jsonl
+        if path and os.path.isfile(path):  # such as mystories/task/sft.jsonl
             path = os.path.dirname(os.path.abspath(path))
             folders += [path, os.path.dirname(path)]
         elif path:
-            shards = glob.glob(os.path.join(glob.escape(path), "*.bin"))  # mystories/tok512
+            shards = glob.glob(os.path.join(glob.escape(path), "*.bin"))  # such as mystories/tok512
             folders += [path] + [os.path.dirname(os.path.abspath(path))] * bool(shards)
     return folders
 
 
 def open_tokenizer(vocab_size, folders, wanted="", given="", owner="", required=True):
     """
-    The Tokenizer of a model: the file that `given` names, else the one that find_tokenizer finds,
-    with its arguments and errors; None where there is none and none is required. Raises ValueError
-    also where the given one is not the wanted one. Where no tokenizer is wanted or given, a line on
-    stderr says which one the owner is assumed to have.
+    The Tokenizer of a model: the file `given`, or else the result of find_tokenizer, which has the
+    same arguments and errors. If `required` is False, a tokenizer that is not found is None. Raises
+    ValueError if the tokenizer has another vocabulary size or another hash than wanted. If neither
+    a hash nor a file is given, a line on stderr names the tokenizer that is assumed.
     """
     try:
         path = given or find_tokenizer(vocab_size, *folders, wanted=wanted, owner=owner)
@@ -617,8 +645,8 @@ def open_tokenizer(vocab_size, folders, wanted="", given="", owner="", required=
 
 def own_tokenizer(checkpoint, path, given="", *folders, required=True):
     """
-    The Tokenizer of the checkpoint that was read from `path`: the file that `given` names, else
-    the one beside the checkpoint, in `folders` or in the data folder of its training.
+    The Tokenizer of the checkpoint that was read from `path`: the file `given`, or else the one in
+    the checkpoint's folder, in `folders` or in the data folder of its training.
     """
     folders = [os.path.dirname(os.path.abspath(path)), *folders]
     folders += data_folders((checkpoint.get("config") or {}).get("data", ""))
@@ -626,24 +654,26 @@ def own_tokenizer(checkpoint, path, given="", *folders, required=True):
     return open_tokenizer(n, folders, wanted, given, path, required)
 
 
-def check_same_tokenizer(owner, wanted, other, found):
+def check_same_tokenizer(owner, owner_hash, other, other_hash):
     """
-    Compare the hashes `wanted` and `found` of the tokenizers of two things, named for the messages.
-    ValueError where they differ; a line on stderr where the other one's is not known.
+    Compare the tokenizer hashes of two models or data sets, which `owner` and `other` name in the
+    messages. Raises ValueError if the hashes differ; prints a line on stderr if `other` has none.
     """
-    if wanted and found and wanted != found:
+    if owner_hash and other_hash and owner_hash != other_hash:
         raise ValueError(
-            f"{other} was made with another tokenizer ({found[:16]}) than {owner} ({wanted[:16]})"
+            f"{other} was made with another tokenizer ({other_hash[:16]}) than {owner} "
+            f"({owner_hash[:16]})"
         )
-    if not found:
+    if not other_hash:
         note(f"{other} does not say which tokenizer it was made with: assuming that of {owner}")
 
 
 def mismatch(path, owner, wanted):
+    """The message for a tokenizer whose hash is not the wanted one."""
     remedy = (
         "run `python tinystories.py pretokenize` again"
         if os.path.isdir(owner)
-        else f"copy that one beside {owner}"
+        else f"copy the right one into the folder of {owner}"
     )
     return (
         f"{path} is not the tokenizer of {owner}, whose hash is {wanted[:16]}: {remedy}, or "
@@ -651,10 +681,10 @@ def mismatch(path, owner, wanted):
     )
 
 
-def place_of(tokenizer, folder):
+def destination(tokenizer, folder):
     """
-    Where copy_tokenizer puts a tokenizer, and the Tokenizer that is there already: None where there
-    is none, or a damaged one.
+    The path to which copy_tokenizer writes, and the Tokenizer that this path holds already: None
+    if the file does not exist or is damaged.
     """
     name = f"tok{tokenizer.n_words}.model" if tokenizer.sp else "tokenizer.json"
     path = os.path.join(folder, name)
@@ -665,30 +695,30 @@ def place_of(tokenizer, folder):
 
 
 def check_place(tokenizer, folder):
-    """ValueError where a folder has another tokenizer under the name that copy_tokenizer uses."""
-    path, there = place_of(tokenizer, folder)
-    if there and there.hash != tokenizer.hash:
+    """Raises ValueError if copy_tokenizer would have to replace another tokenizer."""
+    path, present = destination(tokenizer, folder)
+    if present and present.hash != tokenizer.hash:
         raise ValueError(
             f"{path} is another tokenizer than {tokenizer.model_path}: choose another "
-            "folder for what is made with the latter, or move the former away"
+            f"folder for the output, or move {path} away"
         )
 
 
 def copy_tokenizer(tokenizer, folder, config=None, replace=False):
     """
-    Put a tokenizer into a folder as find_tokenizer looks for it: tok<n_words>.model, or
-    tokenizer.json with tokenizer_config.json, which holds `config`. Returns its path, or None if
-    it is there already. Another tokenizer that is there under this name gets its hash into its
-    name with `replace`; without, it is a ValueError.
+    Copy a tokenizer into a folder under the name that find_tokenizer expects: tok<n_words>.model,
+    or tokenizer.json with a tokenizer_config.json that holds `config`. Returns the path, or None if
+    the folder has this tokenizer already. If another tokenizer has this name, `replace` renames it
+    (see hashed_name); without `replace` it raises ValueError.
     """
     if not replace:
         check_place(tokenizer, folder)
-    path, there = place_of(tokenizer, folder)
-    if there and there.hash == tokenizer.hash:
+    path, present = destination(tokenizer, folder)
+    if present and present.hash == tokenizer.hash:
         return None
-    if there:
-        os.replace(path, hashed_name(there))
-        note(f"{path} was another tokenizer, which is now {hashed_name(there)}")
+    if present:
+        os.replace(path, hashed_name(present))
+        note(f"{path} was another tokenizer and has been renamed to {hashed_name(present)}")
     config = config or tokenizer.config
     if tokenizer.bpe and config:
         with write_atomic(os.path.join(folder, "tokenizer_config.json"), "w") as f:
@@ -700,7 +730,10 @@ def copy_tokenizer(tokenizer, folder, config=None, replace=False):
 
 
 def hashed_name(tokenizer):
-    """The path of a tokenizer with its hash in it: data/tok512.model -> data/tok512.1a2b3c4d.model"""
+    """
+    The path of a tokenizer file with part of its hash: data/tok512.model becomes
+    data/tok512.1a2b3c4d.model.
+    """
     stem, ending = os.path.splitext(tokenizer.model_path)
     return f"{stem}.{tokenizer.hash[:8]}{ending}"
 
@@ -715,13 +748,13 @@ def main(argv=None):
         "--tokenizer-model",
         "--tokenizer_model",
         default="tokenizer.model",
-        help="SentencePiece model; the .bin is written beside it",
+        help="SentencePiece model; the .bin file is written to the same folder",
     )
     args = parse_args(parser, argv)
     tokenizer = Tokenizer(args.tokenizer_model)
     path = os.path.splitext(args.tokenizer_model)[0] + ".bin"
     if path == args.tokenizer_model:
-        raise ValueError(f"{path} would overwrite itself: rename it to end in .model")
+        raise ValueError(f"{path} would be overwritten: rename the model to end in .model")
     tokenizer.export(path)
     print(f"wrote {path} ({tokenizer.n_words} tokens, {os.path.getsize(path):,} bytes)")
 

@@ -320,9 +320,12 @@ def test_control_tokens_of_a_tokenizer_json(tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"normalizer": {"type": "NFC"}}, "does not know the normalizer NFC"),
+        ({"normalizer": {"type": "NFC"}}, "does not support the normalizer NFC"),
         ({"decoder": {"type": "Fuse"}}, "only byte-level BPE"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "does not know the pre-tokenizer Whitespace"),
+        (
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            "does not support the pre-tokenizer Whitespace",
+        ),
         (
             {
                 "pre_tokenizer": {
