@@ -1,24 +1,25 @@
 """
-Instructions and preferences: reads them, puts them into a template and deals them to training. Also
-makes a task from any stories for which the right answers are known:
+Instructions and preferences: reads data sets, applies a chat template and samples examples for
+training. The commands make a task from stories, for which a rule scores every reply exactly:
 
     python instruct.py stories                              # data/task/{sft,val,pairs}.jsonl
-    python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # own_pairs.jsonl, of its stories
-    python instruct.py judge --checkpoint=out/sft_ckpt.pt   # how well does a model obey?
+    python instruct.py pairs --checkpoint=out/sft_ckpt.pt   # rankings of the model's own stories
+    python instruct.py judge --checkpoint=out/sft_ckpt.pt   # scores of models on the task
 
-A file is JSON (a list, also as in {"data": [...]}) or JSONL (objects one after the other, each on
-one line or on several). Its records may have these shapes; KEYS lists other names of the keys:
+A data set is a JSON file (a list, or an object such as {"data": [...]}) or a JSONL file (a sequence
+of objects, each on one or several lines). KEYS lists the accepted names of each key. Records have
+one of these formats:
 
-    {"instruction", "input", "output"}           "input" may be missing or empty
-    {"prompt", "response"}                       PPO needs the prompts alone
+    {"instruction", "input", "output"}           "input" is optional
+    {"prompt", "response"}                       PPO needs only the prompts
     {"messages": [{"role", "content"}, ...]}     system (at most one, first), user and assistant
-    {"conversations": [{"from", "value"}, ...]}  ShareGPT's spelling of messages
-    {"prompt", "chosen", "rejected"}             each a text or messages; also without "prompt"
-    {"chosen", "rejected"}                       whole dialogues with Human: and Assistant: turns
-    {"prompt", "completions"}                    two or more, the best first
+    {"conversations": [{"from", "value"}, ...]}  messages in ShareGPT's format
+    {"prompt", "chosen", "rejected"}             each is text or messages; "prompt" is optional
+    {"chosen", "rejected"}                       complete dialogues with Human: and Assistant: turns
+    {"prompt", "completions"}                    two or more, from best to worst
 
-"system" and "history" may be beside them. A key that is neither used nor known to be harmless is
-counted in the summary of the data, or refused where it changes the meaning of a record.
+Each format may also have "system" and "history". A key that is neither used nor known to be
+harmless is counted in the summary of the data, or refused if it changes the meaning of a record.
 """
 
 import argparse
@@ -29,7 +30,6 @@ import json
 import os
 import random
 import re
-import sys
 from typing import NamedTuple
 
 import common  # noqa: F401  first: it reports missing packages
@@ -37,8 +37,8 @@ import common  # noqa: F401  first: it reports missing packages
 # isort: split
 import numpy as np
 
-from common import flags_of_others, parse_args, printable, run_main, write_atomic
-from tinystories import Dealer, items, quoted, read_stories, story_files
+from common import flags_of_others, note, parse_args, printable, run_main, write_atomic
+from tinystories import Sampler, items, quoted, read_stories, story_files
 from tokenizer import own_tokenizer, stop_ids
 
 # -----------------------------------------------------------------------------
@@ -47,13 +47,17 @@ from tokenizer import own_tokenizer, stop_ids
 
 class Template(NamedTuple):
     """
-    How a dialogue is written for a model: `turn` is one exchange; `system` the first one where
-    there is a system prompt; `next` those after the first, if they differ. In them {bos} and {eos}
-    are the control tokens, {system} and {user} text, {reply} is what the model writes. The token
-    after {reply} ends a reply.
+    The chat template of a model, as up to three strings:
 
-    A template is cut at its tokens before text goes in, so that no text can become a control token.
-    Replies are texts of their own.
+        turn    one exchange of user and assistant
+        system  the first exchange of a dialogue with a system prompt
+        next    the exchanges after the first, "" if they are like `turn`
+
+    {bos} and {eos} are control tokens, as is the text of any other special token; {system} and
+    {user} are text, and {reply} is the model's reply, which the token after {reply} ends.
+
+    A template is split at its tokens before text is inserted, so that text never becomes a control
+    token. Replies are tokenized separately.
     """
 
     turn: str
@@ -63,12 +67,12 @@ class Template(NamedTuple):
     def sides(self, tokenizer, form, user, system=""):
         """The ids of one exchange before and after {reply}."""
         special = {"{bos}": tokenizer.bos_id, "{eos}": tokenizer.eos_id, **tokenizer.special}
-        cut = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
+        pattern = "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))
         text = {"{user}": user, "{system}": system}
         sides = []
         for side in form.split("{reply}"):
             ids = []
-            for piece in re.split(f"({cut})", side):
+            for piece in re.split(f"({pattern})", side):
                 if piece in special:
                     ids.append(special[piece])
                 elif piece:
@@ -79,15 +83,15 @@ class Template(NamedTuple):
 
     def dialogue(self, tokenizer, turns, system=""):
         """
-        The ids of a dialogue and, for each, whether the model is to learn it: replies and their
-        end tokens. `turns` are pairs (user, reply); a reply is text, or ids as the model wrote
-        them, without the end token; after a reply that is None nothing comes.
+        The ids of a dialogue and a mask of the same length, True for the tokens to learn: replies
+        and their end tokens. `turns` are pairs (user, reply). A reply is text, or a list of ids
+        without the end token, or None, which ends the dialogue with the prompt.
         """
         ids, mask = [], []
 
-        def add(more, learn):
-            ids.extend(more)
-            mask.extend([learn] * len(more))
+        def add(new_ids, learn):
+            ids.extend(new_ids)
+            mask.extend([learn] * len(new_ids))
 
         tail = []
         for i, (user, reply) in enumerate(turns):
@@ -99,17 +103,17 @@ class Template(NamedTuple):
             if isinstance(reply, str):
                 reply = tokenizer.encode(reply, bos=False, eos=False)
             add([*reply, after[0]], True)
-            tail = after[1:]  # what stands between two exchanges
+            tail = after[1:]  # the template's text between two exchanges
         return ids, mask
 
     def prompt(self, tokenizer, turns, system=""):
-        """The ids up to the reply of the last of `turns`, whose own reply does not matter."""
+        """The ids of a dialogue up to the reply of its last turn; that reply is ignored."""
         return self.dialogue(tokenizer, [*turns[:-1], (turns[-1][0], None)], system)[0]
 
     def fit(self, tokenizer, turns, system, room):
         """
-        The newest of `turns` whose prompt has at most `room` tokens; the system prompt stays.
-        Without any of them if not even the last turn fits.
+        The longest suffix of `turns` whose prompt, including the system prompt, has at most `room`
+        tokens; [] if the last turn alone does not fit.
         """
         for first in range(len(turns)):
             if len(self.prompt(tokenizer, turns[first:], system)) <= room:
@@ -121,35 +125,37 @@ class Template(NamedTuple):
         return self.sides(tokenizer, self.turn, "")[1][0]
 
     def check(self, tokenizer):
-        """The template itself; ValueError where it is malformed or the tokenizer does not fit."""
+        """Returns self. Raises ValueError if the template is malformed or needs other tokens."""
         special = tokenizer.special
         for form in filter(None, self):
             for name, n in ("user", 1), ("reply", 1), ("system", form is self.system):
                 if form.count(f"{{{name}}}") != n:
                     raise ValueError(
-                        f"template {form!r}: {{{name}}} must be in it "
-                        f"{'once' if n else 'in its form `system` only'}"
+                        f"template {form!r}: {{{name}}} must occur "
+                        f"{'once' if n else 'in `system` only'}"
                     )
             for name, i in ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id):
                 if f"{{{name}}}" in form and i < 0:
                     raise ValueError(f"template {form!r}: the tokenizer has no {name.upper()}")
             for name in re.findall(r"<\|[^|<>]*\|>", form):
                 if name not in special:
-                    raise ValueError(f"template {form!r}: {name} is no token of this tokenizer")
+                    raise ValueError(f"template {form!r}: this tokenizer has no token {name}")
             after = form.split("{reply}")[1]
             if not after.startswith(("{bos}", "{eos}", *special)):
-                raise ValueError(f"template {form!r}: a token must follow {{reply}} and end it")
+                raise ValueError(
+                    f"template {form!r}: a special token, such as {{eos}}, must follow {{reply}}"
+                )
         return self
 
 
 def ended(form):
-    """A form of a template in which {eos} follows {reply} where only white space did."""
+    """A template string, with {eos} after {reply} if only white space follows {reply}."""
     before, reply, after = form.partition("{reply}")
     return form if after.strip() or not reply else f"{before}{{reply}}{{eos}}{after}"
 
 
 TEMPLATES = {
-    # Short, for small vocabularies, where each of these characters may be a token
+    # Short, because in a small vocabulary each of its characters may be a token
     "plain": Template("{bos}{user}\n{reply}{eos}", "{bos}{system}\n{user}\n{reply}{eos}"),
     "llama2": Template(
         "{bos}[INST] {user} [/INST]{reply}{eos}",
@@ -160,15 +166,16 @@ TEMPLATES = {
 
 def find_template(name, checkpoint, tokenizer, default="llama2"):
     """
-    The template of a model: what `name` says, one of TEMPLATES or a JSON file {"turn": ...,
-    "system": ...}, else that of its checkpoint (a dict), else `default`. One line on stderr says
-    where it is not the checkpoint's. TEMPLATES are without {bos} for a model whose text does not
-    begin with BOS. Raises ValueError where the tokenizer does not fit; OSError.
+    The template of a model: `name`, which is one of TEMPLATES or a JSON file {"turn": ...,
+    "system": ...}; or else the template of the checkpoint, a dict; or else TEMPLATES[default]. A
+    line on stderr says if it is not the checkpoint's. TEMPLATES lose {bos} for a model whose text
+    does not begin with BOS. Raises ValueError if the template is malformed or needs other tokens,
+    and OSError if the file cannot be read.
     """
-    kept = checkpoint.get("template")
-    if kept:
-        forms = (kept.get(form) or "" for form in ("turn", "system", "next"))
-        kept = Template(*map(ended, forms))
+    stored = checkpoint.get("template")
+    if stored:
+        forms = (stored.get(form) or "" for form in ("turn", "system", "next"))
+        stored = Template(*map(ended, forms))
     templates = TEMPLATES
     if tokenizer.bos_id < 0 or not checkpoint.get("bos", True):
         templates = {
@@ -178,28 +185,25 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
     if name.endswith(".json"):
         with open(name, encoding="utf-8-sig") as f:
             try:
-                given = Template(**json.load(f))
+                selected = Template(**json.load(f))
             except (ValueError, TypeError) as e:
-                raise ValueError(f'{name} is no template, {{"turn": ..., "system": ...}}: {e}')
-        if not all(isinstance(form, str) for form in given) or not given.turn:
+                raise ValueError(
+                    f'{name} is not a template {{"turn": ..., "system": ...}}: {e}'
+                ) from None
+        if not all(isinstance(form, str) for form in selected) or not selected.turn:
             raise ValueError(f'{name}: "turn" and "system" must be text')
     elif name and name not in TEMPLATES:
         raise ValueError(f"--template={name}: expected {', '.join(TEMPLATES)} or a .json file")
     else:
-        given = templates.get(name)
-    template = (given or kept or templates[default]).check(tokenizer)
-    if template != kept and os.environ.get("RANK", "0") == "0":
-        if kept:
-            print(
-                f"note: --template={name} replaces the checkpoint's template {kept.turn!r}",
-                file=sys.stderr,
-            )
-        elif not given:
-            print(
-                f"note: the checkpoint has no chat template: using {default}, "
-                f"{template.turn!r}; --template names another",
-                file=sys.stderr,
-            )
+        selected = templates.get(name)
+    template = (selected or stored or templates[default]).check(tokenizer)
+    if stored and template != stored:
+        note(f"--template={name} replaces the checkpoint's template {stored.turn!r}")
+    elif not stored and not selected:
+        note(
+            f"the checkpoint has no chat template: using {default}, {template.turn!r}; "
+            "--template selects another"
+        )
     return template
 
 
@@ -209,12 +213,14 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
 
 class Record(NamedTuple):
     """
-    turns        [(user, reply), ..., (user, None)]: the dialogue up to the reply in question
-    system       the system prompt, or ""
-    completions  the replies, best first; one where nothing is known to be worse
-    ignored      the keys that are neither used nor known to be harmless
-    irregular    how the messages differ from user and assistant in turn; "" where they do not.
-                 `turns` is empty where nothing in the record can be used.
+    One record of a data set.
+
+        turns        [(user, reply), ..., (user, None)]: the dialogue before the completions
+        system       the system prompt, or ""
+        completions  the replies from best to worst; a single one if there is no preference
+        ignored      keys that are neither used nor known to be harmless
+        irregular    the reason why a dialogue was shortened or left out, "" for others; `turns` of
+                     a record that is left out is empty
     """
 
     turns: list
@@ -224,8 +230,8 @@ class Record(NamedTuple):
     irregular: str = ""
 
 
-# The keys of a record by what they hold. Where a record has several of a row, the first one is
-# read; of "context" all are read. Other keys are HARMLESS, REFUSED or counted as ignored.
+# The names of each part of a record. If a record has several names of one part, the first is read;
+# of "context" all are read. Other keys are HARMLESS, REFUSED or counted as ignored.
 KEYS = {
     "messages": ("messages", "conversations", "conversation", "data"),
     "prompt": ("prompt", "instruction", "query", "question", "problem", "input", "inputs"),
@@ -237,7 +243,7 @@ KEYS = {
     "rejected": ("rejected",),
     "completions": ("completions", "answers"),
 }
-RECORD_KEYS = {*KEYS["messages"], *KEYS["prompt"], *KEYS["chosen"]} - {"data"}  # one is in each
+RECORD_KEYS = {*KEYS["messages"], *KEYS["prompt"], *KEYS["chosen"]} - {"data"}
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
@@ -253,12 +259,12 @@ HARMLESS = set(
     rejected_rating chosen-rating rejected-rating num_turns num_responses
 """.split()
 )
-GOOD_OR_BAD = "label", "kto_tag", "desirable"  # of KTO
-REFUSED = {  # keys that change the meaning of a record, and what to do
+GOOD_OR_BAD = "label", "kto_tag", "desirable"  # labels of KTO data sets (Ethayarajh et al., 2024)
+REFUSED = {  # {key that changes the meaning of a record: reason and remedy}
     **dict.fromkeys(
         GOOD_OR_BAD,
-        "it says which replies are bad, and those would be learned too: "
-        "keep the good replies and remove the key",
+        "it says which replies are bad, but all replies would be learned: "
+        "remove the records with bad replies and then the key",
     ),
     **dict.fromkeys(
         ("images", "image", "image_url", "audio", "audios", "video", "videos"),
@@ -266,157 +272,159 @@ REFUSED = {  # keys that change the meaning of a record, and what to do
     ),
     **dict.fromkeys(
         ("tools", "functions", "tool_calls", "function_call"),
-        "a template has no place for tools: remove these records",
+        "templates do not support tools: remove these records",
     ),
 }
 
 
 def read(path, replies=True, lenient=False):
     """
-    The records of a JSON or JSONL file; prompts alone are records where no `replies` are needed.
-    Data sets of real conversations hold some that begin with the assistant or end with the user:
-    with `lenient` these are read as irregular records, unless the file holds no other record.
+    The list of Record in a JSON or JSONL file. Without `replies`, a record may be a prompt alone.
+    With `lenient`, dialogues that begin with the assistant or end with the user, which data sets of
+    real conversations contain, are read as irregular records unless all records of the file are so.
     Raises ValueError that names file and line, and OSError.
     """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
-    records, first = [], None
-    for place, item in items(path, RECORD_KEYS):
-        first = first or (place, item)
+
+    def parse(position, item, lenient):
         try:
-            records.append(record(item, replies, lenient))
+            return record(item, replies, lenient)
         except ValueError as e:
-            raise ValueError(f"{path}, {place}: {e}") from None
+            raise ValueError(f"{path}, {position}: {e}") from None
+
+    located = list(items(path, RECORD_KEYS))
+    records = [parse(position, item, lenient) for position, item in located]
     if not records:
-        raise ValueError(f"{path} holds no record")
+        raise ValueError(f"{path} has no records")
     if all(r.irregular for r in records):
-        try:
-            record(first[1], replies)
-        except ValueError as e:
-            raise ValueError(f"{path}, {first[0]}: {e}") from None
+        parse(*located[0], lenient=False)  # raises
     return records
 
 
 def text_of(value, key):
-    """A text, or the text of a list of parts {"type": "text", "text": ...}."""
+    """A text, or the text of a list of parts {"type": "text", "text": ...}. Raises ValueError."""
     if isinstance(value, list) and value and all(isinstance(x, dict) for x in value):
         others = [x.get("type") for x in value if x.get("type") != "text"]
         if others:
             raise ValueError(f'"{key}" has a part of type {others[0]!r}: only text can be learned')
         return "".join(text_of(x.get("text"), "text") for x in value)
+    if value is None:
+        raise ValueError(f'"{key}" is missing')
     if not isinstance(value, str):
-        what = "missing" if value is None else f"no text but {type(value).__name__}"
-        raise ValueError(f'"{key}" is {what}')
-    return value.encode(errors="replace").decode()  # JSON can spell what is no text
+        raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
+    return value.encode(errors="replace").decode()  # JSON allows surrogates
 
 
 def record(item, replies=True, lenient=False):
     """
-    One item as a Record; ValueError says what is wrong with it. A text stays as it is, except for
-    the space that a format puts before a reply: after "Assistant:", and in "completion".
-    `replies` and `lenient` are as in read().
+    The Record of one item of a data set; `replies` and `lenient` are as in read(). Text stays
+    unchanged, except for the space that some formats put before a reply: after "Assistant:" and in
+    "completion". Raises ValueError that names the fault.
     """
     if not isinstance(item, dict):
         raise ValueError(f"expected an object, not {type(item).__name__}")
     present = {k: v for k, v in item.items() if v not in (None, "", [], {})}
     for k in REFUSED.keys() & present.keys():
-        marks = replies and isinstance(item[k], int)  # True and False are int too
-        if marks or k not in GOOD_OR_BAD:
+        is_label = replies and isinstance(item[k], int)  # bool is a subclass of int
+        if is_label or k not in GOOD_OR_BAD:
             raise ValueError(f'"{k}" changes the meaning of the record: {REFUSED[k]}')
 
-    def find(part):  # the key that is read, which may be empty where no other is present
+    # "answers" often lists variants of one answer, and "data" may be anything
+    fits = {"answers": has_ranks(item.get("answers")), "data": is_strings(item.get("data"))}
+
+    def key_of(part):  # the key that is read; it may be empty if no other name is present
         keys = [k for k in KEYS[part] if item.get(k) is not None and fits.get(k, True)]
         return next((k for k in keys if k in present), keys[0] if keys else None)
 
-    # "answers" are often other spellings of one answer, and "data" may be anything
-    fits = {"answers": has_ranks(item.get("answers")), "data": is_strings(item.get("data"))}
-    prompt, reply, messages = find("prompt"), find("reply"), find("messages")
-    whole = next((k for k in (find("completions"), messages) if k in present), None)
-    if find("chosen"):
-        whole = "chosen"
-    elif not whole and not prompt:
-        whole = messages  # which is empty
-    if not prompt and (not whole or whole in KEYS["completions"]):
-        begins = (*KEYS["prompt"], *KEYS["messages"], "chosen")
-        raise ValueError(f"it has {quoted(item)}, but none of {quoted(begins)}")
+    prompt, reply, messages = key_of("prompt"), key_of("reply"), key_of("messages")
+    # `main` is the key of the messages, completions or "chosen"; None for a prompt and a reply
+    main = next((k for k in (key_of("completions"), messages) if k in present), None)
+    if key_of("chosen"):
+        main = "chosen"
+    elif not main and not prompt:
+        main = messages  # an empty list, or None
+    if not prompt and (not main or main in KEYS["completions"]):
+        expected = (*KEYS["prompt"], *KEYS["messages"], "chosen")
+        raise ValueError(f"it has {quoted(item)}, but none of {quoted(expected)}")
 
-    # The messages before the replies, and whether the format puts a space before each reply
-    begin, space, ignored = [], False, []
-    used = {find("history"), find("system")}
-    if find("history"):
-        begin += read_messages(item["history"], "history", ignored)
-    if prompt and whole not in KEYS["messages"]:
-        more = [k for k in KEYS["context"] if k in present and k != prompt]
-        used |= {prompt, *more}
+    # 1. The messages before the replies. `space`: the format puts a space before each reply.
+    context, space, ignored = [], False, []
+    used = {key_of("history"), key_of("system")}
+    if key_of("history"):
+        context += read_messages(item["history"], "history", ignored)
+    if prompt and main not in KEYS["messages"]:
+        extra = [k for k in KEYS["context"] if k in present and k != prompt]
+        used |= {prompt, *extra}
         if isinstance(item[prompt], (list, dict)):
-            begin += read_messages(item[prompt], prompt, ignored)
+            context += read_messages(item[prompt], prompt, ignored)
         else:
             user = text_of(item[prompt], prompt)
             if not user.strip():
                 raise ValueError("the prompt is empty")
             space = user.lstrip().startswith("Human:")
-            begin += read_dialogue(user, ends="user") if space else [("user", user)]
-        if more:
-            asked = [begin.pop()[1]] if begin and begin[-1][0] == "user" else []
-            begin.append(("user", "\n".join([*asked, *(text_of(item[k], k) for k in more)])))
-    elif whole == "chosen" and messages:
-        asked = read_messages(item[messages], messages, ignored)
-        if asked and asked[-1][0] == "user":
+            context += read_dialogue(user, last="user") if space else [("user", user)]
+        if extra:
+            question = [context.pop()[1]] if context and context[-1][0] == "user" else []
+            text = "\n".join([*question, *(text_of(item[k], k) for k in extra)])
+            context.append(("user", text))
+    elif main == "chosen" and messages:
+        question = read_messages(item[messages], messages, ignored)
+        if question and question[-1][0] == "user":
             used.add(messages)
-            begin += asked
+            context += question
 
-    # What follows: replies, or whole dialogues that may repeat the beginning
-    def ending(value, k):
-        listed = isinstance(value, list) and not is_parts(value)
-        if listed or isinstance(value, dict) or k in KEYS["messages"]:
+    # 2. The replies, or complete dialogues, which may repeat the context.
+    def read_reply(value, k):
+        is_list = isinstance(value, list) and not is_parts(value)
+        if is_list or isinstance(value, dict) or k in KEYS["messages"]:
             return read_messages(value, k, ignored)
         value = text_of(value, k)
-        if whole == "chosen" and (not begin or value.lstrip().startswith("Human:")):
-            return read_dialogue(value, ends="assistant")
+        if main == "chosen" and (not context or value.lstrip().startswith("Human:")):
+            return read_dialogue(value, last="assistant")
         if space or k == "completion" and value[1:2].strip():
             value = value.removeprefix(" ")
         return [("assistant", value)]
 
-    if whole == "chosen":
+    if main == "chosen":
         if replies and item.get("rejected") is None:
             raise ValueError(f'"rejected" is missing: it has {quoted(item)}')
-        ends = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in present]
-    elif whole in KEYS["completions"]:
-        ends = [(x, whole) for x in ranking(item[whole], whole, ignored)]
-    elif whole or reply:
-        ends = [(item[whole or reply], whole or reply)]
+        values = [(item.get(k), k) for k in ("chosen", "rejected") if replies or k in present]
+    elif main in KEYS["completions"]:
+        values = [(x, main) for x in ranking(item[main], main, ignored)]
+    elif main or reply:
+        values = [(item[main or reply], main or reply)]
     elif replies:
         first, *others = KEYS["reply"]
         raise ValueError(f'"{first}" is missing (or {quoted(others)}): it has {quoted(item)}')
     else:
-        ends = []
-    used.update(k for _, k in ends)
+        values = []
+    used.update(k for _, k in values)
 
-    said = [joined(begin, ending(*end)) for end in ends] or [begin]
-    if any(s[: len(begin)] != begin for s in said):  # the prompt is not what the dialogue says
-        used -= {prompt, find("history"), *KEYS["context"]}
-    system = text_of(item[find("system")], find("system")) if find("system") else ""
-    for s in said:
-        if s and s[0][0] == "system":
-            if system not in ("", s[0][1]):
-                raise ValueError("it has two system prompts, which differ")
-            system = s.pop(0)[1]
-    irregular = irregularity(said, replies) if lenient else ""
+    # 3. One dialogue per reply, as messages and then as exchanges.
+    dialogues = [joined(context, read_reply(value, k)) for value, k in values] or [context]
+    if any(d[: len(context)] != context for d in dialogues):  # they replace the context
+        used -= {prompt, key_of("history"), *KEYS["context"]}
+    system = text_of(item[key_of("system")], key_of("system")) if key_of("system") else ""
+    for d in dialogues:
+        if d and d[0][0] == "system":
+            if system not in ("", d[0][1]):
+                raise ValueError("it has two different system prompts: remove one")
+            system = d.pop(0)[1]
+    irregular = irregularity(dialogues, replies) if lenient else ""
     if irregular.startswith("left out"):
         return Record([], system, [], irregular=irregular)
     if irregular:
-        said = [s[:-1] for s in said]
-    dialogues = [exchanges(s, replies) for s in said]
-    turns, completions = dialogues[0], [d[-1][1] for d in dialogues]
+        dialogues = [d[:-1] for d in dialogues]
+    paired = [exchanges(d, replies) for d in dialogues]
+    turns, completions = paired[0], [p[-1][1] for p in paired]
     turns = [*turns[:-1], (turns[-1][0], None)]
-    if any([*d[:-1], (d[-1][0], None)] != turns for d in dialogues):
-        completions = []  # they part before the last reply: no two replies to one prompt
+    if any([*p[:-1], (p[-1][0], None)] != turns for p in paired):
+        completions = []  # the dialogues differ before the last reply: not one prompt
 
-    # Keys that are not used, unless they repeat what others say
-    texts = {text.strip() for s in said for _, text in s} | {system.strip()}
-    for k in present.keys() - used - HARMLESS:
-        if not repeats(item[k], texts):
-            ignored.append(k)
+    # 4. The unused keys whose values are not in the dialogues.
+    texts = {text.strip() for d in dialogues for _, text in d} | {system.strip()}
+    ignored += [k for k in present.keys() - used - HARMLESS if not repeats(item[k], texts)]
     completions = [c for c in completions if c is not None]
     return Record(turns, system, completions, tuple(sorted(set(ignored))), irregular)
 
@@ -426,7 +434,7 @@ def is_strings(value):
 
 
 def is_parts(value):
-    """Whether a list is the parts of one text, and not a list of messages."""
+    """Whether a list holds the parts of one text, and not messages."""
     return bool(value) and all(
         isinstance(x, dict) and "type" in x and "role" not in x for x in value
     )
@@ -434,22 +442,22 @@ def is_parts(value):
 
 def read_messages(value, key, ignored):
     """
-    [(role, text), ...] of one message or a list of them: {"role", "content"}, {"from", "value"},
-    {"input", "output"}, [user, reply], or user and assistant in turn as mere strings. Adds the
-    keys of messages that are not used to `ignored`.
+    [(role, text), ...] of one message or a list of messages: {"role", "content"}, {"from",
+    "value"}, {"input", "output"}, [user, reply], or strings by user and assistant in turn. Appends
+    the unused keys of the messages to `ignored`. Raises ValueError.
     """
-    said, strings = [], key in (*KEYS["messages"], *KEYS["history"])
+    result, strings = [], key in (*KEYS["messages"], *KEYS["history"])
     for m in value if isinstance(value, list) else [value]:
         if isinstance(m, str) and strings and isinstance(value, list):
-            said.append(("assistant" if len(said) % 2 else "user", text_of(m, key)))
+            result.append(("assistant" if len(result) % 2 else "user", text_of(m, key)))
         elif isinstance(m, list) and len(m) == 2 and strings:
-            said += zip(("user", "assistant"), (text_of(x, key) for x in m))
+            result += zip(("user", "assistant"), (text_of(x, key) for x in m))
         elif not isinstance(m, dict):
             raise ValueError(f'"{key}" must be a list of objects with "role" and "content"')
         elif {"input", "output"} <= m.keys():
             names = {"input": "user", "output": "assistant"}
             ignored += unused(m, names, key)
-            said += [(role, text_of(m[k], k)) for k, role in names.items()]
+            result += [(role, text_of(m[k], k)) for k, role in names.items()]
         else:
             role = m.get("role", m.get("from"))
             content = next((k for k in ("content", "value", "text") if k in m), "content")
@@ -458,46 +466,50 @@ def read_messages(value, key, ignored):
                 raise ValueError(
                     f'"{key}" has a message of role {role!r}: expected user, assistant or system'
                 )
-            said.append((ROLES[role.lower()], text_of(m.get(content), content)))
-    return said
+            result.append((ROLES[role.lower()], text_of(m.get(content), content)))
+    return result
 
 
 def unused(message, used, key):
-    """The names of the keys of a message or reply that are neither in `used` nor harmless."""
+    """
+    The names of the keys of a message or reply that are neither in `used` nor harmless, such as
+    "messages.name" for the key "name" of a message in "messages". Raises ValueError.
+    """
     present = {k: v for k, v in message.items() if v not in (None, "", [], {}) and k not in used}
     for k in REFUSED.keys() & present.keys():
         raise ValueError(f'"{k}" changes the meaning of a message: {REFUSED[k]}')
-    flags = {"weight", "train", "loss"}  # which replies are learned
+    flags = {"weight", "train", "loss"}  # 0 excludes a message from training
     if any(present.get(k, 1) == 0 for k in flags):
         raise ValueError(
-            "a message says that it is not to be learned, but every reply is: remove this record"
+            "a message is excluded from training, but all replies are learned: remove this record"
         )
     return [f"{key}.{k}" for k in present.keys() - HARMLESS - flags]
 
 
-def read_dialogue(text, ends):
+def read_dialogue(text, last):
     """
-    "Human: a\\n\\nAssistant: b\\n\\nHuman: ..." -> [("user", "a"), ("assistant", "b"), ...], as in
-    hh-rlhf. What one side says in two goes is one text. A dialogue that `ends` with "user" may have
-    an open "Assistant:" after it; one that ends with "assistant" may have an empty last reply.
+    The messages of a dialogue in the format of hh-rlhf: "Human: a\\n\\nAssistant: b\\n\\nHuman: c"
+    becomes [("user", "a"), ("assistant", "b"), ("user", "c")]. Adjacent messages of one side are
+    joined. `last` is the role of the last message. An empty "Assistant:" may follow a last "user",
+    and a last "assistant" may be empty. Raises ValueError.
     """
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    said = []
+    messages = []
     for name, words in zip(parts[1::2], parts[2::2]):
         role, words = ROLES[name.lower()], words.removeprefix(" ")
-        if said and said[-1][0] == role:
-            said[-1] = role, f"{said[-1][1]}\n\n{words}"
+        if messages and messages[-1][0] == role:
+            messages[-1] = role, f"{messages[-1][1]}\n\n{words}"
         else:
-            said.append((role, words))
-    if ends == "user" and said and not said[-1][1].strip():
-        said.pop()
-    if parts[0].strip() or not said or said[0][0] != "user" or said[-1][0] != ends:
-        raise ValueError("a dialogue must begin with Human: and end with what Assistant: says")
-    return said
+            messages.append((role, words))
+    if last == "user" and messages and not messages[-1][1].strip():
+        messages.pop()
+    if parts[0].strip() or not messages or messages[0][0] != "user" or messages[-1][0] != last:
+        raise ValueError("a dialogue must begin with Human: and end with a text by Assistant:")
+    return messages
 
 
 def has_ranks(value):
-    """Whether a value is a list of objects with different "rank"s, of which the lowest is best."""
+    """Whether a value is a list of objects with different "rank"s; the lowest rank is the best."""
     if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
         return False
     ranks = [x.get("rank") for x in value]
@@ -505,9 +517,9 @@ def has_ranks(value):
 
 
 def ranking(value, key, ignored):
-    """The replies of a list, which has them best first or with ranks, best first."""
+    """The replies of a list, from best to worst: in its order, or by rank. Raises ValueError."""
     if not isinstance(value, list) or len(value) < 2:
-        raise ValueError(f'"{key}" must be a list of two or more')
+        raise ValueError(f'"{key}" must be a list of two or more replies')
     if has_ranks(value):
         replies = []
         for x in sorted(value, key=lambda x: x["rank"]):
@@ -516,25 +528,31 @@ def ranking(value, key, ignored):
             ignored += unused(x, {k, "rank"}, key)
         return replies
     if any(isinstance(x, dict) and "role" not in x for x in value):
-        raise ValueError(f'"{key}" must be replies, best first, or objects with different "rank"s')
+        raise ValueError(
+            f'"{key}" must be replies from best to worst, or objects with different "rank"s'
+        )
     return value
 
 
-def joined(begin, said):
-    """A prompt and what follows, two lists of messages; what follows may repeat the prompt, or the
-    end of it, or be a whole dialogue that another prompt begins."""
-    bare = [[(role, text.strip()) for role, text in x] for x in (begin, said)]
-    for n in range(min(len(begin), len(said)), 0, -1):
-        if bare[0][-n:] == bare[1][:n]:
-            return begin + said[n:]
-    return [*said] if begin and said and begin[-1][0] == said[0][0] else begin + said
+def joined(context, messages):
+    """
+    Two lists of messages as one dialogue. `messages` may repeat the context or its end, or be a
+    complete dialogue with another context, which replaces `context`.
+    """
+    a, b = ([(role, text.strip()) for role, text in x] for x in (context, messages))
+    for n in range(min(len(a), len(b)), 0, -1):
+        if a[-n:] == b[:n]:
+            return context + messages[n:]
+    if context and messages and context[-1][0] == messages[0][0]:
+        return [*messages]
+    return context + messages
 
 
 def irregularity(dialogues, replies):
     """
-    How dialogues, lists of messages, differ from user and assistant in turn, for the summary of the
-    data: "left out: ..." where nothing can be used, "shortened: ..." where the last message is to be
-    dropped, "" where they do not differ or where exchanges() refuses them.
+    The reason why the dialogues of a record (lists of messages) are not exchanges of user and
+    assistant: "left out: ..." for a record that cannot be used, "shortened: ..." if dropping the
+    last message repairs it. "" if there is none, and for messages that exchanges() refuses.
     """
     roles = [[role for role, _ in messages] for messages in dialogues]
     if not all(all(a != b for a, b in itertools.pairwise(r)) and "system" not in r for r in roles):
@@ -546,53 +564,61 @@ def irregularity(dialogues, replies):
     return ""
 
 
-def exchanges(said, replies):
-    """[(user, reply), ...] of messages; without `replies` the last reply may be missing: None."""
-    roles = [role for role, _ in said]
-    odd = len(said) % 2
-    if not said or roles != (["user", "assistant"] * len(said))[: len(said)] or odd and replies:
+def exchanges(messages, replies):
+    """
+    [(user, reply), ...] of messages; without `replies` the last reply may be missing and is None.
+    Raises ValueError if the messages are not by user and assistant in turn.
+    """
+    roles, n = [role for role, _ in messages], len(messages)
+    odd = n % 2
+    if not messages or roles != (["user", "assistant"] * n)[:n] or odd and replies:
         roles = ", ".join(roles[:8] + ["..."] * (len(roles) > 8)) or "nothing"
-        raise ValueError(f"messages must be user and assistant in turn, not {roles}")
-    texts = [text for _, text in said] + [None] * odd
+        raise ValueError(f"messages must be by user and assistant in turn, not {roles}")
+    texts = [text for _, text in messages] + [None] * odd
     return list(zip(texts[::2], texts[1::2]))
 
 
 def repeats(value, texts):
-    """Whether the value of a key that is not used says nothing but what `texts` say."""
+    """Whether a value is text or messages, all of which are among `texts`."""
     if isinstance(value, str):
         return value.strip() in texts
     if not isinstance(value, (list, dict)):
         return False
-    others = []
+    ignored = []
     try:
-        said = read_messages(value, "messages", others)
+        messages = read_messages(value, "messages", ignored)
     except ValueError:
         return False
-    return not others and all(text.strip() in texts for _, text in said)
+    return not ignored and all(text.strip() in texts for _, text in messages)
 
 
 # -----------------------------------------------------------------------------
-# Dealing, as in tinystories.py: an epoch is a permutation of all samples, a position one number
+# Samples. As in tinystories.py, an epoch is a permutation of all samples and a position an integer.
 
-HELD_OUT = 10  # one dialogue in so many, by a hash of how it begins, is for validation
+HELD_OUT = 10  # one dialogue in HELD_OUT is for validation
 
 
 def held_out(record):
-    begin = f"{record.system}\n{record.turns[0][0] if record.turns else ''}".encode()
-    return hashlib.sha256(begin).digest()[0] % HELD_OUT == 0
+    """
+    Whether a record is for validation, by a hash of its system prompt and first user message:
+    dialogues with the same beginning are in the same split.
+    """
+    start = f"{record.system}\n{record.turns[0][0] if record.turns else ''}".encode()
+    return hashlib.sha256(start).digest()[0] % HELD_OUT == 0
 
 
 class Samples:
     """
-    What the three classes below share.
+    The base class of the data sets below.
 
         data       a file for read(), or several: "a.jsonl,b.json"
-        split      "train" or "val": dialogues that begin alike are in the same; "all": no split
-        max_len    tokens of the longest sample
+        split      "train", "val" (see held_out), or "all" for no split
+        max_len    maximum number of tokens per sample
 
-    `counts` says how many samples were left out or shortened and why, and how many records have a
-    key that is ignored; `summary()` is the line that says so. A subclass has sample(record), which
-    returns None for a record that is left out, and `replies`: whether it needs any.
+    `counts` has the number of samples that were left out or shortened, by reason, and of records
+    with an ignored key; `summary()` puts these numbers into one line. A subclass defines
+    sample(record), which returns None for a record that is left out, and `replies`, which says
+    whether records need a reply. Raises ValueError and OSError.
     """
 
     replies = True
@@ -604,78 +630,76 @@ class Samples:
         files = (read(path, self.replies, lenient=True) for path in data.split(","))
         records = itertools.chain.from_iterable(files)
         self.counts, self.samples = collections.Counter(), []
-        # Some SentencePiece models, such as that of stories260K, remove and merge spaces.
+        # Some SentencePiece models, such as the one of stories260K, remove or merge spaces.
         spaced, bare = (tokenizer.encode(s, bos=False, eos=False) for s in ("  a", "a"))
         for r in records:
             if split == "all" or held_out(r) == (split == "val"):
-                self.note(r.irregular, bool(r.irregular))
+                self.count(r.irregular, bool(r.irregular))
                 if not r.turns:
                     continue
                 if r.system and not template.system:
                     raise ValueError(
-                        f"{data} has a system prompt, for which the template "
-                        f"{template.turn!r} has no place"
+                        f"{data} has a system prompt, but the template {template.turn!r} has no "
+                        "place for it: choose another --template"
                     )
                 for key in r.ignored:
-                    self.note(f'with "{key}", which is ignored')
+                    self.count(f'with "{key}", which is ignored')
                 if self.replies and spaced == bare:
                     spaces = any(re.search("^ |  | $", c) for c in r.completions)
-                    self.note("with spaces in a reply that this tokenizer drops", spaces)
+                    self.count("with spaces in a reply that this tokenizer drops", spaces)
                 sample = self.sample(r)
                 if sample is not None:
                     self.samples.append(sample)
         if not self.samples:
-            raise ValueError(
-                self.summary()
-                + (
-                    ": too few to hold some out: name others with --val_data"
-                    if split == "val"
-                    else ": nothing to use"
-                )
-            )
-        # validation is the same whatever the seed of the run
-        self.dealer = Dealer([[len(self.samples)]], [1.0], 0 if split == "val" else seed)
+            reason = "nothing to use: name another file"
+            if split == "val":
+                reason = "too few to hold some out: name a validation file with --val_data"
+            raise ValueError(f"{self.summary()}: {reason}")
+        # validation samples do not depend on the seed of the run
+        self.sampler = Sampler([[len(self.samples)]], [1.0], 0 if split == "val" else seed)
 
     def __len__(self):
         return len(self.samples)
 
     def batch(self, position, n):
         """The n samples from `position` on."""
-        return [self.samples[i] for i in self.dealer.deal(position, n)[2]]
+        return [self.samples[i] for i in self.sampler.locate(position, n)[2]]
 
     def summary(self):
+        """One line with the number of samples and the counts."""
         counts = "; ".join(f"{n:,} {why}" for why, n in sorted(self.counts.items()))
         return f"{self.data}: {len(self.samples):,} samples" + (f" ({counts})" if counts else "")
 
-    def note(self, what, happened=True):
+    def count(self, event, happened=True):
+        """Increment the count of an event, if it happened; returns None."""
         if happened:
-            self.counts[what] += 1
+            self.counts[event] += 1
 
 
 class Instructions(Samples):
     """
-    What to answer: each sample is (ids, mask), two lists: the dialogue, and whether to learn each
-    token of it, which holds for every reply and its end token. Of a ranking it is the best
+    Dialogues for SFT: each sample is a pair of lists (ids, mask), where the mask is True for the
+    tokens to learn, which are the replies and their end tokens. The reply of a ranking is its best
     completion.
 
-    A dialogue that is too long loses its oldest turns; a reply that is too long even so is cut at
-    max_len, without an end token, lest the model learn to stop in the middle.
+    A dialogue that is too long loses its oldest turns. If it is still too long, the reply is cut at
+    max_len, without an end token, so that the model does not learn to stop in mid-sentence.
     """
 
     def sample(self, record):
         t, template, system = self.tokenizer, self.template, record.system
         reply = next(iter(record.completions), None)
         if reply is None:
-            return self.note("left out: the two dialogues part before the last reply")
+            return self.count("left out: the dialogues differ before the last reply")
         if not reply.strip():
-            return self.note("left out: empty response")
+            return self.count("left out: empty response")
         length = len(t.encode(reply, bos=False, eos=False)) + 1
         turns = template.fit(t, record.turns, system, self.max_len - length) or record.turns[-1:]
         ids, mask = template.dialogue(t, [*turns[:-1], (turns[-1][0], reply)], system)
         if len(ids) - length >= self.max_len:
-            return self.note("left out: prompt too long")
-        self.note("shortened: oldest turns dropped", len(turns) < len(record.turns))
-        self.note("shortened: reply cut", len(ids) > self.max_len)
+            return self.count("left out: prompt too long")
+        self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
+        self.count("shortened: reply cut", len(ids) > self.max_len)
         return np.array(ids[: self.max_len], np.int32), np.array(mask[: self.max_len])
 
     def batch(self, position, n):
@@ -683,41 +707,42 @@ class Instructions(Samples):
 
 
 class OptionalInstructions(Instructions):
-    """Those of records that have a reply; other records are left out."""
+    """Instructions of the records that have a reply; prompts alone are left out."""
 
     replies = False
 
 
 class Rankings(Samples):
     """
-    What is better: each sample is (prompt ids, [completion ids, best first]), at least two, each
-    with its end token, prompt and completion together at most max_len.
+    Preferences: each sample is (prompt ids, [completion ids, ...]) with two or more completions
+    from best to worst, which include their end tokens. Prompt and completion together have at most
+    max_len tokens.
 
-    A dialogue that is too long loses its oldest turns; a completion that is too long even so, is
-    empty or the same as another is left out, for a score is given to whole completions.
+    A dialogue that is too long loses its oldest turns. Completions that are still too long, empty
+    or duplicates are left out, because reward models score complete replies.
     """
 
     def sample(self, record):
         if not record.completions:
-            return self.note("left out: the two dialogues part before the last reply")
+            return self.count("left out: the dialogues differ before the last reply")
         if len(record.completions) < 2:
-            return self.note("left out: one completion, nothing to compare")
+            return self.count("left out: one completion, nothing to compare")
         if len(set(record.completions)) < 2:
-            return self.note("left out: chosen equal to rejected")
+            return self.count("left out: chosen equal to rejected")
         t, template = self.tokenizer, self.template
-        whole = [c for c in dict.fromkeys(record.completions) if c.strip()]
+        texts = [c for c in dict.fromkeys(record.completions) if c.strip()]
         end = [template.end(t)]
-        ids = [c + end for c in t.encode(whole, bos=False, eos=False)] if whole else []
+        ids = [c + end for c in t.encode(texts, bos=False, eos=False)] if texts else []
         longest = max(map(len, ids), default=0)
         turns = template.fit(t, record.turns, record.system, self.max_len - longest)
         turns = turns or record.turns[-1:]
         prompt = template.prompt(t, turns, record.system)
         ids = [c for c in ids if len(prompt) + len(c) <= self.max_len]
         if len(ids) < 2:
-            why = "empty response" if len(whole) < 2 else "too long"
-            return self.note(f"left out: {why}")
-        self.note("shortened: oldest turns dropped", len(turns) < len(record.turns))
-        self.note("shortened: fewer completions", len(ids) < len(record.completions))
+            reason = "empty response" if len(texts) < 2 else "too long"
+            return self.count(f"left out: {reason}")
+        self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
+        self.count("shortened: fewer completions", len(ids) < len(record.completions))
         return np.array(prompt, np.int32), [np.array(c, np.int32) for c in ids]
 
     def batch(self, position, n):
@@ -729,8 +754,8 @@ class Rankings(Samples):
 
 class InstructPrompts(Samples):
     """
-    What to be asked: prompts for PPO, lists of ids of at most max_len tokens, none of them twice.
-    A dialogue that is too long loses its oldest turns. `answered` counts the records with a reply.
+    Prompts for PPO: lists of at most max_len ids without duplicates. A dialogue that is too long
+    loses its oldest turns. `answered` is the number of records that have a reply.
     """
 
     replies = False
@@ -743,12 +768,12 @@ class InstructPrompts(Samples):
         self.answered += bool(record.completions)
         turns = self.template.fit(self.tokenizer, record.turns, record.system, self.max_len)
         if not turns:
-            return self.note("left out: prompt too long")
+            return self.count("left out: prompt too long")
         prompt = np.array(self.template.prompt(self.tokenizer, turns, record.system), np.int32)
         if prompt.tobytes() in self.seen:
-            return self.note("left out: prompt seen before")
+            return self.count("left out: duplicate prompt")
         self.seen.add(prompt.tobytes())
-        self.note("shortened: oldest turns dropped", len(turns) < len(record.turns))
+        self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
         return prompt
 
     def batch(self, position, n):
@@ -756,9 +781,9 @@ class InstructPrompts(Samples):
 
 
 # -----------------------------------------------------------------------------
-# The story task: an instruction says which words a story must have, how it ends, how long it is.
-# What is asked of a story is what a real one has, so it can be done; and a rule, the gold reward,
-# says how well it was done, so that every stage after it can be judged exactly.
+# The story task: an instruction names the words, the ending and the length of a story. Instructions
+# are made from existing stories, so that each can be fulfilled. A rule, the gold reward, scores how
+# well a story fulfills its instruction, so that every stage of training can be measured exactly.
 
 WORDS = set(
     """
@@ -769,23 +794,24 @@ WORDS = set(
     ring puddle blanket
 """.split()
 )
-ENDINGS = {  # what one of the last two sentences says; the rarest first
+ENDINGS = {  # {ending: regular expression for the last two sentences}, from rare to frequent
     "sad": "sad|cry|cried|cries|sorry|miss(ed)?",
     "home": "home|bed|bedtime|sleep|asleep|dinner",
     "lesson": "learn(ed|t)?|lesson|always|never|remember(ed)?|important|knew that",
     "friends": "friends?|together|share(d)?",
     "happy": "happy|happily|smiled?|laugh(ed)?|joy|glad|fun|hug(s|ged)?|proud|loved?",
 }
-LENGTHS = {"short": (60, 110), "long": (110, 160)}  # words
-TOLERANCE = 40  # words beyond that at which nothing is left of the points for length
+LENGTHS = {"short": (60, 110), "long": (110, 160)}  # minimum and maximum number of words
+TOLERANCE = 40  # the score for length falls to 0 at this many words outside LENGTHS
 
 
 def has_word(story, word):
+    """Whether a story contains a word, singular or plural."""
     return re.search(rf"\b{word}(s|es)?\b", story, re.I) is not None
 
 
-def ends(story, ending):
-    """Whether a finished story ends this way."""
+def has_ending(story, ending):
+    """Whether a story is finished and has one of ENDINGS."""
     sentences = re.split(r"(?<=[.!?])[\"”']?\s+", story.strip())
     finished = re.search(r"[.!?][\"”']?$", story.strip())
     return bool(finished and re.search(rf"\b({ENDINGS[ending]})\b", " ".join(sentences[-2:]), re.I))
@@ -793,59 +819,68 @@ def ends(story, ending):
 
 def judge(prompt, story):
     """
-    How well a story does what a prompt asks: the share of the required words that it has, whether
-    it ends as it should, and how well its length fits, each in [0, 1]. A part that was not asked
-    for is done. Raises ValueError for a prompt that is none of this task.
+    Scores for words, ending and length of a story, each in [0, 1]: the share of the required words
+    that the story has, whether it has the required ending, and how close it is to the required
+    length. The score is 1 for a part that the prompt does not require. Raises ValueError for a
+    prompt that is not an instruction of this task.
     """
-    asked = dict(re.findall(r"\b(Words|End|Length): ([a-z, ]+)\.", prompt))
+    required = dict(re.findall(r"\b(Words|End|Length): ([a-z, ]+)\.", prompt))
     if (
-        "Words" not in asked
-        or not asked.get("End", "sad") in ENDINGS
-        or not asked.get("Length", "short") in LENGTHS
+        "Words" not in required
+        or required.get("End", "sad") not in ENDINGS
+        or required.get("Length", "short") not in LENGTHS
     ):
-        raise ValueError(f"gold: {prompt[:60]!r} asks for no story of this task")
-    words = asked["Words"].split(", ")
+        raise ValueError(
+            f"gold: {prompt[:60]!r} is not an instruction of the story task: use prompts of "
+            "`python instruct.py stories`"
+        )
+    words = required["Words"].split(", ")
     share = sum(has_word(story, w) for w in words) / len(words)
-    ending = "End" not in asked or ends(story, asked["End"])
-    low, high = LENGTHS.get(asked.get("Length"), (0, 1e9))
+    ending = "End" not in required or has_ending(story, required["End"])
+    low, high = LENGTHS.get(required.get("Length"), (0, 1e9))
     n = len(story.split())
-    miss = max(low - n, n - high, 0)
-    return share, float(ending), max(1 - miss / TOLERANCE, 0.0)
+    excess = max(low - n, n - high, 0)
+    return share, float(ending), max(1 - excess / TOLERANCE, 0.0)
 
 
 def gold(prompts, responses):
     """
-    The gold reward, from 0 to 1: half of it for the ending, a quarter each for words and length.
-    (Words weigh less, since a reward model of this size hardly learns to look for them.)
-    For --reward=instruct.py:gold.
+    The gold reward of each response, in [0, 1]: half of it is for the ending, a quarter each for
+    words and length. Words have a small weight because a reward model of this size hardly learns
+    them. Used as --reward=instruct.py:gold.
     """
     scores = (judge(p, r) for p, r in zip(prompts, responses))
     return [share / 4 + ending / 2 + length / 4 for share, ending, length in scores]
 
 
-def ask(story, rng):
-    """An instruction that this story obeys, or None: two or three of its words in their order."""
+def make_instruction(story, rng):
+    """
+    An instruction that the story fulfills, with two or three of its words in their order; None if
+    there is no such instruction.
+    """
     n = len(story.split())
     length = next((k for k, (low, high) in LENGTHS.items() if low <= n <= high), None)
-    found = dict.fromkeys(re.findall("[a-z]+", story.lower()))
-    words = [w for w in found if w in WORDS]
+    words = [w for w in dict.fromkeys(re.findall("[a-z]+", story.lower())) if w in WORDS]
     if length is None or len(words) < 2:
         return None
     words = [words[i] for i in sorted(rng.sample(range(len(words)), min(len(words), 3)))]
-    ending = next((k for k in ENDINGS if ends(story, k)), None)
+    ending = next((k for k in ENDINGS if has_ending(story, k)), None)
     end = f" End: {ending}." if ending else ""
     return f"Words: {', '.join(words)}.{end} Length: {length}."
 
 
 def write_jsonl(path, records):
+    """Write a list of records to a JSONL file."""
     with write_atomic(path, "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in records)
     print(f"wrote {len(records):,} records to {path}")
 
 
 def make_task(args):
-    """sft.jsonl from the training stories, val.jsonl from the validation stories, pairs.jsonl: a
-    story that obeys against another story, of which it is known that it does so less."""
+    """
+    Write sft.jsonl from the training stories, val.jsonl from the validation stories, and
+    pairs.jsonl, which prefers the story of an instruction to a story with a lower gold reward.
+    """
     rng, folder = random.Random(args.seed), os.path.join(args.data_dir, "task")
     files = story_files(args.data_dir)
     val, rest = read_stories(files[0]), itertools.chain.from_iterable(map(read_stories, files[1:]))
@@ -853,35 +888,38 @@ def make_task(args):
         stories = list(val)
         cut = len(stories) - max(1, len(stories) // 20)
         val, rest = stories[cut:], stories[:cut]
-        print(f"note: there is only one file: its last {len(val)} stories are for validation")
+        print(f"note: there is only one story file: its last {len(val)} stories are for validation")
     for name, stories in ("val", val), ("sft", rest):
         records, unique = [], set()
         for story in stories:
             for _ in range(args.per_story):
                 story = " ".join(story.split()).replace("“", '"').replace("”", '"')
-                prompt = ask(story, rng)
+                prompt = make_instruction(story, rng)
                 if prompt and (prompt, story) not in unique:
                     unique.add((prompt, story))
                     records.append({"prompt": prompt, "response": story})
         if len(records) < 2:
             raise ValueError(
                 f"{args.data_dir}: too few stories of {LENGTHS['short'][0]} to "
-                f"{LENGTHS['long'][1]} words with two of the known words"
+                f"{LENGTHS['long'][1]} words with two of the task's words: add stories"
             )
         rng.shuffle(records)
         write_jsonl(os.path.join(folder, f"{name}.jsonl"), records[: args.samples])
     pairs = []
-    for one, other in zip(records, records[1 : args.samples]):
-        both = [one["response"], other["response"]]
-        better, worse = gold([one["prompt"]] * 2, both)
+    for record, other in zip(records, records[1 : args.samples]):
+        prompt, responses = record["prompt"], [record["response"], other["response"]]
+        better, worse = gold([prompt] * 2, responses)
         if better - worse >= args.margin:
-            pairs.append({"prompt": one["prompt"], "chosen": both[0], "rejected": both[1]})
+            pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
     write_jsonl(os.path.join(folder, "pairs.jsonl"), pairs)
 
 
-def tell(args, prompts, n):
-    """n stories for each prompt of a checkpoint: lists of (story, whether it ended by itself)."""
-    import torch  # here: what reads files need not wait a second for it
+def generate_stories(args, prompts, n):
+    """
+    n stories per prompt by the model of --checkpoint: for each prompt a list of (story, ended),
+    where `ended` says whether the model generated an end token.
+    """
+    import torch  # here, because reading data sets does not need it
 
     from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
     from model import generate
@@ -897,19 +935,21 @@ def tell(args, prompts, n):
     room = model.args.max_seq_len - max(map(len, ids))
     out = generate(model, ids, room, args.temperature, stop_ids=stops)
     texts = [tokenizer.decode(r).strip() for r in out.responses()]
-    told = list(zip(texts, out.ended.tolist()))
-    return [told[i : i + n] for i in range(0, len(told), n)]
+    stories = list(zip(texts, out.ended.tolist()))
+    return [stories[i : i + n] for i in range(0, len(stories), n)]
 
 
 def make_pairs(args):
-    """Rankings of a model's own stories by the gold reward. Stories whose rewards differ by less
-    than the margin are no pair."""
+    """
+    Write rankings of a model's own stories by the gold reward; the rewards of adjacent stories in a
+    ranking differ by at least --margin.
+    """
     rng = random.Random(args.seed)
     prompts = list(dict.fromkeys(r.turns[-1][0] for r in read(f"{args.data_dir}/task/sft.jsonl")))
     prompts = rng.sample(prompts, min(args.prompts, len(prompts)))
     rankings = []
-    for prompt, told in zip(prompts, tell(args, prompts, args.completions)):
-        stories = [story for story, ended in told if ended and story]
+    for prompt, samples in zip(prompts, generate_stories(args, prompts, args.completions)):
+        stories = [story for story, ended in samples if ended and story]
         ranking = []
         for score, story in sorted(zip(gold([prompt] * len(stories), stories), stories))[::-1]:
             if not ranking or ranking[-1][0] - score >= args.margin:
@@ -918,99 +958,69 @@ def make_pairs(args):
             rankings.append({"prompt": prompt, "completions": [story for _, story in ranking]})
     if not rankings:
         raise ValueError(
-            f"{args.checkpoint} told no two stories for a prompt that both ended and "
-            f"were {args.margin} apart"
+            f"{args.checkpoint} generated no two complete stories for a prompt whose gold rewards "
+            f"differ by {args.margin}: use a smaller --margin or more --completions"
         )
     write_jsonl(args.output or f"{args.data_dir}/task/own_pairs.jsonl", rankings)
 
 
-def print_judgement(args):
-    """How well models obey, on held-out prompts."""
+def print_scores(args):
+    """Print the mean scores of each model's stories for held-out prompts."""
     prompts = [r.turns[-1][0] for r in read(f"{args.data_dir}/task/val.jsonl")]
     prompts = list(dict.fromkeys(prompts))[: args.prompts]
     print(f"{len(prompts)} held-out prompts, temperature {args.temperature}")
     print("gold   all words  words  ending  length  ended")
     for path in args.checkpoint.split(","):
         args.checkpoint = path
-        told = [story for [story] in tell(args, prompts, 1)]
-        parts = np.array([judge(p, story) for p, (story, _) in zip(prompts, told)])
-        score = np.mean(gold(prompts, [story for story, _ in told]))
-        share, ending, length = parts.mean(0)
-        ended = np.mean([ended for _, ended in told])
+        stories, ended = zip(*(sample for [sample] in generate_stories(args, prompts, 1)))
+        scores = np.array([judge(p, story) for p, story in zip(prompts, stories)])
+        reward = np.mean(gold(prompts, stories))
+        words, ending, length = scores.mean(0)
         print(
-            f"{score:.3f}  {np.mean(parts[:, 0] == 1):9.1%}  {share:5.1%}  {ending:6.1%}  "
-            f"{length:6.1%}  {ended:5.1%}  {path}"
+            f"{reward:.3f}  {np.mean(scores[:, 0] == 1):9.1%}  {words:5.1%}  {ending:6.1%}  "
+            f"{length:6.1%}  {np.mean(ended):5.1%}  {path}"
         )
-        print(f"  {prompts[0]} >>> {' '.join(printable(told[0][0]).split())}")
+        print(f"  {prompts[0]} >>> {' '.join(printable(stories[0]).split())}")
 
 
 # -----------------------------------------------------------------------------
 
-COMMANDS = {  # and their flags
+SAMPLING_FLAGS = "data_dir checkpoint tokenizer template prompts temperature seed device".split()
+COMMANDS = {  # the flags of each command
     "stories": ["data_dir", "samples", "per_story", "margin", "seed"],
-    "pairs": [
-        "data_dir",
-        "checkpoint",
-        "tokenizer",
-        "template",
-        "prompts",
-        "completions",
-        "margin",
-        "output",
-        "temperature",
-        "seed",
-        "device",
-    ],
-    "judge": [
-        "data_dir",
-        "checkpoint",
-        "tokenizer",
-        "template",
-        "prompts",
-        "temperature",
-        "seed",
-        "device",
-    ],
+    "pairs": [*SAMPLING_FLAGS, "completions", "margin", "output"],
+    "judge": SAMPLING_FLAGS,
 }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
+    add("stage", choices=[*COMMANDS], help="command; `instruct.py pairs --help` shows its flags")
     add(
-        "stage",
-        choices=[*COMMANDS],
-        help="what to do; instruct.py pairs --help shows its own flags",
+        "--data_dir", "--data", default="data", help="folder of the stories; task/ is its subfolder"
     )
-    add(
-        "--data_dir",
-        "--data",
-        default="data",
-        help="folder of the stories; the task is written to its task/",
-    )
-    add(
-        "--checkpoint", default="out/sft_ckpt.pt", help="model; for judge one or several: a.pt,b.pt"
-    )
-    add("--tokenizer", default="", help="default: that beside the checkpoint or in data/")
+    add("--checkpoint", default="out/sft_ckpt.pt", help="model; judge accepts several: a.pt,b.pt")
+    add("--tokenizer", default="", help="tokenizer file; default: the checkpoint's")
     add(
         "--template",
         default="",
-        help="plain, llama2, or a JSON file; default: the checkpoint's, else plain",
+        help="plain, llama2 or JSON file; default: the checkpoint's, or plain",
     )
-    add("--samples", type=int, default=20000, help="records per file, at most")
+    add("--samples", type=int, default=20000, help="maximum number of records per file")
     add("--per_story", type=int, default=3, help="instructions per story")
-    add("--prompts", type=int, default=500, help="prompts, at most")
+    add("--prompts", type=int, default=500, help="maximum number of prompts")
     add("--completions", type=int, default=4, help="stories per prompt")
-    add("--margin", type=float, default=0.1, help="minimum difference of rewards in a pair")
-    add("--output", default="", help="default: task/own_pairs.jsonl in the data folder")
+    add("--margin", type=float, default=0.1, help="minimum difference of gold rewards in a pair")
+    add("--output", default="", help="file for the rankings; default: task/own_pairs.jsonl")
     add("--temperature", type=float, default=1.0, help="sampling temperature")
     add("--seed", type=int, default=1337, help="random seed")
-    add("--device", default="", help="cpu, cuda, cuda:1 or mps; default: the best there is")
+    add("--device", default="", help="cpu, cuda, cuda:1 or mps; default: the fastest available")
     args = parse_args(parser, argv, lambda args: flags_of_others(args.stage, COMMANDS))
     for name in "samples", "per_story", "prompts", "completions":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    {"stories": make_task, "pairs": make_pairs, "judge": print_judgement}[args.stage](args)
+    {"stories": make_task, "pairs": make_pairs, "judge": print_scores}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """
-Stories: get them, cut them into tokens, and deal them to the training loop.
+The pretraining data: downloads stories, trains a vocabulary, tokenizes the stories into shards, and
+samples windows and prompts from the shards.
 
-    python tinystories.py download                        # the real data set, or:
-    python tinystories.py synthesize                      # a stand-in, made here, offline
-    python tinystories.py train_vocab --vocab_size=512    # -> data/tok512.model
-    python tinystories.py pretokenize --vocab_size=512    # -> data/tok512/*.bin
+    python tinystories.py download                        # the TinyStories data set, or:
+    python tinystories.py synthesize                      # synthetic stories, offline
+    python tinystories.py train_vocab --vocab_size=512    # writes data/tok512.model
+    python tinystories.py pretokenize --vocab_size=512    # writes data/tok512/*.bin
 
-Without --vocab_size, pretokenize uses Llama 2's vocabulary (tokenizer.model). Text of your own:
-put .txt, .json or .jsonl files into a folder and name it with --data_dir. The first file by name
-is for validation; of a lone file it is the end. Items of JSON are strings, or objects with "story"
-or "text"; the stories of a .txt are separated by <|endoftext|> or, where it has none, by blank
-lines.
+Without --vocab_size, pretokenize uses Llama 2's vocabulary (tokenizer.model). To train on other
+text, put .txt, .json or .jsonl files into a folder and name it with --data_dir. The first file by
+name is for validation; a single file is split, and its end is for validation. JSON items are
+strings, or objects with "story" or "text". Stories in a .txt file are separated by <|endoftext|>
+or, if the file has none, by blank lines.
 """
 
 import argparse
@@ -44,11 +45,11 @@ import sentencepiece
 from tqdm import tqdm
 
 from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
-from experiments.grammar import tell_story
+from experiments.grammar import generate_story
 from tokenizer import Tokenizer, find_tokenizer, hashed_name
 
-META = "shards.meta"  # beside the shards: JSON, what they were made of
-BOS = 1  # every story in a shard is preceded by it
+META = "shards.meta"  # JSON file in the folder of the shards, see read_meta
+BOS = 1  # id of the token before every story in a shard
 END_OF_TEXT = "<|endoftext|>"
 
 # -----------------------------------------------------------------------------
@@ -56,13 +57,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def stories_folder(data_dir):
-    """Where the stories of a data folder lie: llama2.c's subfolder, or, without it, right there."""
+    """The folder of the stories: llama2.c's subfolder if `data_dir` has it, else `data_dir`."""
     folder = os.path.join(data_dir, "TinyStories_all_data")
     return folder if os.path.isdir(folder) else data_dir
 
 
 def story_files(data_dir):
-    """All files of stories in a data folder, by name. Raises FileNotFoundError if there is none."""
+    """Paths of all story files in a data folder, sorted by name. Raises FileNotFoundError."""
     folder = stories_folder(data_dir)
     files = sorted(
         path
@@ -79,7 +80,10 @@ def story_files(data_dir):
 
 
 def read_text(path):
-    """A whole file, without a byte order mark. ValueError names the line that is not UTF-8."""
+    """
+    The text of a file without the byte order mark. Raises ValueError that names the line that is
+    not UTF-8.
+    """
     with open(path, encoding="utf-8-sig") as f:
         try:
             return f.read()
@@ -90,31 +94,32 @@ def read_text(path):
 
 def items(path, keys):
     """
-    Yields the place ("line 3") and the value of each item of a JSON or JSONL file: of a list, of
-    objects one after the other, each on one line or on several, or of the list in a lone object
-    that has none of `keys`, such as {"data": [...]}. ValueError names the line that is not JSON.
+    Yields (position, value) of each item of a JSON or JSONL file, with positions such as "line 3".
+    The file is a list, a sequence of objects that may each span several lines, or a single object
+    that has none of `keys` and contains the list, such as {"data": [...]}. Raises ValueError that
+    names the line that is not JSON.
     """
     text = read_text(path)
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    listed = text.lstrip().startswith("[")
-    close = "]" if listed else ""  # what stands in the place of another item
-    at = space.match(text, text.index("[") + 1 if listed else 0).end()
+    is_list = text.lstrip().startswith("[")
+    end_mark = "]" if is_list else ""
+    at = space.match(text, text.index("[") + 1 if is_list else 0).end()
     line = 1 + text.count("\n", 0, at)
     try:
-        while text[at : at + 1] != close:
+        while text[at : at + 1] != end_mark:
             start, (item, end) = at, decoder.raw_decode(text, at)
             at = space.match(text, end).end()
-            names = lists_in(item, keys) if not listed and at == len(text) else []
+            names = lists_in(item, keys) if not is_list and at == len(text) else []
             if len(names) > 1:
                 raise ValueError(
                     f"{path} has several lists, {quoted(names)}: write each to a file of its own"
                 )
             if names:
-                for i, one in enumerate(item[names[0]], 1):
-                    yield f"item {i} of {quoted(names)}", one
+                for i, inner in enumerate(item[names[0]], 1):
+                    yield f"item {i} of {quoted(names)}", inner
                 return
             yield f"line {line}", item
-            if listed:
+            if is_list:
                 comma = text[at : at + 1] == ","
                 if not comma and text[at : at + 1] != "]":
                     raise json.JSONDecodeError("expected , or ] after an item", text, end)
@@ -123,9 +128,9 @@ def items(path, keys):
                     raise json.JSONDecodeError("expected an item after the comma", text, at)
             line += text.count("\n", start, at)
         if text[at + 1 :].strip():
-            raise json.JSONDecodeError("there is more after the list", text, at + 1)
+            raise json.JSONDecodeError("unexpected text after the list", text, at + 1)
     except json.JSONDecodeError as e:
-        # the parser may notice only later that a line is cut short
+        # the error may be in a later line than the start of the broken item
         noticed = f" (noticed in line {e.lineno})" if e.lineno != line else ""
         raise ValueError(f"{path}, line {line}: not JSON: {e.msg}{noticed}") from None
     except RecursionError:
@@ -133,35 +138,35 @@ def items(path, keys):
 
 
 def lists_in(item, keys):
-    """The names of the lists of objects in an object that has none of `keys`."""
+    """The keys of all lists of objects in `item`, unless it has one of `keys`."""
 
-    def listed(v):
+    def has_objects(v):
         return isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
 
     if not isinstance(item, dict) or keys & item.keys():
         return []
-    return [k for k, v in item.items() if listed(v) and not {"role", "from"} & v[0].keys()]
+    return [k for k, v in item.items() if has_objects(v) and not {"role", "from"} & v[0].keys()]
 
 
 def quoted(keys):
-    """Keys for a message, at most 12 of them."""
+    """A list of keys for an error message, shortened to 12 keys."""
     keys = [json.dumps(k[:40], ensure_ascii=False) for k in keys]
     return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no keys"
 
 
 def story_items(path):
-    """Yields the place, or "", and the value of each item of a file of stories."""
+    """Yields (position, value) of each item of a story file; the position is "" in a .txt file."""
     if path.endswith(".json"):
         yield from items(path, keys={"story", "text"})
-    elif path.endswith(".jsonl"):  # line by line: it may be larger than the memory
+    elif path.endswith(".jsonl"):  # line by line, as the file may be larger than the memory
         with open(path, "rb") as f:
             for n, line in enumerate(f, 1):
                 try:
                     if line := line.decode("utf-8-sig").strip():
                         yield f"line {n}", json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    why = getattr(e, "msg", e)  # without "line 1", which it is not
-                    raise ValueError(f"{path}, line {n}: not JSON: {why}") from None
+                    reason = getattr(e, "msg", e)  # `msg` has no line number
+                    raise ValueError(f"{path}, line {n}: not JSON: {reason}") from None
     else:
         text = read_text(path)
         for story in text.split(END_OF_TEXT) if END_OF_TEXT in text else re.split(r"\n\s*\n", text):
@@ -169,9 +174,12 @@ def story_items(path):
 
 
 def read_stories(path):
-    """The stories of one file, one by one, stripped; ValueError if there are none, or no text."""
+    """
+    Yields the stories of one file, stripped. Raises ValueError if the file has no stories or if an
+    item is not text.
+    """
     empty = True
-    for place, item in story_items(path):
+    for position, item in story_items(path):
         story = item
         if isinstance(item, dict):
             story = next((item[k] for k in ("story", "text") if item.get(k) is not None), None)
@@ -179,21 +187,22 @@ def read_stories(path):
             shown = json.dumps(item, ensure_ascii=False)
             shown = shown[:50] + "..." * (len(shown) > 50)
             raise ValueError(
-                f'{path}, {place}: needs strings, or objects with "story" or "text", not {shown}'
+                f"{path}, {position}: expected a string or an object with "
+                f'"story" or "text", not {shown}'
             )
-        story = story.strip().encode(errors="replace").decode()  # JSON can spell non-text
+        story = story.strip().encode(errors="replace").decode()  # JSON allows surrogates
         if story:
             empty = False
             yield story
     if empty:
-        raise ValueError(f"{path} holds no story")
+        raise ValueError(f"{path} has no stories")
 
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder, which becomes `folder` if all goes well and is removed if not."""
+    """A temporary folder that is renamed to `folder` on success and removed on an exception."""
     temporary = folder + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     os.makedirs(temporary)
     try:
         yield temporary
@@ -204,7 +213,10 @@ def new_folder(folder):
 
 
 def write_shards(folder, stories):
-    """Stories in the layout of TinyStories_all_data: data00.json (small, validation), data01, …"""
+    """
+    Write stories in the layout of TinyStories_all_data: data00.json, which is small and for
+    validation, then data01.json and so on with 2,500 stories per file.
+    """
     n_val = min(1000, max(1, len(stories) // 20))
     cuts = [0, *range(n_val, len(stories), 2500), len(stories)]
     with new_folder(folder) as temporary:
@@ -215,23 +227,23 @@ def write_shards(folder, stories):
 
 
 # -----------------------------------------------------------------------------
-# The real stories
+# The TinyStories data set
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
-PATIENCE = 10  # seconds to wait for a server
+CONNECT_TIMEOUT = 10  # seconds
 
 
 def connect(url, start):
-    """The server's answer for `url` from byte `start` on; ConnectionError if it does not come."""
-    answer = []
+    """The server's response for `url` from byte `start` on. Raises ConnectionError."""
+    responses = []
 
     def get():
         try:
-            answer.append(
+            responses.append(
                 requests.get(
                     url,
                     stream=True,
-                    timeout=(PATIENCE, 30),
+                    timeout=(CONNECT_TIMEOUT, 30),
                     headers={
                         "Accept-Encoding": "identity",
                         **({"Range": f"bytes={start}-"} if start else {}),
@@ -241,40 +253,43 @@ def connect(url, start):
         except requests.RequestException:
             pass
 
-    # in a thread, because looking up a name and a chain of redirects heed no timeout
+    # A thread, because the timeout of `requests` does not limit name resolution and redirects.
     thread = threading.Thread(target=get, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
-    if not answer:
+    thread.join(CONNECT_TIMEOUT)
+    if not responses:
         raise ConnectionError(
             f"no connection to {urllib.parse.urlsplit(url).netloc or url}; "
-            "offline, make stories with: python tinystories.py synthesize"
+            "for synthetic stories without a connection: python tinystories.py synthesize"
         )
-    return answer[0]
+    return responses[0]
 
 
 def fetch(url, path):
-    """Download url to path. It grows as path.part; a broken transfer goes on where it broke off."""
+    """
+    Download `url` to `path`. The file is named path.part until it is complete; an interrupted
+    transfer resumes from its end. Raises OSError.
+    """
     part = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for attempt in range(5):
         time.sleep(attempt / 4)
         start = os.path.getsize(part) if os.path.exists(part) else 0
         with connect(url, start) as response:
-            # "bytes 5-9/10", or "bytes */10" where there is nothing from `start` on
-            got = re.match(r"bytes (\d+|\*).*/(\d+)", response.headers.get("Content-Range", ""))
-            if response.status_code == 200:  # all of it, whether or not we asked for a part
+            # "bytes 5-9/10", or "bytes */10" if the file has no bytes from `start` on
+            span = re.match(r"bytes (\d+|\*).*/(\d+)", response.headers.get("Content-Range", ""))
+            if response.status_code == 200:  # the complete file, even if a range was requested
                 start, total = 0, int(response.headers.get("Content-Length", -1))
-            elif response.status_code == 206 and got and got[1] == str(start):
-                total = int(got[2])
+            elif response.status_code == 206 and span and span[1] == str(start):
+                total = int(span[2])
             elif response.status_code in (206, 416) and start:
-                if not (got and got[1] == "*" and int(got[2]) == start):
-                    os.remove(part)  # is of another file: start over
+                if not (span and span[1] == "*" and int(span[2]) == start):
+                    os.remove(part)  # part of another file: start over
                     continue
                 total = start
             else:
                 raise OSError(f"{url}: the server answers {response.status_code} {response.reason}")
-            broken = False
+            interrupted = False
             with (
                 open(part, "ab" if start else "wb") as f,
                 progress(os.path.basename(path), max(total, 0), initial=start) as bar,
@@ -284,22 +299,25 @@ def fetch(url, path):
                         f.write(chunk)
                         bar.update(len(chunk))
                 except requests.RequestException:
-                    broken = True
+                    interrupted = True
                 f.flush()
                 os.fsync(f.fileno())
         size = os.path.getsize(part)
-        if size == total or total < 0 and not broken:
+        if size == total or total < 0 and not interrupted:
             return os.replace(part, path)
         if size > total >= 0:
             os.remove(part)
     raise OSError(
-        f"{url}: the transfer broke off {attempt + 1} times; "
-        "run the same command again and it goes on from there"
+        f"{url}: the transfer was interrupted {attempt + 1} times; "
+        "run the same command again to resume it"
     )
 
 
 def unpack(archive, folder):
-    """The .json files in a tar archive, flat into `folder`. Refuses names that lead elsewhere."""
+    """
+    Extract the .json files of a tar archive into `folder`, without subfolders. Raises ValueError
+    for a damaged archive and for links and paths that lead out of the archive.
+    """
     try:
         with new_folder(folder) as temporary, tarfile.open(archive) as tar:
             for member in progress("unpacking", unit="file", items=tar):
@@ -310,21 +328,24 @@ def unpack(archive, folder):
                     or not (member.isfile() or member.isdir())
                 ):
                     raise ValueError(
-                        f"{archive} is not to be trusted: {member.name!r} is a link "
-                        "or leads out of its folder; nothing was unpacked"
+                        f"{archive} is not to be trusted: {member.name!r} is a link or leads "
+                        "out of the archive's folder; nothing was unpacked: delete the archive"
                     )
                 if member.isfile() and re.fullmatch(r"[^.].*\.json", parts[-1]):
                     with open(os.path.join(temporary, parts[-1]), "wb") as f:
                         shutil.copyfileobj(tar.extractfile(member), f)
     except (tarfile.TarError, EOFError, zlib.error) as e:
-        raise ValueError(f"{archive} is damaged ({e}); delete it and download it again")
+        raise ValueError(f"{archive} is damaged ({e}); delete it and download it again") from None
 
 
 def download(data_dir, url=URL, small=False):
-    """The whole data set (1.6 GB) as llama2.c has it, or only its 22 MB of validation stories."""
+    """
+    Download the data set as llama2.c uses it (1.6 GB), or with `small` only the 22 MB of validation
+    stories, which become training and validation shards.
+    """
     folder = os.path.join(data_dir, "TinyStories_all_data")
     if os.path.isdir(folder):
-        return print(f"{folder} is there already; delete it to download it again")
+        return print(f"{folder} exists already; delete it to download it again")
     name = "TinyStoriesV2-GPT4-valid.txt" if small else "TinyStories_all_data.tar.gz"
     path = os.path.join(data_dir, "download", name)
     if not os.path.exists(path):
@@ -337,21 +358,23 @@ def download(data_dir, url=URL, small=False):
 
 
 def progress(title, total=None, unit="B", items=None, **options):
-    """A progress bar with rate and time left, on a terminal only."""
+    """A progress bar with rate and remaining time; it appears on a terminal only."""
     return tqdm(items, desc=title, total=total, unit=unit, unit_scale=True, disable=None, **options)
 
 
 def synthesize(data_dir, n, seed):
-    """n stories, no two equal, the same for the same seed on any machine."""
+    """
+    Write n different synthetic stories; the same seed gives the same stories on every machine.
+    """
     folder = os.path.join(data_dir, "TinyStories_all_data")
     if os.path.isdir(folder):
-        return print(f"{folder} is there already; delete it to make another")
+        return print(f"{folder} exists already; delete it to synthesize other stories")
     if n < 2:
         raise ValueError(f"--stories must be at least 2, not {n}")
-    draw, stories = random.Random(seed).random, {}  # a dict: keeps the order, knows its keys
-    with progress("telling", n, "story") as bar:
+    rand, stories = random.Random(seed).random, {}  # a dict is a set that keeps the order
+    with progress("synthesizing", n, "story") as bar:
         while len(stories) < n:
-            stories[tell_story(draw)] = True
+            stories[generate_story(rand)] = True
             bar.update(len(stories) - bar.n)
     write_shards(folder, list(stories))
 
@@ -361,8 +384,10 @@ def synthesize(data_dir, n, seed):
 
 
 def short_lines(line, most=50_000):
-    """A line cut at spaces into lines of at most `most` characters, of which none is lost: words
-    are all that a vocabulary is trained on, and SentencePiece ignores lines that are very long."""
+    """
+    Split a line at spaces into lines of at most `most` characters. SentencePiece ignores very long
+    lines; training a vocabulary depends on words only, and no word is lost here.
+    """
     start = 0
     while len(line) - start > most:
         end = line.rfind(" ", start + 1, start + most + 1)
@@ -374,23 +399,23 @@ def short_lines(line, most=50_000):
 
 def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     """
-    Train a SentencePiece BPE vocabulary on the training stories, up to max_chars characters
-    (a small vocabulary has long settled by then): writes tok<vocab_size>.model.
+    Train a SentencePiece BPE vocabulary on the first max_chars characters of the training stories
+    and write tok<vocab_size>.model. More text hardly changes a small vocabulary.
     """
     if not 0 < vocab_size <= 65536:
         raise ValueError("train_vocab needs --vocab_size=N, at most 65536")
     files = story_files(data_dir)
-    text = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
+    stories = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
     lines, chars = [], 0
-    for story in text:
+    for story in stories:
         story = story[: max_chars - chars]
         lines += itertools.chain.from_iterable(map(short_lines, story.split("\n")))
         chars += len(story)
         if chars >= max_chars:
             break
     print(f"training a vocabulary of {vocab_size} on {chars / 1e6:.1f} M characters ...")
-    # Each character is a token. Where there are too many, as in Chinese, the commonest get half of
-    # what the 256 bytes leave over; the others are spelt in bytes.
+    # Each character is a token. If there are too many of them, as in Chinese, the most frequent get
+    # half of the tokens that are left beside the 256 bytes; the others are encoded as bytes.
     counts = collections.Counter(itertools.chain.from_iterable(lines)).most_common()
     rare = {ord(c): " " for c, _ in counts[max(0, vocab_size - 259) // 2 :]}
     model = io.BytesIO()
@@ -409,13 +434,15 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
             num_threads=os.cpu_count(),
             max_sentence_length=1 << 20,
             minloglevel=2,
-            # llama2.c drops doubled spaces here; kept, text survives the round trip, and the
-            # encoder in C, which keeps them, agrees
+            # llama2.c removes repeated spaces here; without the removal, decoding restores the
+            # text exactly, and the encoder of run.c, which keeps the spaces, gives the same ids
             remove_extra_whitespaces=False,
         )
     except RuntimeError as e:
-        reason = str(e).rpartition("] ")[2] or str(e)  # what precedes it is for its authors
-        raise ValueError(f"SentencePiece can not make a vocabulary of {vocab_size}: {reason}")
+        reason = str(e).rpartition("] ")[2] or str(e)  # without the location in its source
+        raise ValueError(
+            f"SentencePiece cannot train a vocabulary of {vocab_size}: {reason}"
+        ) from None
     path = os.path.join(data_dir, f"tok{vocab_size}.model")
     replace_vocabulary(path, model.getvalue())
     folder = os.path.join(data_dir, f"tok{vocab_size}")
@@ -424,32 +451,33 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
         and read_meta(folder).get("tokenizer") != Tokenizer(path).hash
     ):
         print(
-            f"note: the shards in {folder} were made with another vocabulary: make them again "
+            f"note: the shards in {folder} were made with another vocabulary; update them "
             f"with: {pretokenize_command(data_dir, vocab_size)}"
         )
 
 
 def replace_vocabulary(path, data):
     """
-    Write a SentencePiece model. Another one that is there gets its hash into its name: models that
-    were trained with it still need it.
+    Write a SentencePiece model to `path`. A different one at this path is renamed (see
+    tokenizer.hashed_name), because models that were trained with it still need it.
     """
     old = None
     with contextlib.suppress(OSError, ValueError):
         old = Tokenizer(path)
-    with write_atomic(path + ".new") as f:  # complete before the old one is renamed
+    with write_atomic(path + ".new") as f:  # complete before the old file is renamed
         f.write(data)
     if old and old.hash != Tokenizer(path + ".new").hash:
         os.replace(path, hashed_name(old))
         print(
-            f"note: the vocabulary that was in {path} is another one and is now "
-            f"{hashed_name(old)}; checkpoints that were trained with it need it, not the new one"
+            f"note: the previous vocabulary {path} is now {hashed_name(old)}; checkpoints that "
+            "were trained with it still need it"
         )
     os.replace(path + ".new", path)
     print(f"wrote {path}")
 
 
 def pretokenize_command(data_dir, vocab_size):
+    """The command that makes the shards of a data folder, for messages."""
     flags = [f"--vocab_size={vocab_size}"] * (vocab_size != 32000)
     flags += [f"--data_dir={data_dir}"] * (data_dir != "data")
     return " ".join(["python tinystories.py pretokenize", *flags])
@@ -457,14 +485,14 @@ def pretokenize_command(data_dir, vocab_size):
 
 class Encoder(dict):
     """
-    Stories to the bytes of a shard, several times faster than SentencePiece alone: no token of a
-    BPE vocabulary spans two words, so each word is encoded once and then looked up.
+    Encodes stories to the bytes of a shard, several times faster than SentencePiece alone: no token
+    of the vocabulary spans two words, so this dict caches the encoding of each word.
     """
 
     def __init__(self, model_path):
         self.tokenizer = Tokenizer(model_path)
         sp, n_words = self.tokenizer.sp, self.tokenizer.n_words
-        # holds for the vocabularies made here and for Llama 2's, but not for just any
+        # True for the vocabularies of train_vocab and Llama 2, but not for every vocabulary
         self.by_word = sp is not None and not any(
             "\u2581" in piece.lstrip("\u2581") for piece in map(sp.id_to_piece, range(n_words))
         )
@@ -472,18 +500,18 @@ class Encoder(dict):
     def __missing__(self, text):
         ids = self.tokenizer.encode(text, bos=False, eos=False)
         packed = struct.pack(f"<{len(ids)}H", *ids)
-        if len(text) < 50 and len(self) < 1_000_000:  # longer ones do not come again
+        if len(text) < 50 and len(self) < 1_000_000:  # long texts do not repeat
             self[text] = packed
         return packed
 
     def __call__(self, stories):
         bos, shard = struct.pack("<H", BOS), []
         for story in stories:
-            # a space is a word's first letter, which SentencePiece puts before a text by itself
+            # A space is the first character of a word; SentencePiece adds one before the text.
             words = [story]
             if self.by_word and "\u2581" not in story:
                 words = story.split(" ")
-                if "" in words:  # spaces that meet may be one token, which ends before a word
+                if "" in words:  # repeated spaces may form one token, which ends before a word
                     words = re.findall("(?:^| )( *[^ ]*)", story)
             shard.append(bos)
             shard.extend(map(self.__getitem__, words))
@@ -491,7 +519,7 @@ class Encoder(dict):
 
 
 def start_worker(model_path):
-    """Set up a process of the pool, which is to die with its parent and leave Ctrl-C to it."""
+    """Set up a process of the pool; it ends with its parent, which alone handles Ctrl-C."""
     global encoder
     encoder = Encoder(model_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -500,11 +528,12 @@ def start_worker(model_path):
 
 
 def encode_chunk(stories):
+    """Runs in a process of the pool; `encoder` is the global of start_worker."""
     return encoder(stories)
 
 
 def chunks(path, size=1 << 18):
-    """The stories of a file in lists of about `size` characters."""
+    """Yields the stories of a file in lists of about `size` characters."""
     chunk, chars = [], 0
     for story in read_stories(path):
         chunk.append(story)
@@ -517,21 +546,23 @@ def chunks(path, size=1 << 18):
 
 
 def encode_files(pool, paths, ahead):
-    """(path, stories, bytes) of all chunks in order; at most `ahead` are in memory at a time."""
+    """Yields (path, stories, bytes) of all chunks in order; at most `ahead` chunks are pending."""
     pending = collections.deque()
-    for path, chunk in ((path, chunk) for path in paths for chunk in chunks(path)):
-        pending.append((path, chunk, pool.submit(encode_chunk, chunk)))
-        if len(pending) >= ahead:
-            path, chunk, future = pending.popleft()
-            yield path, chunk, future.result()
+    for path in paths:
+        for chunk in chunks(path):
+            pending.append((path, chunk, pool.submit(encode_chunk, chunk)))
+            if len(pending) >= ahead:
+                first_path, first_chunk, future = pending.popleft()
+                yield first_path, first_chunk, future.result()
     for path, chunk, future in pending:
         yield path, chunk, future.result()
 
 
 def read_meta(folder):
     """
-    What shards were made of, from the file META beside them: {"tokenizer": hash, "sources": {shard:
-    SHA-256 of its file of stories}}; {} where there is none, as beside llama2.c's.
+    The origin of the shards in a folder, from its file META: {"tokenizer": hash, "sources": {name
+    of the shard: SHA-256 of its story file}}. {} if there is no such file, as with llama2.c's
+    shards. Raises ValueError if the file is damaged.
     """
     meta = read_json(os.path.join(folder, META))
     sources = meta.get("sources")
@@ -547,8 +578,8 @@ def write_meta(folder, meta):
 
 def begins_as(shard, path, tokenizer):
     """
-    Whether a shard without META may be what the tokenizer makes of a file of stories: it is newer
-    than both, and begins with the first story.
+    Whether a shard without META probably is the encoding of a story file with a tokenizer: the
+    shard is newer than both and begins with the first story.
     """
     if os.path.getmtime(shard) < max(map(os.path.getmtime, (path, tokenizer.model_path))):
         return False
@@ -559,9 +590,9 @@ def begins_as(shard, path, tokenizer):
 
 def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     """
-    Each file of stories to a shard of uint16 ids, every story after BOS, on all cores. A shard
-    whose file and tokenizer have not changed is not made again. vocab_size 0: Llama 2's, with
-    the shards beside the stories, as in llama2.c.
+    Encode each story file to a shard of uint16 ids, with BOS before every story, on all cores. A
+    shard is up to date if its file and tokenizer have not changed. A vocab_size of 0 selects Llama
+    2's vocabulary, whose shards are in the folder of the stories, as in llama2.c.
     """
     model_path = tokenizer_path or find_tokenizer(vocab_size or 32000, data_dir)
     tokenizer = Tokenizer(model_path)
@@ -572,7 +603,7 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
         raise ValueError(f"{model_path} has {n_words} tokens, not {vocab_size or 32000}")
     if tokenizer.bos_id != BOS:
         raise ValueError(
-            f"{model_path}: its BOS is token {tokenizer.bos_id}, in shards it is {BOS}"
+            f"{model_path}: BOS is token {tokenizer.bos_id}, but shards need token {BOS}"
         )
     folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
     shards = {
@@ -580,16 +611,18 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
         for path in story_files(data_dir)
     }
     if len(set(shards.values())) < len(shards):
-        raise ValueError(f"two files in {stories_folder(data_dir)} differ only in their ending")
+        raise ValueError(
+            f"two files in {stories_folder(data_dir)} differ only in their extension: rename one"
+        )
     for stray in set(glob.glob(glob.escape(folder) + "/*.bin")) - set(shards.values()):
-        print(f"note: {stray} belongs to no file of stories; if it is old, delete it")
+        print(f"note: {stray} belongs to no story file; delete it if it is obsolete")
     sums = {}
     for path in shards:
         with open(path, "rb") as f:
             sums[path] = hashlib.file_digest(f, "sha256").hexdigest()
     meta = read_meta(folder)
     if meta and meta["tokenizer"] != tokenizer.hash:
-        print(f"{folder}: made with another tokenizer than {model_path}: all shards are made again")
+        print(f"{folder}: made with another tokenizer than {model_path}: all shards are replaced")
 
     def up_to_date(path, shard):
         if not meta:
@@ -604,7 +637,7 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
         for path, shard in shards.items()
         if not os.path.exists(shard) or not up_to_date(path, shard)
     ]
-    # what is made again is not listed until it is whole
+    # META lists a shard only once it is complete
     sources = {os.path.basename(shards[path]): sums[path] for path in shards if path not in todo}
     meta = {"tokenizer": tokenizer.hash, "sources": sources}
     if todo or read_meta(folder) != meta:
@@ -630,44 +663,41 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     except concurrent.futures.BrokenExecutor:
         raise OSError(
             "a process of the pool died (out of memory?); run the same command again "
-            "and it goes on with the shards that are missing"
-        )
+            "to make the missing shards"
+        ) from None
     print(
         f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
         f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
         f"tokenizer {model_path}"
     )
     if len(shards) == 1:
-        print("note: there is only one file: the end of its shard, a twentieth, is for validation")
+        print("note: there is only one file: the last twentieth of its shard is for validation")
 
 
 # -----------------------------------------------------------------------------
-# Shards: files of uint16 token ids, no header. The first is for validation.
+# Shards: files of little-endian uint16 token ids without a header. The first is for validation.
 
 
 def shard_paths(folder, vocab_size):
-    """The paths of a folder's shards, see open_shards, by name. Raises FileNotFoundError."""
+    """Paths of the shards of a folder (see open_shards), by name. Raises FileNotFoundError."""
     folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
-    found = (sorted(glob.glob(glob.escape(f) + "/*.bin")) for f in folders)
-    # tokN.bin beside the shards is a vocabulary that tokenizer.py has written for C
-    found = (
-        [p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
-        for paths in found
+    for candidate in folders:
+        paths = sorted(glob.glob(glob.escape(candidate) + "/*.bin"))
+        # tokN.bin is no shard but a vocabulary that tokenizer.py has exported for run.c
+        paths = [p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
+        if paths:
+            return paths
+    raise FileNotFoundError(
+        f"no .bin shards in {' or '.join(folders)}; make them with: "
+        + pretokenize_command(folder, vocab_size)
     )
-    paths = next(filter(None, found), [])
-    if not paths:
-        raise FileNotFoundError(
-            f"no .bin shards in {' or '.join(folders)}; make them with: "
-            + pretokenize_command(folder, vocab_size)
-        )
-    return paths
 
 
 def shards_tokenizer(folder, vocab_size):
     """
-    The folder where the shards of a data folder lie, and the hash of the tokenizer that they were
-    made with, "" if it is not known. ValueError where that holds for a part of them alone.
+    The folder of the shards of a data folder, and the hash of their tokenizer, "" if META is
+    missing. Raises ValueError for a shard that META does not list.
     """
     paths = shard_paths(folder, vocab_size)
     folder = os.path.dirname(paths[0])
@@ -677,7 +707,7 @@ def shards_tokenizer(folder, vocab_size):
     for path in paths:
         if os.path.basename(path) not in meta["sources"]:
             raise ValueError(
-                f"{path} is not of the last pretokenize in {folder}, which may have been "
+                f"{path} is not from the last pretokenize in {folder}, which may have been "
                 "interrupted: run it again, or delete the file"
             )
     return folder, meta["tokenizer"]
@@ -687,10 +717,10 @@ def open_shards(folder, split, vocab_size):
     """
     The shards of `split` ("train" or "val") as a list of memory-mapped uint16 arrays.
 
-    `folder` holds *.bin, or is a data folder with tok<vocab_size>/ (or, for 32000, Llama 2's
-    TinyStories_all_data/) in it. The first shard by name is for validation, the rest are for
-    training; a shard that is alone gives its last twentieth to validation.
-    Raises FileNotFoundError without shards, ValueError for one that is damaged or does not fit.
+    `folder` contains *.bin, or is a data folder with the subfolder tok<vocab_size>/ (for 32000 also
+    llama2.c's TinyStories_all_data/). The first shard by name is for validation, the others are for
+    training; a single shard is split, and its last twentieth is for validation. Raises
+    FileNotFoundError without shards, and ValueError for a damaged shard or another vocabulary.
     """
     paths = shard_paths(folder, vocab_size)
     if len(paths) > 1:
@@ -699,35 +729,39 @@ def open_shards(folder, split, vocab_size):
     shard = open_shard(paths[0], vocab_size)
     cut = len(shard) - min(max(len(shard) // 20, 4096), len(shard) // 2)
     starts = np.flatnonzero(shard[cut:] == BOS)
-    cut += starts[0] if len(starts) else 0  # between two stories, where there are any
+    cut += starts[0] if len(starts) else 0  # at the start of a story
     return [shard[cut:] if split == "val" else shard[:cut]]
 
 
 def open_shard(path, vocab_size):
+    """One shard as a memory-mapped uint16 array (N,). Raises ValueError."""
     size = os.path.getsize(path)
     if size == 0 or size % 2:
         raise ValueError(
-            f"{path} has {size} bytes, which is no list of 2-byte tokens; delete it "
+            f"{path} has {size} bytes, which is not a list of 2-byte tokens; delete it "
             "and run `python tinystories.py pretokenize` again"
         )
     shard = np.asarray(np.memmap(path, dtype="<u2", mode="r"))  # plain arrays slice faster
-    top = int(shard.max())  # reads the file once, at memory speed: better now than mid-training
-    if top >= vocab_size:
+    largest = int(shard.max())  # reads the file once, so that errors appear before training
+    if largest >= vocab_size:
         raise ValueError(
-            f"{path} holds token {top}, but the vocabulary has only {vocab_size}: "
-            "it was made with another tokenizer"
+            f"{path} has token {largest}, but the vocabulary has only {vocab_size} tokens: the "
+            "shard was made with another tokenizer; run `python tinystories.py pretokenize` again"
         )
     return shard
 
 
 def parse_data(data):
-    """ "dirA:0.7,dirB:0.3" -> ["dirA", "dirB"], [0.7, 0.3]; the weight of a lone folder is 1."""
+    """
+    The folders and weights of --data: "dirA:0.7,dirB:0.3" gives ["dirA", "dirB"], [0.7, 0.3]. A
+    folder without a weight has weight 1; the weights are divided by their sum. Raises ValueError.
+    """
     folders, weights = [], []
     for item in data.split(","):
         folder, _, weight = item.rpartition(":")
         try:
             folders, weights = folders + [folder or "."], weights + [float(weight)]
-        except ValueError:  # no weight given (and perhaps a colon in the name)
+        except ValueError:  # no weight; the name may contain a colon
             folders, weights = folders + [item], weights + [1.0]
     if not all(0 < w < float("inf") for w in weights):
         raise ValueError(f"the weights in {data!r} must be positive numbers")
@@ -735,12 +769,12 @@ def parse_data(data):
 
 
 # -----------------------------------------------------------------------------
-# Dealing: which item comes at which position. Position p is one number that counts the items
-# dealt so far; it is all that a checkpoint has to keep, and any process can compute any of it.
+# Sampling. A position is the number of items sampled so far. The item at a position depends only on
+# the seed and the position: a checkpoint stores one integer, and processes share no state.
 
 
 def mix(x):
-    """Scrambles uint64 (N,): the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
+    """A hash of uint64 (N,), the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> 31)
@@ -748,10 +782,10 @@ def mix(x):
 
 def permute(i, n, key):
     """
-    Where a pseudo-random permutation of range(n) sends each of `i`: uint64 (N,) -> (N,), `key`
-    (N,) chooses the permutation. A Feistel network permutes the next larger 4^k numbers; whoever
-    lands outside range(n) walks on until back inside (Black and Rogaway 2002). No table: an epoch
-    of a billion windows costs no memory, and resuming in the middle costs no time.
+    A pseudo-random permutation of range(n), applied to each of `i`: uint64 (N,) -> (N,). `key` (N,)
+    selects the permutation. A Feistel network permutes the next larger 4^k numbers, and it is
+    applied again to results outside range(n) (cycle walking; Black and Rogaway, 2002). There is no
+    table: an epoch of a billion windows costs no memory, and resuming within it costs no time.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -765,63 +799,67 @@ def permute(i, n, key):
     return i
 
 
-class Dealer:
+class Sampler:
     """
-    Deals the items of several folders in proportion to their weights; each folder is shuffled
-    anew every epoch, and none of its items comes twice within one.
-    `items[k][s]`: how many items shard s of folder k has.
+    Samples the items of several folders in proportion to their weights. Each folder has its own
+    epochs: every item occurs once per epoch, in an order that changes from epoch to epoch.
+    `items[k][s]` is the number of items in shard s of folder k.
     """
 
-    BLOCK = 1000  # weights are rounded to thousandths: the order of folders repeats every BLOCK
+    BLOCK = 1000  # weights are rounded to 1/BLOCK; the order of folders repeats every BLOCK items
 
     def __init__(self, items, weights, seed):
-        self.first = [np.cumsum([0, *shards]) for shards in items]  # items before each shard
-        self.sizes = [int(first[-1]) for first in self.first]
+        self.offsets = [np.cumsum([0, *shards]) for shards in items]  # items before each shard
+        self.sizes = [int(offsets[-1]) for offsets in self.offsets]
         self.seed = np.uint64(seed % 2**64)
-        # `share` of BLOCK goes to each folder; what rounding leaves over, to the largest rests
+        # items per block of each folder; the largest remainders are rounded up
         exact = np.multiply(weights, self.BLOCK)
         self.share = np.floor(exact).astype(int)
         self.share[np.argsort(self.share - exact)[: self.BLOCK - self.share.sum()]] += 1
         if not self.share.all():
-            raise ValueError(f"a data folder has less than 1/{self.BLOCK} of the weights' sum")
-        # spread evenly: the j-th of a folder's c items sits at (j + 0.5) / c of the block
+            raise ValueError(
+                f"a data folder has less than 1/{self.BLOCK} of the sum of the weights: "
+                "increase its weight"
+            )
+        # an even spread: item j of a folder's c items is at (j + 0.5) / c of the block
         places = np.concatenate([(np.arange(c) + 0.5) / c for c in self.share])
         order = np.argsort(places, kind="stable")
         self.folder = np.repeat(np.arange(len(items)), self.share)[order]  # (BLOCK,)
         self.nth = np.concatenate([np.arange(c) for c in self.share])[order]  # (BLOCK,)
-        # how many items can be dealt before any folder has to start over
+        # number of items before any folder begins its second epoch
         self.epoch = min(n * self.BLOCK // int(c) for n, c in zip(self.sizes, self.share))
 
-    def deal(self, position, n):
-        """Folder, shard and item in the shard, (N,) each, of the n positions from `position`."""
+    def locate(self, position, n):
+        """The items at n positions from `position` on: folder, shard, index in the shard (N,)."""
         block, place = np.divmod(np.arange(position, position + n), self.BLOCK)
         folder = self.folder[place]
-        nth = block * self.share[folder] + self.nth[place]  # how many of its folder came before
+        nth = block * self.share[folder] + self.nth[place]  # items of this folder before this one
         shard, item = np.empty_like(nth), np.empty_like(nth)
         for k in np.unique(folder):
-            mine = folder == k
-            epoch, i = np.divmod(nth[mine].astype(np.uint64), np.uint64(self.sizes[k]))
+            rows = folder == k
+            epoch, i = np.divmod(nth[rows].astype(np.uint64), np.uint64(self.sizes[k]))
             key = mix(mix(epoch + self.seed) + np.uint64(k))
             i = permute(i, self.sizes[k], key).astype(np.int64)
-            shard[mine] = np.searchsorted(self.first[k], i, side="right") - 1
-            item[mine] = i - self.first[k][shard[mine]]
+            shard[rows] = np.searchsorted(self.offsets[k], i, side="right") - 1
+            item[rows] = i - self.offsets[k][shard[rows]]
         return folder, shard, item
 
 
 class Windows:
     """
-    Windows of seq_len tokens and their targets, for training and validation.
+    Samples windows of seq_len tokens and their targets, for training and validation.
 
         train = Windows("data/tok512", "train", seq_len=256, vocab_size=512, seed=1337)
         x, y = train.batch(position, 16)  # int64 (B,T), (B,T); y is x shifted by one
-        position += 16                    # an integer: store it in the checkpoint
+        position += 16                    # an integer that the checkpoint stores
 
-    A shard is cut into windows end to end; every window comes once in an epoch (`len(train)`
-    windows), in an order that only the seed and the position decide. With W processes, rank r
-    asks for batch(position + r * B, B), and all go on by W * B: none sees another's window.
+    A shard is a sequence of adjacent windows. Every window occurs once per epoch (`len(train)`
+    windows), in an order that depends on the seed alone. With W processes, rank r calls
+    batch(position + r * B, B) and all add W * B to the position, so that no two processes get the
+    same window.
 
-    `data` may name several folders with weights: "dirA:0.7,dirB:0.3". `len` is then the number
-    of windows before any folder starts over.
+    `data` may name several folders with weights: "dirA:0.7,dirB:0.3". `len` is then the number of
+    windows before any folder begins its second epoch. Raises ValueError and FileNotFoundError.
     """
 
     def __init__(self, data, split, seq_len, vocab_size, seed=1337):
@@ -835,19 +873,19 @@ class Windows:
                     f"{folder}: its {split} part has {sum(map(len, shards))} tokens, "
                     f"too few for a window of {seq_len} and the token after it"
                 )
-        # validation is the same whatever the seed of the run
-        self.dealer = Dealer(windows, weights, seed if split == "train" else 0)
+        # validation windows do not depend on the seed of the run
+        self.sampler = Sampler(windows, weights, seed if split == "train" else 0)
 
     def __len__(self):
-        return self.dealer.epoch
+        return self.sampler.epoch
 
     def batch(self, position, batch_size):
-        """The batch_size windows from `position` on: x, y int64 (B,T)."""
-        import torch  # here: the commands above need not wait a second for it
+        """The batch_size windows from `position` on: x and y, int64 (B,T)."""
+        import torch  # here, because the commands of this file start faster without it
 
         T = self.seq_len
         out = np.empty((batch_size, T + 1), np.int64)
-        for row, k, s, i in zip(out, *self.dealer.deal(position, batch_size)):
+        for row, k, s, i in zip(out, *self.sampler.locate(position, batch_size)):
             row[:] = self.shards[k][s][i * T : i * T + T + 1]
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
@@ -855,13 +893,15 @@ class Windows:
 
 class Prompts:
     """
-    Beginnings of stories, for PPO: BOS and the first 0 to start_len - 1 tokens, as lists of ids.
-    With bos=False, for models whose text does not begin with BOS, only empty beginnings have it.
+    Samples beginnings of stories as prompts for PPO: BOS and the first 0 to start_len - 1 tokens of
+    a story, as lists of ids. With bos=False, for models whose text does not begin with BOS, only
+    prompts that would otherwise be empty have BOS.
 
         prompts = Prompts("data/tok512", "train", start_len=30, vocab_size=512, seed=1337)
         prompts.batch(position, 4)        # [[1, 403, 407], [1], [1, 317, ...], [1, 403]]
 
-    Every story comes once in an epoch (`len(prompts)` stories); positions as in Windows.
+    Every story occurs once per epoch (`len(prompts)` stories); positions are as in Windows. Raises
+    ValueError and FileNotFoundError.
     """
 
     def __init__(self, data, split, start_len, vocab_size, seed=1337, bos=True):
@@ -875,27 +915,27 @@ class Prompts:
         for folder, starts in zip(folders, self.starts):
             if not sum(map(len, starts)):
                 raise ValueError(f"{folder}: no story starts in its {split} part (no token {BOS})")
-        self.dealer = Dealer([list(map(len, starts)) for starts in self.starts], weights, seed)
+        self.sampler = Sampler([list(map(len, starts)) for starts in self.starts], weights, seed)
 
     def __len__(self):
-        return self.dealer.epoch
+        return self.sampler.epoch
 
     def batch(self, position, n):
-        """The n prompts from `position` on."""
+        """The n prompts from `position` on, lists of ids."""
         positions = np.arange(position, position + n, dtype=np.uint64)
         lengths = 1 + mix(positions + mix(self.seed)) % self.start_len
         prompts = []
-        for k, s, i, length in zip(*self.dealer.deal(position, n), lengths.tolist()):
+        for k, s, i, length in zip(*self.sampler.locate(position, n), lengths.tolist()):
             start = self.starts[k][s][i]
             tokens = self.shards[k][s][start : start + length].tolist()
-            tokens = tokens[: (tokens + [BOS]).index(BOS, 1)]  # not into the next story
+            tokens = tokens[: (tokens + [BOS]).index(BOS, 1)]  # up to the next story
             prompts.append(tokens[self.skip :] or tokens)
         return prompts
 
 
 # -----------------------------------------------------------------------------
 
-COMMANDS = {  # and their flags
+COMMANDS = {  # the flags of each command
     "download": ["data_dir", "small", "url"],
     "synthesize": ["data_dir", "stories", "seed"],
     "train_vocab": ["data_dir", "vocab_size"],
@@ -908,18 +948,18 @@ def main(argv=None):
     parser.add_argument(
         "stage",
         choices=[*COMMANDS],
-        help="what to do; tinystories.py download --help shows its own flags",
+        help="command; `tinystories.py download --help` shows the flags of download",
     )
     parser.add_argument(
-        "--data_dir", "--data", default="data", help="where the stories and all else lie"
+        "--data_dir", "--data", default="data", help="folder of stories, vocabulary and shards"
     )
     parser.add_argument(
-        "--vocab_size", type=int, default=0, help="tokens in the vocabulary; 0 for Llama 2's 32000"
+        "--vocab_size", type=int, default=0, help="vocabulary size; 0 means Llama 2's, 32000"
     )
     parser.add_argument(
         "--tokenizer",
         default="",
-        help="tokenizer of the shards; default: that of data_dir or data/ with vocab_size tokens",
+        help="tokenizer file; default: the one in data_dir or data/ that has vocab_size tokens",
     )
     parser.add_argument(
         "--small",
@@ -927,11 +967,11 @@ def main(argv=None):
         nargs="?",
         const=True,
         default=False,
-        help="only the 22 MB of validation stories, cut into shards",
+        help="download only the 22 MB of validation stories and split them into shards",
     )
-    parser.add_argument("--url", default=URL, help="folder to download from")
+    parser.add_argument("--url", default=URL, help="base URL of the data set")
     parser.add_argument("--stories", type=int, default=20000, help="number of stories")
-    parser.add_argument("--seed", type=int, default=1337, help="random seed of the stories")
+    parser.add_argument("--seed", type=int, default=1337, help="random seed")
     args = parse_args(parser, argv, lambda args: flags_of_others(args.stage, COMMANDS))
     if args.stage == "download":
         download(args.data_dir, args.url, args.small)

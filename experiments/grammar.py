@@ -1,12 +1,18 @@
 """
-Stories told by a small grammar: the stand-in for TinyStories where there is no connection.
+Synthetic stories from a small grammar, which replace TinyStories where there is no connection.
 
-    tell_story(random.Random(1337).random)        # "Once upon a time, there was a little fox ..."
+    generate_story(random.Random(1337).random)    # "Once upon a time, there was a little fox ..."
 
-An entry is a slot (name = choices, drawn once a story), a rule (name: text) or a plan (* text: a
-problem, a turn, an ending). In a text, [a|b] is a choice; <a|b> is one, too, but only talkative
-narrators make it, and each story draws how talkative it is, which spreads the lengths; $x is a slot
-or rule; / begins a paragraph.
+Notation of the grammar:
+
+    name = a|b      a slot: one choice is sampled per story
+    name: text      a rule
+    * text          a plan: the problem, the turn and the ending of a story
+    [a|b]           one of the choices
+    <a|b>           one of the choices or nothing; the probability of a choice, `detail`, is sampled
+                    per story, so that the lengths of the stories vary
+    $name           a slot or rule
+    /               a new paragraph
 """
 
 import re
@@ -241,7 +247,7 @@ ANIMALS = "rabbit bear mouse fox cat puppy squirrel monkey".split()
 ADULTS = ("Mom", "she"), ("Mom", "she"), ("Dad", "he"), ("Grandma", "she"), ("Grandpa", "he")
 FIXES = [
     (re.compile(pattern), fix)
-    for pattern, fix in (  # what is easier to mend afterwards
+    for pattern, fix in (  # spacing, articles and capital letters of the expanded text
         (r" */ *", "\n"),
         (r" +(?=[ .,!?])|^ +| +$", ""),
         (r"\b(?:[Hh]is|[Hh]er|your) (?:Mom|Dad|Grand)", lambda m: m[0].lower()),
@@ -253,8 +259,11 @@ FIXES = [
 
 
 def parse(text):
-    """A template as nested lists of parts: words, ("$", name), ("[", options), ("<", options)."""
-    stack = [[[]]]  # of each open bracket: its options, each a list of parts
+    """
+    Parse a text in the grammar's notation to a list of strings, ("$", name), ("[", options) and
+    ("<", options), where each option is again such a list.
+    """
+    stack = [[[]]]  # for each open bracket its options, which are lists of parts
     for part in re.split(r"([\[\]<>|]|\$\w+)", text):
         if part in ("[", "<"):
             stack.append([[]])
@@ -279,27 +288,30 @@ for entry in re.split(r"\n(?! )", GRAMMAR.strip()):
         PLANS.append(parse(f"$open {text} $close"))
 
 
-def tell(parts, slots, draw, talk):
-    """The words of a parsed template; draw() is random in [0, 1), `talk` the share of <extras>."""
-    words = ""
+def expand(parts, slots, rand, detail):
+    """The text of parsed parts; rand() is uniform in [0, 1), `detail` the probability of <a|b>."""
+    text = ""
     for part in parts:
         if isinstance(part, str):
-            words += part
+            text += part
         elif part[0] == "$":
-            words += slots.get(part[1]) or tell(RULES[part[1]], slots, draw, talk)
-        elif part[0] == "[" or draw() < talk:
-            words += tell(part[1][int(draw() * len(part[1]))], slots, draw, talk)
-    return words
+            text += slots.get(part[1]) or expand(RULES[part[1]], slots, rand, detail)
+        elif part[0] == "[" or rand() < detail:
+            text += expand(part[1][int(rand() * len(part[1]))], slots, rand, detail)
+    return text
 
 
-def tell_story(draw):
-    """One story, from a source of random numbers in [0, 1)."""
-    pick = lambda options: options[int(draw() * len(options))]
+def generate_story(rand):
+    """One story; rand() returns random numbers that are uniform in [0, 1)."""
+
+    def pick(options):
+        return options[int(rand() * len(options))]
+
     slots = {name: pick(options) for name, options in SLOTS.items()}
     slots["to"] = "to " + slots["at"].split(" ", 1)[1]
     slots["mom"], slots["mhe"] = pick(ADULTS)
-    for f, N in ("", "N"), ("f", "F"):  # the hero; the friend
-        girl, animal = draw() < 0.5, draw() < 0.4
+    for f, N in ("", "N"), ("f", "F"):  # slots of the hero ($he, $N) and the friend ($fhe, $F)
+        girl, animal = rand() < 0.5, rand() < 0.4
         slots[N] = pick([n for n in (GIRLS if girl else BOYS) if n != slots.get("N")])
         slots[f + "kind"] = pick(ANIMALS) if animal else "girl" if girl else "boy"
         slots[f + "he"], slots[f + "him"], slots[f + "his"] = (
@@ -307,7 +319,7 @@ def tell_story(draw):
         )
         slots[f + "hand"] = "paw" if animal else "hand"
     slots["hands"] = slots["hand"] + "s"
-    text = tell(pick(PLANS), slots, draw, talk=draw() ** 1.5)
+    text = expand(pick(PLANS), slots, rand, detail=rand() ** 1.5)
     for pattern, fix in FIXES:
         text = pattern.sub(fix, text)
     return text

@@ -66,7 +66,7 @@ def run(line, more=""):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder to stand in: stories, a vocabulary of 512 from them, shards of three vocabularies."""
+    """The working folder: stories, their vocabulary of 512, and shards of three vocabularies."""
     folder, before = tmp_path_factory.mktemp("home"), os.getcwd()
     os.chdir(folder)
     run("python tinystories.py synthesize --stories=600")
@@ -85,7 +85,7 @@ def test_tokenizer(home):
     assert struct.unpack("I", Path("data/tok512.bin").read_bytes()[:4])[0] < 100
 
 
-def test_download_is_handed_its_folder(home, monkeypatch):
+def test_download_uses_data_dir(home, monkeypatch):
     """(That it downloads is tested in test_data.py.)"""
     asked = []
     monkeypatch.setattr(tinystories, "download", lambda *args: asked.append(args))
@@ -210,7 +210,7 @@ def test_ppo(stories260k, line, more, iterations, start_len):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_ppo_asks_for_cuda(home, capsys):
+def test_ppo_needs_cuda(home, capsys):
     assert exit_of(lambda: run(PPO)) == 1
     text = capsys.readouterr().err
     assert text == "error: --device=cuda: there is no such device here; use --device=cpu\n"
@@ -316,9 +316,9 @@ def test_errors(home, tmp_path, capsys):
         (
             f"{v512} --data={tmp_path / 'large'}",
             1,
-            "holds token 600, but the vocabulary has only 512",
+            "has token 600, but the vocabulary has only 512",
         ),
-        (f"{v512} --data={tmp_path / 'odd'}", 1, "no list of 2-byte tokens"),
+        (f"{v512} --data={tmp_path / 'odd'}", 1, "not a list of 2-byte tokens"),
         (f"{v512} --data={tmp_path / 'few'}", 1, "too few for a window"),
         (f"{v512} --tokenizer=none.model", 1, "none.model: No such file"),
         (
@@ -364,14 +364,15 @@ def test_errors(home, tmp_path, capsys):
         cases.append((f"{v512} --device=cuda", 1, "there is no such device here; use --device=cpu"))
     for words, status, message in cases:
         capsys.readouterr()
-        found = exit_of(lambda: train.main(shlex.split(words)))
+        argv = shlex.split(words)
+        code = exit_of(lambda argv=argv: train.main(argv))
         text = capsys.readouterr().err
-        assert found == status and any(m in text for m in message.split("|")), (words, found, text)
+        assert code == status and any(m in text for m in message.split("|")), (words, code, text)
         assert text.startswith("error: ") and text.count("\n") == 1, (words, text)
 
 
 def test_help(capsys):
     for name, module in COMMANDS.items():
-        assert exit_of(lambda: module.main(["--help"])) == 0
+        assert exit_of(lambda module=module: module.main(["--help"])) == 0
         text = capsys.readouterr().out
         assert "usage:" in text and name.removesuffix(".py") in text.lower(), name

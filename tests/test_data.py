@@ -1,4 +1,7 @@
-"""Stories: a server that misbehaves, the grammar, shards against one-by-one encoding, dealing."""
+"""
+The pretraining data: downloads from an unreliable server, the grammar, shards compared with
+encoding one story at a time, and sampling.
+"""
 
 import collections
 import http.server
@@ -18,18 +21,18 @@ from conftest import ROOT, data_file
 
 import tinystories
 from experiments import grammar
-from tinystories import BOS, Dealer, Prompts, Windows, open_shards, permute
+from tinystories import BOS, Prompts, Sampler, Windows, open_shards, permute
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
-# Download, from a server that does what servers do
+# Download, from a server with common faults
 
 SMALL = "TinyStoriesV2-GPT4-valid.txt"
 BIG = "TinyStories_all_data.tar.gz"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; breaks off after each of `breaks` bytes, or as `mode` says."""
+    """Serves `files`; closes the connection after each of `breaks` bytes; `mode` is a fault."""
 
     def __init__(self, files, breaks=(), mode=""):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -125,7 +128,7 @@ def test_download_small(serve, tmp_path, mode, breaks, ranges):
     assert not list(tmp_path.rglob("*.part")) + list(tmp_path.rglob("*.tmp"))
 
 
-def test_download_goes_on_in_a_later_run(serve, tmp_path, monkeypatch):
+def test_download_resumes_in_a_later_run(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(tinystories.time, "sleep", lambda s: None)
     server = serve({SMALL: TEXT.encode()}, [20_000] * 5)
     with pytest.raises(OSError, match="run the same command again"):
@@ -138,7 +141,7 @@ def test_download_goes_on_in_a_later_run(serve, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("left, fresh", [(len(TEXT), False), (len(TEXT) + 7, True)])
-def test_download_with_a_whole_or_foreign_part(serve, tmp_path, left, fresh):
+def test_download_with_a_complete_or_foreign_part(serve, tmp_path, left, fresh):
     (tmp_path / "download").mkdir()
     (tmp_path / "download" / (SMALL + ".part")).write_text((TEXT + "x" * 9)[:left])
     server = serve({SMALL: TEXT.encode()})
@@ -156,7 +159,7 @@ def test_download_archive(serve, tmp_path, capsys):
         "data02.json",
     ]
     tinystories.download(str(tmp_path), server.url)  # not again
-    assert "is there already" in capsys.readouterr().out and len(server.log) == 1
+    assert "exists already" in capsys.readouterr().out and len(server.log) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,17 +173,17 @@ def test_download_archive(serve, tmp_path, capsys):
         (b"no archive at all", "damaged"),
     ],
 )
-def test_hostile_or_damaged_archive(serve, tmp_path, body, message):
+def test_malicious_or_damaged_archive(serve, tmp_path, body, message):
     server = serve({BIG: body})
     with pytest.raises(ValueError, match=message):
         tinystories.download(str(tmp_path / "in"), server.url)
     assert os.listdir(tmp_path) == ["in"] and os.listdir(tmp_path / "in") == ["download"]
 
 
-def test_no_server(serve, tmp_path, monkeypatch):
+def test_unreachable_server(serve, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="404 Not Found"):
         tinystories.download(str(tmp_path), serve({}).url)
-    monkeypatch.setattr(tinystories, "PATIENCE", 0.5)
+    monkeypatch.setattr(tinystories, "CONNECT_TIMEOUT", 0.5)
     for url in (serve({}, mode="silent").url, "http://127.0.0.1:9", "http://no.such.host.invalid"):
         start = time.time()
         with pytest.raises(ConnectionError, match="tinystories.py synthesize"):
@@ -194,17 +197,17 @@ def test_no_server(serve, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def synthetic(tmp_path_factory):
     """A data folder of 3,000 synthesized stories with a vocabulary of 512 and its shards."""
-    folder = tmp_path_factory.mktemp("told")
+    folder = tmp_path_factory.mktemp("synthetic")
     tinystories.synthesize(str(folder), 3000, seed=1)
     tinystories.train_vocab(str(folder), 512)
     tinystories.pretokenize(str(folder), 512)
     return folder
 
 
-def test_synthesize(told, tmp_path, capsys):
-    shards = stories_in(told)
+def test_synthesize(synthetic, tmp_path, capsys):
+    shards = stories_in(synthetic)
     stories = sum(shards, [])
     assert len(set(stories)) == len(stories) == 3000 and len(shards[0]) == 150
     for name, seed in (("same", 1), ("other", 2)):
@@ -212,8 +215,8 @@ def test_synthesize(told, tmp_path, capsys):
     assert stories_in(tmp_path / "same") == shards
     assert not set(sum(stories_in(tmp_path / "other"), [])) & set(stories)
     # it never overwrites stories
-    tinystories.synthesize(str(told), 10, seed=3)
-    assert "is there already" in capsys.readouterr().out and stories_in(told) == shards
+    tinystories.synthesize(str(synthetic), 10, seed=3)
+    assert "exists already" in capsys.readouterr().out and stories_in(synthetic) == shards
 
 
 def test_grammar():
@@ -233,7 +236,7 @@ def test_grammar():
         names(text)
     assert used >= set(grammar.RULES) | set(grammar.SLOTS) - {"at"}  # no dead entry
     for _ in range(5000):
-        story = grammar.tell_story(rng.random)
+        story = grammar.generate_story(rng.random)
         # nothing of the notation is left; sentences begin and end as they should
         assert not re.search(
             r"[\[\]<>|$/{}]|  |\n\n| [.,!?\n]|\n |\.\.|,\.|\bi\b|\ba [aeiou]", story
@@ -245,8 +248,8 @@ def test_grammar():
     assert 600 < len(words) < 900
 
 
-def test_lengths_are_spread(told):
-    ids = np.concatenate(open_shards(str(told), "train", 512))
+def test_story_lengths_vary(synthetic):
+    ids = np.concatenate(open_shards(str(synthetic), "train", 512))
     lengths = np.diff(np.flatnonzero(ids == BOS))
     low, q1, q3, high = np.percentile(lengths, [1, 25, 75, 99])
     assert low < 120 and q1 < 200 < q3 and 420 < high and lengths.max() < 640
@@ -257,7 +260,7 @@ def test_lengths_are_spread(told):
 
 
 def oracle(stories, model):
-    """What llama2.c does: one call a story, BOS before each."""
+    """As llama2.c encodes: one call per story, with BOS before each."""
     t = Tokenizer(model)
     return np.array([i for s in stories for i in t.encode(s.strip(), True, False)], np.uint16)
 
@@ -266,9 +269,9 @@ def shard(path):
     return np.fromfile(path, "<u2")
 
 
-def test_pretokenize_is_encoding_one_by_one(told):
-    for path, stories in zip(sorted((told / "tok512").iterdir()), stories_in(told)):
-        np.testing.assert_array_equal(shard(path), oracle(stories, told / "tok512.model"))
+def test_pretokenize_equals_encoding_one_by_one(synthetic):
+    for path, stories in zip(sorted((synthetic / "tok512").iterdir()), stories_in(synthetic)):
+        np.testing.assert_array_equal(shard(path), oracle(stories, synthetic / "tok512.model"))
 
 
 def test_pretokenize_real_stories(real_stories, tok512_model, tmp_path):
@@ -294,19 +297,21 @@ ODD = [
 
 
 @pytest.mark.parametrize("by_word", [True, False])
-@pytest.mark.parametrize("model", ["told", "stories260K/tok512.model", "llama2/tokenizer.model"])
-def test_encoder(told, model, by_word):
-    path = told / "tok512.model" if model == "told" else data_file(model)
+@pytest.mark.parametrize(
+    "model", ["synthetic", "stories260K/tok512.model", "llama2/tokenizer.model"]
+)
+def test_encoder(synthetic, model, by_word):
+    path = synthetic / "tok512.model" if model == "synthetic" else data_file(model)
     encoder = tinystories.Encoder(path)
     assert encoder.by_word
     encoder.by_word = by_word
     stories = [s.strip() for s in ODD] + ["", "b  c", "\u2581b \u2581"]
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time from the cache
         np.testing.assert_array_equal(np.frombuffer(encoder(stories), "<u2"), oracle(stories, path))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
-def test_text_of_your_own(tmp_path, kind):
+def test_user_text_files(tmp_path, kind):
     stories = ODD + [f"The {i}th story is short." for i in range(50)]
     if kind == "jsonl":
         text = "\n".join(json.dumps(s if i % 2 else {"text": s}) for i, s in enumerate(stories))
@@ -321,7 +326,7 @@ def test_text_of_your_own(tmp_path, kind):
     tinystories.pretokenize(str(tmp_path), 400)
     ids = shard(tmp_path / "tok400/mine.bin")
     np.testing.assert_array_equal(ids, oracle(stories, tmp_path / "tok400.model"))
-    # a file that is alone serves for both: training text first, then validation
+    # a single file is split: training text first, then validation
     parts = [open_shards(str(tmp_path), split, 400) for split in ("train", "val")]
     np.testing.assert_array_equal(np.concatenate(sum(parts, [])), ids)
     assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
@@ -331,8 +336,8 @@ def test_text_of_your_own(tmp_path, kind):
     "name, text, message",
     [
         ("a.jsonl", '"one"\n\n{"text": "two\n"three"', r"line 3: not JSON: Unterminated string"),
-        ("a.jsonl", '"one"\n{"text": null}\n', r'line 2: needs strings.* not {"text": null}'),
-        ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: needs strings.* not \["two"\]'),
+        ("a.jsonl", '"one"\n{"text": null}\n', r'line 2: expected a string.* not {"text": null}'),
+        ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: expected a string.* not \["two"\]'),
         ("a.jsonl", '"one"\n"\udcff"\n', "line 2: .*utf-8"),
         ("a.jsonl", '"one"\n' + "[" * 100_000, "line 2: not JSON"),
         (
@@ -341,8 +346,12 @@ def test_text_of_your_own(tmp_path, kind):
             'line 3: .*"story" or "text", not {"texts"',
         ),
         ("a.json", '["one",\n\n"two" "three"]', "line 3: not JSON: expected , or ]"),
-        ("a.json", '{"data": [{"text": "one"}, {"text": 2}]}', 'item 2 of "data": needs'),
-        ("a.json", '{"data": ["one"]}', 'line 1: needs strings.* not {"data"'),
+        (
+            "a.json",
+            '{"data": [{"text": "one"}, {"text": 2}]}',
+            'item 2 of "data": expected a string',
+        ),
+        ("a.json", '{"data": ["one"]}', 'line 1: expected a string.* not {"data"'),
         ("a.txt", "one\n\ntwo\n\udcff", "line 4: not UTF-8"),
     ],
 )
@@ -371,7 +380,7 @@ def test_layouts_of_files_of_stories(tmp_path, name, text, mark):
     assert list(tinystories.read_stories(str(tmp_path / name))) == ["One.", "Two."]
 
 
-def test_lines_of_any_length_are_used_in_full(tmp_path):
+def test_long_lines_are_used_in_full(tmp_path):
     """SentencePiece ignores lines of more than a million bytes: the words that only these have are
     learnt all the same, and a corpus that is one line, as text8 is, works."""
     long = "quokka zebra jumps over my lazy wombat and wins a prize " * 20_000
@@ -416,9 +425,9 @@ def test_short_lines():
         assert collections.Counter(whole) <= collections.Counter(" ".join(pieces).split())
 
 
-def test_long_stories_are_encoded_word_by_word(told, monkeypatch):
+def test_long_stories_are_encoded_word_by_word(synthetic, monkeypatch):
     """Also where spaces meet, so that memory does not grow with the length of a line."""
-    encoder = tinystories.Encoder(told / "tok512.model")
+    encoder = tinystories.Encoder(synthetic / "tok512.model")
     encode, longest = encoder.tokenizer.encode, []
 
     def watched(text, *args, **kwargs):
@@ -428,11 +437,11 @@ def test_long_stories_are_encoded_word_by_word(told, monkeypatch):
     monkeypatch.setattr(encoder.tokenizer, "encode", watched)
     story = "A  cat   sat on the mat.  " * 1000 + "end"
     ids = np.frombuffer(encoder([story]), "<u2")
-    np.testing.assert_array_equal(ids, oracle([story], told / "tok512.model"))
+    np.testing.assert_array_equal(ids, oracle([story], synthetic / "tok512.model"))
     assert max(longest) < 10
 
 
-def test_a_lone_file_is_announced(tmp_path, capsys):
+def test_a_single_file_is_announced(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("A cat sat on a mat.\n\n" * 300)
     tinystories.train_vocab(str(tmp_path), 275)
     tinystories.pretokenize(str(tmp_path), 275)
@@ -457,9 +466,9 @@ def test_vocabulary_of_many_characters(tmp_path):
     assert t.n_words == 300 and t.decode(t.encode(text, True, False)) == text
 
 
-def test_up_to_date_shards_are_kept(told, tmp_path):
-    os.symlink(told / "TinyStories_all_data", tmp_path / "TinyStories_all_data")
-    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+def test_up_to_date_shards_are_kept(synthetic, tmp_path):
+    os.symlink(synthetic / "TinyStories_all_data", tmp_path / "TinyStories_all_data")
+    (tmp_path / "tok512.model").write_bytes((synthetic / "tok512.model").read_bytes())
     (tmp_path / "tok512").mkdir()
     # shards without a record are kept if they are newer and begin as the stories do
     start = oracle(stories_in(tmp_path)[0][:2], tmp_path / "tok512.model").tobytes()
@@ -475,8 +484,8 @@ def test_up_to_date_shards_are_kept(told, tmp_path):
     assert len(shard(tmp_path / "tok512/data00.bin")) > 1000
 
 
-def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatch):
-    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, synthetic, monkeypatch):
+    (tmp_path / "tok512.model").write_bytes((synthetic / "tok512.model").read_bytes())
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("A cat sat.\n\n" * 100_000)
     real = tinystories.encode_files
@@ -494,13 +503,13 @@ def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, told, monkeypatc
     assert (shard(tmp_path / "tok512/a.bin") == BOS).sum() == 100_000
 
 
-def test_json_that_is_no_text(tmp_path):
+def test_json_with_surrogates(tmp_path):
     (tmp_path / "a.json").write_text('["a \\ud800 b", {"story": "c"}]')
     assert list(tinystories.read_stories(str(tmp_path / "a.json"))) == ["a ? b", "c"]
 
 
-def test_a_worker_that_dies(tmp_path, told, monkeypatch):
-    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+def test_killed_worker(tmp_path, synthetic, monkeypatch):
+    (tmp_path / "tok512.model").write_bytes((synthetic / "tok512.model").read_bytes())
     (tmp_path / "a.txt").write_text("A cat sat.")
     monkeypatch.setattr(tinystories.Encoder, "__call__", lambda self, stories: os._exit(9))
     with pytest.raises(OSError, match="run the same command again"):
@@ -514,15 +523,15 @@ def test_a_worker_that_dies(tmp_path, told, monkeypatch):
         ({}, "no stories"),
         ({"a.json": "[{]"}, "a.json"),
         ({"a.json": "5"}, "a.json"),
-        ({"a.json": '[{"texts": "x"}]'}, 'objects with "story"'),
-        ({"a.txt": " \n"}, "no story"),
+        ({"a.json": '[{"texts": "x"}]'}, 'an object with "story"'),
+        ({"a.txt": " \n"}, "a.txt has no stories"),
         ({"a.txt": b"\xff\xfe"}, "a.txt"),
         ({"a.jsonl": '{"text": 5}'}, "a.jsonl"),
         ({"a.txt": "x", "a.json": '["x"]'}, "differ only"),
     ],
 )
-def test_bad_stories(told, tmp_path, files, message):
-    (tmp_path / "tok512.model").write_bytes((told / "tok512.model").read_bytes())
+def test_bad_stories(synthetic, tmp_path, files, message):
+    (tmp_path / "tok512.model").write_bytes((synthetic / "tok512.model").read_bytes())
     for name, body in files.items():
         (tmp_path / name).write_bytes(body if isinstance(body, bytes) else body.encode())
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -545,8 +554,8 @@ def test_commands(tmp_path):
     assert len(Windows(str(tmp_path / "data"), "train", 64, 512)) > 100
     for args, status, message in (
         (["train_vocab"], 1, "needs --vocab_size"),
-        (["train_vocab", "--vocab_size=20"], 1, "can not make a vocabulary of 20"),
-        (["train_vocab", "--vocab_size=60000"], 1, "can not make a vocabulary of 60000"),
+        (["train_vocab", "--vocab_size=20"], 1, "cannot train a vocabulary of 20"),
+        (["train_vocab", "--vocab_size=60000"], 1, "cannot train a vocabulary of 60000"),
         (["pretokenize"], 1, "tokenizer.model"),
         (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
         (["synthesize", "--story=5"], 2, "did you mean --stories?"),
@@ -559,7 +568,7 @@ def test_commands(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Dealing
+# Sampling
 
 
 def write(folder, *shards):
@@ -576,7 +585,7 @@ def test_permute_is_a_permutation(n):
         assert sorted(i.tolist()) == list(range(n))
 
 
-def test_permute_is_random():
+def test_permute_looks_random():
     """Over many keys each item lands everywhere equally often (chi-square, 99 degrees)."""
     i = np.tile(np.arange(10, dtype=np.uint64), 20_000)
     to = permute(i, 10, np.repeat(np.arange(20_000, dtype=np.uint64) * 7919, 10))
@@ -592,7 +601,7 @@ def numbered(tmp_path):
     )
 
 
-def test_every_window_once_in_an_epoch(tmp_path):
+def test_every_window_once_per_epoch(tmp_path):
     w = Windows(numbered(tmp_path), "train", seq_len=10, vocab_size=5000, seed=3)
     expected = [
         s + 10 * i for s, n in ((1000, 1003), (3000, 7), (4000, 517)) for i in range((n - 1) // 10)
@@ -650,10 +659,10 @@ def test_weighted_folders(tmp_path):
             Windows(bad, "train", 10, 5000)
 
 
-def test_dealer_shares():
+def test_sampler_shares():
     for weights in ([1.0], [1 / 3] * 3, [0.9985, 0.0015], [0.125, 0.25, 0.625]):
-        d = Dealer([[100]] * len(weights), weights, 0)
-        assert d.share.sum() == d.BLOCK and abs(d.share / d.BLOCK - weights).max() <= 1e-3
+        s = Sampler([[100]] * len(weights), weights, 0)
+        assert s.share.sum() == s.BLOCK and abs(s.share / s.BLOCK - weights).max() <= 1e-3
 
 
 def test_prompts(tmp_path):
@@ -684,7 +693,7 @@ def test_bad_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match="pretokenize --vocab_size=512"):
         Windows(str(tmp_path), "train", 10, 512)
     folder = write(tmp_path / "bad", range(100), range(1000))
-    with pytest.raises(ValueError, match="data01.bin holds token 999.*another tokenizer"):
+    with pytest.raises(ValueError, match="data01.bin has token 999.*another tokenizer"):
         Windows(folder, "train", 10, 512)
     Windows(folder, "val", 10, 512)
     with pytest.raises(ValueError, match="train part has 1000 tokens, too few for a window"):

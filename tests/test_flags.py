@@ -1,5 +1,7 @@
-"""The command line: each stage of train.py and each sub-command shows its own flags, refuses those of
-the others, and uses every flag that it shows."""
+"""
+The command line: each stage of train.py and each sub-command shows its own flags, refuses those of
+the others, and uses every flag that it shows.
+"""
 
 import json
 import re
@@ -40,7 +42,7 @@ SHOWING = {
     ],
 }
 SWITCHES = {"sft", "rm", "dpo", "ppo"}
-# Flags of the published PPO commands, which --ppo accepts; and one that no stage has to do anything for.
+# Flags of the published PPO commands, which --ppo accepts, and a flag without effect in all stages.
 PUBLISHED = {n.lstrip("-").partition("=")[0] for n in shlex.split(PUBLISHED_PPO)[2:]}
 ALWAYS = {"always_save_checkpoint"}
 
@@ -77,7 +79,7 @@ def all_flags(capsys):
 
 @pytest.mark.parametrize("stage", SHOWING)
 def test_help_is_short_and_complete(capsys, stage):
-    """A stranger can read it: 45 flags at most, 65 of a stage, -h included; each has its default."""
+    """At most 45 flags, 65 for a stage, including -h; each shows its default."""
     line = SHOWING[stage][0]
     text = help_of(capsys, line)
     assert len(names(text)) + 1 <= (65 if line else 45)
@@ -126,7 +128,7 @@ def test_flag_of_another_stage_is_refused(capsys, stage):
                 train.flags(shlex.split(f"{context} --{name}={value}"))
 
 
-def test_two_lines_of_the_issue(capsys):
+def test_reported_commands(capsys):
     assert error_of(capsys, "--lora_rank=8 --advantage=foo --reward=/no/such.py:f") == (
         2,
         "error: --lora_rank is a flag of --sft and --ppo (see train.py --help)\n",
@@ -184,7 +186,7 @@ def test_flag_without_effect_is_refused(capsys, line, name, why):
     assert name not in names(help_of(capsys, stage))
 
 
-def test_known_commands_parse(capsys):
+def test_documented_commands_parse(capsys):
     """The published commands, and those of README, doc/ and Makefile."""
     files = ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))
     text = "\n".join(f.read_text() for f in files).replace("\\\n", " ")
@@ -371,13 +373,13 @@ PPO_EFFECTS = (
         "averaging": (0.5, {}),
     }
 )
-# out_dir, and the stage itself, are in every run; test_align.py counts what offload moves; compile is
-# slow on a CPU, and test_train.py compiles.
+# Every run has out_dir and the stage itself; test_align.py tests offload; compile is slow on a CPU
+# and tested in test_train.py.
 ELSEWHERE = {"--sft": {"out_dir", "sft", "compile"}, "--ppo": {"out_dir", "ppo", "offload"}}
 
 
 def outcome(home, out, capsys, monkeypatch, **flags):
-    """Everything that a run leaves behind but times: weights and state, log, report, printed lines."""
+    """All results of a run except times: weights and state, log, report, printed lines."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda *_: None)

@@ -1,5 +1,7 @@
-"""A model, its shards and its files identify their tokenizer: another vocabulary of the same size is
-found by nobody, or is an error of one line that names both."""
+"""
+The identity of tokenizers: models, shards and files store the hash of their tokenizer, and another
+vocabulary of the same size is either ignored or an error of one line that names both.
+"""
 
 import json
 import os
@@ -230,7 +232,7 @@ def test_train_vocab_again_in_the_same_folder(here, capsys):
     assert not os.path.exists("n.bin")
 
 
-def test_stories_of_your_own_beside_a_data_folder(here, capsys):
+def test_user_stories_next_to_a_data_folder(here, capsys):
     shutil.copytree("b", "data")
     shutil.move("a", "mystories")
     run_train(data_dir="mystories", out_dir="own", **TINY)  # another name of --data
@@ -242,7 +244,7 @@ def test_stories_of_your_own_beside_a_data_folder(here, capsys):
     assert text_of("own/ckpt.pt", capsys) == expected
 
 
-def test_shards_without_a_record_and_models_without_a_hash(here, capsys):
+def test_shards_without_meta_and_models_without_a_hash(here, capsys):
     """What older commits wrote is read, with one line each that says what is assumed; the data
     folder of the run is searched before data/."""
     shutil.copytree("b", "data")
@@ -340,7 +342,7 @@ def test_other_commands_refuse(here):
         )
 
 
-def test_a_tokenizer_in_the_way(here, capsys):
+def test_another_tokenizer_at_the_destination(here, capsys):
     """Another tokenizer in out_dir is never overwritten: a later stage refuses, a new run of
     pretraining moves it aside, and the model before it finds it there."""
     (here / "new").mkdir()
@@ -486,7 +488,7 @@ def test_each_piece_counts(made, tmp_path):
     assert len(hashes) == 4
 
 
-def test_the_last_digits_are_the_crc_of_toks_bin(made):
+def test_the_last_digits_are_the_crc_of_tok_bin(made):
     import zlib
 
     for kind in "ab":
@@ -549,7 +551,7 @@ def test_imports_do_not_overwrite_a_tokenizer(here, capsys):
     assert os.listdir("models") == ["tok300.model"]
 
 
-def test_the_hint_makes_no_other_vocabulary(here, capsys):
+def test_the_remedy_trains_no_other_vocabulary(here, capsys):
     """train_vocab makes what a model that exists was not trained with."""
     for path in "a/tok300.model", "outa/tok300.model":
         os.remove(path)
@@ -562,7 +564,7 @@ def test_the_hint_makes_no_other_vocabulary(here, capsys):
         with pytest.raises(FileNotFoundError) as e:
             call()
         assert "train_vocab" not in str(e.value) and "outa/ckpt.pt" in str(e.value)
-    raises("train_vocab --vocab_size=300.*model that exists", tinystories.pretokenize, "a", N)
+    raises("train_vocab --vocab_size=300.*existing model", tinystories.pretokenize, "a", N)
 
 
 # ----------------------------------------------------------------------------
@@ -592,7 +594,7 @@ def test_pretokenize_again(here, capsys):
     assert tinystories.shards_tokenizer("a", N) == ("a/tok300", t.hash)
 
 
-def test_an_interrupted_change_of_the_tokenizer(here, monkeypatch):
+def test_interrupted_pretokenize_with_a_new_tokenizer(here, monkeypatch):
     """Shards of two vocabularies in one folder are not trained on."""
     shutil.copy("b/tok300.model", "a/tok300.model")
     real = tinystories.encode_files
@@ -619,12 +621,12 @@ def test_pretokenize_with_a_models_tokenizer(here, capsys):
     tinystories.main(
         ["pretokenize", "--data_dir=b", f"--vocab_size={N}", "--tokenizer=outa/tok300.model"]
     )
-    assert "all shards are made again" in capsys.readouterr().out
+    assert "all shards are replaced" in capsys.readouterr().out
     run_train(data="b", out_dir="outa", init_from="resume", **TINY | {"max_iters": 3})
     assert load_checkpoint("outa/ckpt.pt")["tokenizer_hash"] == hash_of("a/tok300.model")
 
 
-def test_a_tokenizer_json_is_no_file_of_stories(tmp_path):
+def test_a_tokenizer_json_is_not_a_story_file(tmp_path):
     write_stories(tmp_path, "a")
     make_bpe(tmp_path)
     assert [Path(p).name for p in tinystories.story_files(str(tmp_path))] == ["x.txt", "y.txt"]

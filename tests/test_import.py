@@ -438,8 +438,8 @@ def test_a_template_without_an_end_is_trained_and_replaced(tmp_path, monkeypatch
 
 
 BAD_TEMPLATES = {  # what import says of them
-    "a token must follow {reply}": TALK.replace("REPLY", "{{ m.content + ' [END]' }}"),
-    "<|end|> is no token": TALK.replace("REPLY", "{{ m.content + '<|end|>' }}"),
+    "such as {eos}, must follow {reply}": TALK.replace("REPLY", "{{ m.content + ' [END]' }}"),
+    "has no token <|end|>": TALK.replace("REPLY", "{{ m.content + '<|end|>' }}"),
     "it needs more than 1024 MB": "{{ 'a'*3000000000 }}",
     "it needs more than 5 seconds": "{% for i in range(99999) %}{% for j in range(99999) %}"
     "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",

@@ -1,4 +1,4 @@
-"""Instructions and preferences: every shape of record, what is learnt to the token, what is cut."""
+"""Instructions and preferences: record formats, learned tokens, truncation, and the story task."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def write(path, records):
 
 
 # ----------------------------------------------------------------------------
-# reading
+# Reading
 
 SHAPES = [
     (
@@ -97,7 +97,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
-def test_every_shape_is_read(name, tmp_path):
+def test_every_format_is_read(name, tmp_path):
     path = write(tmp_path / name, [item for item, _ in SHAPES])
     assert read(path) == [expected for _, expected in SHAPES]
 
@@ -360,7 +360,7 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
     "no role": ({"messages": [{"content": "A"}]}, "role None"),
     "not learned": (
         {"messages": [*says("A"), {"role": "assistant", "content": "B", "weight": 0}]},
-        "not to be learned",
+        "excluded from training",
     ),
     "image part": (
         {
@@ -377,7 +377,10 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
         },
         "part of type 'image_url': only text",
     ),
-    "two systems": ({"system": "T", "messages": [SYSTEM, *says("A", "B")]}, "two system prompts"),
+    "two systems": (
+        {"system": "T", "messages": [SYSTEM, *says("A", "B")]},
+        "two different system prompts",
+    ),
     "text history": ({"instruction": "A", "output": "B", "history": "long ago"}, '"history" must'),
     "oasst": (
         {"message_id": "1", "parent_id": None, "text": "A", "role": "prompter"},
@@ -400,7 +403,7 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
                 {"response": "X", "overall_score": 3},
             ],
         },
-        '"completions" must be replies, best first, or objects with different "rank"s',
+        '"completions" must be replies from best to worst, or objects with different "rank"s',
     ),
     "tied ranks": (
         {"prompt": "A", "completions": [{"answer": "B", "rank": 1}, {"answer": "X", "rank": 1}]},
@@ -422,15 +425,15 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_learned_is_refused_in_one_line(name, tmp_path):
+def test_unusable_records_are_refused_in_one_line(name, tmp_path):
     item, message = REFUSED[name]
     with pytest.raises(ValueError, match=rf"x\.jsonl, line 1: .*{message}") as e:
         read(write(tmp_path / "x.jsonl", [item]))
     assert len(str(e.value)) < 330 and "\n" not in str(e.value)
 
 
-def test_every_key_is_used_or_harmless_or_counted(tmp_path):
-    """Whatever is added to a record of any shape: nothing disappears without a word."""
+def test_every_key_is_used_harmless_or_counted(tmp_path):
+    """A key that is added to a record of any format is counted."""
     for name, (item, expected) in PUBLIC.items():
         found = instruct.record({**item, "mood": "glad", "empty": "", "prompt_id": "7"})
         assert found.ignored == tuple(sorted([*expected.ignored, "mood"])), name
@@ -446,9 +449,11 @@ def test_every_key_is_used_or_harmless_or_counted(tmp_path):
         assert sum(parts, instruct.collections.Counter()) == data.counts
 
 
-def test_no_text_disappears_without_a_word():
-    """Random records: nothing but ValueError is raised; and where any text of a record changes, so
-    does what is learned of it, or its key is harmless or counted."""
+def test_no_text_disappears_silently():
+    """
+    Random records raise nothing but ValueError; and if a text of a record changes, the learned text
+    changes too, or its key is harmless or counted.
+    """
     rng = random.Random(0)
     keys = [k for row in instruct.KEYS.values() for k in row] + ["mood", "label", "images", "tools"]
     texts = ["", "A", "B", "\n\nHuman: A\n\nAssistant: B", "\n\nHuman: C\n\nAssistant:", " "]
@@ -519,7 +524,7 @@ def test_no_text_disappears_without_a_word():
 CODE = "    return x\n\n"
 
 
-def test_replies_stay_as_they_are(tmp_path):
+def test_replies_stay_unchanged(tmp_path):
     """Indentation, trailing newlines and spaces are learned; only what a format adds is not."""
     shapes = [
         {"prompt": "def f(x):", "response": CODE},
@@ -560,8 +565,8 @@ def test_a_tokenizer_that_drops_spaces_is_named(tok512_model, tmp_path):
     assert not Instructions(write(tmp_path / "x.jsonl", records), "all", T, PLAIN, 99).counts
 
 
-def test_layouts_of_files(tmp_path):
-    """Objects one after the other, however they are broken into lines, and lists in an object."""
+def test_file_layouts(tmp_path):
+    """A sequence of objects with any line breaks, lists, and lists in an object."""
     items = [{"prompt": f"p{i}", "response": "r\n{"} for i in range(5)]
     expected = [Record([(f"p{i}", None)], "", ["r\n{"]) for i in range(5)]
     pretty = "\n".join(json.dumps(x, indent=2) for x in items)
@@ -589,7 +594,7 @@ def test_layouts_of_files(tmp_path):
             '{"prompt": "a",\n "response": "b"}\n{"prompt": "a"\n "response": "b"}',
             r"line 3: not JSON: .*noticed in line 4",
         ),
-        ('{"prompt": "a",\n "response": "b"}\n{"prompt": 3}', 'line 3: "prompt" is no text'),
+        ('{"prompt": "a",\n "response": "b"}\n{"prompt": 3}', 'line 3: "prompt" must be text'),
         ('{"prompt": "a", "response": "b"\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
         ('{"prompt": "a", "response": "b"},\n{"prompt": "a", "response": "b"}', "line 1: not JSON"),
         (
@@ -647,7 +652,7 @@ MISTAKES = [
     ({"text": "x"}, "none of"),
     ({"prompt": "x"}, '"response" is missing'),
     ({"prompt": "", "response": "y"}, "the prompt is empty"),
-    ({"prompt": 3, "response": "y"}, '"prompt" is no text but int'),
+    ({"prompt": 3, "response": "y"}, '"prompt" must be text, not int'),
     ({"prompt": "x", "completions": ["y"]}, "two or more"),
     ({"prompt": "x", "completions": ["y", None]}, "completions"),
     ({"chosen": "Hello", "rejected": "b"}, "must begin with Human:"),
@@ -690,7 +695,7 @@ def test_broken_files_name_the_line(text, line, tmp_path):
 def test_no_record_no_text_no_file(tmp_path):
     for text in "", "[]", " [ ] \n":
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match="holds no record"):
+        with pytest.raises(ValueError, match="has no records"):
             read(str(tmp_path / "x.json"))
     (tmp_path / "x.json").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -703,7 +708,7 @@ def test_no_record_no_text_no_file(tmp_path):
 # the template
 
 
-def test_llama2_template_letter_by_letter():
+def test_llama2_template_character_by_character():
     t, turns = TEMPLATES["llama2"], [("A", "B"), ("C", None)]
     assert T.text(t.prompt(T, turns)) == "<s>[INST] A [/INST]B</s><s>[INST] C [/INST]"
     assert T.text(t.prompt(T, turns, "S")) == (
@@ -712,7 +717,7 @@ def test_llama2_template_letter_by_letter():
     assert t.end(T) == 2
 
 
-def test_what_is_between_exchanges_and_next():
+def test_text_between_exchanges_and_next():
     t = Template("{bos}U {user}\nA {reply}<|end|>\n", next="-{user}+{reply}<|end|>\n").check(T)
     ids, mask = t.dialogue(T, [("a", "b"), ("c", "d")])
     assert T.text(ids) == "<s>U a\nA b<|end|>\n-c+d<|end|>"
@@ -732,13 +737,13 @@ def test_text_never_becomes_a_token_or_a_placeholder():
 @pytest.mark.parametrize(
     "template, message",
     [
-        (Template("{bos}{user}{reply}"), "a token must follow"),
-        (Template("{bos}{user}{reply}\n{eos}"), "a token must follow"),
-        (Template("{bos}{reply}{eos}"), "{user} must be in it once"),
-        (Template("{user}{reply}{reply}{eos}"), "{reply} must be in it once"),
-        (Template("{user}{system}{reply}{eos}"), "in its form `system` only"),
-        (Template("{user}{reply}{eos}", "{user}{reply}{eos}"), "{system} must be in it once"),
-        (Template("{user}<|im_end|>{reply}{eos}"), "<|im_end|> is no token of this tokenizer"),
+        (Template("{bos}{user}{reply}"), "a special token, such as {eos}, must follow"),
+        (Template("{bos}{user}{reply}\n{eos}"), "a special token, such as {eos}, must follow"),
+        (Template("{bos}{reply}{eos}"), "{user} must occur once"),
+        (Template("{user}{reply}{reply}{eos}"), "{reply} must occur once"),
+        (Template("{user}{system}{reply}{eos}"), "must occur in `system` only"),
+        (Template("{user}{reply}{eos}", "{user}{reply}{eos}"), "{system} must occur once"),
+        (Template("{user}<|im_end|>{reply}{eos}"), "this tokenizer has no token <|im_end|>"),
     ],
 )
 def test_templates_that_do_not_fit_are_refused(template, message):
@@ -746,7 +751,7 @@ def test_templates_that_do_not_fit_are_refused(template, message):
         template.check(T)
 
 
-def test_which_template(tmp_path, capsys):
+def test_find_template(tmp_path, capsys):
     mine = {"turn": "{bos}>{user}{reply}{eos}", "system": "{bos}{system}{user}{reply}{eos}"}
     (tmp_path / "t.json").write_text(json.dumps(mine))
     name = str(tmp_path / "t.json")
@@ -777,7 +782,7 @@ def test_which_template(tmp_path, capsys):
             instruct.find_template(name, {}, T)
 
 
-def test_with_a_real_tokenizer(tok512_model):
+def test_templates_with_a_real_tokenizer(tok512_model):
     from tokenizer import Tokenizer
 
     t = Tokenizer(tok512_model)
@@ -810,7 +815,7 @@ def random_records(n, seed=0):
     return out
 
 
-def test_the_mask_is_replies_and_end_tokens_and_nothing_else(tmp_path):
+def test_the_mask_is_exactly_replies_and_end_tokens(tmp_path):
     records = random_records(40)
     data = Instructions(write(tmp_path / "x.json", records), "all", T, PLAIN, 10_000)
     assert not data.counts and len(data) == 40
@@ -908,7 +913,7 @@ def test_dialogues_that_begin_with_the_assistant_or_end_with_the_user(tmp_path):
     prompts = InstructPrompts(path, "all", T, PLAIN, 99)
     assert prompts.counts == {
         "left out: begins with the assistant": 2,
-        "left out: prompt seen before": 1,
+        "left out: duplicate prompt": 1,
     }
     texts = {T.text(ids) for ids in prompts.batch(0, len(prompts))}
     expected = {f"<s>A{i}\nB</s><s>C\n" for i in range(40)}
@@ -922,9 +927,11 @@ def test_dialogues_that_begin_with_the_assistant_or_end_with_the_user(tmp_path):
 @pytest.mark.parametrize("records", [[LATE], [OPEN], [UNANSWERED], [LATE, OPEN, UNANSWERED]])
 def test_a_file_of_nothing_but_irregular_dialogues_is_refused(records, tmp_path):
     path = write(tmp_path / "x.jsonl", records)
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: messages must be user and assistant"):
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl, line 1: messages must be by user and assistant"
+    ):
         Instructions(path, "all", T, PLAIN, 99)
-    with pytest.raises(ValueError, match="line 2: messages must be user and assistant in turn"):
+    with pytest.raises(ValueError, match="line 2: messages must be by user and assistant in turn"):
         read(write(tmp_path / "x.jsonl", [*GOOD[:1], *records]))
 
 
@@ -940,7 +947,7 @@ def test_a_file_of_nothing_but_irregular_dialogues_is_refused(records, tmp_path)
         [{"role": "tool", "content": "x"}],
     ],
 )
-def test_messages_in_no_order_are_refused_beside_others(messages, tmp_path):
+def test_messages_out_of_order_are_refused(messages, tmp_path):
     path = write(tmp_path / "x.jsonl", [*GOOD, {"messages": messages}])
     for kind in Instructions, InstructPrompts:
         with pytest.raises(ValueError, match=r"x\.jsonl, line 41: .*user(,| and) assistant"):
@@ -967,7 +974,7 @@ def test_rankings(tmp_path):
         ({"prompt": "p", "chosen": "a", "rejected": ""}, "empty response"),
         ({"prompt": "p", "response": "a"}, "one completion, nothing to compare"),
         ({"prompt": "p", "chosen": "a", "rejected": "b" * 99}, "too long"),
-        (SHAPES[8][0], "the two dialogues part before the last reply"),
+        (SHAPES[8][0], "the dialogues differ before the last reply"),
     ]
     assert found([three, *(r for r, _ in rest)]) == (
         [kept],
@@ -992,13 +999,13 @@ def test_prompts(tmp_path):
     path = write(tmp_path / "x.json", [SHAPES[5][0], SHAPES[5][0], SHAPES[0][0]])
     data = InstructPrompts(path, "all", T, PLAIN, 10)
     assert sorted(map(T.text, data.batch(0, 2))) == ["<s>A\nB</s><s>C\n", "<s>Add.\n1 2\n"]
-    assert data.counts == {"left out: prompt seen before": 1}
+    assert data.counts == {"left out: duplicate prompt": 1}
     data = InstructPrompts(path, "all", T, PLAIN, 7)
     assert list(map(T.text, data.batch(0, len(data)))) == ["<s>C\n"]
     assert data.counts["left out: prompt too long"] == 1
 
 
-def test_a_system_prompt_needs_its_place(tmp_path):
+def test_a_system_prompt_needs_a_template_with_system(tmp_path):
     path = write(tmp_path / "x.json", [SHAPES[2][0]])
     with pytest.raises(ValueError, match="has no place"):
         Instructions(path, "all", T, Template("{bos}{user}{reply}{eos}"), 99)
@@ -1016,7 +1023,7 @@ sun. It was warm and the birds sang for them. After that, they ran home. Max and
 frog were very happy."""
 
 
-def test_a_reply_ends_where_tokenizer_template_and_checkpoint_say():
+def test_stop_ids_of_tokenizer_template_and_checkpoint():
     template = Template("{bos}{user}{reply}<|end|>")
     assert stop_ids(T, template) == {1, 2, 3}
     assert stop_ids(T, template, [9, 11]) == {1, 2, 3, 9, 11}
@@ -1042,13 +1049,13 @@ def test_gold_by_hand():
         "lesson": "He learned to share.",
         "friends": "They shared it.",
     }.items():
-        assert instruct.ends(f"One. Two. {last}", ending)
-        assert not instruct.ends(f"{last} One. Two.", ending)  # not in its last two sentences
-        assert not instruct.ends(f"One. Two. {last} Then", ending)  # not finished
+        assert instruct.has_ending(f"One. Two. {last}", ending)
+        assert not instruct.has_ending(f"{last} One. Two.", ending)  # not in its last two sentences
+        assert not instruct.has_ending(f"One. Two. {last} Then", ending)  # not finished
     one = "<s>Words: dog, cow. End: happy. Length: short.\n"  # with what a template puts around it
     assert instruct.gold([one, one], [STORY, ""]) == [0.875, 0]
     for bad in "Tell me of a dog.", "Words: dog. End: never.", "Words: dog. Length: huge.":
-        with pytest.raises(ValueError, match="asks for no story of this task"):
+        with pytest.raises(ValueError, match="is not an instruction of the story task"):
             instruct.gold([bad], [STORY])
 
 
@@ -1069,7 +1076,7 @@ def task(tmp_path_factory):
     return folder
 
 
-def test_what_is_asked_can_be_done(task):
+def test_instructions_can_be_fulfilled(task):
     sft, val = (read(str(task / f"task/{n}.jsonl")) for n in ("sft", "val"))
     assert len(sft) > 300 and len(val) > 10
     stories = [{r.completions[0] for r in records} for records in (sft, val)]
@@ -1085,7 +1092,7 @@ def test_what_is_asked_can_be_done(task):
         assert better == 1 and worse <= 0.9
 
 
-def test_the_task_is_the_same_each_time(task, tmp_path):
+def test_the_task_is_deterministic(task, tmp_path):
     first = (task / "task/sft.jsonl").read_bytes()
     instruct.main(["stories", f"--data_dir={task}"])
     assert (task / "task/sft.jsonl").read_bytes() == first
@@ -1095,7 +1102,7 @@ def test_the_task_is_the_same_each_time(task, tmp_path):
     assert not (tmp_path / "task/sft.jsonl").exists()
 
 
-def test_the_task_of_a_lone_file_holds_out_its_end(task, tmp_path, capsys):
+def test_the_task_of_a_single_file_holds_out_its_end(task, tmp_path, capsys):
     files = sorted((task / "TinyStories_all_data").iterdir())
     stories = [item["story"] for path in files for item in json.loads(path.read_text())]
     (tmp_path / "all.json").write_text(json.dumps(stories))
@@ -1109,13 +1116,13 @@ def test_the_task_of_a_lone_file_holds_out_its_end(task, tmp_path, capsys):
 
 
 def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
-    """Whatever the model tells: here what the prompt asks for, more or less of it."""
+    """With replies that fulfill the instruction to different degrees in place of a model's."""
 
-    def told(args, prompts, n):
+    def generate_stories(args, prompts, n):
         texts = [(STORY, True), ("A dog.", True), ("", True), ("cut in the mid", False)]
         return [texts[:n] for _ in prompts]
 
-    monkeypatch.setattr(instruct, "tell", told)
+    monkeypatch.setattr(instruct, "generate_stories", generate_stories)
     out = tmp_path / "pairs.jsonl"
     instruct.main(["pairs", f"--data_dir={task}", f"--output={out}", "--prompts=50"])
     rankings = read(str(out))
@@ -1127,7 +1134,7 @@ def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch
     instruct.main(["pairs", f"--data_dir={task}", "--prompts=50"])
     assert (task / "task/own_pairs.jsonl").read_bytes() == out.read_bytes()
     assert (task / "task/pairs.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match="told no two stories"):
+    with pytest.raises(ValueError, match="generated no two complete stories"):
         instruct.main(["pairs", f"--data_dir={task}", "--completions=1"])
     instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a,b"])
     assert capsys.readouterr().out.count("100.0%") == 2

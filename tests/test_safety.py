@@ -1,5 +1,7 @@
-"""What other users, other processes and the surroundings of a run can do to it: planted libraries and
-links, a second run in one folder, a closed pipe, libraries that are not installed, examples of --help."""
+"""
+Robustness against other users, other processes and the environment: planted libraries and links, a
+second run in one folder, a closed pipe, missing packages, and the documented commands.
+"""
 
 import ast
 import importlib.util
@@ -30,12 +32,12 @@ needs_cc = pytest.mark.skipif(
 )
 
 # ----------------------------------------------------------------------------
-# kernels.c: where its library lies, and what is said when there is none
+# The library of kernels.c: its folder, and the message without it
 
 
 @pytest.fixture
 def code(tmp_path, monkeypatch):
-    """A folder with a small kernels.c, in which no build/ can be made; the cache is tmp_path/cache."""
+    """A folder with a small kernels.c and no writable build/; the cache is tmp_path/cache."""
     folder = tmp_path / "code"
     folder.mkdir()
     (folder / "kernels.c").write_text("int answer(void) { return 42; }\n")
@@ -58,7 +60,7 @@ def compiled_name(folder):
 
 
 @needs_cc
-def test_library_goes_to_a_private_folder(code, tmp_path):
+def test_library_is_in_a_private_folder(code, tmp_path):
     assert load().answer() == 42
     folder = tmp_path / "cache/fable"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(list(folder.iterdir())) == 1
@@ -70,7 +72,7 @@ def test_library_goes_to_a_private_folder(code, tmp_path):
 @needs_cc
 @pytest.mark.parametrize("attack", ["owner", "mode", "link", "file", "file link", "parent"])
 def test_planted_library_is_not_loaded(code, tmp_path, attack, monkeypatch):
-    """Another user puts a library where ours would be: its code must not run."""
+    """Another user has put a library under the name of ours: its code must not run."""
     if attack in ("owner", "file") and os.getuid():
         pytest.skip("only root can give files away")
     kernels.compiled(code / "kernels.c")  # not loaded: a library that was stays, under its path
@@ -102,7 +104,7 @@ def test_planted_library_is_not_loaded(code, tmp_path, attack, monkeypatch):
 
 
 @needs_cc
-def test_library_changes_its_name_with_compiler_flags_and_processor(code, tmp_path, monkeypatch):
+def test_library_name_depends_on_compiler_flags_and_processor(code, tmp_path, monkeypatch):
     names = set()
 
     def note():
@@ -134,8 +136,8 @@ def test_library_changes_its_name_with_compiler_flags_and_processor(code, tmp_pa
         (None, "cannot write to"),
     ],
 )
-def test_says_why_there_is_no_library(code, tmp_path, cc, says, monkeypatch, capsys):
-    """One line, which is no error: PyTorch's kernels serve."""
+def test_message_without_a_library(code, tmp_path, cc, says, monkeypatch, capsys):
+    """One line, which is not an error: PyTorch's kernels are used."""
     if cc:
         monkeypatch.setenv("CC", cc)
     for name in () if cc else ("cache", "temporary"):
@@ -155,15 +157,15 @@ def test_says_why_there_is_no_library(code, tmp_path, cc, says, monkeypatch, cap
 
 
 # ----------------------------------------------------------------------------
-# files that are never half-written
+# Atomic writes
 
 
 def hidden(folder):
     return sorted(p.name for p in folder.glob(".*"))
 
 
-def test_temporary_names_are_shared_by_nobody(tmp_path):
-    """Two writers of one path at a time: each has its own file, the last to end wins, nothing is left."""
+def test_temporary_names_are_unique(tmp_path):
+    """Two concurrent writers of one path have two temporary files; the last to finish wins."""
     path = tmp_path / "file"
     with write_atomic(path) as first:
         with write_atomic(path) as second:
@@ -177,7 +179,7 @@ def test_temporary_names_are_shared_by_nobody(tmp_path):
 
 
 def test_planted_links_are_not_followed(tmp_path, monkeypatch):
-    """Neither under the name of old (NAME.tmp) nor under a name that was guessed."""
+    """Neither under the former name, NAME.tmp, nor under a guessed name."""
     victim, path = tmp_path / "victim", tmp_path / "folder/file"
     victim.write_text("precious")
     path.parent.mkdir()
@@ -194,7 +196,7 @@ def test_planted_links_are_not_followed(tmp_path, monkeypatch):
     assert torch.load(path) == {"a": 1} and victim.read_text() == "precious"
 
 
-def test_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path):
+def test_a_link_is_replaced_and_a_special_file_is_refused(tmp_path):
     victim, link = tmp_path / "victim", tmp_path / "link"
     victim.write_text("precious")
     link.symlink_to(victim)
@@ -225,7 +227,7 @@ with write_atomic({path!r}) as f:
 """
 
 
-def test_a_killed_write_is_removed_by_the_next_and_a_living_one_is_not(tmp_path):
+def test_the_next_write_removes_temporary_files_of_killed_processes_only(tmp_path):
     path = tmp_path / "file"
     child = subprocess.Popen(
         [sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))],
@@ -248,7 +250,7 @@ def test_a_killed_write_is_removed_by_the_next_and_a_living_one_is_not(tmp_path)
 
 
 # ----------------------------------------------------------------------------
-# one run in a folder at a time
+# One run per folder
 
 SMALL = (
     "--vocab_source=custom --vocab_size=96 --dim=16 --n_layers=1 --n_heads=2 --n_kv_heads=2 "
@@ -271,8 +273,10 @@ def command(data, out, more=""):
 
 
 def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
-    """While the first goes on: one line that names folder and process. A look at it is allowed, a kill
-    frees the folder, and the first run has lost nothing."""
+    """
+    While the first run continues: one line that names folder and process. Evaluating its checkpoint
+    is allowed, a kill releases the folder, and the first run has lost nothing.
+    """
     out = tmp_path / "out"
     argv = command(data, out, "--max_iters=100000 --eval_interval=2")
     first = subprocess.Popen(
@@ -317,7 +321,7 @@ def test_only_the_first_process_locks(data, tmp_path, monkeypatch):
     assert train.main(command(data, tmp_path)) == 0
 
 
-def test_the_lock_is_no_way_to_another_file(tmp_path):
+def test_the_lock_does_not_follow_links(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "run.lock").symlink_to("victim")
     with pytest.raises(OSError):
@@ -327,11 +331,11 @@ def test_the_lock_is_no_way_to_another_file(tmp_path):
 
 
 # ----------------------------------------------------------------------------
-# output that nobody reads
+# Output to a closed pipe
 
 
 @pytest.mark.parametrize("both", ["", "2>&1"])
-def test_training_goes_on_when_the_reader_leaves(data, tmp_path, both):
+def test_training_continues_when_the_pipe_is_closed(data, tmp_path, both):
     """train.py | head -1"""
     words = [
         sys.executable,
@@ -357,14 +361,14 @@ def test_training_goes_on_when_the_reader_leaves(data, tmp_path, both):
 
 
 # ----------------------------------------------------------------------------
-# what is not installed
+# Packages that are not installed
 
 
 @pytest.mark.parametrize(
     "flag, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb_log", "wandb")]
 )
-def test_optional_packages_are_looked_for_first(tmp_path, flag, module, monkeypatch):
-    """Before a model is made or a reference sampled, which may take an hour."""
+def test_optional_packages_are_checked_first(tmp_path, flag, module, monkeypatch):
+    """The check is before models are built and references sampled, which may take an hour."""
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(train, "setup", lambda args: pytest.fail("the run has begun"))
     with pytest.raises(
@@ -378,8 +382,8 @@ SCRIPTS = "train.py sample.py export.py instruct.py tinystories.py tokenizer.py"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_the_environment(script):
-    """A Python that has none of the packages (-S: no site-packages): one line with the remedy."""
+def test_missing_packages_are_one_line(script):
+    """A Python without packages (-S: no site-packages): one line with the remedy."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True, env=env
@@ -389,13 +393,13 @@ def test_without_the_environment(script):
     assert ".venv/bin/activate" in done.stderr and "pip install -r requirements.txt" in done.stderr
 
 
-def test_what_is_looked_for_is_what_is_required():
+def test_needed_packages_are_those_of_requirements_txt():
     required = re.findall(r"^(\w+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert set(common.NEEDED) == set(required) - {"pytest"}
 
 
 # ----------------------------------------------------------------------------
-# the examples of docstrings and --help
+# The commands in docstrings, README and doc/
 
 
 def examples():
@@ -420,8 +424,8 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("path, words", list(examples()))
-def test_examples_are_accepted(path, words, monkeypatch):
-    """Every flag is known and has a value that it may have; a model to be trained has a shape."""
+def test_documented_commands_are_valid(path, words, monkeypatch):
+    """Every flag exists and has a valid value; a model to train has a valid shape."""
     if path.name == "train.py":
         args = train.flags(words)
         ModelArgs(**{name: getattr(args, name) for name in train.MODEL_FLAGS})
@@ -440,6 +444,6 @@ def test_examples_are_accepted(path, words, monkeypatch):
         module.main()
 
 
-def test_every_command_has_examples():
+def test_every_command_has_documented_examples():
     files = {p.values[0].name for p in examples()}
     assert files >= set(SCRIPTS) and len(list(examples())) > 25

@@ -59,7 +59,7 @@ def model(request):
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_encode_is_sentencepiece_and_round_trips(model, text):
+def test_encode_equals_sentencepiece_and_round_trips(model, text):
     t, sp = Tokenizer(model), SentencePieceProcessor(model_file=model)
     plain = sp.encode(text)
     assert t.encode(text, False, False) == plain
@@ -126,10 +126,11 @@ def test_export_is_read_back(model, tmp_path):
     assert got == t.encode(text, False, False)
 
 
-def test_command_writes_bin_beside_model(made):
-    run = lambda *args: subprocess.run(
-        [sys.executable, str(ROOT / "tokenizer.py"), *args], capture_output=True, text=True
-    )
+def test_command_writes_bin_next_to_the_model(made):
+    def run(*args):
+        command = [sys.executable, str(ROOT / "tokenizer.py"), *args]
+        return subprocess.run(command, capture_output=True, text=True)
+
     assert run(f"--tokenizer-model={made}").returncode == 0
     assert os.path.getsize(made.replace(".model", ".bin")) > 4000
     r = run("--tokenizer-model=missing.model")
@@ -277,7 +278,7 @@ class Blob:
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "smollm2"])
-def test_byte_level_blob_is_the_librarys_tokenizer(kind, tmp_path):
+def test_byte_level_blob_equals_the_tokenizers_library(kind, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     t = Tokenizer(make_bpe(tmp_path / kind, kind))
     blob = Blob(tokenizer.byte_level_blob(t))
@@ -341,7 +342,7 @@ def test_control_tokens_of_a_tokenizer_json(tmp_path):
         ("[1]", "is not a tokenizer.json"),
     ],
 )
-def test_a_tokenizer_json_that_c_cannot_read(change, says, tmp_path):
+def test_unsupported_features_of_a_tokenizer_json(change, says, tmp_path):
     path = make_bpe(tmp_path / "a")
     if isinstance(change, dict):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -351,9 +352,9 @@ def test_a_tokenizer_json_that_c_cannot_read(change, says, tmp_path):
         tokenizer.byte_level_blob(Tokenizer(path))
 
 
-def test_shards_refuse_what_they_cannot_hold(tmp_path):
+def test_shards_refuse_unsuitable_tokenizers(tmp_path):
     path = make_bpe(tmp_path / "a")
-    with pytest.raises(ValueError, match="BOS is token 592, in shards it is 1"):
+    with pytest.raises(ValueError, match="BOS is token 592, but shards need token 1"):
         tinystories.pretokenize(str(tmp_path / "a"), 600)
     config = json.loads(path.read_text())
     config["added_tokens"] = []
