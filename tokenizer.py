@@ -28,13 +28,14 @@ from sentencepiece import SentencePieceProcessor
 # -----------------------------------------------------------------------------
 # Tokenizer
 
-BOS_ID, EOS_ID = 1, 2  # of llama2.c's tokenizers
+BOS_ID, EOS_ID = 1, 2  # ids in llama2.c's tokenizers
 
 
 def stop_ids(tokenizer, template=None, end_ids=()):
-    """The set of ids at which generated text ends, defined here for all commands: EOS and BOS of the
-    tokenizer (llama2.c's where there is none), because the next text would begin with BOS; with a
-    chat `template` also the token that ends a reply; and those that the checkpoint names, `end_ids`.
+    """
+    The set of ids at which generation stops, for all commands: EOS and BOS of the tokenizer (BOS
+    because the next text would begin with it), with a chat `template` also the token that ends a
+    reply, and `end_ids`, the ids in a checkpoint. A tokenizer of None stands for llama2.c's ids.
     """
     ids = (BOS_ID, EOS_ID) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
     ends = () if template is None else (template.end(tokenizer),)
