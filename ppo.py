@@ -1,39 +1,45 @@
-"""Proximal Policy Optimization of a language model, without padding and without guesses.
+"""Proximal Policy Optimization (PPO) of a language model.
 
-The objective for a prompt x and responses y is J(π) = E_π[r(x, y)] − β KL(π ‖ π_ref), in which r
-scores a finished response and the KL keeps the policy near the model it started from. Generating a
-response is an episode: each token is an action, the text so far is the state, and the score
-arrives with the last token. PPO (Schulman et al., 2017) improves π by gradient steps on
+For a prompt x, the objective is J(π) = E[r(x, y)] − β KL(π ‖ π_ref): the expected reward r of a
+response y sampled from the policy π, minus a penalty for the distance from the reference model
+π_ref, the model that training starts from. Each token of a response is an action, the text before
+it is the state, and the reward arrives with the last token. One iteration has five steps:
 
-    E[min(ratio · A, clip(ratio) · A)],   ratio = π(token | state) / π_old(token | state)
+    1. rollout      sample responses from π_old, the policy before the update
+    2. evaluate     log-probabilities of policy and reference, their KL, values V(state)
+    3. rewards      r on the last token of a response, −β KL on every token
+    4. advantages   A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; returns R = A + V
+    5. update       optimizer steps on minibatches of rollouts; the loss is the mean over actions of
 
-where π_old drew the tokens and A says how much better each was than a critic expected: a second
-network that learns V(state), the score still to come. The KL's gradient is not sampled but exact:
-that of the present token's distribution is in the loss, that of later ones in the rewards.
+        −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)  +  β KL(π ‖ π_ref)  −  c_H H(π)  +  c_V ½ (V − R)²
 
-J has a roof that can be computed: π*(y|x) ∝ π_ref(y|x) exp(r/β) reaches
-J*(x) = β log E_ref[exp(r/β)]. `objective_roof` estimates it from samples of the reference.
-A run is as good as J is close to J*.
+                    with the ratio ρ = π(action | state) / π_old(action | state) and the entropy H
 
-Everything per token is flat: the A actions (response tokens) of a batch of B rollouts, one
-rollout after the other. Letters as in model.py: B rollouts, N packed tokens, V vocabulary.
+The KL is exact, a sum over the vocabulary. Its gradient through the distribution of the current
+token is in the loss, its effect on later tokens is in the rewards. (A KL that is estimated from the
+sampled tokens is in the rewards alone.) References: step 4 is Schulman et al., 2016 (GAE), step 5
+is Schulman et al., 2017 (PPO), PPO of language models is Ouyang et al., 2022 (InstructGPT).
+
+Letters in shapes: B rollouts, each a prompt and its response; A actions, which are the response
+tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabulary; D dim.
 """
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from common import flag
 from kernels import TokenTerms, switched_on
 from model import generate
 
 # ----------------------------------------------------------------------------
-# configuration
+# hyperparameters
 
 
 @dataclass
@@ -153,43 +159,519 @@ class PPOConfig:
             raise ValueError(
                 f"rollouts ({self.rollouts}) must be a multiple of group_size ({self.group_size})"
             )
+        self.uses_values = self.advantage == "gae"
+        self.exact_kl = self.kl_penalty == "full"
+        # A KL estimate in the rewards has the whole gradient, the current token's part included.
+        self.kl_in_rewards = self.kl_in != "loss"
+        self.kl_in_loss = self.kl_in == "loss" or (self.kl_in == "both" and self.exact_kl)
 
 
 # ----------------------------------------------------------------------------
-# rewards: f(prompts, responses, ended) -> one score a rollout
+# numbers over all processes; numbers per rollout (B,) and per action (A,)
 
 
-class LengthReward:
-    """−|target − tokens| / 100 over prompt plus response, end token included, as the original."""
+def all_sum(*values):
+    """The sum of each tensor's elements on all processes, as floats."""
+    # On the CPU first: MPS has no float64.
+    packed = torch.stack([torch.as_tensor(v).detach().cpu().double().sum() for v in values])
+    if dist.is_initialized():
+        packed = packed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(packed)
+    return packed.tolist()
 
-    def __init__(self, target_len=200):
-        self.target_len = target_len
 
-    def __call__(self, prompts, responses, ended):
-        return [-abs(self.target_len - len(p) - len(r)) / 100 for p, r in zip(prompts, responses)]
+def mean_and_variance(x):
+    """Mean and variance of a tensor's elements on all processes, as floats."""
+    n, total = all_sum(torch.tensor(x.numel()), x)
+    return total / n, all_sum((x.cpu().double() - total / n).square())[0] / n
+
+
+def whiten(x, shift_mean=True):
+    """x scaled to variance 1 and, if shift_mean, shifted to mean 0, over all processes."""
+    mean, variance = mean_and_variance(x)
+    out = (x - mean) / math.sqrt(variance + 1e-8)
+    return out if shift_mean else out + mean
+
+
+def expand(x, counts):
+    """One number per rollout (B,) -> one per action (A,): [5, 7], counts [2, 1] -> [5, 5, 7]."""
+    return x.repeat_interleave(counts.to(x.device))
+
+
+def sum_per_rollout(x, counts):
+    """One number per action (A,) -> their sum per rollout (B,)."""
+    rollout = expand(torch.arange(len(counts), device=x.device), counts)
+    return x.new_zeros(len(counts)).index_add(0, rollout, x)
+
+
+def on_last_action(x, counts):
+    """One number per rollout (B,) -> one per action (A,), which is 0 except for the last one."""
+    out = x.new_zeros(int(counts.sum()))
+    out[counts.cumsum(0) - 1] = x
+    return out
 
 
 # ----------------------------------------------------------------------------
-# the pieces, each a function of flat tensors
+# rollouts, and the minibatches that are made of them
 
 
-class KLController:
-    """β that follows the KL of rollouts (Ziegler et al., 2019, section 2.2); an infinite horizon
-    keeps it as it is."""
+@dataclass
+class Rollouts:
+    """B rollouts with A actions in total, and what the steps of an iteration add to them."""
 
-    def __init__(self, value, target, horizon):
-        self.value, self.target, self.horizon = value, target, horizon
+    # step 1
+    queries: list  # B lists of token ids: the prompts
+    responses: list  # B lists of token ids, each with its end token if it has one
+    ended: torch.Tensor  # (B,) bool: the response ended with an end token; if not, it is truncated
+    old_logprobs: torch.Tensor  # (A,) log π_old(action | state)
+    # step 2
+    ref_logprobs: torch.Tensor = None  # (A,) log π_ref(action | state)
+    ref_hidden: torch.Tensor = None  # (A, D) the reference's hidden states, which give its logits
+    kl: torch.Tensor = None  # (A,) KL penalty in nats
+    values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
+    # step 3
+    scores: torch.Tensor = None  # (B,) the reward of each response before scaling and penalties
+    rewards: torch.Tensor = None  # (A,) the reward of each action, KL penalty included
+    # step 4
+    advantages: torch.Tensor = None  # (A,)
+    returns: torch.Tensor = None  # (A,) targets of the critic
+    kl_weight: float = 0.0  # weight of the KL in the loss
 
-    def update(self, kl, rollouts):
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * rollouts / self.horizon
+    def __post_init__(self):
+        self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
+        actions = [token for r in self.responses for token in r]
+        self.actions = torch.tensor(actions, device=self.old_logprobs.device)  # (A,) token ids
+
+    def minibatch(self, which):
+        """The rollouts with the indices `which`, as a Minibatch."""
+        queries, responses = ([x[i] for i in which] for x in (self.queries, self.responses))
+        batch = pack(queries, responses, self.actions.device)
+        ends = self.counts.cumsum(0)
+        span = torch.cat([torch.arange(ends[i] - self.counts[i], ends[i]) for i in which])
+        check_actions(batch, self.actions[span])
+        for name in "old_logprobs ref_logprobs ref_hidden values advantages returns".split():
+            x = getattr(self, name)
+            setattr(batch, name, None if x is None else x[span])
+        return batch
 
 
-def kl_estimate(logprob, ref_logprob, kind):
-    """Per-token estimates of KL(π ‖ ref) from log-probabilities of a token drawn from π (Schulman,
-    "Approximating KL divergence", 2020). kl: unbiased in value. abs and mse: biased, low variance.
-    k3: unbiased and never negative. Shapes (A,) -> (A,)."""
-    log_ratio = logprob - ref_logprob
+@dataclass
+class Minibatch:
+    """B rollouts packed for one forward pass: prompts and responses one after the other without
+    padding, each response without its last token, which predicts nothing."""
+
+    tokens: torch.Tensor  # (N,) token ids
+    state_ends: torch.Tensor  # (A,) index in N of the last token of each state
+    actions: torch.Tensor  # (A,) token ids, which the states are to predict
+    lengths: list  # B numbers that sum to N: tokens per rollout
+    counts: torch.Tensor  # (B,) actions per rollout
+    old_logprobs: torch.Tensor = None  # (A,) from here on as in Rollouts
+    ref_logprobs: torch.Tensor = None  # (A,)
+    ref_hidden: torch.Tensor = None  # (A, D)
+    values: torch.Tensor = None  # (A,)
+    advantages: torch.Tensor = None  # (A,)
+    returns: torch.Tensor = None  # (A,)
+
+
+def pack(queries, responses, device):
+    """B prompts and B responses, lists of token ids, as a Minibatch."""
+    tokens, lengths, state_ends, actions = [], [], [], []
+    for query, response in zip(queries, responses):
+        first = len(tokens) + len(query) - 1  # the prompt's last token predicts the first action
+        state_ends += range(first, first + len(response))
+        actions += response
+        tokens += query + response[:-1]
+        lengths.append(len(query) + len(response) - 1)
+    tensors = (torch.tensor(x, device=device) for x in (tokens, state_ends, actions))
+    return Minibatch(*tensors, lengths, torch.tensor([len(r) for r in responses]))
+
+
+# ----------------------------------------------------------------------------
+# equations of steps 2, 4 and 5
+
+
+def logprob_entropy_kl(logits, actions, ref_logits=None):
+    """log π(action), the entropy of π, and KL(π ‖ ref), (A,) each in fp32, of the distributions
+    π = softmax(logits) and ref = softmax(ref_logits), (A, V) both. The log-probability of an action
+    −1 is 0, and the KL without ref_logits. The fast twin is kernels.TokenTerms."""
+    if switched_on():
+        return TokenTerms.apply(logits, actions, ref_logits)
+    logp = logits.float().log_softmax(-1)
+    ref_logp = logp if ref_logits is None else ref_logits.float().log_softmax(-1)
+    logprobs = logp.gather(1, actions.clamp(min=0)[:, None])[:, 0] * (actions >= 0)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logprobs, entropy, (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+def gae(rewards, values, counts, gamma, lam):
+    """Generalized advantage estimation (Schulman et al., 2016, equation 16) of episodes that end
+    with their last action: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
+    rewards, values (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values."""
+    B, T = len(counts), int(counts.max())
+    inside = torch.arange(T + 1) < counts.cpu()[:, None]
+    r, v, adv = torch.zeros(3, B, T + 1)  # on the CPU: T tiny steps, on any device of the model
+    r[inside], v[inside] = rewards.cpu(), values.cpu()
+    for t in reversed(range(T)):
+        delta = r[:, t] + gamma * v[:, t + 1] - v[:, t]
+        adv[:, t] = (delta + gamma * lam * adv[:, t + 1]) * inside[:, t]
+    adv = adv[inside].to(values.device)
+    return adv, adv + values
+
+
+def policy_loss(logprobs, old_logprobs, advantages, low, high):
+    """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) of each action (A,), and where clipping removed its
+    gradient, (A,) bool."""
+    ratio = (logprobs - old_logprobs).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def value_loss(values, old_values, returns, clip):
+    """½ (V − R)² of each action (A,), and where clipping changed it, (A,) bool. If clip is not 0,
+    V is kept within `clip` of its old value where that makes the loss larger (OpenAI's code)."""
+    unclipped = (values - returns).square()
+    if not clip:
+        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
+    bounded = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = (bounded - returns).square()
+    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+# ----------------------------------------------------------------------------
+# the five steps
+
+
+@dataclass(eq=False)
+class PPOTrainer:
+    """PPO iterations: `rollout` is step 1, `step` is steps 2 to 5."""
+
+    config: PPOConfig
+    policy: nn.Module  # a Transformer; with value_model "shared", a TransformerWithValueHead
+    reference: nn.Module  # a frozen Transformer, which may be on a device of its own
+    critic: nn.Module  # a TransformerWithValueHead of its own; None if shared, or without a critic
+    optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer  # None if critic is None
+    autocast: Callable  # () -> the context of a forward pass
+    # () -> this rank's part of a batch of text: its weight in the mean over the batch (0: nothing
+    # follows), tokens, targets, and lengths where samples are packed
+    ptx: Callable = None
+    stop_ids: tuple = field(kw_only=True)  # tokens that end a response
+
+    def __post_init__(self):
+        c = self.config
+        if c.ptx_coef and self.ptx is None:
+            raise ValueError("ptx_coef needs text: a callable as ptx")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if c.rollouts // c.group_size < self.world:
+            raise ValueError(
+                f"{self.world} processes need at least {self.world * c.group_size} rollouts per "
+                f"iteration, a group of {c.group_size} for each, not {c.rollouts}"
+            )
+        self.device = self.policy.output.weight.device
+        self.checks = Checks(self.device.type, self.autocast, c.temperature)
+        # In float16 the gradients of such small losses vanish, so the update is in float32.
+        self.update_autocast = nullcontext if self.checks.float16 else self.autocast
+        # What an iteration changes, besides the models and optimizers:
+        self.iteration = 0
+        horizon = c.horizon if c.adap_kl_ctrl else math.inf
+        self.kl_controller = KLController(c.init_kl_coef, c.target, horizon)
+        self.average = None  # of the policy's weights
+        if c.averaging:
+            self.average = {k: v.detach().clone() for k, v in self.policy.state_dict().items()}
+
+    # ---- step 1
+
+    def rollout(self, prompts, seed):
+        """Samples a response to each of this rank's share of `prompts`, lists of token ids. Random
+        numbers are those of the whole batch, so that the number of processes does not matter."""
+        c, which = self.config, self.rollouts_of_rank(len(prompts))
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(len(prompts), c.max_gen_len, generator=generator)[which]
+        queries = [prompts[i] for i in which]
+        options = dict(stop_ids=self.stop_ids, uniform=uniform, max_batch=512)
+        with self.autocast():
+            out = generate(self.policy, queries, c.max_gen_len, c.temperature, **options)
+        logprobs = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())])
+        return Rollouts(queries, out.responses(), out.ended, logprobs.float())
+
+    def step(self, rollouts, scores):
+        """Steps 2 to 5 with this rank's rollouts. scores: one number per response, or one list per
+        response with a number per token. Returns statistics over all ranks; raises Mismatch or
+        FloatingPointError where to continue would be silently wrong."""
+        watch, beta = Stopwatch(), self.kl_controller.value
+        for model in filter(None, (self.policy, self.critic, self.reference)):
+            model.eval()  # no dropout: the ratio must be 1 before the first optimizer step
+        check_rollouts(rollouts, self.stop_ids)
+        self.evaluate(rollouts)
+        watch.lap("time/ppo/forward_pass")
+        self.compute_rewards(rollouts, scores, beta)
+        watch.lap("time/ppo/compute_rewards")
+        self.compute_advantages(rollouts, beta)
+        watch.lap("time/ppo/compute_advantages")
+        stats = self.update(rollouts)
+        watch.lap("time/ppo/optimize_step")
+        stats |= rollout_statistics(rollouts, beta, self.config.kl_penalty)
+        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        n_rollouts = all_sum(torch.tensor(len(rollouts.queries)))[0]
+        self.kl_controller.update(stats["ppo/kl_ref"], n_rollouts)
+        self.iteration += 1
+        watch.lap("time/ppo/calc_stats")
+        return stats | watch.seconds
+
+    # ---- step 2
+
+    @torch.no_grad()
+    def evaluate(self, rollouts):
+        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs."""
+        c, parts = self.config, []
+        for which in torch.arange(len(rollouts.queries)).split(c.mini_batch_size):
+            batch = rollouts.minibatch(which)
+            with self.autocast():
+                ref_hidden = self.hidden(self.reference, batch)
+                ref_logits = self.logits(self.reference, ref_hidden)
+                hidden = self.hidden(self.policy, batch)
+                logits, values = self.logits(self.policy, hidden), self.values(batch, hidden)
+            logprobs, _, kl = logprob_entropy_kl(logits, batch.actions, ref_logits)
+            ref_logprobs, _, _ = logprob_entropy_kl(ref_logits, batch.actions)
+            if not c.exact_kl:
+                kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
+            parts.append((logprobs, ref_logprobs, ref_hidden, kl, values))
+        logprobs, *rest = (torch.cat(x) for x in zip(*parts))
+        rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
+        self.checks.sampled_by_policy(rollouts, logprobs)
+        if self.checks.half:  # sampling rounds differently, by as much as an optimizer step changes
+            rollouts.old_logprobs = logprobs
+        if self.iteration == 0:
+            self.checks.policy_is_reference(rollouts, c.exact_kl)
+
+    def hidden(self, model, batch):
+        """Hidden states (A, D) at the ends of the states, from which the actions are predicted."""
+        device = model.output.weight.device  # of the reference it may be another one
+        return model.hidden(batch.tokens.to(device), batch.lengths)[batch.state_ends.to(device)]
+
+    def logits(self, model, hidden):
+        """Logits (A, V) from hidden states, on the policy's device, over the temperature."""
+        logits, temperature = model.output(hidden), self.config.temperature
+        logits = logits if temperature == 1 else logits.float() / temperature
+        return logits.to(self.device)
+
+    def values(self, batch, hidden):
+        """V(state) (A,) of the critic; of a shared one from the policy's hidden states."""
+        if not self.config.uses_values:
+            return torch.zeros(len(batch.actions), device=self.device)
+        if self.critic is None:
+            return self.policy.values(hidden)
+        return self.critic.values(self.hidden(self.critic, batch))
+
+    # ---- step 3
+
+    def compute_rewards(self, rollouts, scores, beta):
+        """Sets scores and rewards."""
+        c, counts = self.config, rollouts.counts
+        rewards = token_scores(scores, counts)  # (A,), on the last action unless one per token
+        rollouts.scores = sum_per_rollout(rewards, counts)
+        rewards = adjust_rewards(rewards, rollouts, c).to(self.device)
+        if c.kl_in_rewards:
+            rewards = rewards - beta * rollouts.kl
+        rollouts.rewards = whiten(rewards, shift_mean=False) if c.whiten_rewards else rewards
+
+    # ---- step 4
+
+    def compute_advantages(self, rollouts, beta):
+        """Sets advantages, returns and kl_weight."""
+        c, rewards, counts = self.config, rollouts.rewards, rollouts.counts
+        if c.uses_values and self.iteration == 0:
+            rollouts.values += self.start_values_at(rollouts.scores)
+        if c.uses_values:
+            advantages, returns = gae(rewards, rollouts.values, counts, c.gamma, c.lam)
+            if c.lam_value != c.lam:
+                _, returns = gae(rewards, rollouts.values, counts, c.gamma, c.lam_value)
+        else:
+            advantages, returns = advantages_without_critic(rewards, counts, c)
+        kl_scale = 1.0
+        if c.whiten_advantages:  # The KL in the loss must have the scale of the KL in the rewards.
+            kl_scale = 1 / math.sqrt(mean_and_variance(advantages)[1] + 1e-8)
+            advantages = whiten(advantages)
+        rollouts.advantages, rollouts.returns = advantages, returns
+        rollouts.kl_weight = kl_scale * beta
+
+    # ---- step 5
+
+    def update(self, rollouts):
+        """The PPO epochs. Minibatches are drawn from the rollouts of all ranks, and each rank works
+        on its own among them, so that the number of processes does not matter."""
+        c = self.config
+        total = int(all_sum(torch.tensor(len(rollouts.queries)))[0])
+        per_step = c.mini_batch_size * c.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)
+        local = {rollout: i for i, rollout in enumerate(self.rollouts_of_rank(total))}
+        warmup = self.iteration == 0 and self.critic is not None and c.critic_warmup > 0
+        history, skipped = [], 0
+        for epoch in range(c.critic_warmup if warmup else c.ppo_epochs):
+            order = torch.randperm(total, generator=generator).tolist()
+            for first in range(0, total, per_step):
+                which = [local[i] for i in order[first : first + per_step] if i in local]
+                stats = self.backward(rollouts, which, train_policy=not warmup)
+                if not warmup and epoch == first == 0:
+                    self.checks.ratio_is_one(stats)
+                if stats.get("ppo/policy/ratio", 0) > c.ratio_threshold:
+                    skipped += 1
+                    self.zero_grad()
+                    continue
+                stats["grad_norm"] = self.optimizer_step(train_policy=not warmup)
+                history.append(stats)
+            stopped = c.early_stopping and stats.get("ppo/policy/policykl", 0) > 1.5 * c.target_kl
+            if stopped:
+                break
+        return update_statistics(history, epoch + 1, skipped, stopped)
+
+    def backward(self, rollouts, which, train_policy):
+        """Adds up the gradients of one optimizer step on the rollouts with the indices `which`, in
+        forward passes of mini_batch_size rollouts. Returns statistics over all ranks."""
+        c = self.config
+        n_actions, n_rollouts = all_sum(rollouts.counts[which], torch.tensor(len(which)))
+        names = ["ppo/loss/total", *POLICY_STATISTICS * train_policy]
+        sums = dict.fromkeys([*names, *VALUE_STATISTICS * c.uses_values], 0.0)
+        for i in range(0, len(which), c.mini_batch_size):
+            batch = rollouts.minibatch(which[i : i + c.mini_batch_size])
+            weight = torch.full((len(batch.counts),), 1 / n_actions)
+            if c.loss_aggregation == "sequence":
+                weight = 1 / (n_rollouts * batch.counts)
+            weight = expand(weight, batch.counts).to(self.device)
+            loss, stats = self.loss(batch, weight, rollouts.kl_weight, train_policy)
+            loss.backward()
+            for name, x in stats.items():
+                sums[name] = sums[name] + x.detach()
+        if train_policy and c.ptx_coef:
+            self.ptx_backward(sums)
+        return dict(zip(sums, all_sum(*sums.values())))
+
+    def loss(self, batch, weight, kl_weight, train_policy):
+        """The loss of a minibatch, and statistics. weight (A,): of each action in the mean over the
+        whole optimizer step, so that the sum over minibatches and ranks does not depend on the
+        split. If train_policy is False, it is the critic's part alone."""
+        c, loss, hidden, stats = self.config, 0.0, None, {}
+
+        def mean(x):
+            return (x.float() * weight).sum()
+
+        if train_policy:
+            with self.update_autocast():
+                hidden = self.hidden(self.policy, batch)  # (A, D)
+                logits = self.logits(self.policy, hidden)  # (A, V)
+            ref_logits = self.ref_logits(batch) if c.kl_in_loss and c.exact_kl else None
+            logprobs, entropy, kl = logprob_entropy_kl(logits, batch.actions, ref_logits)  # (A,)
+            clip = c.cliprange, c.cliprange_high or c.cliprange
+            surrogate, clipped = policy_loss(logprobs, batch.old_logprobs, batch.advantages, *clip)
+            loss = mean(surrogate) - c.entropy_coef * mean(entropy)
+            if c.kl_in_loss:
+                if not c.exact_kl:
+                    kl = kl_estimate(logprobs, batch.ref_logprobs, c.kl_penalty)
+                loss = loss + kl_weight * mean(kl)
+            log_ratio = (logprobs - batch.old_logprobs).detach()
+            stats |= policy_statistics(mean, surrogate, entropy, clipped, log_ratio)
+            stats |= self.checks.ratio_sums(log_ratio, clipped)
+        if c.uses_values:
+            with self.update_autocast():
+                values = self.values(batch, hidden)  # (A,)
+            squares, clipped = value_loss(values, batch.values, batch.returns, c.cliprange_value)
+            loss = loss + (c.vf_coef if self.critic is None else 1.0) * mean(squares)
+            stats |= value_statistics(mean, squares, clipped, values, batch.returns)
+        return loss, stats | {"ppo/loss/total": loss}
+
+    def rollouts_of_rank(self, total):
+        """Indices of the rollouts, of `total`, that this rank has: every world-th group."""
+        return [i for i in range(total) if i // self.config.group_size % self.world == self.rank]
+
+    def ref_logits(self, batch):
+        with torch.no_grad(), self.autocast():
+            return self.logits(self.reference, batch.ref_hidden)
+
+    def ptx_backward(self, sums):
+        """Adds the gradient of the pretraining loss (PPO-ptx, Ouyang et al., 2022), and its value
+        to the sums of statistics."""
+        c = self.config
+        for _ in range(c.gradient_accumulation_steps):
+            weight, *text = self.ptx()
+            if weight:
+                with self.update_autocast():
+                    loss = weight / c.gradient_accumulation_steps * self.policy(*text)
+                (c.ptx_coef * loss).backward()
+                sums["ppo/loss/ptx"] += loss.item()
+                sums["ppo/loss/total"] += c.ptx_coef * loss.item()
+
+    def optimizer_step(self, train_policy):
+        """Sums the gradients over all ranks, clips those of policy and critic separately, and takes
+        an optimizer step. Returns the policy's gradient norm."""
+        models = [(self.policy, self.optimizer)] * train_policy
+        models += [(self.critic, self.critic_optimizer)] * (self.critic is not None)
+        norms = {}
+        for model, optimizer in models:
+            params = [p for p in model.parameters() if p.requires_grad]
+            for p in params:  # a rank without rollouts in this step has no gradients
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if dist.is_initialized():
+                    dist.all_reduce(p.grad)
+            limit = self.config.max_grad_norm or math.inf
+            norms[model] = torch.nn.utils.clip_grad_norm_(params, limit)
+            if not torch.isfinite(norms[model]):
+                raise FloatingPointError("a gradient is not finite")
+            optimizer.step()
+        self.zero_grad()
+        if self.average is not None and train_policy:
+            with torch.no_grad():
+                for k, v in self.policy.state_dict().items():
+                    self.average[k].lerp_(v, 1 - self.config.averaging)
+        return float(norms.get(self.policy, 0.0))
+
+    def zero_grad(self):
+        for optimizer in filter(None, (self.optimizer, self.critic_optimizer)):
+            optimizer.zero_grad(set_to_none=True)
+
+    def start_values_at(self, scores):
+        """If the value head is all 0, sets its bias to the mean score; returns the change."""
+        head = (self.critic or self.policy).value_head
+        if any(bool(p.any()) for p in head.parameters()):
+            return 0.0
+        total, n_rollouts = all_sum(scores, torch.tensor(len(scores)))
+        torch.nn.init.constant_(head.bias, total / n_rollouts)
+        return total / n_rollouts
+
+    # ---- resuming
+
+    def state_dict(self):
+        """All that an iteration changes, except the policy's weights."""
+        critic = self.critic is not None
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict() if critic else None,
+            "critic_optimizer": self.critic_optimizer.state_dict() if critic else None,
+            "average": self.average,
+            "kl_coef": self.kl_controller.value,
+            "iteration": self.iteration,
+        }
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.average is not None and state["average"] is not None:
+            self.average = {k: v.to(self.device) for k, v in state["average"].items()}
+        self.kl_controller.value, self.iteration = state["kl_coef"], state["iteration"]
+
+
+# ----------------------------------------------------------------------------
+# variants of the steps
+
+
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """KL(π ‖ ref) per token, estimated from the log-probabilities (A,) of tokens sampled from π
+    (Schulman, "Approximating KL divergence", 2020). kl (k1): unbiased. abs, mse (k2): biased, with
+    a low variance. k3: unbiased and never negative."""
+    log_ratio = logprobs - ref_logprobs
     if kind == "kl":
         return log_ratio
     if kind == "abs":
@@ -201,58 +683,33 @@ def kl_estimate(logprob, ref_logprob, kind):
     raise ValueError(f"unknown KL estimate {kind!r}")
 
 
-def logprob_entropy_kl(logits, target, ref_logits=None):
-    """Of each token's distribution π = softmax(logits), logits (A, V): log π of the target (A,), 0 if
-    that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits), 0 without ref_logits.
-    All (A,) in fp32. kernels.TokenTerms computes the same with less memory in the backward pass."""
-    if switched_on():
-        return TokenTerms.apply(logits, target, ref_logits)
-    logp = logits.float().log_softmax(-1)
-    logprob = logp.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
-    entropy = -(logp.exp() * logp).sum(-1)
-    if ref_logits is None:
-        return logprob, entropy, torch.zeros_like(entropy)
-    return logprob, entropy, (logp.exp() * (logp - ref_logits.float().log_softmax(-1))).sum(-1)
+def adjust_rewards(rewards, rollouts, config):
+    """Scores per token (A,), scaled, clipped, and with the penalty of truncated responses."""
+    c, counts = config, rollouts.counts
+    if c.reward_scale:
+        rewards = rewards / math.sqrt(max(mean_and_variance(rollouts.scores)[1], 1e-12))
+    if c.reward_clip:
+        rewards = rewards.clamp(-c.reward_clip, c.reward_clip)
+    truncated = (~rollouts.ended.cpu()).float()
+    return rewards - on_last_action(c.missing_eos_penalty * truncated, counts)
 
 
-def over_tokens(x, counts):
-    """One number a rollout (B,) -> one an action (A,), counts (B,): [5, 7], [2, 1] -> [5, 5, 7]."""
-    return x.repeat_interleave(counts.to(x.device))
+def advantages_without_critic(rewards, counts, config):
+    """Advantages and returns (A,) of REINFORCE, RLOO and GRPO, from rewards (A,). Of REINFORCE they
+    are the discounted rewards to come, whose mean is the baseline if advantages are whitened."""
+    c = config
+    if c.advantage == "reinforce":
+        return gae(rewards, torch.zeros_like(rewards), counts, c.gamma, 1.0)
+    totals = sum_per_rollout(rewards, counts)
+    advantages = group_advantages(totals, c.group_size, c.advantage)
+    return expand(advantages, counts), expand(totals, counts)
 
 
-def sum_by_rollout(x, counts):
-    """The reverse, by sums: (A,) and counts (B,) -> (B,)."""
-    rollout = over_tokens(torch.arange(len(counts), device=x.device), counts)
-    return x.new_zeros(len(counts)).index_add(0, rollout, x)
-
-
-def place_scores(scores, counts):
-    """One score a rollout (B,) -> rewards (A,), each score on the last token of its response."""
-    rewards = scores.new_zeros(int(counts.sum()))
-    rewards[counts.cumsum(0) - 1] = scores
-    return rewards
-
-
-def gae(rewards, values, counts, gamma, lam):
-    """Generalized advantage estimation (Schulman et al., 2016, equation 16) for episodes that end
-    with their last action: A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
-    rewards, values (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values."""
-    B, T = len(counts), int(counts.max())
-    inside = torch.arange(T + 1) < counts.cpu()[:, None]
-    r, v, adv = torch.zeros(3, B, T + 1)  # on the CPU: T tiny steps, wherever the model is
-    r[inside], v[inside] = rewards.cpu(), values.cpu()
-    for t in reversed(range(T)):
-        delta = r[:, t] + gamma * v[:, t + 1] - v[:, t]
-        adv[:, t] = (delta + gamma * lam * adv[:, t + 1]) * inside[:, t]
-    adv = adv[inside].to(values.device)
-    return adv, adv + values
-
-
-def group_advantages(scores, group_size, kind):
-    """One advantage a rollout (B,), from scores (B,) of groups of neighbours with one prompt.
-    rloo: score minus the mean of the others (Ahmadian et al., 2024). grpo: standardised in the
-    group (Shao et al., 2024)."""
-    groups = scores.view(-1, group_size)
+def group_advantages(rewards, group_size, kind):
+    """Advantages (B,) from total rewards (B,) of rollouts of which each group_size neighbours have
+    the same prompt. rloo: reward minus the mean of the others in the group (Ahmadian et al., 2024).
+    grpo: reward minus the group's mean, over its standard deviation (Shao et al., 2024)."""
+    groups = rewards.view(-1, group_size)
     if kind == "rloo":
         others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
         return (groups - others).flatten()
@@ -260,76 +717,36 @@ def group_advantages(scores, group_size, kind):
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
 
-def all_sum(*values):
-    """Sums of tensors over all processes."""
-    # On the CPU first: MPS has no float64.
-    packed = torch.stack([torch.as_tensor(v).detach().cpu().double().sum() for v in values])
-    if dist.is_initialized():
-        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        packed = packed.to(where)
-        dist.all_reduce(packed)
-    return packed.tolist()
+class KLController:
+    """β that keeps the KL per rollout near a target (Ziegler et al., 2019, section 2.2). With an
+    infinite horizon β is constant."""
 
+    def __init__(self, value, target, horizon):
+        self.value, self.target, self.horizon = value, target, horizon
 
-def mean_and_variance(x):
-    """Of a tensor's numbers on all processes."""
-    n, total = all_sum(torch.tensor(x.numel()), x)
-    return total / n, all_sum((x.cpu().double() - total / n).square())[0] / n
-
-
-def whiten(x, shift_mean=True):
-    """x with variance 1, and mean 0 unless told otherwise, over the batch of all processes."""
-    mean, var = mean_and_variance(x)
-    out = (x - mean) / math.sqrt(var + 1e-8)
-    return out if shift_mean else out + mean
-
-
-def policy_loss(logprobs, old_logprobs, advantages, low, high):
-    """PPO's clipped surrogate, negated, for each action (A,); and where the clip took the gradient
-    away, (A,) bool. The ratio may go from 1 − low to 1 + high before it is clipped."""
-    ratio = (logprobs - old_logprobs).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(plain, clipped), clipped > plain
-
-
-def value_loss(values, old_values, returns, clip):
-    """½ (V − R)² for each action (A,), V kept within `clip` of its old value unless clip is 0 (then
-    the larger of both losses counts, as in OpenAI's code); and where the clip acted, (A,) bool."""
-    plain = (values - returns).square()
-    if not clip:
-        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
-    bounded = old_values + (values - old_values).clamp(-clip, clip)
-    clipped = (bounded - returns).square()
-    return 0.5 * torch.maximum(plain, clipped), clipped > plain
-
-
-def objective_roof(scores, beta):
-    """J* = mean over prompts of β log E_ref[exp(r/β)], and half its 95 % confidence interval, from
-    scores (prompts, samples) of reference samples. β = 0: the best sample of each prompt.
-
-    The logarithm of a mean of n samples is low by half its relative variance, to first order:
-    that is added, Σ w² − 1/n with w = softmax(r/β). Of 128 samples of stories260K J* was low by
-    0.008, 0.017 and 0.026 at β = 0.2, 0.05 and 0.02; so it is by 0.000, 0.007 and 0.019."""
-    scores, n = scores.double(), scores.shape[1]
-    per_prompt, variance = scores.max(1).values, torch.zeros(1)
-    if beta:
-        variance = (scores / beta).softmax(1).square().sum(1) - 1 / n
-        per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(n) + variance / 2)
-    # Over the prompts, of which each adds its samples' error; of one prompt, that error alone.
-    spread = per_prompt.std() if len(per_prompt) > 1 else beta * variance[0].sqrt()
-    return per_prompt.mean().item(), 1.96 * spread.item() / math.sqrt(len(per_prompt))
+    def update(self, kl, rollouts):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * rollouts / self.horizon
 
 
 # ----------------------------------------------------------------------------
-# the trainer
+# checks: where to continue would be silently wrong, an iteration raises an error
 
 
-# How far two computations of the log-probabilities of the same tokens may be apart (see check): what
-# share of the tokens may be off by more than the limit of a token; that limit; the limits of the mean
-# absolute difference, of the mean difference, and of the mean KL of a rollout. The products of GPUs are
-# in TF32. For stories260K the mean absolute difference is 3e-6, 6e-4 and 0.013, and of 60,000 tokens
-# the worst is off by 3e-5, 0.01 and 0.32: in half precision a maximum has no limit, a share has.
+class Mismatch(RuntimeError):
+    """Policy, reference, rollouts or scores do not belong together."""
+
+
+class RewardError(ValueError):
+    """The user's reward function failed or returned something that is not a score. It is raised
+    before an iteration has changed any weight, as Mismatch is."""
+
+
+# What rounding can explain where two computations of one log-probability differ: the share of the
+# tokens that may differ by more than the limit per token; this limit; those of the mean absolute
+# difference, of the mean difference, and of the mean KL per rollout, in nats. GPUs use TF32.
+# For stories260K the mean absolute difference is 3e-6, 6e-4 and 0.013, and the largest of 60,000
+# tokens is 3e-5, 0.01 and 0.32. In half precision nothing bounds the largest: the share is bounded.
 LIMITS = {
     "float32": (0.0, 5e-3, 3e-4, 3e-4, 0.03),
     "tf32": (1e-3, 0.03, 5e-3, 1e-3, 0.15),
@@ -337,551 +754,224 @@ LIMITS = {
 }
 
 
-class RewardError(ValueError):
-    """The user's reward failed, or gave something that is no score."""
+class Checks:
+    """Of log-probabilities, within the LIMITS of the precision of the trainer's forward passes."""
+
+    def __init__(self, device_type, autocast, temperature):
+        with autocast():
+            self.half = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if self.half else torch.float32
+        self.float16 = dtype is torch.float16
+        precision = "half" if self.half else "float32" if device_type == "cpu" else "tf32"
+        self.far_share, *limits = LIMITS[precision]
+        limits = [x / min(temperature, 1.0) for x in limits]  # the logits are over the temperature
+        self.token_limit, self.mean_limit, self.bias_limit, self.kl_limit = limits
+
+    def sampled_by_policy(self, rollouts, logprobs):
+        """The policy that is trained is the one that sampled the rollouts."""
+        sums = self.error_sums(logprobs - rollouts.old_logprobs)
+        self.near_zero("log-probabilities of sampling and training differ", all_sum(*sums))
+
+    def policy_is_reference(self, rollouts, exact_kl):
+        """Before the first update, the policy is the reference: their KL is 0."""
+        kl = rollouts.kl if exact_kl else rollouts.old_logprobs - rollouts.ref_logprobs
+        n_rollouts = torch.tensor(len(rollouts.counts))
+        kl, n_rollouts, *sums = all_sum(kl, n_rollouts, *self.error_sums(rollouts.kl))
+        what = "policy and reference differ before the first update"
+        self.near_zero(what, sums, kl / n_rollouts)
+
+    def ratio_is_one(self, stats):
+        """In the first minibatch, the policy is still the one that sampled the rollouts."""
+        n, *sums, clipped = (stats[name] for name in RATIO_SUMS)
+        problem = "the ratio of the first minibatch is not 1: "
+        self.near_zero(problem + "log-probabilities differ", (n, *sums))
+        if clipped > self.far_allowed(n):
+            raise Mismatch(problem + f"{clipped / n:.2%} of the tokens are clipped")
+
+    def ratio_sums(self, log_ratio, clipped):
+        """What ratio_is_one needs of a minibatch, as statistics."""
+        return dict(zip(RATIO_SUMS, (*self.error_sums(log_ratio), clipped.sum())))
+
+    def error_sums(self, error):
+        """What near_zero needs of errors (A,), as sums, which add up over minibatches and ranks:
+        their number, absolute values, values, and how many are above the limit per token."""
+        far = error.abs() > self.token_limit
+        return torch.tensor(len(error)), error.abs().sum(), error.sum(), far.sum()
+
+    def far_allowed(self, n):
+        """How many of n tokens may be above the limit per token: a share, and one if n is small."""
+        return 1 + self.far_share * n if self.far_share else 0
+
+    def near_zero(self, what, sums, kl=0.0):
+        """Raises Mismatch unless rounding explains the errors and the KL per rollout. In the mean
+        of the errors and in the KL, rounding errors cancel, but not the bias of a truncated
+        distribution."""
+        n, total, signed, far = sums
+        n = max(n, 1)
+        near = total <= self.mean_limit * n and abs(signed) <= self.bias_limit * n
+        if not (near and far <= self.far_allowed(n) and abs(kl) <= self.kl_limit):
+            raise Mismatch(
+                f"{what} by {max(total / n, abs(kl)):.3g} nats on average, and at {far / n:.2%} of "
+                f"the tokens by more than {self.token_limit:.2g}: sampling, training and reference "
+                "do not agree on model, mask or temperature"
+            )
 
 
-class Mismatch(RuntimeError):
-    """Models, rollouts, mask and scores do not belong together: going on would be silently wrong."""
-
-
-class Packed(NamedTuple):
-    """Some rollouts as one packed input: the prompts, and the responses but for their last token.
-    tokens (N,), lengths list; action (A,) positions in N whose *next* token is a response token,
-    target (A,) those tokens."""
-
-    tokens: torch.Tensor
-    lengths: list
-    action: torch.Tensor
-    target: torch.Tensor
-
-
-def pack(queries, responses, device):
-    tokens, lengths, action, target = [], [], [], []
-    for q, r in zip(queries, responses):
-        first = len(tokens) + len(q) - 1  # this position predicts the first response token
-        action += range(first, first + len(r))
-        target += r
-        tokens += q + r[:-1]
-        lengths.append(len(q) + len(r) - 1)
-    tokens, action, target = (torch.tensor(x, device=device) for x in (tokens, action, target))
-    return Packed(tokens, lengths, action, target)
-
-
-@torch.no_grad()
-def against_reference(policy, reference, queries, responses, size, temperature=1.0):
-    """How far a policy is from a reference on its own responses, `size` at a time: of each response
-    the KL in nats, exact over the vocabulary at each of its tokens, and the reference's
-    log-probability, (B,) both."""
-    kls, ref_logprobs = [], []
-    for i in range(0, len(queries), size):
-        both = []
-        for model in (reference, policy):
-            p = pack(queries[i : i + size], responses[i : i + size], model.output.weight.device)
-            logits = model.output(model.hidden(p.tokens, p.lengths)[p.action]).float() / temperature
-            both.append(logits.to(policy.output.weight.device))
-        ref, logits = both
-        counts = torch.tensor([len(r) for r in responses[i : i + size]])
-        kls.append(sum_by_rollout(logprob_entropy_kl(logits, p.target, ref)[2], counts))
-        ref_logprobs.append(sum_by_rollout(logprob_entropy_kl(ref, p.target)[0], counts))
-    return torch.cat(kls), torch.cat(ref_logprobs)
-
-
-def check_rollouts(queries, responses, ended, logprobs, stop_ids):
-    """What must hold of rollouts whatever the configuration; raises Mismatch."""
-    if not len(queries) == len(responses) == len(ended):
-        sizes = len(queries), len(responses), len(ended)
+def check_rollouts(r, stop_ids):
+    """Raises Mismatch unless prompts, responses, ends and log-probabilities belong together."""
+    sizes = len(r.queries), len(r.responses), len(r.ended)
+    if len(set(sizes)) > 1:
         raise Mismatch("{} prompts, {} responses, {} end flags".format(*sizes))
-    if logprobs.numel() != sum(map(len, responses)):
-        raise Mismatch("rollouts must have one log-probability for each response token")
-    for r, done in zip(responses, ended.tolist()):
-        if not r:
-            raise Mismatch("a response is empty: its end token is part of it, to be trained")
-        if done != (r[-1] in stop_ids):
-            raise Mismatch("a response that ended lacks its end token, or a cut one has it")
-    if not bool(torch.isfinite(logprobs).all()) or float(logprobs.max()) > 1e-4:
+    if r.old_logprobs.numel() != len(r.actions):
+        raise Mismatch("rollouts must have one log-probability per response token")
+    for response, ended in zip(r.responses, r.ended.tolist()):
+        if not response:
+            raise Mismatch("a response is empty: it must contain at least its end token")
+        if ended != (response[-1] in stop_ids):
+            raise Mismatch("a response that ended lacks its end token, or a truncated one has it")
+    if not bool(torch.isfinite(r.old_logprobs).all()) or float(r.old_logprobs.max()) > 1e-4:
         raise Mismatch("a rollout's log-probability is not that of a token")
 
 
-class PPOTrainer:
-    """Runs PPO iterations: `rollout` draws responses, `step` learns from them.
-
-    policy     a Transformer; with value_model "shared", a TransformerWithValueHead
-    reference  a frozen Transformer
-    critic     a TransformerWithValueHead of its own, or None (shared, or no critic wanted)
-    optimizer, critic_optimizer  the latter None where critic is None
-    context    what to run forward passes in (autocast), a zero-argument callable
-    ptx        a callable giving this rank's part of a batch of text: what its mean loss weighs in
-               that of the batch (0: no more follows), tokens, targets, maybe lengths; or None
-    stop_ids   the tokens that end a response
-    """
-
-    def __init__(
-        self,
-        config,
-        policy,
-        reference,
-        critic,
-        optimizer,
-        critic_optimizer,
-        context,
-        ptx=None,
-        *,
-        stop_ids,
-    ):
-        c = self.config = config
-        self.policy, self.reference, self.critic = policy, reference, critic
-        self.optimizer, self.critic_optimizer = optimizer, critic_optimizer
-        self.context, self.ptx, self.stop_ids = context, ptx, stop_ids
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.device = policy.output.weight.device
-        with context():
-            self.half = torch.is_autocast_enabled(self.device.type)
-            float16 = self.half and torch.get_autocast_dtype(self.device.type) is torch.float16
-        # In float16 the gradients of so small losses vanish: the update itself is in float32.
-        self.update_context = nullcontext if float16 else context
-        if c.ptx_coef and ptx is None:
-            raise ValueError("ptx_coef needs text: a callable as ptx")
-        kind = "half" if self.half else "float32" if self.device.type == "cpu" else "tf32"
-        self.rare, *limits = LIMITS[kind]
-        limits = (x / min(c.temperature, 1.0) for x in limits)  # the temperature divides the logits
-        self.token_limit, self.mean_limit, self.bias_limit, self.kl_limit = limits
-        self.iteration = 0
-        horizon = c.horizon if c.adap_kl_ctrl else math.inf
-        self.kl_ctl = KLController(c.init_kl_coef, c.target, horizon)
-        self.uses_values = c.advantage == "gae"
-        # A sampled penalty in the rewards already has the present token's share of the gradient.
-        self.kl_in_reward = c.kl_in != "loss"
-        self.kl_in_loss = c.kl_in == "loss" or (c.kl_in == "both" and c.kl_penalty == "full")
-        self.average = None
-        if c.averaging:
-            self.average = {k: v.detach().clone() for k, v in policy.state_dict().items()}
-
-    # ---- rollouts
-
-    def rollout(self, prompts, seed, model=None):
-        """One response for each of `prompts` (lists of ids), the same for any number of processes:
-        the random numbers are those of the whole batch. This rank keeps every world-th group.
-        Returns queries, responses, old_logprobs (list of (n,) tensors) and ended (B,)."""
-        c = self.config
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts), c.max_gen_len, generator=generator)
-        mine = self.mine(len(prompts))
-        queries = [prompts[i] for i in mine]
-        model, temperature = model or self.policy, c.temperature
-        with self.context():
-            out = generate(
-                model,
-                queries,
-                c.max_gen_len,
-                temperature,
-                stop_ids=self.stop_ids,
-                uniform=uniform[mine],
-                max_batch=512,
-            )
-        logprobs = [lp[:n] for lp, n in zip(out.logprobs, out.lengths.tolist())]
-        return queries, out.responses(), logprobs, out.ended
-
-    def mine(self, total):
-        """Which of `total` rollouts are this rank's: whole groups, dealt in turn."""
-        group = self.config.group_size
-        return [i for i in range(total) if i // group % self.world == self.rank]
-
-    def scaled(self, logits):
-        return logits if self.config.temperature == 1 else logits.float() / self.config.temperature
-
-    def packed(self, data, part):
-        """Some rollouts of data (`part`, indices), and which of the actions are theirs (A,)."""
-        counts, starts = data["counts"], data["counts"].cumsum(0) - data["counts"]
-        span = torch.cat([torch.arange(starts[j], starts[j] + counts[j]) for j in part])
-        p = pack(*([data[k][i] for i in part] for k in ("queries", "responses")), self.device)
-        if not torch.equal(p.target, data["target"][span]):
-            raise Mismatch("the mask is wrong: the trained tokens are not the response tokens")
-        return p, span
-
-    def values(self, p):
-        model = self.critic or self.policy
-        return model.values(model.hidden(p.tokens, p.lengths)[p.action])
-
-    @torch.no_grad()
-    def examine(self, data, sampled):
-        """What all models say of the rollouts before the update, flat: `old` (A,) log-probabilities
-        of the policy; `ref` (A,) those of the reference and `ref_hidden` (A, D), one product away
-        from its logits; `kl` (A,) the penalty; `values` (A,). Raises Mismatch where the policy
-        does not agree with the `sampled` (A,) log-probabilities of the rollouts."""
-        found = {k: [] for k in ("old", "ref", "ref_hidden", "kl", "values")}
-        counts, kind = data["counts"], self.config.kl_penalty
-        for part in torch.arange(len(counts)).split(self.config.mini_batch_size):
-            p, _ = self.packed(data, part)
-            with self.context():
-                where = self.reference.output.weight.device  # maybe another device
-                hidden = self.reference.hidden(p.tokens.to(where), p.lengths)[p.action.to(where)]
-                ref_logits = self.scaled(self.reference.output(hidden)).to(self.device)  # (A, V)
-                logits = self.policy.output(self.policy.hidden(p.tokens, p.lengths)[p.action])
-                values = self.values(p) if self.uses_values else torch.zeros(len(p.target))
-            old, _, kl = logprob_entropy_kl(self.scaled(logits), p.target, ref_logits)
-            ref = logprob_entropy_kl(ref_logits, p.target)[0]
-            kl = kl if kind == "full" else kl_estimate(old, ref, kind)
-            for k, x in zip(found, (old, ref, hidden, kl, values.to(self.device))):
-                found[k].append(x)
-        found = {k: torch.cat(v) for k, v in found.items()}
-        self.check("the rollout's log-probability", found["old"] - sampled)
-        if not self.half:  # otherwise the rollout's order of summation is off by a policy step
-            found["old"] = sampled
-        if self.iteration == 0:
-            signed = found["kl"] if kind == "full" else found["old"] - found["ref"]
-            kl, n = all_sum(signed, torch.tensor(len(counts)))
-            self.check("a KL of 0 to the reference", found["kl"], kl / n)
-        return found
-
-    def allowed(self, n):
-        """How many of n tokens may be far off: a share, and one, for a small n."""
-        return 1 + self.rare * n if self.rare else 0
-
-    def check(self, what, off, kl=0.0):
-        """Refuses a policy whose log-probabilities are `off` (A,) from what they should be, over the
-        tokens of all ranks: if |off| is above token_limit for more tokens than `allowed`, or if the
-        mean of |off|, that of off or that of a rollout's `kl` is above its limit. Errors of rounding
-        cancel in the last two; the bias of a truncated distribution does not."""
-        far = off.abs() > self.token_limit
-        n, total, signed, far = all_sum(torch.tensor(len(off)), off.abs(), off, far)
-        n = max(n, 1)
-        near = total <= self.mean_limit * n and abs(signed) <= self.bias_limit * n
-        if not (near and far <= self.allowed(n) and abs(kl) <= self.kl_limit):
-            raise Mismatch(
-                f"before the first update the policy is {max(total / n, abs(kl)):.3g} from {what}, and "
-                f"{far / n:.2%} of the tokens are off by more than {self.token_limit:.2g}: sampling, "
-                "training and reference do not agree on model, mask or temperature"
-            )
-
-    # ---- one iteration
-
-    def step(self, queries, responses, old_logprobs, scores, ended):
-        """Learns from a batch of rollouts of this rank; see `rollout`. scores: one a rollout, or a
-        list a rollout with a number for each of its tokens. Returns the iteration's statistics;
-        raises FloatingPointError or Mismatch where going on would be silently wrong."""
-        c, t0 = self.config, time.perf_counter()
-        for model in filter(None, (self.policy, self.critic, self.reference)):
-            model.eval()  # no dropout: the ratio must be 1 before the first step
-        counts = torch.tensor([len(r) for r in responses])
-        sampled = torch.cat(old_logprobs).float()
-        check_rollouts(queries, responses, ended, sampled, self.stop_ids)
-        data = dict(queries=queries, responses=responses, counts=counts)
-        data["target"] = torch.tensor([t for r in responses for t in r], device=self.device)
-        data |= self.examine(data, sampled)
-        t1 = time.perf_counter()
-        rewards, raw = self.token_rewards(scores, counts, ended)
-        if self.uses_values and self.iteration == 0:
-            data["values"] += self.start_values(raw)
-        beta = self.kl_ctl.value
-        if self.kl_in_reward:
-            rewards = rewards - beta * data["kl"]
-        if c.whiten_rewards:
-            rewards = whiten(rewards, shift_mean=False)
-        t2 = time.perf_counter()
-        data["advantages"], data["returns"] = self.advantages(rewards, data["values"], counts)
-        t3 = time.perf_counter()
-        stats = self.update(data)
-        t4 = time.perf_counter()
-        stats |= self.statistics(data, raw, ended, beta)
-        self.kl_ctl.update(stats["ppo/kl_ref"], all_sum(torch.tensor(len(raw)))[0])
-        self.iteration += 1
-        return stats | {
-            "time/ppo/forward_pass": t1 - t0,
-            "time/ppo/compute_rewards": t2 - t1,
-            "time/ppo/compute_advantages": t3 - t2,
-            "time/ppo/optimize_step": t4 - t3,
-            "time/ppo/calc_stats": time.perf_counter() - t4,
-            "time/ppo/total": time.perf_counter() - t0,
-        }
-
-    def start_values(self, raw):
-        """Lets a value head that is all zero start at the mean score; returns the change."""
-        head = (self.critic or self.policy).value_head
-        if any(bool(p.any()) for p in head.parameters()):
-            return 0.0
-        total, n = all_sum(raw, torch.tensor(len(raw)))
-        torch.nn.init.constant_(head.bias, total / n)
-        return total / n
-
-    def token_rewards(self, scores, counts, ended):
-        """Scores as a flat (A,) reward for each token, one score a rollout on its last token; and
-        the plain score of each rollout (B,) before clipping, scaling and penalties."""
-        c = self.config
-        if any(isinstance(s, (list, tuple, torch.Tensor)) for s in scores):
-            sizes = [len(s) for s in scores]
-            flat = torch.cat([torch.as_tensor(s, dtype=torch.float32) for s in scores])
-        else:
-            sizes = [1] * len(scores)
-            flat = torch.as_tensor(scores, dtype=torch.float32)
-        if sizes not in ([1] * len(counts), counts.tolist()):
-            raise RewardError(
-                f"the reward gave {len(flat)} numbers for {len(counts)} responses of "
-                f"{int(counts.sum())} tokens: it must be one a response or one a token"
-            )
-        if not torch.isfinite(flat).all():
-            raise FloatingPointError("the reward gave a score that is not a finite number")
-        if sizes != counts.tolist():
-            scores, flat = flat.tolist(), place_scores(flat, counts)
-            placed = [x for s, n in zip(scores, counts.tolist()) for x in [0.0] * (n - 1) + [s]]
-            if flat.tolist() != placed:
-                raise Mismatch(
-                    "a score is not on the last token of its response, or not there alone"
-                )
-        raw = sum_by_rollout(flat, counts)
-        if c.reward_scale:
-            flat = flat / math.sqrt(max(mean_and_variance(raw)[1], 1e-12))
-        if c.reward_clip:
-            flat = flat.clamp(-c.reward_clip, c.reward_clip)
-        cut = c.missing_eos_penalty * (~ended.cpu()).float()
-        return (flat - place_scores(cut, counts)).to(self.device), raw
-
-    def advantages(self, rewards, values, counts):
-        """Advantages and the critic's targets, (A,) each, of rewards and values (A,)."""
-        c = self.config
-        if c.advantage == "gae":
-            advantages, returns = gae(rewards, values, counts, c.gamma, c.lam)
-            if c.lam_value != c.lam:
-                returns = gae(rewards, values, counts, c.gamma, c.lam_value)[1]
-        elif c.advantage == "reinforce":  # what is still to come, against the batch's mean
-            advantages, returns = gae(rewards, torch.zeros_like(rewards), counts, c.gamma, 1.0)
-        else:
-            totals = sum_by_rollout(rewards, counts)
-            each = group_advantages(totals, c.group_size, c.advantage)
-            advantages, returns = over_tokens(each, counts), over_tokens(totals, counts)
-        self.kl_scale = 1.0
-        if c.whiten_advantages:
-            # The KL in the loss and the advantages are two halves of one gradient: same scale.
-            self.kl_scale = 1 / math.sqrt(mean_and_variance(advantages)[1] + 1e-8)
-            advantages = whiten(advantages)
-        return advantages, returns
-
-    # ---- the update
-
-    def update(self, data):
-        """The PPO epochs. Minibatches are drawn from the rollouts of all ranks, and every rank
-        works on those of its own, so that the steps do not depend on the number of processes."""
-        c, counts = self.config, data["counts"]
-        total = int(all_sum(torch.tensor(len(counts)))[0])
-        per_step = c.mini_batch_size * c.gradient_accumulation_steps
-        order = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)
-        local = {g: i for i, g in enumerate(self.mine(total))}
-        warming = self.iteration == 0 and self.critic is not None and c.critic_warmup > 0
-        sums, skipped, stopped = {}, 0, 0.0
-        for epoch in range(c.critic_warmup if warming else c.ppo_epochs):
-            perm = torch.randperm(total, generator=order).tolist()
-            for first in range(0, total, per_step):
-                rollouts = [local[g] for g in perm[first : first + per_step] if g in local]
-                step, *tokens = self.gradients(data, rollouts, not warming)
-                if not warming and epoch == first == 0:
-                    self.check_ratio(*tokens)
-                if step.get("ratio", 0) > c.ratio_threshold:
-                    skipped += 1
-                    self.zero_grad()
-                    continue
-                step["grad_norm"] = self.optimize(not warming)
-                for k, v in step.items():
-                    sums.setdefault(k, []).append(v)
-            if c.early_stopping and step.get("approx_kl", 0) > 1.5 * c.target_kl:
-                stopped = 1.0
-                break
-        stats = {NAMES[k]: sum(v) / len(v) for k, v in sums.items() if k in NAMES}
-        ran = {"ppo/epochs": epoch + 1, "ppo/skipped_steps": skipped, "ppo/early_stop": stopped}
-        return stats | ran
-
-    def check_ratio(self, moved, clipped):
-        """Before the first step the policy is the one that drew the rollouts. moved, clipped (A,): what
-        the first minibatch finds of each token."""
-        n, clipped = all_sum(torch.tensor(len(moved)), clipped)
-        try:
-            self.check("the rollout's log-probability", moved)
-            if clipped > self.allowed(n):
-                raise Mismatch(f"{clipped / n:.2%} of the tokens are clipped")
-        except Mismatch as e:
-            raise Mismatch(f"at the first minibatch the ratio is not 1: {e}") from None
-
-    def gradients(self, data, rollouts, policy):
-        """Adds up the gradients of one optimizer step on some rollouts of this rank, in as many
-        forward passes as memory wants; `policy`: not of the critic alone. Returns statistics, and of
-        each token of this rank how its log-probability has moved and whether it was clipped."""
-        c, counts = self.config, data["counts"]
-        n_tokens, n_rollouts = all_sum(counts[rollouts], torch.tensor(len(rollouts)))
-        names = ["total"]
-        names += ["policy", "entropy", "clipfrac", "ratio", "approx_kl", "ptx"] * policy
-        names += ["value", "value_clipfrac", "vpred", "error"] * self.uses_values
-        stats, moved, clipped = dict.fromkeys(names, 0.0), [torch.zeros(0)], [torch.zeros(0)]
-        for i in range(0, len(rollouts), c.mini_batch_size):
-            part = rollouts[i : i + c.mini_batch_size]
-            token = torch.full((len(part),), 1 / n_tokens)
-            each = token if c.loss_aggregation == "token" else 1 / (n_rollouts * counts[part])
-            weight = over_tokens(each, counts[part]).to(self.device)
-            loss, found = self.loss(data, part, weight, policy)
-            loss.backward()
-            if policy:
-                moved.append(found.pop("moved"))
-                clipped.append(found.pop("clipped"))
-            for k, v in found.items():
-                stats[k] = stats[k] + v.detach()
-        for _ in range(c.gradient_accumulation_steps if policy and c.ptx_coef else 0):
-            share, *text = self.ptx()
-            if share:
-                with self.update_context():
-                    loss = share / c.gradient_accumulation_steps * self.policy(*text)
-                (c.ptx_coef * loss).backward()
-                stats["ptx"] += loss.item()
-                stats["total"] += c.ptx_coef * loss.item()
-        # On the device, where there is any: nothing waits for them.
-        moved, clipped = (torch.cat(x[1:] or x) for x in (moved, clipped))
-        return dict(zip(names, all_sum(*stats.values()))), moved, clipped
-
-    def loss(self, data, part, weight, policy):
-        """The loss of some rollouts (`part`). `weight` (A,) is that of each of their actions in the
-        loss of the whole optimizer step, so that the sum over forward passes and processes does
-        not depend on the split. Returns it and statistics, weighted too."""
-        c, stats = self.config, {}
-        p, span = self.packed(data, part)
-
-        def mean(x):
-            return (x.float() * weight).sum()
-
-        hidden, total = None, torch.zeros((), device=self.device)
-        if policy:
-            with self.update_context():
-                hidden = self.policy.hidden(p.tokens, p.lengths)[p.action]
-                logits = self.scaled(self.policy.output(hidden))  # (A, V)
-            ref_logits = self.ref_logits(data, span) if self.kl_in_loss else None
-            logprobs, entropy, kl = logprob_entropy_kl(logits, p.target, ref_logits)
-            old = data["old"][span]
-            high = c.cliprange_high or c.cliprange
-            losses, clipped = policy_loss(
-                logprobs, old, data["advantages"][span], c.cliprange, high
-            )
-            total = mean(losses) - c.entropy_coef * mean(entropy)
-            if self.kl_in_loss:
-                if c.kl_penalty != "full":
-                    kl = kl_estimate(logprobs, data["ref"][span], c.kl_penalty)
-                total = total + self.kl_scale * self.kl_ctl.value * mean(kl)
-            moved = (logprobs - old).detach()
-            stats |= dict(policy=mean(losses), entropy=mean(entropy), clipfrac=mean(clipped))
-            stats |= dict(ratio=mean(moved.exp()), approx_kl=mean(kl_estimate(-moved, 0, "k3")))
-            stats |= dict(moved=moved, clipped=clipped)
-        if self.uses_values:
-            with self.update_context():
-                values = self.policy.values(hidden) if self.critic is None else self.values(p)
-            returns = data["returns"][span]
-            losses, clipped = value_loss(values, data["values"][span], returns, c.cliprange_value)
-            total = total + (c.vf_coef if self.critic is None else 1.0) * mean(losses)
-            stats |= dict(value=mean(losses), value_clipfrac=mean(clipped), vpred=mean(values))
-            stats["error"] = mean((values - returns).square())
-        return total, stats | {"total": total}
-
-    def ref_logits(self, data, span):
-        """The reference's logits (A, V) of some actions, None where the penalty is no exact KL."""
-        if self.config.kl_penalty != "full":
-            return None
-        with torch.no_grad(), self.context():
-            return self.scaled(self.reference.output(data["ref_hidden"][span])).to(self.device)
-
-    def optimize(self, policy):
-        """One optimizer step of each model from the gradients summed over all ranks, each clipped
-        by itself. Returns the policy's gradient norm."""
-        pairs = [(self.policy, self.optimizer)] * policy
-        pairs += [(self.critic, self.critic_optimizer)] * (self.critic is not None)
-        norms = {}
-        for model, optimizer in pairs:
-            params = [p for p in model.parameters() if p.requires_grad]
-            for p in params:  # a rank without rollouts in this step has none
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if dist.is_initialized():
-                    dist.all_reduce(p.grad)
-            limit = self.config.max_grad_norm or math.inf
-            norms[model] = torch.nn.utils.clip_grad_norm_(params, limit)
-            if not torch.isfinite(norms[model]):
-                raise FloatingPointError("a gradient is not finite")
-            optimizer.step()
-        self.zero_grad()
-        if self.average is not None and policy:
-            with torch.no_grad():
-                for k, v in self.policy.state_dict().items():
-                    self.average[k].lerp_(v, 1 - self.config.averaging)
-        return float(norms.get(self.policy, 0.0))
-
-    def zero_grad(self):
-        for optimizer in filter(None, (self.optimizer, self.critic_optimizer)):
-            optimizer.zero_grad(set_to_none=True)
-
-    # ---- what is logged
-
-    def statistics(self, data, raw, ended, beta):
-        """Means over the rollouts of all ranks, under the names that users of the original know."""
-        counts = data["counts"].double()
-        lengths = torch.tensor([float(len(q)) for q in data["queries"]]).double() + counts
-        (reward, _), (done, _), (tokens, _) = map(mean_and_variance, (raw, ended, counts))
-        length, length_variance = mean_and_variance(lengths)
-        ref, _ = mean_and_variance(data["ref"])
-        penalty = tokens * mean_and_variance(data["kl"])[0]
-        kl = penalty
-        if self.config.kl_penalty in ("abs", "mse"):  # biased: the plain estimate instead
-            kl = tokens * mean_and_variance(data["old"] - data["ref"])[0]
-        returns, returns_variance = mean_and_variance(data["returns"])
-        value, value_variance = mean_and_variance(data["values"])
-        residual = mean_and_variance(data["returns"] - data["values"])[1]
-        return {
-            "ppo/reward": reward,
-            "ppo/kl_ref": kl,
-            "ppo/kl_coef": beta,
-            "ppo/objective": reward - beta * kl,
-            "ppo/reward_all": reward - beta * penalty,
-            "ppo/length/mean": length,
-            "ppo/length/std": math.sqrt(length_variance),
-            "ppo/ended": done,
-            "ppo/truncated": 1 - done,
-            "ppo/ref_loss": -ref,
-            "ppo/policy/advantages_mean": mean_and_variance(data["advantages"])[0],
-            "ppo/returns/mean": returns,
-            "ppo/returns/var": returns_variance,
-            "ppo/val/mean": value,
-            "ppo/val/var": value_variance,
-            "ppo/val/explained_variance": 1 - residual / max(returns_variance, 1e-12),
-            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
-
-    # ---- resuming
-
-    def state_dict(self):
-        """All that an iteration changes, but the policy itself."""
-        critic = self.critic is not None
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "critic": self.critic.state_dict() if critic else None,
-            "critic_optimizer": self.critic_optimizer.state_dict() if critic else None,
-            "average": self.average,
-            "kl_coef": self.kl_ctl.value,
-            "iteration": self.iteration,
-        }
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        if self.average is not None and state["average"] is not None:
-            self.average = {k: v.to(self.device) for k, v in state["average"].items()}
-        self.kl_ctl.value, self.iteration = state["kl_coef"], state["iteration"]
+def check_actions(batch, actions):
+    """Raises Mismatch unless a minibatch trains these tokens (A,), all response tokens."""
+    if not torch.equal(batch.actions, actions):
+        raise Mismatch("the mask is wrong: the trained tokens are not the response tokens")
 
 
-NAMES = {  # of the statistics of an optimizer step
-    "policy": "ppo/loss/policy",
-    "value": "ppo/loss/value",
-    "total": "ppo/loss/total",
-    "ptx": "ppo/loss/ptx",
-    "entropy": "ppo/policy/entropy",
-    "approx_kl": "ppo/policy/policykl",
-    "clipfrac": "ppo/policy/clipfrac",
-    "ratio": "ppo/policy/ratio",
-    "grad_norm": "grad_norm",
-    "vpred": "ppo/val/vpred",
-    "error": "ppo/val/error",
-    "value_clipfrac": "ppo/val/clipfrac",
-}
+def token_scores(scores, counts):
+    """Scores, one per response or one list per response with a number per token, as one number per
+    action (A,); a response's score is on its last action. Raises RewardError or FloatingPointError
+    where scores are anything else."""
+    if any(isinstance(score, (list, tuple, torch.Tensor)) for score in scores):
+        sizes = [len(score) for score in scores]
+        flat = torch.cat([torch.as_tensor(score, dtype=torch.float32) for score in scores])
+    else:
+        sizes = [1] * len(scores)
+        flat = torch.as_tensor(scores, dtype=torch.float32)
+    if sizes not in ([1] * len(counts), counts.tolist()):
+        raise RewardError(
+            f"the reward returned {len(flat)} numbers for {len(counts)} responses of "
+            f"{int(counts.sum())} tokens: it must be one per response or one per token"
+        )
+    if not torch.isfinite(flat).all():
+        raise FloatingPointError("the reward returned a score that is not a finite number")
+    if sizes == counts.tolist():
+        return flat
+    rewards, expected = on_last_action(flat, counts), []
+    for score, n in zip(flat.tolist(), counts.tolist()):
+        expected += [0.0] * (n - 1) + [score]
+    if rewards.tolist() != expected:
+        raise Mismatch("a score is not on the last token of its response, or not there alone")
+    return rewards
+
+
+# ----------------------------------------------------------------------------
+# statistics, by their names in the log, which are those of the original implementation
+
+RATIO_SUMS = ("check/tokens", "check/absolute", "check/signed", "check/far", "check/clipped")
+POLICY_STATISTICS = (
+    "ppo/loss/policy",
+    "ppo/policy/entropy",
+    "ppo/policy/clipfrac",
+    "ppo/policy/ratio",
+    "ppo/policy/policykl",
+    "ppo/loss/ptx",
+    *RATIO_SUMS,
+)
+VALUE_STATISTICS = ("ppo/loss/value", "ppo/val/clipfrac", "ppo/val/vpred", "ppo/val/error")
+
+
+def policy_statistics(mean, surrogate, entropy, clipped, log_ratio):
+    """Of a minibatch, from numbers per action (A,) and their weighted mean, a function. log_ratio
+    is log π − log π_old."""
+    return {
+        "ppo/loss/policy": mean(surrogate),
+        "ppo/policy/entropy": mean(entropy),
+        "ppo/policy/clipfrac": mean(clipped),
+        "ppo/policy/ratio": mean(log_ratio.exp()),
+        "ppo/policy/policykl": mean(kl_estimate(-log_ratio, 0, "k3")),
+    }
+
+
+def value_statistics(mean, squares, clipped, values, returns):
+    return {
+        "ppo/loss/value": mean(squares),
+        "ppo/val/clipfrac": mean(clipped),
+        "ppo/val/vpred": mean(values),
+        "ppo/val/error": mean((values - returns).square()),
+    }
+
+
+def update_statistics(history, epochs, skipped, stopped):
+    """Means over the optimizer steps of an iteration (`history`), and how many there were."""
+    names = [name for name in (history[0] if history else ()) if name not in RATIO_SUMS]
+    return {name: sum(stats[name] for stats in history) / len(history) for name in names} | {
+        "ppo/epochs": epochs,
+        "ppo/skipped_steps": skipped,
+        "ppo/early_stop": float(stopped),
+    }
+
+
+def rollout_statistics(r, beta, kl_penalty):
+    """Means over the rollouts of all ranks."""
+    counts = r.counts.double()
+    lengths = torch.tensor([float(len(query)) for query in r.queries]).double() + counts
+    length, length_variance = mean_and_variance(lengths)
+    reward, ended, actions = (mean_and_variance(x)[0] for x in (r.scores, r.ended, counts))
+    penalty = kl = actions * mean_and_variance(r.kl)[0]
+    if kl_penalty in ("abs", "mse"):  # These are biased; the log has the unbiased estimate.
+        kl = actions * mean_and_variance(r.old_logprobs - r.ref_logprobs)[0]
+    returns, returns_variance = mean_and_variance(r.returns)
+    value, value_variance = mean_and_variance(r.values)
+    residual = mean_and_variance(r.returns - r.values)[1]
+    return {
+        "ppo/reward": reward,
+        "ppo/kl_ref": kl,
+        "ppo/kl_coef": beta,
+        "ppo/objective": reward - beta * kl,
+        "ppo/reward_all": reward - beta * penalty,
+        "ppo/length/mean": length,
+        "ppo/length/std": math.sqrt(length_variance),
+        "ppo/ended": ended,
+        "ppo/truncated": 1 - ended,
+        "ppo/ref_loss": -mean_and_variance(r.ref_logprobs)[0],
+        "ppo/policy/advantages_mean": mean_and_variance(r.advantages)[0],
+        "ppo/returns/mean": returns,
+        "ppo/returns/var": returns_variance,
+        "ppo/val/mean": value,
+        "ppo/val/var": value_variance,
+        "ppo/val/explained_variance": 1 - residual / max(returns_variance, 1e-12),
+    }
+
+
+class Stopwatch:
+    """Seconds from one lap to the next, and in total."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+        self.seconds["time/ppo/total"] = now - self.start
+
+
+@torch.no_grad()
+def kl_to_reference(policy, reference, queries, responses, batch_size, temperature=1.0):
+    """KL(policy ‖ reference) of each response in nats, exact over the vocabulary at each token, and
+    the reference's log-probability of each response, (B,) both."""
+    kls, ref_logprobs = [], []
+    for i in range(0, len(queries), batch_size):
+        part, logits = slice(i, i + batch_size), []
+        for model in (reference, policy):
+            batch = pack(queries[part], responses[part], model.output.weight.device)
+            hidden = model.hidden(batch.tokens, batch.lengths)[batch.state_ends]
+            logits.append(model.output(hidden).float() / temperature)
+        ref_logits, logits = logits[0].to(logits[1].device), logits[1]
+        kl = logprob_entropy_kl(logits, batch.actions, ref_logits)[2]
+        kls.append(sum_per_rollout(kl, batch.counts))
+        ref = logprob_entropy_kl(ref_logits, batch.actions)[0]
+        ref_logprobs.append(sum_per_rollout(ref, batch.counts))
+    return torch.cat(kls), torch.cat(ref_logprobs)

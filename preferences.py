@@ -84,9 +84,8 @@ def score(model, sequences):
 def response_logprobs(model, queries, responses, device):
     """log p(response | query) of each pair of lists of ids: (n,), from one forward pass."""
     p = ppo.pack(queries, responses, device)
-    logits = model.output(model.hidden(p.tokens, p.lengths)[p.action])
-    each = ppo.logprob_entropy_kl(logits, p.target)[0]
-    return ppo.sum_by_rollout(each, torch.tensor([len(r) for r in responses]))
+    logits = model.output(model.hidden(p.tokens, p.lengths)[p.state_ends])
+    return ppo.sum_per_rollout(ppo.logprob_entropy_kl(logits, p.actions)[0], p.counts)
 
 
 def calibration_error(margins, bins=10):
@@ -284,7 +283,7 @@ class DPO(Preferences):
             out[f"dpo/val/{name}"] = float(gathered_over_ranks(each).mean())
         self.told = self.replies(self.model)
         with self.context():
-            kl, _ = ppo.against_reference(
+            kl, _ = ppo.kl_to_reference(
                 self.model, self.reference, self.prompts, self.told, self.args.batch_size
             )
         return out | {"dpo/val/kl_ref": float(kl.mean())}

@@ -2,8 +2,7 @@
 
 A stage owns its model, data and optimizers. The loop in train.py asks it for `step` (one optimizer
 step, returning statistics), `line` (them for a person), `evaluate`, `story`, and `state` and
-`resume` for checkpoints. The stages after pretraining are in sft.py, preferences.py and
-alignment.py.
+`resume` for checkpoints. The stages after pretraining are in sft.py, preferences.py and rlhf.py.
 """
 
 import math

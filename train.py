@@ -40,7 +40,6 @@ import torch
 import torch.distributed as dist
 
 import ppo
-from alignment import Alignment, instruction_file
 from checkpoint import (
     check_generates,
     checkpoint_args,
@@ -64,6 +63,7 @@ from model import ModelArgs
 from preferences import DPO, RewardModel
 from pretraining import MODEL_FLAGS, Pretraining
 from report import Log, load_boards, plain_config, plot, print_report, terminal_columns
+from rlhf import RLHF, is_instruction_file
 from sample import out_of_memory
 from sft import FineTuning
 from tinystories import parse_data, shards_tokenizer
@@ -77,7 +77,7 @@ from tokenizer import (
 )
 
 # The stages by their flags; without one the run is Pretraining.
-STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": Alignment}
+STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": RLHF}
 # Flags that may differ between a run and its continuation without making it another run.
 FREE_FLAGS = (
     "out_dir",
@@ -331,7 +331,7 @@ def code_version():
         "pretraining.py",
         "sft.py",
         "preferences.py",
-        "alignment.py",
+        "rlhf.py",
         "tinystories.py",
         "instruct.py",
         "tokenizer.py",
@@ -527,9 +527,9 @@ def last_iteration(args, first):
 
 def shard_folders(args):
     """The folders of shards that the run reads."""
-    data = [args.data] if stage_class(args) in (Pretraining, Alignment) else []
+    data = [args.data] if stage_class(args) in (Pretraining, RLHF) else []
     data += [args.ptx_data or args.data] if args.ppo and args.ptx_coef else []
-    return dict.fromkeys(f for d in data if not instruction_file(d) for f in parse_data(d)[0])
+    return dict.fromkeys(f for d in data if not is_instruction_file(d) for f in parse_data(d)[0])
 
 
 def load_tokenizer(args, checkpoint, vocab_size):
@@ -613,12 +613,9 @@ def start(args, rank, world):
         if iter_num >= args.max_iters:
             print("nothing to do: the checkpoint has reached --max_iters")
     if args.ppo:
-        roof, error = stage.estimate_roof()
+        j_star, error = stage.estimate_j_star()
         if rank == 0:
-            print(
-                f"roof J* = {roof:.3f} ±{error:.3f} (95 %), the highest J there is, "
-                "from reference samples"
-            )
+            print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
     return stage, iter_num, best_val_loss, resumed
 
 

@@ -18,6 +18,7 @@ import ppo  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main  # noqa: E402
 from model import Transformer, TransformerWithValueHead  # noqa: E402
+from rlhf import LengthReward  # noqa: E402
 from tinystories import Prompts  # noqa: E402
 from tokenizer import stop_ids  # noqa: E402
 
@@ -47,18 +48,18 @@ def main():
     models, ends = (config, policy, reference, critic), stop_ids(None)
     trainer = ppo.PPOTrainer(*models, *optimizers, nullcontext, stop_ids=ends)
     prompts = Prompts(a.data, "train", 30, policy.args.vocab_size)
-    reward = ppo.LengthReward(200)
+    reward = LengthReward(200)
     print(f"{torch.get_num_threads()} threads")
     for i in range(a.iterations + 1):
         t0 = time.perf_counter()
         batch = prompts.batch(i * a.rollouts, a.rollouts)
-        queries, responses, logprobs, ended = trainer.rollout(batch, seed=i)
+        rollouts = trainer.rollout(batch, seed=i)
         t1 = time.perf_counter()
-        scores = reward(queries, responses, ended)
-        s = trainer.step(queries, responses, logprobs, scores, ended)
+        scores = reward(rollouts.queries, rollouts.responses, rollouts.ended)
+        s = trainer.step(rollouts, scores)
         if not i:
             continue
-        tokens = sum(map(len, responses))
+        tokens = len(rollouts.actions)
         update = s["time/ppo/optimize_step"]
         print(
             f"iteration {time.perf_counter() - t0:.2f} s | rollout {t1 - t0:.2f} s, "

@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import ppo  # noqa: E402
+import rlhf  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
@@ -69,7 +69,7 @@ def reference_scores(a):
     batch = [p for p in prompts for _ in range(a.samples)]
     uniform = torch.rand(len(batch), 300, generator=torch.Generator().manual_seed(1))
     out = generate(model, batch, 300, stop_ids=stop_ids(None), uniform=uniform, max_batch=512)
-    scores = ppo.LengthReward(200)(batch, out.responses(), out.ended)
+    scores = rlhf.LengthReward(200)(batch, out.responses(), out.ended)
     return torch.tensor(scores, dtype=torch.float64).view(a.prompts, a.samples)
 
 
@@ -129,7 +129,7 @@ def run(a, beta, iters, seed, kind="PPO"):
 
 def print_table(rows):
     print(
-        f"\n{'':8}{'beta':>6}{'seed':>6}{'rollouts':>10}{'J before':>10}{'J after':>9}{'roof':>8}"
+        f"\n{'':8}{'beta':>6}{'seed':>6}{'rollouts':>10}{'J before':>10}{'J after':>9}{'J*':>8}"
         f"{'reward':>9}{'KL':>9}{'length':>12}{'ended':>7}{'ref loss':>10}"
     )
     for r in rows:

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import alignment  # noqa: E402
 import instruct  # noqa: E402
 import ppo  # noqa: E402
+import rlhf  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main, write_atomic  # noqa: E402
@@ -46,8 +46,8 @@ class Lab:
     def proxy(self, path):
         """A reward model as a function of lists of prompts and responses, both ids."""
         template = self.checkpoint["template"]
-        scorer = alignment.load_scorer(path, self.reference.args, template)
-        model = alignment.ModelReward(scorer, "cpu", False, 64, nullcontext)
+        scorer = rlhf.load_reward_model(path, self.reference.args, template)
+        model = rlhf.ModelReward(scorer, "cpu", False, 64, nullcontext)
         return lambda prompts, responses: torch.tensor(model(prompts, responses, None))
 
     def tell(self, model, n=1):
@@ -75,7 +75,7 @@ class Lab:
             model = model_from_checkpoint(load_checkpoint(path)).eval()
             texts, prompts, responses, ended = self.tell(model)
             gold, replies = self.gold(texts, responses)
-            kl, _ = ppo.against_reference(model, self.reference, prompts, responses, 64)
+            kl, _ = ppo.kl_to_reference(model, self.reference, prompts, responses, 64)
             parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
             n = len(texts)
             rows.append(

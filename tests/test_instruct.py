@@ -6,8 +6,8 @@ import random
 import pytest
 
 import instruct
-from alignment import load_reward
 from instruct import TEMPLATES, Instructions, InstructPrompts, Rankings, Record, Template, read
+from rlhf import load_reward
 from tokenizer import stop_ids
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ import torch
 
 import kernels
 import ppo
-from alignment import load_reward
 from experiments import frontier
 from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
-from ppo import LengthReward, Mismatch, PPOConfig, PPOTrainer
+from ppo import Mismatch, PPOConfig, PPOTrainer, Rollouts
+from rlhf import LengthReward, best_achievable_objective, load_reward
 from tokenizer import BOS_ID, EOS_ID
 
 END = (BOS_ID, EOS_ID)
@@ -62,14 +63,25 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
     )
 
 
+def sample(trainer, prompts, seed):
+    """Step 1, as lists: prompts, responses and log-probabilities (n,) of each; and ended (B,)."""
+    r = trainer.rollout(prompts, seed)
+    return r.queries, r.responses, list(r.old_logprobs.split(r.counts.tolist())), r.ended
+
+
+def step(trainer, queries, responses, old_logprobs, scores, ended):
+    """Steps 2 to 5, from lists."""
+    return trainer.step(Rollouts(queries, responses, ended, torch.cat(old_logprobs)), scores)
+
+
 def iterate(trainer, iterations=1, reward=None, prompt=(BOS_ID,)):
     reward = reward or LengthReward(6)
     c, stats = trainer.config, None
     for _ in range(iterations):
         prompts = [list(prompt)] * c.rollouts
-        queries, responses, logprobs, ended = trainer.rollout(prompts, trainer.iteration)
+        queries, responses, logprobs, ended = sample(trainer, prompts, trainer.iteration)
         scores = reward(queries, responses, ended)
-        stats = trainer.step(queries, responses, logprobs, scores, ended)
+        stats = step(trainer, queries, responses, logprobs, scores, ended)
     return stats
 
 
@@ -222,10 +234,10 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
     [
         ("return [1 / 0 for r in responses]", "line 2: ZeroDivisionError: division by zero"),
         ("pass", "TypeError: 'NoneType' object is not iterable"),
-        ("return [1.0]", "gave 1 scores for 2 responses"),
-        ("return ['good', 'bad']", "gave 'good' as a score, not a finite number"),
-        ("return [1.0, float('nan')]", "gave nan as a score, not a finite number"),
-        ("return [[1.0, 2.0], [0.0, None]]", "gave None as a score, not a finite number"),
+        ("return [1.0]", "returned 1 scores for 2 responses"),
+        ("return ['good', 'bad']", "returned 'good' as a score, not a finite number"),
+        ("return [1.0, float('nan')]", "returned nan as a score, not a finite number"),
+        ("return [[1.0, 2.0], [0.0, None]]", "returned None as a score, not a finite number"),
         ("(", "SyntaxError: '(' was never closed"),
     ],
 )
@@ -239,15 +251,21 @@ def test_mistakes_in_a_reward_are_one_line(tmp_path, body, says):
 
 def test_scores_become_token_rewards():
     trainer = make_trainer(missing_eos_penalty=0.5, reward_clip=2.0)
-    counts, ended = torch.tensor([2, 3]), torch.tensor([True, False])
-    rewards, raw = trainer.token_rewards([3.0, 1.0], counts, ended)
-    assert rewards.tolist() == [0, 2, 0, 0, 0.5] and raw.tolist() == [3, 1]
-    rewards, raw = trainer.token_rewards([[1.0, 2.0], [1.0, 0.0, -1.0]], counts, ended)
-    assert rewards.tolist() == [1, 2, 1, 0, -1.5] and raw.tolist() == [3, 0]
-    with pytest.raises(ValueError, match="one a response or one a token"):
-        trainer.token_rewards([[1.0], [1.0, 0.0]], counts, ended)
+    responses, ended = [[4, EOS_ID], [4, 5, 6]], torch.tensor([True, False])
+    rollouts = Rollouts([[BOS_ID]] * 2, responses, ended, torch.zeros(5), kl=torch.zeros(5))
+
+    def rewards(scores, beta=0.3):
+        trainer.compute_rewards(rollouts, scores, beta)
+        return rollouts.rewards.tolist(), rollouts.scores.tolist()
+
+    assert rewards([3.0, 1.0]) == ([0, 2, 0, 0, 0.5], [3, 1])
+    assert rewards([[1.0, 2.0], [1.0, 0.0, -1.0]]) == ([1, 2, 1, 0, -1.5], [3, 0])
+    with pytest.raises(ValueError, match="one per response or one per token"):
+        rewards([[1.0], [1.0, 0.0]])
     with pytest.raises(FloatingPointError):
-        trainer.token_rewards([1.0, math.nan], counts, ended)
+        rewards([1.0, math.nan])
+    rollouts.kl = torch.tensor([0.0, 2.0, 0.0, 4.0, 0.0])  # on every token, and not clipped
+    assert rewards([3.0, 1.0], beta=0.5) == ([0, 1, 0, -2, 0.5], [3, 1])
 
 
 # ----------------------------------------------------------------------------
@@ -326,7 +344,7 @@ def test_expected_gradient_is_that_of_the_objective(config):
     J = objective(trainer.policy, trainer.reference, trainer.config)
     exact = flat_gradient(J, trainer.policy)
     kept = capture_gradient(trainer)
-    if trainer.uses_values:  # a critic that is wrong everywhere, and must not matter
+    if trainer.config.uses_values:  # a critic that is wrong everywhere, and must not matter
         torch.nn.init.normal_((trainer.critic or trainer.policy).value_head.weight)
     mean = torch.zeros_like(exact)
     total = 0.0
@@ -351,7 +369,7 @@ def learn_from(trainer, sequences):
         logps = [log_distributions(trainer.policy, s)[range(len(s)), s] for s in sequences]
     ended = torch.tensor([s[-1] in END for s in sequences])
     scores = [score(s) for s in sequences]
-    trainer.step([[BOS_ID]] * len(sequences), sequences, logps, scores, ended)
+    step(trainer, [[BOS_ID]] * len(sequences), sequences, logps, scores, ended)
     trainer.iteration = 1
     return float(torch.cat(logps).sum().exp())
 
@@ -393,7 +411,7 @@ def test_expected_gradient_of_groups(kind):
     torch.testing.assert_close(-mean, exact, atol=2e-5, rtol=1e-3)
 
 
-def test_roof_against_brute_force():
+def test_best_achievable_objective_against_brute_force():
     trainer, beta = tiny(), 0.3
     with torch.no_grad():
         logprobs = torch.stack(
@@ -403,31 +421,31 @@ def test_roof_against_brute_force():
             ]
         )
     scores = torch.tensor([score(s) for s in all_sequences()])
-    roof = beta * (logprobs + scores / beta).logsumexp(0)
+    j_star = beta * (logprobs + scores / beta).logsumexp(0)
     best = (logprobs + scores / beta).softmax(0)
     kl = (best * (best.log() - logprobs)).sum()
-    assert float((best * scores).sum() - beta * kl) == pytest.approx(float(roof), abs=1e-5)
+    assert float((best * scores).sum() - beta * kl) == pytest.approx(float(j_star), abs=1e-5)
     # an exact sample: each sequence as often as it is likely
     often = (logprobs.exp() * 200_000).round().long()
     samples = scores.repeat_interleave(often)
-    found, error = ppo.objective_roof(samples[None], beta)
-    assert found == pytest.approx(float(roof), abs=1e-3) and 0 < error < 0.01
-    two, error = ppo.objective_roof(torch.stack([samples, samples - 0.1]), beta)
+    found, error = best_achievable_objective(samples[None], beta)
+    assert found == pytest.approx(float(j_star), abs=1e-3) and 0 < error < 0.01
+    two, error = best_achievable_objective(torch.stack([samples, samples - 0.1]), beta)
     assert two == pytest.approx(found - 0.05, abs=1e-6)
     assert error == pytest.approx(1.96 * 0.05, abs=1e-6)
     # few samples: nearly no bias is left, and the interval holds J* as often as it says
     beta, P, S = 1.0, 32, 32
-    roof = beta * (logprobs + scores / beta).logsumexp(0)
+    j_star = beta * (logprobs + scores / beta).logsumexp(0)
     draws = torch.multinomial(logprobs.exp(), 500 * P * S, replacement=True)
     draws = scores[draws].view(500, P, S)
     plain = beta * ((draws / beta).logsumexp(2) - math.log(S)).mean()
-    found, error = map(torch.tensor, zip(*(ppo.objective_roof(d, beta) for d in draws)))
-    assert abs(found.mean() - roof) < 0.35 * abs(plain - roof)
-    assert 0.91 < float(((found - roof).abs() < error).float().mean()) < 0.98
+    found, error = map(torch.tensor, zip(*(best_achievable_objective(d, beta) for d in draws)))
+    assert abs(found.mean() - j_star) < 0.35 * abs(plain - j_star)
+    assert 0.91 < float(((found - j_star).abs() < error).float().mean()) < 0.98
     one = draws.view(500, 1, P * S)  # prompt
-    found, error = map(torch.tensor, zip(*(ppo.objective_roof(d, beta) for d in one)))
-    assert 0.85 < float(((found - roof).abs() < error).float().mean()) < 0.99
-    assert ppo.objective_roof(samples[None], 0.0)[0] == pytest.approx(float(samples.max()))
+    found, error = map(torch.tensor, zip(*(best_achievable_objective(d, beta) for d in one)))
+    assert 0.85 < float(((found - j_star).abs() < error).float().mean()) < 0.99
+    assert best_achievable_objective(samples[None], 0.0)[0] == pytest.approx(float(samples.max()))
 
 
 # ----------------------------------------------------------------------------
@@ -602,18 +620,18 @@ def test_an_iteration_is_that_of_the_definitions(config, rows):
     with torch.no_grad():  # away from the reference, and a critic with an opinion
         for p in trainer.policy.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    if trainer.uses_values:
+    if trainer.config.uses_values:
         head = (trainer.critic or trainer.policy).value_head
         torch.nn.init.normal_(head.weight, std=0.1)
     trainer.iteration = 1
     texts = [(x[:, :-1], x[:, 1:]) for x in torch.randint(12, (2, 3, 9))]
     batches = itertools.cycle(texts)
-    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 5], [BOS_ID]] * 8, seed=1)
+    queries, responses, logprobs, ended = sample(trainer, [[BOS_ID, 5], [BOS_ID]] * 8, seed=1)
     scores = LengthReward(6)(queries, responses, ended)
     scores = [s + i % 3 / 10 for i, s in enumerate(scores)]
     policy, critic, want = by_hand(trainer, queries, responses, scores, ended, texts, rate=0.3)
     before = weights(trainer.policy)
-    s = trainer.step(queries, responses, logprobs, scores, ended)
+    s = step(trainer, queries, responses, logprobs, scores, ended)
     names = {
         "policy": "ppo/loss/policy",
         "total": "ppo/loss/total",
@@ -663,8 +681,8 @@ def test_logged_numbers():
     """Reward, length, KL and objective against sums over the rollouts; and β follows that KL."""
     trainer = make_trainer(init_kl_coef=0.4, ppo_epochs=1, lr=0.05)
     iterate(trainer, 2)
-    trainer.kl_ctl = ppo.KLController(0.4, target=7.0, horizon=100)
-    queries, responses, logprobs, ended = trainer.rollout([[BOS_ID, 4]] * 16, seed=9)
+    trainer.kl_controller = ppo.KLController(0.4, target=7.0, horizon=100)
+    queries, responses, logprobs, ended = sample(trainer, [[BOS_ID, 4]] * 16, seed=9)
     scores = LengthReward(6)(queries, responses, ended)
     kl = 0.0
     for q, r in zip(queries, responses):
@@ -674,10 +692,10 @@ def test_logged_numbers():
                 for m in (trainer.policy, trainer.reference)
             )
         kl += float((p.exp() * (p - ref)).sum()) / 16
-    s = trainer.step(queries, responses, logprobs, scores, ended)
+    s = step(trainer, queries, responses, logprobs, scores, ended)
     assert 0.05 < kl / 7 - 1 < 0.2
     beta = 0.4 * (1 + (kl / 7 - 1) * 16 / 100)
-    assert trainer.kl_ctl.value == pytest.approx(beta, rel=1e-5)
+    assert trainer.kl_controller.value == pytest.approx(beta, rel=1e-5)
     assert s["ppo/kl_coef"] == 0.4
     assert s["ppo/kl_ref"] == pytest.approx(kl, rel=1e-4)
     assert s["ppo/reward"] == pytest.approx(sum(scores) / 16, abs=1e-6)
@@ -732,7 +750,7 @@ def test_resume_to_the_bit(advantage, tmp_path):
     second.load_state_dict(state)
     iterate(second, 2)
     assert torch.equal(weights(second.policy), weights(whole.policy))
-    assert second.kl_ctl.value == whole.kl_ctl.value != first.kl_ctl.value
+    assert second.kl_controller.value == whole.kl_controller.value != first.kl_controller.value
     for k, v in whole.average.items():
         assert torch.equal(second.average[k], v)
     if advantage == "gae":
@@ -786,12 +804,21 @@ def test_two_processes_give_the_numbers_of_one(config, tmp_path):
             assert stats[k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
 
 
+def test_refuses_more_processes_than_groups(monkeypatch):
+    monkeypatch.setattr(ppo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ppo.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ppo.dist, "get_world_size", lambda: 5)
+    make_trainer(rollouts=15, group_size=3, advantage="rloo")
+    with pytest.raises(ValueError, match="5 processes need at least 15 rollouts"):
+        make_trainer(rollouts=12, group_size=3, advantage="rloo")
+
+
 # ----------------------------------------------------------------------------
 # it refuses to be silently wrong
 
 
 def rollouts(trainer, prompts=[[BOS_ID, 4, 5]] * 16, **replaced):
-    queries, responses, logprobs, ended = trainer.rollout(prompts, seed=3)
+    queries, responses, logprobs, ended = sample(trainer, prompts, seed=3)
     scores = LengthReward(6)(queries, responses, ended)
     given = dict(
         queries=queries, responses=responses, old_logprobs=logprobs, scores=scores, ended=ended
@@ -805,8 +832,8 @@ def test_refuses_a_policy_that_is_not_the_reference(kind, factor):
     given = rollouts(trainer)
     with torch.no_grad():
         trainer.reference.norm.weight.mul_(factor)
-    with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
-        trainer.step(**given)
+    with pytest.raises(Mismatch, match="policy and reference differ"):
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize("kind", ["full", "kl", "k3"])
@@ -816,13 +843,14 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
     given = rollouts(trainer)
     with torch.no_grad():
         trainer.reference.norm.weight.mul_(1.25)
-        far = ppo.against_reference(
+        far = ppo.kl_to_reference(
             trainer.policy, trainer.reference, given["queries"], given["responses"], 16
         )[0]
     assert 0.02 < float(far.mean()) < 0.19
-    trainer.token_limit = trainer.mean_limit = trainer.bias_limit = 1.0  # of a token
-    with pytest.raises(Mismatch, match="a KL of 0 to the reference"):
-        trainer.step(**given)
+    checks = trainer.checks
+    checks.token_limit = checks.mean_limit = checks.bias_limit = 1.0  # of a token
+    with pytest.raises(Mismatch, match="policy and reference differ"):
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize("factor", [1.1, 1.0005])  # 0.5 and 0.002 nats off
@@ -832,8 +860,8 @@ def test_refuses_log_probabilities_of_another_policy(factor):
     with torch.no_grad():
         for model in (trainer.policy, trainer.reference):
             model.norm.weight.mul_(factor)
-    with pytest.raises(Mismatch, match="the rollout's log-probability"):
-        trainer.step(**given)
+    with pytest.raises(Mismatch, match="of sampling and training differ"):
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize("kind,scale", [("tf32", 6e-4), ("half", 0.0134)])
@@ -841,19 +869,28 @@ def test_checks_tell_rounding_from_mistakes(kind, scale, monkeypatch):
     """Rounding has long tails: among 60,000 tokens some are off by 60 times the mean. What is wrong at
     one token of each response, or a little at each token in one direction, is not rounding."""
     monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS[kind])
-    trainer, n = make_trainer(), 60_000
+    checks, n = make_trainer().checks, 60_000
+
+    def check(error):
+        checks.near_zero("x", ppo.all_sum(*checks.error_sums(error)))
+
+    def check_ratio(error, clipped):
+        checks.ratio_is_one({k: float(x) for k, x in checks.ratio_sums(error, clipped).items()})
+
     off = scale * torch.randn(n) / 0.8
     off[:30] = 60 * scale
-    trainer.check("x", off)
-    trainer.check_ratio(off, off > math.log(1.2))
-    trainer.check("x", off[29:150])  # one of few is more than a thousandth
+    check(off)
+    check_ratio(off, off > math.log(1.2))
+    check(off[29:150])  # one of few is more than a thousandth
     one_of_150 = off.clone()
     one_of_150[::150] = 80 * scale
-    for wrong in (one_of_150, off.abs() + 2 * scale, off * 12, torch.full((n,), math.nan)):
-        with pytest.raises(Mismatch, match="from x"):
-            trainer.check("x", wrong)
+    both_signs = 0.7 * checks.token_limit * (-1.0) ** torch.arange(n)
+    shifted, unknown = off.abs() + 2 * scale, torch.full((n,), math.nan)
+    for wrong in (one_of_150, both_signs, shifted, off * 12, unknown):
+        with pytest.raises(Mismatch, match="^x by "):
+            check(wrong)
     with pytest.raises(Mismatch, match="0.20% of the tokens are clipped"):
-        trainer.check_ratio(off, torch.arange(n) < n // 500)
+        check_ratio(off, torch.arange(n) < n // 500)
 
 
 def round_as(kind, monkeypatch):
@@ -906,14 +943,16 @@ def test_mistakes_are_seen_through_the_rounding_of_a_gpu(kind, fault, monkeypatc
                 model.norm.weight.mul_(1.1 if fault != "reference" else 1.5)
 
     if fault == "ratio":
-        gradients = PPOTrainer.gradients
-        drifted = lambda self, *a: drift(self.policy) or gradients(self, *a)  # noqa: E731
-        monkeypatch.setattr(PPOTrainer, "gradients", drifted)
+        backward = PPOTrainer.backward
+        drifted = lambda self, *a, **kw: drift(self.policy) or backward(self, *a, **kw)  # noqa: E731
+        monkeypatch.setattr(PPOTrainer, "backward", drifted)
     else:
         drift(*models.get(fault, ()))
-    says = dict(ratio="the ratio is not 1", reference="a KL of 0")
-    with pytest.raises(Mismatch, match=says.get(fault, "the rollout's log-probability")):
-        trainer.step(**given)
+    says = dict(
+        ratio="the ratio of the first minibatch is not 1", reference="policy and reference differ"
+    )
+    with pytest.raises(Mismatch, match=says.get(fault, "of sampling and training differ")):
+        step(trainer, **given)
 
 
 def test_refuses_a_share_of_no_text():
@@ -931,23 +970,23 @@ def test_refuses_sampling_from_another_support(changed, monkeypatch):
 
     generate = ppo.generate
     monkeypatch.setattr(ppo, "generate", truncated)
-    with pytest.raises(Mismatch, match="the rollout's log-probability"):
-        trainer.step(**rollouts(trainer))
+    with pytest.raises(Mismatch, match="of sampling and training differ"):
+        step(trainer, **rollouts(trainer))
 
 
 def test_refuses_a_ratio_that_does_not_start_at_one(monkeypatch):
     trainer = make_trainer()
     given = rollouts(trainer)
-    gradients = PPOTrainer.gradients
+    backward = PPOTrainer.backward
 
-    def drifted(self, *a):
+    def drifted(self, *a, **kw):
         with torch.no_grad():
             self.policy.norm.weight.mul_(1.1)
-        return gradients(self, *a)
+        return backward(self, *a, **kw)
 
-    monkeypatch.setattr(PPOTrainer, "gradients", drifted)
-    with pytest.raises(Mismatch, match="the ratio is not 1"):
-        trainer.step(**given)
+    monkeypatch.setattr(PPOTrainer, "backward", drifted)
+    with pytest.raises(Mismatch, match="the ratio of the first minibatch is not 1"):
+        step(trainer, **given)
 
 
 def test_refuses_dropout_in_the_ratio(monkeypatch):
@@ -957,7 +996,7 @@ def test_refuses_dropout_in_the_ratio(monkeypatch):
     assert stats["ppo/policy/clipfrac"] < 1 and not trainer.policy.training
     trainer = make_trainer(a=args(dropout=0.3))
     monkeypatch.setattr(Transformer, "eval", lambda self: self.train())
-    with pytest.raises(Mismatch, match="log-probability|KL of 0"):
+    with pytest.raises(Mismatch, match="log-probabilities of sampling|policy and reference"):
         iterate(trainer)
 
 
@@ -967,15 +1006,15 @@ def test_refuses_an_end_token_outside_the_response():
     i = int(given["ended"].nonzero()[0])
     given["responses"][i] = given["responses"][i][:-1] + [7]
     with pytest.raises(Mismatch, match="lacks its end token"):
-        trainer.step(**given)
+        step(trainer, **given)
 
 
 def test_refuses_responses_and_log_probabilities_that_do_not_match():
     trainer = make_trainer()
     given = rollouts(trainer)
     given["old_logprobs"][0] = given["old_logprobs"][0][:-1]
-    with pytest.raises(Mismatch, match="one log-probability for each"):
-        trainer.step(**given)
+    with pytest.raises(Mismatch, match="one log-probability per"):
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -985,15 +1024,15 @@ def test_refuses_a_score_that_is_not_on_the_last_token(first, monkeypatch):
     given = rollouts(trainer)
 
     def misplaced(scores, counts):
-        out = ppo.over_tokens(scores, counts)
+        out = ppo.expand(scores, counts)
         if first:
             out = torch.zeros_like(out)
             out[counts.cumsum(0) - counts] = scores
         return out
 
-    monkeypatch.setattr(ppo, "place_scores", misplaced)
+    monkeypatch.setattr(ppo, "on_last_action", misplaced)
     with pytest.raises(Mismatch, match="not on the last token"):
-        trainer.step(**given)
+        step(trainer, **given)
 
 
 def test_refuses_a_mask_that_reaches_into_the_prompt(monkeypatch):
@@ -1003,60 +1042,66 @@ def test_refuses_a_mask_that_reaches_into_the_prompt(monkeypatch):
 
     def one_early(queries, responses, device):
         p = pack(queries, responses, device)
-        return p._replace(action=p.action - 1, target=p.tokens[p.action])
+        return replace(p, state_ends=p.state_ends - 1, actions=p.tokens[p.state_ends])
 
-    def in_the_update(self, *a):
+    def in_the_update(self, *a, **kw):
         monkeypatch.setattr(ppo, "pack", one_early)
-        return gradients(self, *a)
+        return backward(self, *a, **kw)
 
-    gradients = PPOTrainer.gradients
-    monkeypatch.setattr(PPOTrainer, "gradients", in_the_update)
+    backward = PPOTrainer.backward
+    monkeypatch.setattr(PPOTrainer, "backward", in_the_update)
     with pytest.raises(Mismatch, match="not the response tokens"):
-        trainer.step(**given)
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize("when", ["scoring", "update"])
 def test_refuses_a_mask_without_the_end_token(when, monkeypatch):
     trainer = make_trainer()
     given = rollouts(trainer)
-    pack, function = ppo.pack, dict(scoring="examine", update="gradients")[when]
+    pack, function = ppo.pack, dict(scoring="evaluate", update="backward")[when]
 
     def without_end(queries, responses, device):
         p = pack(queries, responses, device)
         kept = torch.tensor([i < len(r) - 1 for r in responses for i in range(len(r))])
-        return p._replace(action=p.action[kept], target=p.target[kept])
+        return replace(p, state_ends=p.state_ends[kept], actions=p.actions[kept])
 
-    def then(self, *a):
+    def then(self, *a, **kw):
         monkeypatch.setattr(ppo, "pack", without_end)
-        return original(self, *a)
+        return original(self, *a, **kw)
 
     original = getattr(PPOTrainer, function)
     monkeypatch.setattr(PPOTrainer, function, then)
     with pytest.raises(Mismatch, match="not the response tokens"):
-        trainer.step(**given)
+        step(trainer, **given)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_no_gradient_from_the_prompt(native, rows, monkeypatch):
+def test_no_gradient_from_the_prompt(rows, monkeypatch):
     """The loss reaches the classifier from the positions that predict a response token alone."""
-    if not native:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+    check_no_gradient_from_the_prompt(monkeypatch)
+
+
+def test_no_gradient_from_the_prompt_without_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    check_no_gradient_from_the_prompt(monkeypatch)
+
+
+def check_no_gradient_from_the_prompt(monkeypatch):
     trainer = make_trainer(ppo_epochs=1, mini_batch_size=16)
     given = rollouts(trainer, [[BOS_ID, 5, 6], [BOS_ID], [BOS_ID, 7, 8, 9]] * 5 + [[BOS_ID]])
     grads, packed = [], []
-    loss = trainer.loss
+    minibatch = Rollouts.minibatch
 
     def watch(module, inputs, output):
         if output.requires_grad:
             output.register_hook(grads.append)
 
-    def remember(data, part, *rest):
-        packed.extend((len(data["queries"][i]), len(data["responses"][i])) for i in part)
-        return loss(data, part, *rest)
+    def remember(self, which):
+        packed[:] = [(len(self.queries[i]), len(self.responses[i])) for i in which]
+        return minibatch(self, which)
 
-    trainer.loss = remember
+    monkeypatch.setattr(Rollouts, "minibatch", remember)
     trainer.policy.norm.register_forward_hook(watch)
-    trainer.step(**given)
+    step(trainer, **given)
     want = []  # a prompt's last token predicts the response's first; its last predicts nothing
     for prompt, response in packed:
         want += [False] * (prompt - 1) + [True] * response
@@ -1071,17 +1116,23 @@ def test_no_gradient_from_padding(monkeypatch):
     trainer = make_trainer(mini_batch_size=16)
     given = rollouts(trainer, [[BOS_ID], [BOS_ID, 7, 8, 9]] * 8)
     assert len({len(q) + len(r) for q, r in zip(given["queries"], given["responses"])}) > 3
-    loss, found = trainer.loss, []
+    loss, minibatch, found, calls = trainer.loss, Rollouts.minibatch, [], []
 
-    def both(data, part, weight, *rest):
-        each = zip(part, weight.split(data["counts"][part].tolist()))
-        alone = sum(loss(data, [i], w, *rest)[0] for i, w in each)
-        together = loss(data, part, weight, *rest)[0]
+    def remember(self, which):
+        calls.append((self, which))
+        return minibatch(self, which)
+
+    def both(batch, weight, *rest):
+        rollouts, which = calls[-1]
+        each = zip(which, weight.split([len(rollouts.responses[i]) for i in which]))
+        alone = sum(loss(minibatch(rollouts, [i]), w, *rest)[0] for i, w in each)
+        together = loss(batch, weight, *rest)[0]
         found.extend(flat_gradient(x, trainer.policy) for x in (alone, together))
-        return loss(data, part, weight, *rest)
+        return loss(batch, weight, *rest)
 
+    monkeypatch.setattr(Rollouts, "minibatch", remember)
     trainer.loss = both
-    trainer.step(**given)
+    step(trainer, **given)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-3)
 
 
@@ -1089,11 +1140,11 @@ def test_refuses_numbers_that_are_not_finite():
     trainer = make_trainer()
     given = rollouts(trainer, scores=[math.inf] * 16)
     with pytest.raises(FloatingPointError, match="not a finite number"):
-        trainer.step(**given)
+        step(trainer, **given)
     trainer = make_trainer()
     given = rollouts(trainer, scores=[1e38] * 8 + [-1e38] * 8)
     with pytest.raises((FloatingPointError, RuntimeError)):
-        trainer.step(**given)
+        step(trainer, **given)
 
 
 @pytest.mark.parametrize(
@@ -1121,12 +1172,12 @@ def test_refuses_settings(wrong):
 # the frontier that the results are drawn beside
 
 
-def test_tilted_samples_reach_the_roof():
+def test_tilted_samples_reach_the_best_achievable_objective():
     scores = -torch.rand(5, 64, generator=torch.Generator().manual_seed(1)).double()
     for beta in (0.05, 0.2, 1.0):
         reward, kl = frontier.tilted(scores, beta)
-        roof = beta * ((scores / beta).logsumexp(1) - math.log(64)).mean()
-        assert reward - beta * kl == pytest.approx(float(roof))
+        j_star = beta * ((scores / beta).logsumexp(1) - math.log(64)).mean()
+        assert reward - beta * kl == pytest.approx(float(j_star))
 
 
 def test_best_of_n_against_all_draws():
@@ -1216,20 +1267,20 @@ def test_learns(seed):
         nullcontext,
         stop_ids=END,
     )
-    queries, responses, _, ended = trainer.rollout([[BOS_ID]] * 2000, seed=77)
+    queries, responses, _, ended = sample(trainer, [[BOS_ID]] * 2000, seed=77)
     scores = torch.tensor(reward(queries, responses, ended))
-    start, (roof, _) = float(scores.mean()), ppo.objective_roof(scores[None], beta)
+    start, (j_star, _) = float(scores.mean()), best_achievable_objective(scores[None], beta)
     history = [iterate(trainer, reward=reward) for _ in range(25)]
     objectives = [s["ppo/objective"] for s in history]
     reached = sum(objectives[-3:]) / 3
-    closed = (reached - start) / (roof - start)
+    closed = (reached - start) / (j_star - start)
     variances = torch.tensor([s["ppo/val/explained_variance"] for s in history])
     fives = variances.unfold(0, 5, 1).mean(1)
     explained, at_the_end = float(fives.max()), float(fives[-1])
     print(
-        f"J {start:.3f} -> {reached:.3f} of {roof:.3f}: {closed:.0%}, EV {explained:.2f}, "
+        f"J {start:.3f} -> {reached:.3f} of {j_star:.3f}: {closed:.0%}, EV {explained:.2f}, "
         f"{at_the_end:.2f} at the end"
     )
     assert closed >= 0.6
     assert explained > 0.3 and at_the_end > 0.2  # little is left to explain of the best policy
-    assert min(objectives) > start - 0.25 * (roof - start)
+    assert min(objectives) > start - 0.25 * (j_star - start)

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-import alignment
 import kernels
 import pretraining
+import rlhf
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from common import run_main
@@ -300,7 +300,7 @@ def test_reaches_the_entropy_of_the_language(data, tmp_path, flags):
 
 
 def test_ppo_raises_the_objective(data, tmp_path):
-    """Aligned to shorter texts: J rises by a third of the way to its roof, the KL is that of the
+    """Aligned to shorter texts: J rises by a third of the way to J*, the KL is that of the
     report, and the reward in the log is the reward of the definition."""
     train.main(
         command(
@@ -341,14 +341,14 @@ def test_ppo_raises_the_objective(data, tmp_path):
         )
     )
     report = json.loads((tmp_path / "ppo_report.json").read_text())
-    before, after, roof = report["before"], report["after"], report["roof"][0]
+    before, after, j_star = report["before"], report["after"], report["roof"][0]
     assert before["kl"] == pytest.approx(0, abs=1e-6)
     for part in (before, after):
         reward = -np.abs(4 - np.array(part["lengths"])).mean() / 100
         assert part["reward"] == pytest.approx(reward, abs=1e-6)
         assert part["objective"] == pytest.approx(reward - 0.005 * part["kl"], abs=1e-6)
         assert part["length_mean"] == pytest.approx(np.mean(part["lengths"]), abs=1e-3)
-    closed = (after["objective"] - before["objective"]) / (roof - before["objective"])
+    closed = (after["objective"] - before["objective"]) / (j_star - before["objective"])
     assert 0.33 < closed < 1.2
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 150 + 25
 
@@ -499,8 +499,8 @@ def test_accumulated_steps_are_one_large_batch(data, tmp_path):
 
 def interrupted(data, folder, at, number, **flags):
     """Runs until a signal arrives in iteration `at`; returns the exit status."""
-    step = pretraining.Pretraining.step if not flags.get("ppo") else alignment.Alignment.step
-    stage = alignment.Alignment if flags.get("ppo") else pretraining.Pretraining
+    step = pretraining.Pretraining.step if not flags.get("ppo") else rlhf.RLHF.step
+    stage = rlhf.RLHF if flags.get("ppo") else pretraining.Pretraining
 
     def signalled(self, i):
         if i == at:
@@ -564,13 +564,13 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
 
 
-def test_roof_is_kept_until_the_text_changes(data, tmp_path, monkeypatch):
+def test_reference_scores_are_kept_until_the_text_changes(data, tmp_path, monkeypatch):
     mine, out, calls = tmp_path / "data", tmp_path / "out", []
     shutil.copytree(data, mine)
     train.main(command(mine, out))
-    sample = train.Alignment.sample
+    sample = train.RLHF.sample
     count = lambda *args: calls.append(0) or sample(*args)  # noqa: E731
-    monkeypatch.setattr(train.Alignment, "sample", count)
+    monkeypatch.setattr(train.RLHF, "sample", count)
 
     def samples_of_a_start():
         calls.clear()
@@ -588,14 +588,14 @@ def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monk
     """As on that of a file: an edit of the length reward makes the kept J* that of another one."""
     train.main(command(data, tmp_path, max_iters=1))
     ppo_stage(data, tmp_path)
-    sample, calls = train.Alignment.sample, []
-    monkeypatch.setattr(train.Alignment, "sample", lambda *a: calls.append(0) or sample(*a))
+    sample, calls = train.RLHF.sample, []
+    monkeypatch.setattr(train.RLHF, "sample", lambda *a: calls.append(0) or sample(*a))
     ppo_stage(data, tmp_path)
     assert not calls
-    source = alignment.inspect.getsource
+    source = rlhf.inspect.getsource
     edited = lambda x: source(x).replace("/ 100", "/ 10")  # noqa: E731
-    monkeypatch.setattr(alignment.inspect, "getsource", edited)
-    assert "/ 10 " in edited(alignment.ppo.LengthReward)
+    monkeypatch.setattr(rlhf.inspect, "getsource", edited)
+    assert "/ 10 " in edited(rlhf.LengthReward)
     ppo_stage(data, tmp_path)
     assert calls
 
@@ -612,14 +612,14 @@ def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkey
     flags = PPO | dict(init_from="resume", eval_interval=100, ptx_coef=0)
     with pytest.raises(ValueError, match="line 5: ValueError: mine; iteration 3 is saved: when it"):
         train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
-    step = alignment.Alignment.step
+    step = rlhf.RLHF.step
 
     def fails(self, iteration):
         if iteration > self.first:
             raise ValueError("of another part")
         return step(self, iteration)
 
-    monkeypatch.setattr(alignment.Alignment, "step", fails)
+    monkeypatch.setattr(rlhf.RLHF, "step", fails)
     with pytest.raises(ValueError, match="^of another part$"):
         train.main(command(data, tmp_path, **flags))
 
@@ -643,7 +643,7 @@ def test_a_batch_too_large_for_the_memory_is_one_line(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         np.empty(10**17) if how == "numpy" else torch.empty(10**17)
 
-    stage = alignment.ppo.PPOTrainer if ppo else pretraining.Pretraining
+    stage = rlhf.ppo.PPOTrainer if ppo else pretraining.Pretraining
     if ppo:
         train.main(command(data, tmp_path, max_iters=1))
     monkeypatch.setattr(stage, "loss", too_much)
@@ -712,7 +712,7 @@ def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     assert equal(*states) == []
     record = read_log(tmp_path, "ppo_")[0]
     assert record["ppo/reward"] > 0 and "ppo/loss/policy" not in record
-    with pytest.raises(ValueError, match="gave 1 scores for 8 responses"):
+    with pytest.raises(ValueError, match="returned 1 scores for 8 responses"):
         train.main(command(data, tmp_path, reward=f"{reward}:short", **flags))
 
 

@@ -1,6 +1,9 @@
-"""PPO as a stage of the training loop: prompts, models, reward, and what came of it.
+"""RLHF as a stage of the training loop (train.py --ppo): models, prompts, rewards, the best
+achievable objective J*, and the final report. The algorithm is in ppo.py.
 
-The algorithm is in ppo.py; here it gets its models and optimizers, its prompts and its roof J*.
+J has an upper bound that can be computed. The best policy is π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β),
+which reaches J*(x) = β log E_ref[exp(r / β)]; `best_achievable_objective` estimates it from samples
+of the reference. A run is as good as its J is close to J*.
 """
 
 import hashlib
@@ -32,7 +35,7 @@ from tokenizer import check_same_tokenizer, stop_ids
 
 
 @dataclass
-class AlignmentFlags:
+class RLHFFlags:
     """PPO: prompts, reward and report"""
 
     ppo_iters: int = flag(
@@ -59,15 +62,14 @@ class AlignmentFlags:
     ppo_debug: bool = flag(False, "print every statistic of every iteration")
 
 
-def instruction_file(data):
-    """Whether --data names instructions, and not a folder of stories."""
+def is_instruction_file(data):
+    """Whether --data names a file of instructions, not a folder of stories."""
     return data.partition(",")[0].endswith((".json", ".jsonl"))
 
 
 @contextmanager
-def borrowed(model, device, offload):
-    """A frozen model that is on its device while it works and, with offload, in the CPU's memory
-    before and after."""
+def on_device(model, device, offload):
+    """A frozen model on its device; with offload it is in CPU memory before and after."""
     if offload:
         model.to(device)
     try:
@@ -77,13 +79,29 @@ def borrowed(model, device, offload):
             model.to("cpu")
 
 
+# ----------------------------------------------------------------------------
+# rewards: f(prompts, responses, ended) -> one number per response, or a list with one per token
+
+
+class LengthReward:
+    """−|target_len − tokens| / 100, where tokens counts prompt and response, end token included, as
+    in the original implementation."""
+
+    def __init__(self, target_len=200):
+        self.target_len = target_len
+
+    def __call__(self, prompts, responses, ended):
+        return [-abs(self.target_len - len(p) - len(r)) / 100 for p, r in zip(prompts, responses)]
+
+
 def load_reward(spec, target_len, decode):
-    """`length`, or FILE.py:FUNCTION, called as FUNCTION(prompts, responses) with lists of strings;
-    a function with an attribute `tokens = True` gets lists of ids. It returns one number a
-    response, or a list of numbers, one for each token of it. Raises ppo.RewardError, with the line of
-    the file where it is the file's mistake, and OSError."""
+    """The reward that --reward=spec names: `length`, or FILE.py:FUNCTION. The function is called
+    with prompts and responses, two lists of strings, or of lists of token ids if it has an
+    attribute `tokens = True`; it returns one number per response, or one list per response with a
+    number per token. Errors of the function are raised as RewardError, with the line of the
+    file."""
     if spec == "length":
-        return ppo.LengthReward(target_len)
+        return LengthReward(target_len)
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"--reward={spec}: expected `length` or FILE.py:FUNCTION")
@@ -92,56 +110,58 @@ def load_reward(spec, target_len, decode):
     module_spec = importlib.util.spec_from_file_location("reward", path)
     module = importlib.util.module_from_spec(module_spec)
 
-    def attempt(theirs):  # what the user's code raises is a line that says where
+    def call(code):  # errors of the user's code become one line that says where
         try:
-            return theirs()
+            return code()
         except Exception as e:
             frames = traceback.extract_tb(e.__traceback__)
             lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
             where = lines[-1] if lines else ""
             raise ppo.RewardError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
 
-    attempt(lambda: module_spec.loader.exec_module(module))
+    call(lambda: module_spec.loader.exec_module(module))
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--reward={spec}: {path} has no function {name}")
 
-    def plain(x):  # what a reward model returns: tensors and arrays
+    def plain(x):  # rewards may be tensors and arrays
         return x.tolist() if hasattr(x, "tolist") else x
 
     def reward(prompts, responses, ended):
         if not getattr(function, "tokens", False):
             prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
-        scores = attempt(lambda: [plain(x) for x in plain(function(prompts, responses))])
+        scores = call(lambda: [plain(x) for x in plain(function(prompts, responses))])
         if len(scores) != len(prompts):
             raise ppo.RewardError(
-                f"--reward={spec} gave {len(scores)} scores for {len(prompts)} responses"
+                f"--reward={spec} returned {len(scores)} scores for {len(prompts)} responses"
             )
         for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
             if not isinstance(x, (int, float)) or not math.isfinite(x):
-                raise ppo.RewardError(f"--reward={spec} gave {x!r} as a score, not a finite number")
+                raise ppo.RewardError(
+                    f"--reward={spec} returned {x!r} as a score, not a finite number"
+                )
         return scores
 
     return reward
 
 
-def load_scorer(path, like, template):
-    """The checkpoint of --rm at path, its gain and bias multiplied into its head, so that what the
-    head says is the reward. Raises ValueError where it was not made by --rm, or for another
-    vocabulary, a shorter context or another template than that of the policy, ModelArgs `like`."""
+def load_reward_model(path, policy_args, template):
+    """The checkpoint at path, made by --rm, with its gain and bias multiplied into the value head,
+    so that the head's output is the reward. Raises ValueError if it is no reward model, or if its
+    vocabulary, context or template does not fit the policy's ModelArgs and template."""
     checkpoint = load_checkpoint(path)
     if "reward" not in checkpoint:
         raise ValueError(f"{path} is no reward model: train one with --rm")
-    there = checkpoint["model_args"]
-    if there["vocab_size"] != like.vocab_size:
+    args = checkpoint["model_args"]
+    if args["vocab_size"] != policy_args.vocab_size:
         raise ValueError(
-            f"the reward model {path} has a vocabulary of {there['vocab_size']}, "
-            f"the policy one of {like.vocab_size}"
+            f"the reward model {path} has a vocabulary of {args['vocab_size']}, "
+            f"the policy one of {policy_args.vocab_size}"
         )
-    if there["max_seq_len"] < like.max_seq_len:
+    if args["max_seq_len"] < policy_args.max_seq_len:
         raise ValueError(
-            f"the reward model {path} reads {there['max_seq_len']} tokens, "
-            f"the policy writes up to {like.max_seq_len}"
+            f"the reward model {path} reads {args['max_seq_len']} tokens, "
+            f"the policy writes up to {policy_args.max_seq_len}"
         )
     if template != checkpoint.get("template"):
         raise ValueError(
@@ -155,44 +175,56 @@ def load_scorer(path, like, template):
     return checkpoint
 
 
-def in_two_groups(state, model):
-    """The state of a model's optimizer with the two groups of Alignment.adam. Older checkpoints have
-    all parameters in one group, in the order of the model."""
-    if len(state["param_groups"]) > 1:
-        return state
-    params = [p for p in model.parameters() if p.requires_grad]
-    order = sorted(range(len(params)), key=lambda i: params[i].dim() < 2)  # matrices first
-    matrices = sum(p.dim() > 1 for p in params)
-    group, every = state["param_groups"][0], list(range(len(params)))
-    return {
-        "state": {i: state["state"][j] for i, j in enumerate(order) if j in state["state"]},
-        "param_groups": [group | {"params": x} for x in (every[:matrices], every[matrices:])],
-    }
-
-
 class ModelReward:
-    """The scores of a reward model, one a rollout: f(prompts, responses, ended)."""
+    """The scores of a reward model, one per response."""
 
-    def __init__(self, checkpoint, device, offload, batch_size, context):
+    def __init__(self, checkpoint, device, offload, batch_size, autocast):
         model = model_from_checkpoint(checkpoint, TransformerWithValueHead, dropout=0.0)
         self.model = model.requires_grad_(False).eval().to("cpu" if offload else device)
-        self.device, self.offload, self.size, self.context = device, offload, batch_size, context
+        self.device, self.offload, self.size, self.autocast = device, offload, batch_size, autocast
 
     @torch.no_grad()
     def __call__(self, prompts, responses, ended):
         texts = [p + r for p, r in zip(prompts, responses)]
-        with borrowed(self.model, self.device, self.offload) as model, self.context():
+        with on_device(self.model, self.device, self.offload) as model, self.autocast():
             parts = [
                 score(model, texts[i : i + self.size]) for i in range(0, len(texts), self.size)
             ]
         return torch.cat(parts).tolist()
 
 
-class Alignment:
-    """PPO against a reward; see ppo.py."""
+# ----------------------------------------------------------------------------
+# the best achievable objective
+
+
+def best_achievable_objective(scores, beta):
+    """J* = mean over prompts of β log E_ref[exp(r / β)], and half its 95 % confidence interval,
+    from scores (prompts, samples) of samples of the reference. β = 0: the best sample of each
+    prompt.
+
+    The logarithm of a mean of n samples is too low by half the relative variance of the mean, to
+    first order, (Σ w² − 1/n) / 2 with w = softmax(r / β), which is added. With 128 samples of
+    stories260K, J* was too low by 0.008, 0.017 and 0.026 at β = 0.2, 0.05 and 0.02; with the
+    correction by 0.000, 0.007 and 0.019."""
+    scores, n = scores.double(), scores.shape[1]
+    per_prompt, variance = scores.max(1).values, torch.zeros(1)
+    if beta:
+        variance = (scores / beta).softmax(1).square().sum(1) - 1 / n
+        per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(n) + variance / 2)
+    # The spread over prompts contains the sampling error; a single prompt has the latter alone.
+    spread = per_prompt.std() if len(per_prompt) > 1 else beta * variance[0].sqrt()
+    return per_prompt.mean().item(), 1.96 * spread.item() / math.sqrt(len(per_prompt))
+
+
+# ----------------------------------------------------------------------------
+# the stage
+
+
+class RLHF:
+    """PPO against a reward: one training iteration is one PPO iteration of ppo.PPOTrainer."""
 
     prefix = "ppo_"
-    flags = AlignmentFlags, ppo.PPOConfig, InstructionFlags, LoRAFlags
+    flags = RLHFFlags, ppo.PPOConfig, InstructionFlags, LoRAFlags
     # The published commands give flags of pretraining. The shape of the model is checked against
     # the checkpoint; PPO has no use for the others.
     accepted = (
@@ -207,8 +239,11 @@ class Alignment:
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
-        from_file, ptx_file = (instruction_file(d) for d in (args.data, args.ptx_data or args.data))
+        """The stage's flags that have no effect beside the others: pairs of names and the
+        reason."""
+        from_file, ptx_file = (
+            is_instruction_file(d) for d in (args.data, args.ptx_data or args.data)
+        )
         if args.reward != "length":
             yield ["target_len"], "has no effect without --reward=length"
         if not args.reward.endswith(".pt"):
@@ -248,7 +283,7 @@ class Alignment:
         for device in args.ref_device, args.reward_device:
             choose_device(device)
 
-    def __init__(self, args, checkpoint, rank, world, context, tokenizer):
+    def __init__(self, args, checkpoint, rank, world, autocast, tokenizer):
         self.args, self.rank, self.world, self.tokenizer = args, rank, world, tokenizer
         config = ppo.PPOConfig(
             mini_batch_size=args.batch_size,
@@ -274,21 +309,22 @@ class Alignment:
                 p.data = frozen[name].data  # the reference is the model without its adapters
         self.ref_device = args.ref_device or args.device
         reference.to("cpu" if args.offload else self.ref_device)
-        self.open_prompts(config)
-        self.optimizers = [self.adam(self.model, args.learning_rate)]
+        self.load_texts(config)
+        self.optimizers = [self.make_optimizer(self.model, args.learning_rate)]
         critic = None
         if config.advantage == "gae" and not shared:
             source, path = start, config.value_model
             if path != "separate":
                 source = load_checkpoint(path)
-                source = (
-                    self.scorer(path) if "reward" in source else self.same_tokenizer(path, source)
-                )
+                if "reward" in source:
+                    source = self.load_reward_model(path)
+                else:
+                    self.check_tokenizer(path, source)
             critic = build(source, TransformerWithValueHead)
             if critic.args.vocab_size != self.model.args.vocab_size:
                 raise ValueError(f"--value_model={path} has another vocabulary than the policy")
             rate = args.value_learning_rate or args.learning_rate
-            self.optimizers.append(self.adam(critic, rate))
+            self.optimizers.append(self.make_optimizer(critic, rate))
         self.trainer = ppo.PPOTrainer(
             config,
             self.model,
@@ -296,69 +332,74 @@ class Alignment:
             critic,
             self.optimizers[0],
             self.optimizers[1] if critic else None,
-            context,
+            autocast,
             self.ptx_batch,
             stop_ids=self.stop_ids,
         )
         if args.reward.endswith(".pt"):
             device = args.reward_device or args.device
-            size, scorer = args.batch_size, self.scorer(args.reward)
-            self.reward = ModelReward(scorer, device, args.offload, size, context)
+            checkpoint_of_reward = self.load_reward_model(args.reward)
+            self.reward = ModelReward(
+                checkpoint_of_reward, device, args.offload, args.batch_size, autocast
+            )
         else:
             self.reward = load_reward(args.reward, args.target_len, self.decode)
         self.position = self.ptx_position = 0
-        self.first, self.roof = checkpoint["iter_num"], None
+        self.first, self.j_star = checkpoint["iter_num"], None
 
-    def scorer(self, path):
-        scorer = load_scorer(path, self.model.args, self.args.kept.get("template"))
-        return self.same_tokenizer(path, scorer)
-
-    def same_tokenizer(self, path, checkpoint):
-        """The checkpoint that was read from path. Raises ValueError if its tokenizer is not the
-        policy's."""
-        mine, other = self.args.kept.get("tokenizer_hash"), checkpoint.get("tokenizer_hash")
-        check_same_tokenizer("the policy", mine, path, other)
+    def load_reward_model(self, path):
+        checkpoint = load_reward_model(path, self.model.args, self.args.kept.get("template"))
+        self.check_tokenizer(path, checkpoint)
         return checkpoint
 
-    def open_prompts(self, config):
-        """Prompts, and text to see what is forgotten (`text`) and to hold it (`ptx_text`):
-        beginnings of stories, or instructions where --data names a file of them."""
-        args, model = self.args, self.model.args
-        vocab, context = model.vocab_size, model.max_seq_len
+    def check_tokenizer(self, path, checkpoint):
+        """Raises ValueError if the tokenizer of the checkpoint at path is not the policy's."""
+        hashes = self.args.kept.get("tokenizer_hash"), checkpoint.get("tokenizer_hash")
+        check_same_tokenizer("the policy", hashes[0], path, hashes[1])
+
+    def load_texts(self, config):
+        """Sets prompts and held_out, the prompts of training and of the report; text, on which the
+        report measures what PPO forgets; ptx_text, the text of PPO-ptx; and stop_ids. Prompts are
+        beginnings of stories, or instructions if --data names a file of them."""
+        args, vocab = self.args, self.model.args.vocab_size
+        context_length = self.model.args.max_seq_len
         template, end_ids = None, args.kept.get("end_ids")
         ptx = args.ptx_data or args.data
-        if instruction_file(args.data) or config.ptx_coef and instruction_file(ptx):
+        if is_instruction_file(args.data) or config.ptx_coef and is_instruction_file(ptx):
             template = stage_template(args, self.tokenizer)
             texts = self.tokenizer, template
         self.stop_ids = stop_ids(self.tokenizer, end_ids=end_ids)
-        if instruction_file(args.data):
+        if is_instruction_file(args.data):
             self.stop_ids = stop_ids(self.tokenizer, template, end_ids)
-            room = context - min(config.max_gen_len, context // 2)
+            max_prompt = context_length - min(config.max_gen_len, context_length // 2)
             self.prompts, self.held_out = (
-                instructions(InstructPrompts, args, split, *texts, room)
+                instructions(InstructPrompts, args, split, *texts, max_prompt)
                 for split in ("train", "val")
             )
             self.text = None  # prompts alone are no text
             if self.held_out.answered:
                 kind = OptionalInstructions
-                self.text = Packed(instructions(kind, args, "val", *texts, context))
+                self.text = Packed(instructions(kind, args, "val", *texts, context_length))
             if self.rank == 0:
                 print(f"train: {self.prompts.summary()}\nval: {self.held_out.summary()}")
         else:
             bos = args.kept.get("bos", True)
             self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed, bos)
-            # The same whatever the seed, so that runs can be held against each other.
+            # These do not depend on --seed, so that runs can be compared.
             self.held_out = Prompts(args.data, "val", args.start_len, vocab, bos=bos)
-            self.text = Windows(args.data, "val", min(context, 256), vocab)
+            self.text = Windows(args.data, "val", min(context_length, 256), vocab)
         if config.ptx_coef:
-            if instruction_file(ptx):
-                self.ptx_text = Packed(Instructions(ptx, "train", *texts, context, args.seed + 1))
+            if is_instruction_file(ptx):
+                self.ptx_text = Packed(
+                    Instructions(ptx, "train", *texts, context_length, args.seed + 1)
+                )
             else:
-                self.ptx_text = Windows(ptx, "train", context, vocab, args.seed + 1)
+                self.ptx_text = Windows(ptx, "train", context_length, vocab, args.seed + 1)
 
     def ptx_batch(self):
-        """This rank's samples of the next batch of text, and before them what their mean loss weighs
-        in that of the batch: however it is dealt out, each token counts the same."""
+        """This rank's part of the next batch of text: the weight of its mean loss in the mean over
+        the batch, in which each token has equal weight, tokens, targets, and lengths if it is
+        packed."""
         n, device = max(self.args.batch_size // 8, 1), self.args.device
         first, last = (n * r // self.world for r in (self.rank, self.rank + 1))
         position, self.ptx_position = self.ptx_position + first, self.ptx_position + n
@@ -366,12 +407,12 @@ class Alignment:
             return (0.0,)
         x, y, *packed = self.ptx_text.batch(position, last - first)
         expected = (packed[1] if packed else y.numel()) * n / (last - first)
-        share = int((y >= 0).sum()) / expected
-        return share, x.to(device), y.to(device), *packed[:1]  # lengths, where packed
+        weight = int((y >= 0).sum()) / expected
+        return weight, x.to(device), y.to(device), *packed[:1]  # lengths, where packed
 
-    def adam(self, model, rate):
-        """AdamW with weight decay on matrices only, whose first steps are short: its second moments are
-        rough estimates then. The count of steps lies in the parameter groups, and so in the checkpoint."""
+    def make_optimizer(self, model, rate):
+        """AdamW with weight decay on matrices only and a linear warm-up of the learning rate. The
+        steps are counted in the parameter groups, so that the count is in the checkpoint."""
         a = self.args
         params = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -397,11 +438,11 @@ class Alignment:
         return self.tokenizer.decode(ids)
 
     def sample(self, model, prompts):
-        """Responses of a model to prompts, the same at every call."""
+        """Responses of a model to prompts, with the same random numbers in every call."""
         c = self.trainer.config
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=random)
-        with self.trainer.context():
+        with self.trainer.autocast():
             out = generate(
                 model,
                 prompts,
@@ -414,20 +455,21 @@ class Alignment:
         return out.responses(), out.ended
 
     def scores(self, prompts, responses, ended):
-        """One score a rollout (B,), also where the reward gives one for each token."""
-        each = self.reward(prompts, responses, ended)
-        return torch.tensor([float(torch.as_tensor(s).sum()) for s in each])
+        """One score per response (B,), the sum if the reward returns one per token."""
+        scores = self.reward(prompts, responses, ended)
+        return torch.tensor([float(torch.as_tensor(s).sum()) for s in scores])
 
     @torch.no_grad()
     def measure(self, model):
-        """How a model does on held-out prompts: reward, exact KL to the reference, J, lengths, the
-        share that ended by itself, and the reference's loss on the samples, in nats a token."""
+        """Statistics of a model's responses to held-out prompts: J, reward, exact KL to the
+        reference, lengths, the share that ended with an end token, and the reference's loss on them
+        in nats per token; and the model's loss on held-out text."""
         t, n, size = self.trainer, self.args.report_rollouts, self.args.batch_size
         prompts = self.held_out.batch(0, n)
         responses, ended = self.sample(model, prompts)
         scores = self.scores(prompts, responses, ended)
-        with t.context():
-            kl, ref = ppo.against_reference(
+        with t.autocast():
+            kl, ref = ppo.kl_to_reference(
                 model, t.reference, prompts, responses, size, t.config.temperature
             )
         kl = float(kl.mean())
@@ -446,65 +488,68 @@ class Alignment:
         }
 
     def text_loss(self, model):
-        """The loss on 64 fixed samples of validation text, nats a token: does PPO forget?"""
+        """The loss on the first 64 samples of held-out text, in nats per token, which rises as PPO
+        forgets."""
         total, count, device = 0.0, 0, model.output.weight.device
-        fixed = min(64, len(self.text))
-        for i in range(0, fixed, 16):
-            x, y, *packed = self.text.batch(i, min(16, fixed - i))
+        n_samples = min(64, len(self.text))
+        for i in range(0, n_samples, 16):
+            x, y, *packed = self.text.batch(i, min(16, n_samples - i))
             n = int((y >= 0).sum())
             total += n * float(model(x.to(device), y.to(device), *packed[:1]))
             count += n
         return total / count
 
     def report(self):
-        """Measures reference and result on the same prompts and random numbers, and prints; also the
-        first story that is no longer the same."""
-        self.trainer.reference.to(self.ref_device)
-        result = deepcopy(self.trainer.reference)
-        result.load_state_dict(self.result(), strict=False)  # a shared value head stays behind
-        found = {
+        """Measures the reference and the result with the same prompts and random numbers, writes
+        ppo_report.json and prints it, with the first story that PPO changed."""
+        reference = self.trainer.reference.to(self.ref_device)
+        result = deepcopy(reference)
+        result.load_state_dict(self.result(), strict=False)  # without a shared value head
+        before, after = self.measure(reference), self.measure(result)
+        pairs = list(zip(before.pop("stories"), after.pop("stories")))
+        changed = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
+        for measured, story in zip((before, after), changed):
+            measured["story"] = self.decode(story) if self.tokenizer else ""
+        report = {
             "beta": self.trainer.config.init_kl_coef,
-            "roof": self.roof,
-            "before": self.measure(self.trainer.reference),
-            "after": self.measure(result),
+            "roof": self.j_star,
+            "before": before,
+            "after": after,
         }
-        measured = found["before"], found["after"]
-        pairs = list(zip(*(m.pop("stories") for m in measured)))
-        changed = next((p for p in pairs if p[0] != p[1]), pairs[0])
-        for m, story in zip(measured, changed):
-            m["story"] = self.decode(story) if self.tokenizer else ""
         with write_atomic(Path(self.args.out_dir) / "ppo_report.json", "w") as f:
-            json.dump(found, f)
-        print_report(found)
+            json.dump(report, f)
+        print_report(report)
 
-    def estimate_roof(self):
-        """J* and half its 95 % interval, from scores of reference samples, kept in out_dir."""
+    def estimate_j_star(self):
+        """J* and half its 95 % confidence interval, from scores of samples of the reference, which
+        are kept in out_dir/roof.json."""
         a, c = self.args, self.trainer.config
         reference = self.trainer.reference.parameters()
         weights = float(sum(p.cpu().double().abs().sum() for p in reference))
         prompts = self.held_out.batch(0, a.roof_prompts)
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]
-        # The reward may change under its name: FILE.py:FUNCTION, FILE.pt, or the code of a built-in.
+        # A reward of the same name may have changed: the file, or the code of a built-in one.
         path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
         code = Path(path).read_bytes() if path else inspect.getsource(type(self.reward)).encode()
         key.append(hashlib.sha256(code).hexdigest())
         path = Path(a.out_dir) / "roof.json"
         try:
-            kept = json.loads(path.read_text())
-            scores = torch.tensor(kept["scores"]) if kept["key"] == key else None
+            saved = json.loads(path.read_text())
+            scores = torch.tensor(saved["scores"]) if saved["key"] == key else None
         except (OSError, ValueError, KeyError):
             scores = None
         if scores is None:
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
-            with borrowed(self.trainer.reference, self.ref_device, a.offload) as reference:
+            with on_device(self.trainer.reference, self.ref_device, a.offload) as reference:
                 responses, ended = self.sample(reference, prompts)
             scores = self.scores(prompts, responses, ended).view(a.roof_prompts, a.roof_samples)
             if self.rank == 0:
                 with write_atomic(path, "w") as f:
                     json.dump({"key": key, "scores": scores.tolist()}, f)
-        self.roof_scores, self.roof = scores, ppo.objective_roof(scores, c.init_kl_coef)
-        return self.roof
+        self.reference_scores = scores  # (prompts, samples)
+        self.j_star = best_achievable_objective(scores, c.init_kl_coef)
+        return self.j_star
 
     def step(self, iteration):
         a, c, t0 = self.args, self.trainer.config, time.perf_counter()
@@ -513,16 +558,21 @@ class Alignment:
         n_prompts = c.rollouts // c.group_size
         prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
-        queries, responses, logprobs, ended = self.trainer.rollout(prompts, a.seed + iteration)
+        rollouts = self.trainer.rollout(prompts, a.seed + iteration)
         t1 = time.perf_counter()
-        scores = self.reward(queries, responses, ended)
-        self.last = queries[0], responses[0], scores[0]
-        with borrowed(self.trainer.reference, self.ref_device, a.offload):
-            stats = self.trainer.step(queries, responses, logprobs, scores, ended)
+        scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
+        self.last = rollouts.queries[0], rollouts.responses[0], scores[0]
+        with on_device(self.trainer.reference, self.ref_device, a.offload):
+            stats = self.trainer.step(rollouts, scores)
         t2 = time.perf_counter()
-        self.position += n_prompts  # only now: after a mistake in the reward they come again
+        self.position += (
+            n_prompts  # not before: after an error of the reward the prompts are used again
+        )
+        j_star, _ = best_achievable_objective(
+            self.reference_scores, stats["ppo/kl_coef"]
+        )  # β may have changed
         return stats | {
-            "ppo/objective_roof": ppo.objective_roof(self.roof_scores, stats["ppo/kl_coef"])[0],
+            "ppo/objective_roof": j_star,
             "time/ppo/rollout": t1 - t0,
             "time/ppo/scoring": t2
             - t1
@@ -541,7 +591,7 @@ class Alignment:
             f"ended {s['ppo/ended']:4.0%} | entropy {s.get('ppo/policy/entropy', math.nan):.2f} | "
             f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | "
             f"EV {s['ppo/val/explained_variance']:5.2f} | "
-            f"norm {s['grad_norm']:.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
+            f"norm {s.get('grad_norm', math.nan):.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
             f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"
         )
 
@@ -549,7 +599,7 @@ class Alignment:
         return {}
 
     def story(self):
-        """The last iteration's first rollout and its score."""
+        """The first rollout of the last iteration, and its score."""
         if self.tokenizer is None or not hasattr(self, "last"):
             return ""
         query, response, score = self.last
@@ -558,12 +608,13 @@ class Alignment:
         return "\n".join(map(": ".join, zip(("prompt", "response", "reward"), texts)))
 
     def result(self):
-        """The weights to keep: the average of the policy's where one is made, adapters merged."""
+        """The weights that the run is for: the policy's, or their average if there is one, with
+        adapters merged."""
         if not self.args.lora_rank:
             return self.trainer.average or self.model.state_dict()
-        kept = deepcopy(self.model)
-        kept.load_state_dict(self.trainer.average or self.model.state_dict())
-        return merged_state(kept)
+        result = deepcopy(self.model)
+        result.load_state_dict(self.trainer.average or self.model.state_dict())
+        return merged_state(result)
 
     def state(self):
         return {
@@ -584,8 +635,23 @@ class Alignment:
         self.model.load_state_dict(state["policy"])
         models = (self.model, self.trainer.critic)
         for name, model in zip(("optimizer", "critic_optimizer"), models):
-            state[name] = state[name] and in_two_groups(state[name], model)
+            state[name] = state[name] and two_groups(state[name], model)
         with flags_decide(self.optimizers, counters=("steps", "scale")):
             self.trainer.load_state_dict(state)
         self.position, self.ptx_position = checkpoint["position"], state["ptx_position"]
         self.first = state["first"]
+
+
+def two_groups(state, model):
+    """The optimizer state of a checkpoint with the two groups of RLHF.make_optimizer, matrices and
+    vectors. Older checkpoints have one group, with the parameters in the order of the model."""
+    if len(state["param_groups"]) > 1:
+        return state
+    params = [p for p in model.parameters() if p.requires_grad]
+    order = sorted(range(len(params)), key=lambda i: params[i].dim() < 2)  # matrices first
+    matrices = sum(p.dim() > 1 for p in params)
+    group, indices = state["param_groups"][0], list(range(len(params)))
+    return {
+        "state": {i: state["state"][j] for i, j in enumerate(order) if j in state["state"]},
+        "param_groups": [group | {"params": x} for x in (indices[:matrices], indices[matrices:])],
+    }
