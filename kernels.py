@@ -173,9 +173,42 @@ def keep_memory():
             pass  # another C library
 
 
-def call(name, *args):
-    """Calls a function of kernels.c; tensors go as pointers to their contiguous fp32 or int64, None as
-    NULL. args itself stays until the end: it may be all that holds a tensor."""
+def struct(name, tensors, ints, floats=""):
+    """The ctypes twin of a struct of kernels.c, where the shapes stand: pointers, ints, floats."""
+    kinds = (tensors, ctypes.c_void_p), (ints, ctypes.c_int), (floats, ctypes.c_float)
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+ATTENTION = struct("Attention", "out softmax q k v starts cosine sine dout dq dk dv", "S H K E")
+FEED_FORWARD = struct("FeedForward", "out x norm w1 w3 w2 g dx dnorm dw1 dw3 dw2", "N D F", "eps")
+NORM_QKV = struct(
+    "NormQKV", "q k v x norm wq wk wv dq dk dv dx dnorm dwq dwk dwv", "N D Q K", "eps"
+)
+DECODING = struct(
+    "Decoding",
+    "weights cosine sine keys values positions x embedding norm output "
+    "tokens probabilities lengths current uniform prompt stop_ids",
+    "B capacity L F H K E T V steps max_new n_stops context",
+    "eps temperature",
+)
+STRUCTS = {  # the struct that a function of kernels.c takes
+    "attention_forward": ATTENTION,
+    "attention_backward": ATTENTION,
+    "feed_forward": FEED_FORWARD,
+    "feed_forward_backward": FEED_FORWARD,
+    "norm_qkv": NORM_QKV,
+    "norm_qkv_backward": NORM_QKV,
+    "decode_hidden": DECODING,
+    "decode_tokens": DECODING,
+}
+
+
+def call(name, *args, **fields):
+    """Calls a function of kernels.c with its arguments, or with the fields of the struct that it
+    takes; fields that are not given are NULL or 0. Tensors become pointers to their contiguous fp32
+    or int64 memory, None becomes NULL. args and fields stay until the end: they may be all that
+    holds a tensor."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
     values = [
         numbers[type(x)](x)
@@ -185,6 +218,9 @@ def call(name, *args):
         else None
         for x in args
     ]
+    if fields:
+        members = {k: x.data_ptr() if isinstance(x, torch.Tensor) else x for k, x in fields.items()}
+        values.append(ctypes.byref(STRUCTS[name](**members)))
     failed = getattr(library(), name)(*values)
     if failed:
         raise {
@@ -303,6 +339,10 @@ def native_layer(x, *weights):
     return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
 
+FF_INPUTS = "x", "norm", "w1", "w2", "w3"
+QKV_INPUTS = "x", "norm", "wq", "wk", "wv"
+
+
 class FusedFeedForward(torch.autograd.Function):
     """w2 (silu(w1 n) * w3 n), n = rms_norm(x, norm, eps): x (..., D), w1 and w3 (F, D), w2 (D, F)."""
 
@@ -310,18 +350,20 @@ class FusedFeedForward(torch.autograd.Function):
     def forward(ctx, x, norm, w1, w2, w3, eps):
         inputs = [t.contiguous() for t in (x, norm, w1, w2, w3)]
         out = torch.empty_like(inputs[0])
-        ctx.sizes = x.numel() // x.shape[-1], x.shape[-1], len(w1), float(eps)
-        call("feed_forward", out, *inputs, *ctx.sizes)
+        N, D = x.numel() // x.shape[-1], x.shape[-1]
+        ctx.sizes = dict(N=N, D=D, F=len(w1), eps=float(eps))
+        call("feed_forward", out=out, **dict(zip(FF_INPUTS, inputs)), **ctx.sizes)
         ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        inputs = ctx.saved_tensors  # read once: under recomputation a second read raises
-        grads = [torch.empty_like(x) for x in inputs]
-        call("feed_forward_backward", *grads, grad.contiguous(), *inputs, *ctx.sizes)
-        return *grads, None
+        # saved_tensors is read once: under recomputation a second read raises
+        inputs = dict(zip(FF_INPUTS, ctx.saved_tensors))
+        grads = {"d" + name: torch.empty_like(x) for name, x in inputs.items()}
+        call("feed_forward_backward", g=grad.contiguous(), **inputs, **grads, **ctx.sizes)
+        return *grads.values(), None
 
 
 class FusedQKV(torch.autograd.Function):
@@ -331,18 +373,20 @@ class FusedQKV(torch.autograd.Function):
     def forward(ctx, x, norm, wq, wk, wv, eps):
         inputs = [t.contiguous() for t in (x, norm, wq, wk, wv)]
         out = [x.new_empty(*x.shape[:-1], len(w)) for w in (wq, wk, wv)]
-        ctx.sizes = x.numel() // x.shape[-1], x.shape[-1], len(wq), len(wk), float(eps)
-        call("norm_qkv", *out, *inputs, *ctx.sizes)
+        N, D = x.numel() // x.shape[-1], x.shape[-1]
+        ctx.sizes = dict(N=N, D=D, Q=len(wq), K=len(wk), eps=float(eps))
+        call("norm_qkv", **dict(zip("qkv", out)), **dict(zip(QKV_INPUTS, inputs)), **ctx.sizes)
         ctx.save_for_backward(*inputs)
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *of):
-        inputs = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in inputs]
-        call("norm_qkv_backward", *grads, *(g.contiguous() for g in of), *inputs, *ctx.sizes)
-        return *grads, None
+        inputs = dict(zip(QKV_INPUTS, ctx.saved_tensors))
+        grads = {"d" + name: torch.empty_like(x) for name, x in inputs.items()}
+        of = {name: g.contiguous() for name, g in zip(("dq", "dk", "dv"), of)}
+        call("norm_qkv_backward", **of, **inputs, **grads, **ctx.sizes)
+        return *grads.values(), None
 
 
 # ----------------------------------------------------------------------------
@@ -410,6 +454,9 @@ def native_attention(x):
     return x.shape[-1] <= 16 and native(x, 2)
 
 
+ATTENTION_INPUTS = "out", "softmax", "q", "k", "v", "starts", "cosine", "sine"
+
+
 class FusedAttention(torch.autograd.Function):
     """Rotary embedding and causal attention of packed sequences: q (N, H, E), k and v (N, K, E),
     starts (S + 1) int64, cos and sin (N, E/2) -> (N, H, E)."""
@@ -418,20 +465,19 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, starts, cos, sin):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, softmax = torch.empty_like(q), q.new_empty(*q.shape[:2], 2)
-        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
-        call("attention_forward", out, softmax, q, k, v, starts, cos, sin, *sizes)
-        ctx.save_for_backward(out, softmax, q, k, v, starts, cos, sin)
+        ctx.sizes = dict(S=len(starts) - 1, H=q.shape[1], K=k.shape[1], E=q.shape[2])
+        saved = out, softmax, q, k, v, starts, cos, sin
+        call("attention_forward", **dict(zip(ATTENTION_INPUTS, saved)), **ctx.sizes)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        out, softmax, q, k, v, starts, cos, sin = ctx.saved_tensors
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        sizes = (len(starts) - 1, q.shape[1], k.shape[1], q.shape[2])
-        args = (*grads, dout.contiguous(), out, softmax, q, k, v, starts, cos, sin)
-        call("attention_backward", *args, *sizes)
-        return *grads, None, None, None
+        saved = dict(zip(ATTENTION_INPUTS, ctx.saved_tensors))
+        grads = {"d" + name: torch.empty_like(saved[name]) for name in "qkv"}
+        call("attention_backward", dout=dout.contiguous(), **saved, **grads, **ctx.sizes)
+        return *grads.values(), None, None, None
 
 
 # ----------------------------------------------------------------------------
@@ -506,8 +552,16 @@ class FastKVCache(KVCache):
         blocks = self.capacity // self.width, a.head_dim, self.width
         self.k, self.v = (x.view(*x.shape[:3], *blocks) for x in (self.k, self.v))
         self.weights = decode_weights(model)
-        sizes = a.n_layers, a.ffn_dim, a.n_heads, a.n_kv_heads, a.head_dim, self.capacity
-        self.sizes = batch, *sizes, float(a.norm_eps)  # the last arguments of the two functions
+        self.sizes = dict(
+            capacity=batch,
+            L=a.n_layers,
+            F=a.ffn_dim,
+            H=a.n_heads,
+            K=a.n_kv_heads,
+            E=a.head_dim,
+            T=self.capacity,
+            eps=float(a.norm_eps),
+        )
 
     def append(self, layer, layout, k, v):
         block, lane = layout.positions // self.width, layout.positions % self.width
@@ -533,8 +587,7 @@ class FastTransformer(Transformer):
         if lengths is not None or not isinstance(cache, FastKVCache):
             return super().hidden(tokens, lengths, cache)
         x = self.dropout(self.tok_embeddings(tokens)).clone(memory_format=torch.contiguous_format)
-        args = cache.k, cache.v, cache.length, cache.weights, self.freqs_cos, self.freqs_sin
-        call("decode_hidden", x, *args, len(x), *cache.sizes)
+        call("decode_hidden", x=x, B=len(x), **decoding_fields(self, cache))
         cache.length[: len(x)] += 1
         return self.norm(x)
 
@@ -544,19 +597,48 @@ class FastTransformer(Transformer):
         restricted = 0 < top_k < V or 0 < top_p < 1
         if temperature == 0 or restricted or not isinstance(cache, FastKVCache):
             return super().sample_tokens(batch, steps)
-        texts = b.tokens, b.probabilities, b.lengths, b.current, cache.length, b.uniform, b.prompt
-        weights = self.tok_embeddings.weight, cache.weights, self.norm.weight, self.output.weight
-        args = *texts, b.stop_ids, cache.k, cache.v, *weights, self.freqs_cos, self.freqs_sin
-        sizes = len(b.prompt), steps, b.tokens.shape[1], len(b.stop_ids), self.args.max_seq_len, V
-        call("decode_tokens", *args, *sizes, *cache.sizes, float(temperature))
+        call(
+            "decode_tokens",
+            embedding=self.tok_embeddings.weight,
+            norm=self.norm.weight,
+            output=self.output.weight,
+            tokens=b.tokens,
+            probabilities=b.probabilities,
+            lengths=b.lengths,
+            current=b.current,
+            uniform=b.uniform,
+            prompt=b.prompt,
+            stop_ids=b.stop_ids,
+            B=len(b.prompt),
+            V=V,
+            steps=steps,
+            max_new=b.tokens.shape[1],
+            n_stops=len(b.stop_ids),
+            context=self.args.max_seq_len,
+            temperature=float(temperature),
+            **decoding_fields(self, cache),
+        )
 
 
 class FastTransformerWithValueHead(FastTransformer, TransformerWithValueHead):
     pass
 
 
+def decoding_fields(model, cache):
+    """The fields of kernels.c's Decoding that a model and its cache fill."""
+    return dict(
+        weights=cache.weights,
+        cosine=model.freqs_cos,
+        sine=model.freqs_sin,
+        keys=cache.k,
+        values=cache.v,
+        positions=cache.length,
+        **cache.sizes,
+    )
+
+
 def decode_weights(model):
-    """The weights of all layers as kernels.c's Stack has them, flat; adapters merged."""
+    """The weights of all layers as kernels.c's Decoding has them, flat; adapters merged."""
     parts = []
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward

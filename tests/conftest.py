@@ -64,9 +64,9 @@ def rows(request, monkeypatch):
         pytest.skip("kernels.c cannot be compiled here")
     call, called = kernels.call, set()
 
-    def watched(name, *args):
+    def watched(name, *args, **fields):
         called.add(name)
-        return call(name, *args)
+        return call(name, *args, **fields)
 
     monkeypatch.setattr(kernels, "MIN_ROWS", 1)
     monkeypatch.setattr(kernels, "call", watched)

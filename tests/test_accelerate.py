@@ -56,9 +56,9 @@ def calls(monkeypatch):
         pytest.skip("kernels.c cannot be compiled here")
     names, real = [], kernels.call
 
-    def call(name, *args):
+    def call(name, *args, **fields):
         names.append(name)
-        return real(name, *args)
+        return real(name, *args, **fields)
 
     monkeypatch.setattr(kernels, "call", call)
     return names

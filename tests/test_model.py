@@ -5,6 +5,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -363,8 +364,10 @@ def test_arguments_of_a_kernel_live_until_it_returns(monkeypatch):
     alive = []
 
     class Library:
-        def kernel(self, pointer, number):
+        def kernel(self, pointer, number=None):
             alive.append(temporary() is not None)
+
+        attention_forward = kernel
 
     def tensor():
         nonlocal temporary
@@ -375,7 +378,26 @@ def test_arguments_of_a_kernel_live_until_it_returns(monkeypatch):
     temporary = None
     monkeypatch.setattr(kernels, "library", Library)
     kernels.call("kernel", tensor(), 3)
-    assert alive == [True]
+    kernels.call("attention_forward", q=tensor(), S=3)
+    assert alive == [True, True]
+
+
+def test_structs_are_those_of_kernels_c():
+    """The same fields of the same types in the same order."""
+    source = Path(kernels.__file__).with_name("kernels.c").read_text()
+    source = re.sub(r"/\*.*?\*/", "", source, flags=re.S)
+    kinds = {"int": ctypes.c_int, "float": ctypes.c_float}
+    for name, struct in kernels.STRUCTS.items():
+        assert re.search(rf"^int {name}\(const {struct.__name__} \*\w+\)", source, re.M)
+        (body,) = re.findall(r"typedef struct {([^}]*)} " + struct.__name__ + ";", source)
+        fields = []
+        for declaration in body.split(";")[:-1]:
+            kind, names = re.fullmatch(r"\s*((?:const )?\w+) (.*)", declaration, re.S).groups()
+            for field in names.split(","):
+                pointer = field.strip().startswith("*")
+                assert pointer or kind in kinds
+                fields.append((field.strip(" *\n"), ctypes.c_void_p if pointer else kinds[kind]))
+        assert fields == struct._fields_
 
 
 def test_packed_equals_one_at_a_time(backend, rows):
@@ -1039,13 +1061,18 @@ def replay(calls, compiler, emulator, tmp_path):
     """Compiles kernels.c into a program that makes the recorded calls, each tensor in memory of its
     own, and compares what they leave in the tensors."""
     body, given = "", b""
-    for name, args, before, _ in calls:
+    for name, args, fields, before, _ in calls:
         sizes = [x.numel() * x.element_size() for x in before]
         given += b"".join(x.contiguous().numpy().tobytes() for x in before)
         places = iter(range(len(sizes)))
-        values = [
-            f"t{next(places)}" if torch.is_tensor(x) else str(x or 0) for x in args
-        ]  # NULL is 0
+
+        def value(x):  # NULL is 0
+            return f"t{next(places)}" if torch.is_tensor(x) else str(x or 0)
+
+        values = [value(x) for x in args]
+        if fields:
+            members = ", ".join(f".{field} = {value(x)}" for field, x in fields.items())
+            values.append(f"&({kernels.STRUCTS[name].__name__}){{{members}}}")
         body += "{" + "".join(f"void *t{i} = take({n});\n" for i, n in enumerate(sizes))
         body += f"if ({name}({', '.join(values)})) return 1;\n"
         body += (
@@ -1068,7 +1095,7 @@ def replay(calls, compiler, emulator, tmp_path):
     done = subprocess.run([*emulator, tmp_path / "replay"], input=given, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     got = done.stdout
-    for name, _, _, after in calls:
+    for name, _, _, _, after in calls:
         for want in after:
             size = want.numel() * want.element_size()
             found = torch.frombuffer(bytearray(got[:size] or b"0"), dtype=want.dtype).view_as(want)
@@ -1080,17 +1107,18 @@ def replay(calls, compiler, emulator, tmp_path):
 
 
 def record_calls(monkeypatch, *models):
-    """(name, arguments, their tensors before and after) of all calls of kernels.c in training a
-    model and generating with it."""
+    """(name, arguments, fields, their tensors before and after) of all calls of kernels.c in
+    training a model and generating with it."""
     calls, real = [], kernels.call
 
     def tensors(args):
         return [x.detach().clone() for x in args if torch.is_tensor(x)]
 
-    def record(name, *args):
-        before = tensors(args)
-        real(name, *args)
-        calls.append((name, args, before, tensors(args)))
+    def record(name, *args, **fields):
+        every = *args, *fields.values()
+        before = tensors(every)
+        real(name, *args, **fields)
+        calls.append((name, args, fields, before, tensors(every)))
 
     monkeypatch.setattr(kernels, "call", record)
     for model in models:

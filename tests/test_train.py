@@ -1008,7 +1008,7 @@ def test_compiled_is_the_same_model(data, tmp_path, monkeypatch, native):
             dim=64, n_heads=2, n_layers=1, batch_size=2, max_seq_len=kernels.MIN_ROWS // 2
         )
         call = kernels.call
-        monkeypatch.setattr(kernels, "call", lambda *a: ran.append(a[0]) or call(*a))
+        monkeypatch.setattr(kernels, "call", lambda *a, **b: ran.append(a[0]) or call(*a, **b))
     else:
         monkeypatch.setattr(kernels, "library", lambda: None)
     train.main(command(data, tmp_path / "plain", **flags))
