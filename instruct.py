@@ -293,12 +293,14 @@ def read(path, replies=True, lenient=False):
         except ValueError as e:
             raise ValueError(f"{path}, {position}: {e}") from None
 
-    located = list(items(path, RECORD_KEYS))
-    records = [parse(position, item, lenient) for position, item in located]
+    records, first = [], None
+    for position, item in items(path, RECORD_KEYS):
+        first = first or (position, item)
+        records.append(parse(position, item, lenient))
     if not records:
         raise ValueError(f"{path} has no records")
     if all(r.irregular for r in records):
-        parse(*located[0], lenient=False)  # raises
+        parse(*first, lenient=False)  # raises
     return records
 
 
@@ -324,34 +326,18 @@ def record(item, replies=True, lenient=False):
     """
     if not isinstance(item, dict):
         raise ValueError(f"expected an object, not {type(item).__name__}")
-    present = {k: v for k, v in item.items() if v not in (None, "", [], {})}
+    present = not_empty(item)
     for k in REFUSED.keys() & present.keys():
         is_label = replies and isinstance(item[k], int)  # bool is a subclass of int
         if is_label or k not in GOOD_OR_BAD:
             raise ValueError(f'"{k}" changes the meaning of the record: {REFUSED[k]}')
-
-    # "answers" often lists variants of one answer, and "data" may be anything
-    fits = {"answers": has_ranks(item.get("answers")), "data": is_strings(item.get("data"))}
-
-    def key_of(part):  # the key that is read; it may be empty if no other name is present
-        keys = [k for k in KEYS[part] if item.get(k) is not None and fits.get(k, True)]
-        return next((k for k in keys if k in present), keys[0] if keys else None)
-
-    prompt, reply, messages = key_of("prompt"), key_of("reply"), key_of("messages")
-    # `main` is the key of the messages, completions or "chosen"; None for a prompt and a reply
-    main = next((k for k in (key_of("completions"), messages) if k in present), None)
-    if key_of("chosen"):
-        main = "chosen"
-    elif not main and not prompt:
-        main = messages  # an empty list, or None
-    if not prompt and (not main or main in KEYS["completions"]):
-        expected = (*KEYS["prompt"], *KEYS["messages"], "chosen")
-        raise ValueError(f"it has {quoted(item)}, but none of {quoted(expected)}")
+    prompt, reply, messages = (key_of(item, part) for part in ("prompt", "reply", "messages"))
+    main, history, system_key = main_key(item), key_of(item, "history"), key_of(item, "system")
 
     # 1. The messages before the replies. `space`: the format puts a space before each reply.
     context, space, ignored = [], False, []
-    used = {key_of("history"), key_of("system")}
-    if key_of("history"):
+    used = {history, system_key}
+    if history:
         context += read_messages(item["history"], "history", ignored)
     if prompt and main not in KEYS["messages"]:
         extra = [k for k in KEYS["context"] if k in present and k != prompt]
@@ -404,8 +390,8 @@ def record(item, replies=True, lenient=False):
     # 3. One dialogue per reply, as messages and then as exchanges.
     dialogues = [joined(context, read_reply(value, k)) for value, k in values] or [context]
     if any(d[: len(context)] != context for d in dialogues):  # they replace the context
-        used -= {prompt, key_of("history"), *KEYS["context"]}
-    system = text_of(item[key_of("system")], key_of("system")) if key_of("system") else ""
+        used -= {prompt, history, *KEYS["context"]}
+    system = text_of(item[system_key], system_key) if system_key else ""
     for d in dialogues:
         if d and d[0][0] == "system":
             if system not in ("", d[0][1]):
@@ -427,6 +413,40 @@ def record(item, replies=True, lenient=False):
     ignored += [k for k in present.keys() - used - HARMLESS if not repeats(item[k], texts)]
     completions = [c for c in completions if c is not None]
     return Record(turns, system, completions, tuple(sorted(set(ignored))), irregular)
+
+
+def not_empty(item):
+    """The keys and values of a dict without empty values."""
+    return {k: v for k, v in item.items() if v not in (None, "", [], {})}
+
+
+def key_of(item, part):
+    """
+    The key of a record that has a part (see KEYS), preferably with a value that is not empty; None
+    if there is none.
+    """
+    # "answers" often lists variants of one answer, and "data" may be anything
+    fits = {"answers": has_ranks(item.get("answers")), "data": is_strings(item.get("data"))}
+    keys = [k for k in KEYS[part] if item.get(k) is not None and fits.get(k, True)]
+    present = not_empty(item)
+    return next((k for k in keys if k in present), keys[0] if keys else None)
+
+
+def main_key(item):
+    """
+    The key of a record that has the messages, the completions or "chosen"; None for a record with a
+    prompt and a reply. Raises ValueError if the record has no prompt either.
+    """
+    prompt, messages, present = key_of(item, "prompt"), key_of(item, "messages"), not_empty(item)
+    main = next((k for k in (key_of(item, "completions"), messages) if k in present), None)
+    if key_of(item, "chosen"):
+        main = "chosen"
+    elif not main and not prompt:
+        main = messages  # an empty list, or None
+    if not prompt and (not main or main in KEYS["completions"]):
+        expected = (*KEYS["prompt"], *KEYS["messages"], "chosen")
+        raise ValueError(f"it has {quoted(item)}, but none of {quoted(expected)}")
+    return main
 
 
 def is_strings(value):
@@ -475,7 +495,7 @@ def unused(message, used, key):
     The names of the keys of a message or reply that are neither in `used` nor harmless, such as
     "messages.name" for the key "name" of a message in "messages". Raises ValueError.
     """
-    present = {k: v for k, v in message.items() if v not in (None, "", [], {}) and k not in used}
+    present = {k: v for k, v in not_empty(message).items() if k not in used}
     for k in REFUSED.keys() & present.keys():
         raise ValueError(f'"{k}" changes the meaning of a message: {REFUSED[k]}')
     flags = {"weight", "train", "loss"}  # 0 excludes a message from training
