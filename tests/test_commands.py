@@ -119,7 +119,7 @@ def test_pretraining(home):
 def test_pretraining_with_defaults(home):
     run("python train.py --vocab_source=custom --vocab_size=4096", SMALL_MODEL)
     config = load_checkpoint("out/ckpt.pt")["config"]
-    told = dict(  # the defaults of llama2.c
+    defaults = dict(  # of llama2.c
         learning_rate=5e-4,
         weight_decay=0.1,
         beta1=0.9,
@@ -132,7 +132,7 @@ def test_pretraining_with_defaults(home):
         schedule="cosine",
         multiple_of=32,
     )
-    assert told.items() <= config.items()
+    assert defaults.items() <= config.items()
     args = train.flags([])
     assert (args.dim, args.n_layers, args.n_heads, args.batch_size) == (288, 6, 6, 128)
     assert (args.max_iters, args.max_seq_len, args.vocab_size) == (100000, 256, 32000)
@@ -160,7 +160,7 @@ def test_torchrun(home, tmp_path):
 
 
 def test_torchrun_on_two_nodes(home, tmp_path):
-    """Both on this machine: --master_addr is all that tells two machines from one."""
+    """Both nodes are this machine; on two machines only --master_addr differs."""
     address = f"--nproc_per_node=1 --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port()}"
     nodes = [
         torchrun(f"{address} --node_rank={r}", f"{SMALL_MODEL} --out_dir={tmp_path}")
@@ -230,7 +230,7 @@ def test_sampling(stories260k, capsys):
 
 
 def test_export_and_run(stories260k, tmp_path):
-    """A model of 4,096 words goes to C, and the published one tells the same story as sample.py."""
+    """run.c reads an exported model of 4,096 tokens; both samplers generate the same text."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")

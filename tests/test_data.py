@@ -595,7 +595,7 @@ def test_permute_looks_random():
 
 
 def numbered(tmp_path):
-    """Shards in which every token tells where it stands."""
+    """Shards whose token ids identify the shard and the position."""
     return write(
         tmp_path / "n", range(100, 300), range(1000, 2003), range(3000, 3007), range(4000, 4517)
     )

@@ -274,7 +274,7 @@ BASE = {
         **COMMON,
     ),
 }
-# Another value of each flag, and flags beside which it has an effect; {} is the folder `home`.
+# Another value of each flag, and flags with which it has an effect; {} is the folder `home`.
 EFFECTS = {
     "init_from": ("{}/other.pt", {}),
     "eval_interval": (1, {}),

@@ -162,7 +162,7 @@ def raises(what, call, *args, **kwargs):
 
 
 def test_another_vocabulary_in_data(here, capsys):
-    """A model from elsewhere, whose tokenizer is beside it, and a data/ with another one."""
+    """A model from elsewhere with its tokenizer in its folder, and another tokenizer in data/."""
     (here / "data").mkdir()
     shutil.copy("b/tok300.model", "data")
     (here / "c").mkdir()
@@ -202,7 +202,7 @@ def test_train_vocab_again_in_the_same_folder(here, capsys):
     out = capsys.readouterr().out
     assert "pretokenize --vocab_size=300 --data_dir=a" in out and f"a/tok300.{old[:8]}.model" in out
     assert hash_of("a/tok300.model") != old == hash_of(f"a/tok300.{old[:8]}.model")
-    # the shards are still the old ones: the run goes on with its own tokenizer
+    # the shards are still the old ones: the run continues with its own tokenizer
     run_train(data="a", out_dir="outa", init_from="resume", **TINY | {"max_iters": 3})
     assert load_checkpoint("outa/ckpt.pt")["tokenizer_hash"] == old == hash_of("outa/tok300.model")
     shutil.copy("a/tok300.model", "tok300.model")
