@@ -3,13 +3,18 @@
 Written to a temporary file and renamed, read without unpickling anything but tensors and plain values.
 """
 
+import os
 import re
+import shutil
 import struct
+import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from common import write_atomic
 from kernels import accelerate
@@ -200,3 +205,107 @@ def choose_device(name=""):
     if int(number or 0) >= counts[kind]:
         raise ValueError(f"--device={name}: there is no such device here; use --device=cpu")
     return name
+
+
+# ----------------------------------------------------------------------------
+# the checkpoints of a run
+
+
+def link(old, new):
+    """Makes `new` another name of the file `old`, replacing what was there in one step."""
+    temporary = new.with_suffix(".link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(old, temporary)
+    except OSError:  # a file system without hard links
+        with open(old, "rb") as source, write_atomic(temporary) as f:
+            shutil.copyfileobj(source, f)
+    os.replace(temporary, new)
+
+
+def newest(path):
+    """The checkpoint at path or, if it is damaged, the one before it, with a warning. The damaged file
+    is renamed: the next save would otherwise keep it as the one before."""
+    try:
+        return load_verified(path)
+    except (ValueError, FileNotFoundError) as e:
+        previous = path.with_suffix(".prev.pt")
+        if not previous.exists():
+            raise
+        print(f"warning: {e}; continuing from {previous}", file=sys.stderr)
+        state = load_verified(previous)
+        with suppress(FileNotFoundError):
+            os.replace(path, path.with_suffix(".damaged.pt"))
+        return state
+
+
+def load_verified(path):
+    """load_checkpoint, which does not notice flipped bits, after the checksums of the archive."""
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile
+    except (zipfile.BadZipFile, EOFError, RuntimeError):
+        raise ValueError(f"{path} is damaged: a checksum is wrong") from None
+    return load_checkpoint(path)
+
+
+def another_stage(state):
+    """Whether a checkpoint was written by a stage after pretraining."""
+    written_by = state.get("config") or {}
+    return any(k in state for k in ("ppo", "dpo", "reward")) or bool(written_by.get("sft"))
+
+
+def weights_alone(state):
+    """What a new run takes from a checkpoint: all but the state of the run that wrote it, so that the
+    reference of the new run is the checkpoint's model."""
+    of_a_run = {
+        *("position", "tokens", "bad_steps", "optimizer", "optimizers", "scaler"),
+        *("ppo", "dpo", "reward", "unmerged", "lora"),
+    }
+    return {k: v for k, v in state.items() if k not in of_a_run}
+
+
+def starting_point(run, stage, differences):
+    """The checkpoint that the run starts from, or None; and whether the run continues the one that
+    wrote it. differences(run, checkpoint) are the flags that make it another run, as text."""
+    args = run.args
+    pretrained = Path(args.out_dir) / "ckpt.pt"
+    mine = pretrained.with_name(f"{stage.prefix}ckpt.pt")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mine.exists():
+        state = newest(mine)  # torchrun --max-restarts has started this very run again
+        if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
+            return state, True
+    if args.eval_only and stage.evaluates_its_checkpoint:
+        return newest(mine), True
+
+    def weights_of(state, path):
+        if stage.writes_text:  # a reward model can start a reward model alone
+            check_generates(state, path)
+        return weights_alone(state)
+
+    uncounted = {"iter_num": 0, "best_val_loss": 1e9}
+    if args.init_from not in ("scratch", "resume"):
+        return weights_of(load_checkpoint(args.init_from), args.init_from) | uncounted, False
+    if args.init_from == "resume" and (mine.exists() or stage.from_scratch):
+        state = newest(mine)
+        if stage.from_scratch and another_stage(state):
+            return weights_of(state, mine), True
+        changed = differences(run, state) if stage.resumes_same_flags_only else ""
+        if not changed:
+            return state, True
+        if run.rank == 0:
+            print(f"the run in {args.out_dir} had other flags ({changed}): a new one starts")
+    if stage.from_scratch:
+        return None, False
+    state = weights_of(newest(pretrained), pretrained)
+    return state if stage.continues_count else state | uncounted, False
+
+
+def move_aside(path, rank):
+    """Keeps the checkpoint of an earlier run, where a new run would write its own."""
+    exists = path.exists()
+    if dist.is_initialized():
+        dist.barrier()  # all have looked
+    if exists and rank == 0:
+        os.replace(path, path.with_suffix(".replaced.pt"))
+        print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")

@@ -12,9 +12,8 @@ from checkpoint import model_from_checkpoint
 from common import flag
 from instruct import InstructPrompts, Rankings
 from model import TransformerWithValueHead, generate
-from pretraining import Pretraining, TextFlags
-from sft import InstructionFlags, instructions, stage_template
-from tokenizer import stop_ids
+from pretraining import TextFlags
+from sft import InstructionFlags, InstructionStage
 
 # ----------------------------------------------------------------------------
 # flags
@@ -110,25 +109,22 @@ def gathered_over_ranks(x):
 # the stages
 
 
-class Preferences(Pretraining):
+class Preferences(InstructionStage):
     """What reward model and DPO share: rankings for data, and replies to held-out prompts."""
 
     ddp = False
+    positive = ("reference_samples",)
 
-    def __init__(self, args, *more):
-        super().__init__(args, *more)
+    def __init__(self, run, checkpoint):
+        super().__init__(run, checkpoint)
         context = self.model.args.max_seq_len
-        room = context - min(args.max_gen_len, context // 2)
-        texts = self.tokenizer, self.template
-        prompts = instructions(InstructPrompts, args, "val", *texts, room)
-        self.prompts = prompts.batch(0, min(args.reference_samples, len(prompts)))
+        room = context - min(run.args.max_gen_len, context // 2)
+        prompts = self.samples(InstructPrompts, "val", room)
+        self.prompts = prompts.batch(0, min(run.args.reference_samples, len(prompts)))
 
     def data(self, split):
-        a = self.args
-        self.template = stage_template(a, self.tokenizer)
-        room = self.model.args.max_seq_len
-        samples = instructions(Rankings, a, split, self.tokenizer, self.template, room)
-        if self.rank == 0:
+        samples = self.samples(Rankings, split, self.model.args.max_seq_len)
+        if self.run.rank == 0:
             print(f"{split}: {samples.summary()}")
         return samples
 
@@ -137,9 +133,9 @@ class Preferences(Pretraining):
         n = min(self.args.max_gen_len, self.model.args.max_seq_len)
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(self.prompts), n, generator=random)
-        stop = stop_ids(self.tokenizer, self.template, self.args.kept.get("end_ids"))
-        with self.context():
-            return generate(model, self.prompts, n, stop_ids=stop, uniform=uniform).responses()
+        with self.run.autocast():
+            out = generate(model, self.prompts, n, stop_ids=self.stop_ids(), uniform=uniform)
+        return out.responses()
 
 
 class RewardModel(Preferences):
@@ -150,9 +146,10 @@ class RewardModel(Preferences):
     prefix = "rm_"
     flags = TextFlags, InstructionFlags, PreferenceFlags, RewardModelFlags
     accepted = ("plot",)
+    writes_text = False
 
-    def __init__(self, args, checkpoint, *more):
-        super().__init__(args, checkpoint, *more)
+    def __init__(self, run, checkpoint):
+        super().__init__(run, checkpoint)
         if "reward" in checkpoint:
             self.samples = checkpoint["reward"]["samples"]
         else:
@@ -172,7 +169,7 @@ class RewardModel(Preferences):
         return model
 
     def loss(self, model, batch):
-        better, worse, weight = (t.to(self.args.device) for t in pairs([len(c) for _, c in batch]))
+        better, worse, weight = (t.to(self.run.device) for t in pairs([len(c) for _, c in batch]))
         sequences = [prompt + c for prompt, completions in batch for c in completions]
         scores = score(self.model, sequences)
         margins = scores[better] - scores[worse]
@@ -188,12 +185,12 @@ class RewardModel(Preferences):
             },
         )
 
-    def summary(self, seen):
+    def summary(self, logged):
         """Of the held-out pairs: share in the right order, mean margin, error of the probabilities
         that the margins stand for, correlation of score and length of a completion."""
         names = "rm/margin", "rm/accuracy", "rm/score", "rm/length"
         margins, right, scores, lengths = (
-            gathered_over_ranks(torch.cat([f[k].float().cpu() for f in seen])) for k in names
+            gathered_over_ranks(torch.cat([x[k].float().cpu() for x in logged])) for k in names
         )
         both = torch.stack([scores, lengths])
         return {
@@ -203,11 +200,11 @@ class RewardModel(Preferences):
             "rm/val/length_correlation": float(both.corrcoef()[0, 1]) if both.std(1).all() else 0.0,
         }
 
-    def story(self):
+    def sample_text(self):
         """A held-out prompt with its best and its worst completion, and their scores."""
         ((prompt, completions),) = self.val.batch(0, 1)
         ends = completions[0], completions[-1]
-        with torch.no_grad(), self.context():
+        with torch.no_grad(), self.run.autocast():
             scores = score(self.model, [prompt + c for c in ends]).tolist()
         text = [f"{s:+.2f} {self.tokenizer.decode(c)}" for s, c in zip(scores, ends)]
         return f"{self.tokenizer.decode(prompt)}\nbest: {text[0]}\nworst: {text[1]}"
@@ -215,7 +212,7 @@ class RewardModel(Preferences):
     @torch.no_grad()
     def state(self):
         self.model.eval()
-        with self.context():
+        with self.run.autocast():
             size = 2 * self.args.batch_size
             parts = range(0, len(self.samples), size)
             scores = torch.cat([score(self.model, self.samples[i : i + size]) for i in parts])
@@ -233,8 +230,10 @@ class DPO(Preferences):
     flags = TextFlags, InstructionFlags, PreferenceFlags, DPOFlags
     accepted = ("plot",)
 
-    @staticmethod
-    def check(args):
+    @classmethod
+    def check(cls, run):
+        super().check(run)
+        args = run.args
         if not 0 <= args.dpo_label_smoothing < 0.5:
             raise ValueError(
                 "--dpo_label_smoothing must be from 0 to below 0.5: a half says nothing"
@@ -246,18 +245,18 @@ class DPO(Preferences):
         weights = checkpoint["dpo"]["reference"] if "dpo" in checkpoint else checkpoint["model"]
         reference = {"model": weights, "model_args": checkpoint["model_args"]}
         self.reference = model_from_checkpoint(reference, dropout=0.0).requires_grad_(False)
-        self.reference.to(self.args.device)
+        self.reference.to(self.run.device)
         return super().build(checkpoint)
 
     def loss(self, model, batch):
         a = self.args
-        better, worse, weight = (t.to(a.device) for t in pairs([len(c) for _, c in batch]))
+        better, worse, weight = (t.to(self.run.device) for t in pairs([len(c) for _, c in batch]))
         queries = [prompt for prompt, completions in batch for _ in completions]
         responses = [c for _, completions in batch for c in completions]
-        rewards = response_logprobs(self.model, queries, responses, a.device)
+        rewards = response_logprobs(self.model, queries, responses, self.run.device)
         if not a.dpo_reference_free:
             with torch.no_grad():
-                ref = response_logprobs(self.reference, queries, responses, a.device)
+                ref = response_logprobs(self.reference, queries, responses, self.run.device)
             rewards = rewards - ref
         rewards = a.dpo_beta * rewards
         margins = rewards[better] - rewards[worse]
@@ -274,23 +273,27 @@ class DPO(Preferences):
             },
         )
 
-    def summary(self, seen):
+    def summary(self, logged):
         """Of the held-out pairs: mean margin of the rewards and share in the right order; and the
         KL to the reference, nats a reply, exact at each token of the model's own replies."""
         out = {}
         for name in ("margin", "accuracy"):
-            each = torch.cat([f[f"dpo/{name}"].float().cpu() for f in seen])
+            each = torch.cat([x[f"dpo/{name}"].float().cpu() for x in logged])
             out[f"dpo/val/{name}"] = float(gathered_over_ranks(each).mean())
-        self.told = self.replies(self.model)
-        with self.context():
+        self.held_out_replies = self.replies(self.model)
+        with self.run.autocast():
             kl, _ = ppo.kl_to_reference(
-                self.model, self.reference, self.prompts, self.told, self.args.batch_size
+                self.model,
+                self.reference,
+                self.prompts,
+                self.held_out_replies,
+                self.args.batch_size,
             )
         return out | {"dpo/val/kl_ref": float(kl.mean())}
 
-    def story(self):
+    def sample_text(self):
         """The reply to the first held-out prompt, from the evaluation before."""
-        return self.tokenizer.decode(self.prompts[0] + self.told[0])
+        return self.tokenizer.decode(self.prompts[0] + self.held_out_replies[0])
 
     def state(self):
         return super().state() | {"dpo": {"reference": self.reference.state_dict()}}

@@ -1,15 +1,15 @@
 """Pretraining: next-token prediction on stories, with AdamW or Muon, a learning-rate schedule, and FSDP.
 
-A stage owns its model, data and optimizers. The loop in train.py asks it for `step` (one optimizer
-step, returning statistics), `line` (them for a person), `evaluate`, `story`, and `state` and
-`resume` for checkpoints. The stages after pretraining are in sft.py, preferences.py and rlhf.py.
+`Stage` is the interface of all stages to the loop in train.py. The stages after pretraining are in
+sft.py, preferences.py and rlhf.py.
 """
 
+import argparse
 import math
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,11 +24,12 @@ import ppo
 from checkpoint import model_from_checkpoint
 from common import flag
 from experiments.plan import GPUS
+from instruct import Template
 from kernels import accelerate, library, native_attention
 from model import ModelArgs, Transformer, generate
 from report import flops_per_token, matmul_roof
 from tinystories import Windows
-from tokenizer import BOS_ID, stop_ids
+from tokenizer import BOS_ID, Tokenizer, stop_ids
 
 MODEL_FLAGS = (
     "dim",
@@ -183,15 +184,17 @@ def flags_decide(optimizers, counters=()):
             group.update(values)
 
 
-def schedule(step, args, first=0, warmup=None):
+def schedule(step, args, first=0, last=None, warmup=None):
     """The learning rate at an iteration, as a fraction of the highest: linear warm-up, then a
-    cosine or a line down to 0 at max_iters; without --decay_lr always 1."""
+    cosine or a line down to 0 at iteration `last`, by default max_iters; without --decay_lr always 1.
+    """
     if not args.decay_lr:
         return 1.0
-    warmup = min(args.warmup_iters if warmup is None else warmup, args.max_iters - first)
+    steps = (args.max_iters if last is None else last) - first
+    warmup = min(args.warmup_iters if warmup is None else warmup, steps)
     if step - first < warmup:
         return (step - first + 1) / (warmup + 1)
-    done = min((step - first - warmup) / max(args.max_iters - first - warmup, 1), 1.0)
+    done = min((step - first - warmup) / max(steps - warmup, 1), 1.0)
     return 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -241,48 +244,172 @@ def sharded(state, optimizer):
 
 
 # ----------------------------------------------------------------------------
-# the stage
+# the interface between train.py and the stages
 
 
-class Pretraining:
+@dataclass(frozen=True)
+class Run:
+    """A run: its flags, and what follows from them, from the machine and from the checkpoint that it
+    starts from. `setup` and `start` make it; a stage reads it as self.run."""
+
+    args: argparse.Namespace  # the flags as they were parsed; nothing writes to them
+    rank: int  # number of this process, from 0
+    world: int  # number of processes
+    device: str  # of this process: cpu, cuda, cuda:1, mps
+    dtype: torch.dtype  # of matrix products; parameters are float32
+    compile: bool  # whether the model goes through torch.compile
+    resumed: bool = False  # whether the run continues an interrupted one
+    start_iteration: int = 0
+    end_iteration: int = 0
+    best_val_loss: float = 1e9  # the lowest validation loss so far
+    tokenizer: Tokenizer | None = None  # pretraining needs none: without it no text is shown
+    template: Template | None = None  # of dialogues; None for a stage without dialogues
+    # What checkpoints record about their text: tokenizer_hash, "" if it is unknown, and maybe
+    # template, end_ids and bos, as load_checkpoint describes them.
+    metadata: dict = field(default_factory=dict)
+
+    def autocast(self):
+        """A new context in which matrix products are in dtype."""
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.partition(":")[0], self.dtype) if half else nullcontext()
+
+    @property
+    def config(self):
+        """The flags as checkpoints and Weights & Biases record them, with the choices that were made
+        where a flag left one open."""
+        flags = {name: value for name, value in vars(self.args).items() if name != "given"}
+        return flags | {
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compile": self.compile,
+            "max_iters": self.end_iteration or self.args.max_iters,
+        }
+
+
+class Stage:
+    """A stage of training: what the loop in train.py calls, and what train.py asks before the loop.
+    A stage owns its model, data and optimizers. Its subclasses set `run`, `model` and `tokenizer`.
+
+    The class attributes describe the stage before there is a model:
+    """
+
+    prefix = ""  # of the names of its files in out_dir
+    flags = ()  # dataclasses of its flags; the flags of all stages are in train.py
+    accepted = ()  # flags of other stages that it accepts and does not use
+    positive = ()  # flags that must be at least 1
+    signed = ()  # flags that may be negative
+    from_scratch = False  # whether a run can start without a checkpoint
+    compiles = False  # whether torch.compile is the default on cuda
+    writes_text = True  # whether its model continues text: ./run can use it, PPO can train it
+    continues_count = False  # whether its iterations continue those of the initial checkpoint
+    resumes_same_flags_only = False  # whether other flags make --init_from=resume a new run
+    evaluates_its_checkpoint = False  # whether --eval_only needs the checkpoint of an earlier run
+    input_errors = ()  # exceptions of step(), before it changes any weight: mistakes of the user
+    check_errors = ()  # exceptions of step(), before it changes any weight: failed checks
+
+    @staticmethod
+    def unused(args):
+        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
+        return ()
+
+    @classmethod
+    def check(cls, run):
+        """Raises ValueError for flags that make no sense, alone or on this machine."""
+        if run.args.vocab_source == "llama2" and run.args.vocab_size != 32000:
+            raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
+
+    @staticmethod
+    def shard_folders(args):
+        """The data folders of the shards that the stage reads, as in --data."""
+        return ()
+
+    @staticmethod
+    def uses_template(args):
+        """Whether its text is dialogues, so that it needs a tokenizer and a template."""
+        return False
+
+    @staticmethod
+    def end_iteration(args, checkpoint):
+        """The iteration at which a run that starts from this checkpoint (or None) ends."""
+        return args.max_iters
+
+    @staticmethod
+    def show_report(run):
+        """Prints what an earlier run has measured and kept, for --eval_only; False if there is nothing."""
+        return False
+
+    def begin(self):
+        """What comes before the first iteration, after all checks."""
+
+    def step(self, iteration):
+        """One iteration; returns its statistics, {name: number}."""
+        raise NotImplementedError
+
+    def line(self, iteration, stats):
+        """The statistics of an iteration as a line for the terminal."""
+        raise NotImplementedError
+
+    def evaluate(self):
+        """Numbers of an evaluation, {name: number}, among them loss/train_eval and loss/val; or {}."""
+        return {}
+
+    def sample_text(self):
+        """Text of the model as it is, for the terminal after an evaluation; or ""."""
+        return ""
+
+    def state(self):
+        """What its checkpoint holds: model, optimizers, counters. All processes call it."""
+        raise NotImplementedError
+
+    def load_state(self, checkpoint):
+        """Restores what `state` returned: the run continues as if it had not been interrupted."""
+        raise NotImplementedError
+
+    def end(self):
+        """What comes after the last iteration, or after the evaluation of --eval_only."""
+
+
+# ----------------------------------------------------------------------------
+# pretraining
+
+
+class Pretraining(Stage):
     """Next-token prediction on windows of stories. A stage that learns from other text is this one
     with another `build`, `data` and `loss`, and maybe a `summary` of its evaluation."""
 
-    prefix = ""
     flags = PretrainingFlags, TextFlags, CompileFlags, ToolFlags
-    accepted = ()  # flags of other stages that this one accepts and does not use
+    from_scratch = True
+    compiles = True
     ddp = True  # `loss` calls the model as a whole: DistributedDataParallel sees it
 
-    def __init__(self, args, checkpoint, rank, world, context, tokenizer):
-        self.args, self.rank, self.world, self.context = args, rank, world, context
-        self.tokenizer = tokenizer
+    def __init__(self, run, checkpoint):
+        self.run, self.args, self.tokenizer = run, run.args, run.tokenizer
+        args, device = run.args, run.device
         self.model = self.build(checkpoint).train()
         self.flops = flops_per_token(self.model, self.model.args.max_seq_len)
-        dtype = getattr(torch, args.dtype)
-        if args.device == "cpu":
+        if device == "cpu":
             library()  # compiled now, if ever, not in the first step, whose time is taken
-        self.roof = matmul_roof(args.device, dtype) * world
+        self.roof = matmul_roof(device, run.dtype) * run.world
         if args.fsdp:
-            shard(self.model, args.device, dtype)
+            shard(self.model, device, run.dtype)
         else:
-            self.model.to(args.device)
+            self.model.to(device)
         self.train, self.val = self.data("train"), self.data("val")
-        self.position = self.tokens = 0  # windows, or other samples, dealt so far, and their tokens
+        self.position = self.tokens = 0  # windows, or other samples, read so far, and their tokens
         self.ahead = None, None  # the position after these, and the samples there
-        self.micro_steps = max(args.gradient_accumulation_steps // world, 1)
+        self.micro_steps = max(args.gradient_accumulation_steps // run.world, 1)
         self.optimizers = make_optimizers(self.model, args)
-        kind = args.device.partition(":")[0]
-        self.scaler = torch.amp.GradScaler(kind, enabled=args.dtype == "float16")
+        half = run.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=half)
         self.bad_steps = 0
-        with context():
+        with run.autocast():
             head = self.model.output.weight.new_empty(1, self.model.args.head_dim)
             native = native_attention(head)
-        if args.compile and native:
-            args.compile = False
-            if rank == 0:
-                print("not compiled: here kernels.c is faster than what torch.compile makes")
-        self.forward = torch.compile(self.model) if args.compile else self.model
-        if world > 1 and self.ddp and not args.fsdp:
+        if run.compile and native and run.rank == 0:
+            print("not compiled: here kernels.c is faster than what torch.compile makes")
+        compiled = run.compile and not native
+        self.forward = torch.compile(self.model) if compiled else self.model
+        if run.world > 1 and self.ddp and not args.fsdp:
             # the only buffers, the tables of angles, never change
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
 
@@ -299,9 +426,21 @@ class Pretraining:
             names = "lora_alpha", "lora_layers", "lora_dropout", "lora_4bit"
             yield names, "has no effect without --lora_rank"
 
+    @classmethod
+    def check(cls, run):
+        super().check(run)
+        args, world = run.args, run.world
+        if args.fsdp and (world == 1 or run.dtype == torch.float16):
+            raise ValueError("--fsdp is for pretraining with torchrun, in float32 or bfloat16")
+        steps = args.gradient_accumulation_steps
+        if steps > 1 and steps % world:
+            raise ValueError(
+                f"{world} processes cannot share --gradient_accumulation_steps={steps}"
+            )
+
     @staticmethod
-    def check(args):
-        """Raises ValueError for values of the stage's flags that make no sense."""
+    def shard_folders(args):
+        return (args.data,)
 
     def build(self, checkpoint):
         """The model to train, on the CPU, with the checkpoint's weights where there is one."""
@@ -318,37 +457,37 @@ class Pretraining:
     def loss(self, model, batch):
         """The mean loss of a batch of samples; how many tokens it has; and what else is logged of
         it, {name: (n,) tensor}. `model` is self.model, maybe compiled or in DDP."""
-        x, y = (t.to(self.args.device) for t in batch)
+        x, y = (t.to(self.run.device) for t in batch)
         return model(x, y), x.numel(), {}
 
     def step(self, iteration):
         """One optimizer step; returns its statistics."""
         a, t0 = self.args, time.perf_counter()
         # Dropout depends on the iteration and the rank alone, so that a resumed run repeats it.
-        torch.manual_seed((a.seed * 1_000_003 + iteration) * 1009 + self.rank)
+        torch.manual_seed((a.seed * 1_000_003 + iteration) * 1009 + self.run.rank)
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["peak_lr"] * schedule(iteration, a)
-        loss_sum, tokens, seen = 0.0, 0, []
+        loss_sum, tokens, logged = 0.0, 0, []
         for micro in range(self.micro_steps):
             batch = self.read(self.position)
-            self.position += self.world * a.batch_size
+            self.position += self.run.world * a.batch_size
             with self.synchronised(micro == self.micro_steps - 1):
-                with self.context():
-                    loss, n, found = self.loss(self.forward, batch)
+                with self.run.autocast():
+                    loss, n, values = self.loss(self.forward, batch)
                     loss = loss / self.micro_steps
                 self.scaler.scale(loss).backward()
             self.ahead = self.position, self.read(self.position)
             loss_sum += loss.detach()
             tokens += n
-            seen.append(found)
-        if self.world > 1 and not self.ddp:
+            logged.append(values)
+        if self.run.world > 1 and not self.ddp:
             self.average_gradients()
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         loss, tokens = ppo.all_sum(loss_sum, torch.tensor(tokens))
-        loss /= self.world
+        loss /= self.run.world
         self.bad_steps = 0 if math.isfinite(norm + loss) else self.bad_steps + 1
         for o in self.optimizers:
             if not self.bad_steps:
@@ -366,7 +505,7 @@ class Pretraining:
         self.roof = max(self.roof, rate)  # measured while the machine was busy
         return {
             "loss/train": loss,
-            **{k: ppo.mean_and_variance(torch.cat([f[k] for f in seen]))[0] for k in seen[0]},
+            **{k: ppo.mean_and_variance(torch.cat([x[k] for x in logged]))[0] for k in logged[0]},
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": norm,
             "bad_steps": self.bad_steps,
@@ -379,10 +518,10 @@ class Pretraining:
     def read(self, position):
         """This rank's samples from a position on; a GPU still works on those before when the next
         ones are read, and sent from pinned memory."""
-        there, batch = self.ahead
-        if there != position:
-            n, device = self.args.batch_size, self.args.device
-            batch = self.train.batch(position + self.rank * n, n)
+        next_position, batch = self.ahead
+        if next_position != position:
+            n, device = self.args.batch_size, self.run.device
+            batch = self.train.batch(position + self.run.rank * n, n)
             if device.startswith("cuda"):
                 batch = [
                     t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
@@ -402,7 +541,7 @@ class Pretraining:
         for p in self.model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
-                p.grad /= self.world
+                p.grad /= self.run.world
 
     def line(self, iteration, s):
         bad = "" if not s["bad_steps"] else f" | not finite, skipped ({s['bad_steps']} in a row)"
@@ -418,21 +557,21 @@ class Pretraining:
         a, out = self.args, {}
         self.model.eval()
         for name, windows in (("loss/train_eval", self.train), ("loss/val", self.val)):
-            n, seen = min(a.eval_iters * a.batch_size, len(windows)), []
+            n, logged = min(a.eval_iters * a.batch_size, len(windows)), []
             total, weights = 0.0, 0.0
-            for i in range(0, n, self.world * a.batch_size):
-                start = i + self.rank * a.batch_size
+            for i in range(0, n, self.run.world * a.batch_size):
+                start = i + self.run.rank * a.batch_size
                 rows = max(min(a.batch_size, n - start), 0)
                 batch = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
-                with torch.no_grad(), self.context():
-                    loss, _, found = self.loss(self.model, batch)
+                with torch.no_grad(), self.run.autocast():
+                    loss, _, values = self.loss(self.model, batch)
                 weight = self.weight(batch, rows)
                 if weight:
                     total, weights = total + float(loss) * weight, weights + weight
-                seen.append({k: v if rows else v[:0] for k, v in found.items()})
+                logged.append({k: v if rows else v[:0] for k, v in values.items()})
             total, weights = ppo.all_sum(*torch.tensor([total, weights], dtype=torch.float64))
             out[name] = total / weights
-        out |= self.summary(seen)
+        out |= self.summary(logged)
         self.model.train()
         return out
 
@@ -441,19 +580,19 @@ class Pretraining:
         It is 0 for the batch of a process that has no samples left."""
         return rows
 
-    def summary(self, seen):
-        """More numbers of an evaluation, {name: number}, from what `loss` found in each held-out
-        batch of this rank."""
+    def summary(self, logged):
+        """More numbers of an evaluation, {name: number}, from what `loss` returned to be logged of
+        each held-out batch of this rank."""
         return {}
 
-    def story(self):
-        """What the model tells now, always with the same random numbers."""
+    def sample_text(self):
+        """The beginning of a story, always with the same random numbers."""
         if self.tokenizer is None or self.args.fsdp:
             return ""
         n = min(100, self.model.args.max_seq_len - 1)
         uniform = torch.rand(1, n, generator=torch.Generator().manual_seed(self.args.seed))
-        stops = stop_ids(self.tokenizer, end_ids=self.args.kept.get("end_ids"))
-        with self.context():
+        stops = stop_ids(self.tokenizer, end_ids=self.run.metadata.get("end_ids"))
+        with self.run.autocast():
             out = generate(self.model, [[BOS_ID]], n, 0.7, stop_ids=stops, uniform=uniform)
         text = self.tokenizer.decode(out.responses()[0])
         return "".join(c if c.isprintable() else " " for c in text)  # bytes of a young model
@@ -470,11 +609,11 @@ class Pretraining:
                 "tokens": self.tokens,
                 "bad_steps": self.bad_steps,
             },
-            keep=self.rank == 0,
+            keep=self.run.rank == 0,
         )
 
-    def resume(self, checkpoint):
-        """Takes up an interrupted run; a foreign checkpoint gives its weights alone."""
+    def load_state(self, checkpoint):
+        """As Stage.load_state; of a checkpoint of llama2.c the weights alone are used."""
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
@@ -485,7 +624,10 @@ class Pretraining:
                 for o, state in zip(self.optimizers, states):
                     o.load_state_dict(sharded(state, o))
         except (ValueError, TypeError, LookupError, AttributeError):
-            print("the checkpoint's optimizer is another one: it starts anew", file=sys.stderr)
+            print(
+                "the checkpoint was trained with a different optimizer: its state is reset",
+                file=sys.stderr,
+            )
             self.optimizers = make_optimizers(self.model, self.args)
         if checkpoint.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])

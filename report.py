@@ -17,11 +17,6 @@ from common import printable, write_atomic
 from kernels import multiply
 
 
-def plain_config(args):
-    """The flags of a run as a dictionary, as checkpoints and Weights & Biases store them."""
-    return {k: v for k, v in vars(args).items() if k not in ("given", "kept")}
-
-
 def load_boards(args):
     """TensorBoard's SummaryWriter and the wandb module; each is None unless its flag is set.
     Raises ValueError if a package that is asked for is not installed."""
@@ -73,14 +68,15 @@ class Log:
     Biases if their flags are set, and shows a progress bar and lines on the terminal. Only rank 0
     writes."""
 
-    def __init__(self, args, name, first, resumed, rank):
-        self.master, self.path = rank == 0, Path(args.out_dir) / name
+    def __init__(self, run, name):
+        args, first = run.args, run.start_iteration
+        self.master, self.path = run.rank == 0, Path(args.out_dir) / name
         self.file = self.board = self.wandb = None
         # The number of steps, the time at the end of the last one, mean seconds per step
         self.steps, self.last, self.pace = 0, 0.0, 0.0
         quiet = None if self.master else True  # None: tqdm draws the bar on terminals only
         self.bar = tqdm(
-            total=args.max_iters - first,
+            total=run.end_iteration - first,
             unit="it",
             disable=quiet,
             dynamic_ncols=True,
@@ -90,7 +86,7 @@ class Log:
         if not self.master:
             return
         # A resumed run continues its log, without the iterations that it will repeat.
-        old = read_log(self.path) if resumed and self.path.exists() else []
+        old = read_log(self.path) if run.resumed and self.path.exists() else []
         lines = [json.dumps(record) + "\n" for record in old if record["iter"] < first]
         if not args.eval_only:  # --eval_only may read the folder while another run writes to it
             with write_atomic(self.path, "w") as f:
@@ -101,7 +97,7 @@ class Log:
             self.board = SummaryWriter(args.out_dir)
         if wandb:
             self.wandb = wandb.init(
-                project=args.wandb_project, name=args.wandb_run_name, config=plain_config(args)
+                project=args.wandb_project, name=args.wandb_run_name, config=run.config
             )
 
     def scalars(self, iteration, stats):

@@ -27,9 +27,9 @@ from instruct import Instructions, InstructPrompts, OptionalInstructions
 from lora import add_lora, merged_state
 from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
-from pretraining import MODEL_FLAGS, flags_decide, schedule
+from pretraining import MODEL_FLAGS, Stage, flags_decide, schedule
 from report import print_report
-from sft import InstructionFlags, LoRAFlags, Packed, instructions, stage_template
+from sft import InstructionFlags, LoRAFlags, Packed, instructions
 from tinystories import Prompts, Windows
 from tokenizer import check_same_tokenizer, stop_ids
 
@@ -220,7 +220,7 @@ def best_achievable_objective(scores, beta):
 # the stage
 
 
-class RLHF:
+class RLHF(Stage):
     """PPO against a reward: one training iteration is one PPO iteration of ppo.PPOTrainer."""
 
     prefix = "ppo_"
@@ -277,14 +277,49 @@ class RLHF:
         if args.advantage in ("rloo", "grpo"):
             yield ["gamma"], f"has no effect with --advantage={args.advantage}"
 
-    @staticmethod
-    def check(args):
-        """Raises ValueError for values of the stage's flags that make no sense."""
-        for device in args.ref_device, args.reward_device:
-            choose_device(device)
+    positive = "roof_prompts", "roof_samples", "report_rollouts", "start_len"
+    signed = "entropy_coef", "missing_eos_penalty"
+    continues_count = True
+    resumes_same_flags_only = True
+    evaluates_its_checkpoint = True
+    input_errors = (ppo.RewardError,)
+    check_errors = (ppo.Mismatch,)
 
-    def __init__(self, args, checkpoint, rank, world, autocast, tokenizer):
-        self.args, self.rank, self.world, self.tokenizer = args, rank, world, tokenizer
+    @classmethod
+    def check(cls, run):
+        super().check(run)
+        for device in run.args.ref_device, run.args.reward_device:
+            choose_device(device)
+        if run.args.averaging >= 1:
+            raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")
+
+    @staticmethod
+    def shard_folders(args):
+        data = [args.data, *([args.ptx_data or args.data] if args.ptx_coef else [])]
+        return [d for d in data if not is_instruction_file(d)]
+
+    @staticmethod
+    def uses_template(args):
+        ptx = args.ptx_data or args.data
+        return is_instruction_file(args.data) or bool(args.ptx_coef) and is_instruction_file(ptx)
+
+    @staticmethod
+    def end_iteration(args, checkpoint):
+        resumed = "ppo" in checkpoint
+        first = checkpoint["ppo"]["first"] if resumed else checkpoint["iter_num"]
+        return first + args.ppo_iters if args.ppo_iters else args.max_iters
+
+    @staticmethod
+    def show_report(run):
+        path = Path(run.args.out_dir) / "ppo_report.json"
+        if path.exists() and run.rank == 0:
+            print_report(json.loads(path.read_text()))
+        return path.exists()
+
+    def __init__(self, run, checkpoint):
+        args = run.args
+        self.run, self.args, self.tokenizer = run, args, run.tokenizer
+        self.rank, self.world = run.rank, run.world
         config = ppo.PPOConfig(
             mini_batch_size=args.batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -295,7 +330,7 @@ class RLHF:
         start = {"model": weights, "model_args": checkpoint["model_args"]}
 
         def build(source, kind):
-            return model_from_checkpoint(source, kind, dropout=0.0).to(args.device)
+            return model_from_checkpoint(source, kind, dropout=0.0).to(run.device)
 
         shared = config.value_model == "shared"
         self.model = build(start, TransformerWithValueHead if shared else Transformer)
@@ -307,7 +342,7 @@ class RLHF:
             frozen = dict(self.model.named_parameters())
             for name, p in reference.named_parameters():
                 p.data = frozen[name].data  # the reference is the model without its adapters
-        self.ref_device = args.ref_device or args.device
+        self.ref_device = args.ref_device or run.device
         reference.to("cpu" if args.offload else self.ref_device)
         self.load_texts(config)
         self.optimizers = [self.make_optimizer(self.model, args.learning_rate)]
@@ -332,15 +367,15 @@ class RLHF:
             critic,
             self.optimizers[0],
             self.optimizers[1] if critic else None,
-            autocast,
+            run.autocast,
             self.ptx_batch,
             stop_ids=self.stop_ids,
         )
         if args.reward.endswith(".pt"):
-            device = args.reward_device or args.device
+            device = args.reward_device or run.device
             checkpoint_of_reward = self.load_reward_model(args.reward)
             self.reward = ModelReward(
-                checkpoint_of_reward, device, args.offload, args.batch_size, autocast
+                checkpoint_of_reward, device, args.offload, args.batch_size, run.autocast
             )
         else:
             self.reward = load_reward(args.reward, args.target_len, self.decode)
@@ -348,13 +383,13 @@ class RLHF:
         self.first, self.j_star = checkpoint["iter_num"], None
 
     def load_reward_model(self, path):
-        checkpoint = load_reward_model(path, self.model.args, self.args.kept.get("template"))
+        checkpoint = load_reward_model(path, self.model.args, self.run.metadata.get("template"))
         self.check_tokenizer(path, checkpoint)
         return checkpoint
 
     def check_tokenizer(self, path, checkpoint):
         """Raises ValueError if the tokenizer of the checkpoint at path is not the policy's."""
-        hashes = self.args.kept.get("tokenizer_hash"), checkpoint.get("tokenizer_hash")
+        hashes = self.run.metadata.get("tokenizer_hash"), checkpoint.get("tokenizer_hash")
         check_same_tokenizer("the policy", hashes[0], path, hashes[1])
 
     def load_texts(self, config):
@@ -363,11 +398,8 @@ class RLHF:
         beginnings of stories, or instructions if --data names a file of them."""
         args, vocab = self.args, self.model.args.vocab_size
         context_length = self.model.args.max_seq_len
-        template, end_ids = None, args.kept.get("end_ids")
-        ptx = args.ptx_data or args.data
-        if is_instruction_file(args.data) or config.ptx_coef and is_instruction_file(ptx):
-            template = stage_template(args, self.tokenizer)
-            texts = self.tokenizer, template
+        template, end_ids = self.run.template, self.run.metadata.get("end_ids")
+        texts, ptx = (self.tokenizer, template), args.ptx_data or args.data
         self.stop_ids = stop_ids(self.tokenizer, end_ids=end_ids)
         if is_instruction_file(args.data):
             self.stop_ids = stop_ids(self.tokenizer, template, end_ids)
@@ -383,7 +415,7 @@ class RLHF:
             if self.rank == 0:
                 print(f"train: {self.prompts.summary()}\nval: {self.held_out.summary()}")
         else:
-            bos = args.kept.get("bos", True)
+            bos = self.run.metadata.get("bos", True)
             self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed, bos)
             # These do not depend on --seed, so that runs can be compared.
             self.held_out = Prompts(args.data, "val", args.start_len, vocab, bos=bos)
@@ -400,7 +432,7 @@ class RLHF:
         """This rank's part of the next batch of text: the weight of its mean loss in the mean over
         the batch, in which each token has equal weight, tokens, targets, and lengths if it is
         packed."""
-        n, device = max(self.args.batch_size // 8, 1), self.args.device
+        n, device = max(self.args.batch_size // 8, 1), self.run.device
         first, last = (n * r // self.world for r in (self.rank, self.rank + 1))
         position, self.ptx_position = self.ptx_position + first, self.ptx_position + n
         if first == last:
@@ -499,6 +531,18 @@ class RLHF:
             count += n
         return total / count
 
+    def begin(self):
+        """Estimates J*, and removes the report of another run."""
+        j_star, error = self.estimate_j_star()
+        if self.rank == 0:
+            print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
+            if not self.run.resumed:
+                (Path(self.args.out_dir) / "ppo_report.json").unlink(missing_ok=True)
+
+    def end(self):
+        if self.rank == 0:
+            self.report()
+
     def report(self):
         """Measures the reference and the result with the same prompts and random numbers, writes
         ppo_report.json and prints it, with the first story that PPO changed."""
@@ -554,7 +598,7 @@ class RLHF:
     def step(self, iteration):
         a, c, t0 = self.args, self.trainer.config, time.perf_counter()
         for g in (g for o in self.optimizers for g in o.param_groups):
-            g["scale"] = schedule(iteration, a, self.first, warmup=0)
+            g["scale"] = schedule(iteration, a, self.first, self.run.end_iteration, warmup=0)
         n_prompts = c.rollouts // c.group_size
         prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
@@ -595,10 +639,7 @@ class RLHF:
             f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"
         )
 
-    def evaluate(self):
-        return {}
-
-    def story(self):
+    def sample_text(self):
         """The first rollout of the last iteration, and its score."""
         if self.tokenizer is None or not hasattr(self, "last"):
             return ""
@@ -630,7 +671,7 @@ class RLHF:
             },
         }
 
-    def resume(self, checkpoint):
+    def load_state(self, checkpoint):
         state = checkpoint["ppo"]
         self.model.load_state_dict(state["policy"])
         models = (self.model, self.trainer.critic)

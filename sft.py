@@ -6,7 +6,7 @@ import torch
 
 from checkpoint import model_from_checkpoint
 from common import flag
-from instruct import Instructions, find_template
+from instruct import Instructions
 from lora import adapter_state, add_lora, merged_state
 from model import generate
 from pretraining import CompileFlags, Pretraining, TextFlags
@@ -55,15 +55,6 @@ class FineTuningFlags:
 # data
 
 
-def stage_template(args, tokenizer):
-    """The template of a stage's dialogues, which goes into its checkpoints."""
-    if tokenizer is None:
-        raise ValueError("instructions are text: this needs the model's tokenizer, --tokenizer")
-    template = find_template(args.template, args.kept, tokenizer, "plain")
-    args.kept["template"] = template._asdict()
-    return template
-
-
 def instructions(kind, args, split, tokenizer, template, max_len):
     """Samples of the instruction data that the flags name, in one of instruct.py's forms."""
     path, seed = args.data, args.seed
@@ -100,7 +91,32 @@ class Packed:
 # the stage
 
 
-class FineTuning(Pretraining):
+class InstructionStage(Pretraining):
+    """What the stages that read instructions or rankings share: they start from a checkpoint, whose
+    tokenizer and template they need."""
+
+    from_scratch = False
+    compiles = False  # batches change their shape
+
+    @staticmethod
+    def shard_folders(args):
+        return ()
+
+    @staticmethod
+    def uses_template(args):
+        return True
+
+    def samples(self, kind, split, max_len):
+        """Samples of the instruction data, in one of instruct.py's forms."""
+        run = self.run
+        return instructions(kind, run.args, split, run.tokenizer, run.template, max_len)
+
+    def stop_ids(self):
+        """The ids at which a reply ends."""
+        return stop_ids(self.tokenizer, self.run.template, self.run.metadata.get("end_ids"))
+
+
+class FineTuning(InstructionStage):
     """Supervised fine-tuning on instructions: the loss is on replies and their end tokens. With
     --lora_rank adapters are trained; the checkpoint has the weights with them merged, for whoever
     reads it, and as they are, to go on; the adapters alone are in a file beside it."""
@@ -111,18 +127,14 @@ class FineTuning(Pretraining):
 
     def build(self, checkpoint):
         a = self.args
-        self.template = stage_template(a, self.tokenizer)
         model = model_from_checkpoint(checkpoint, dropout=a.dropout)
         if a.lora_rank:
             add_lora(model, a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_layers, a.lora_4bit)
         return model
 
     def data(self, split):
-        context = self.model.args.max_seq_len
-        samples = instructions(
-            Instructions, self.args, split, self.tokenizer, self.template, context
-        )
-        if self.rank == 0:
+        samples = self.samples(Instructions, split, self.model.args.max_seq_len)
+        if self.run.rank == 0:
             print(f"{split}: {samples.summary()}")
         return Packed(samples)
 
@@ -131,7 +143,7 @@ class FineTuning(Pretraining):
         not in this batch: each token counts the same however the samples are split into batches
         and processes. What is shown is the mean over the targets."""
         tokens, targets, lengths, expected = batch
-        tokens, targets = tokens.to(self.args.device), targets.to(self.args.device)
+        tokens, targets = tokens.to(self.run.device), targets.to(self.run.device)
         mean, count = model(tokens, targets, lengths=lengths), int((targets >= 0).sum())
         share = count / expected if self.model.training else 1
         return mean * share, len(tokens), {"loss/train": mean.detach().expand(count)}
@@ -143,14 +155,14 @@ class FineTuning(Pretraining):
     def line(self, iteration, s):
         return super().line(iteration, s).replace(f" | mfu {s['mfu']:5.1%}", "")
 
-    def story(self):
+    def sample_text(self):
         """The reply to the first held-out prompt, always with the same random numbers."""
         ids, mask = self.val.samples.batch(0, 1)[0]
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token that is not of the reply
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
         uniform = torch.rand(1, room, generator=torch.Generator().manual_seed(self.args.seed))
-        stops = stop_ids(self.tokenizer, self.template, self.args.kept.get("end_ids"))
-        with self.context():
+        stops = self.stop_ids()
+        with self.run.autocast():
             out = generate(self.model, [prompt], room, 0.7, stop_ids=stops, uniform=uniform)
         text = f"{self.tokenizer.decode(prompt)} >>> {self.tokenizer.decode(out.responses()[0])}"
         return "".join(c if c.isprintable() else " " for c in text)
@@ -162,7 +174,7 @@ class FineTuning(Pretraining):
         return {**how, "four_bit": a.lora_4bit, "state": adapter_state(self.model)}
 
     def state(self):
-        state = super().state() | {"template": self.template._asdict()}
+        state = super().state()
         if self.args.lora_rank:
             state |= {
                 "model": merged_state(self.model),
@@ -171,12 +183,12 @@ class FineTuning(Pretraining):
             }
         return state
 
-    def resume(self, checkpoint):
-        then, now = checkpoint.get("lora"), self.adapters() if self.args.lora_rank else None
-        for lora in filter(None, (then, now)):
+    def load_state(self, checkpoint):
+        saved, mine = checkpoint.get("lora"), self.adapters() if self.args.lora_rank else None
+        for lora in filter(None, (saved, mine)):
             del lora["state"]
-        if then != now:
-            raise ValueError(f"the run there has other adapters: {then}, not {now}")
-        if now:
+        if saved != mine:
+            raise ValueError(f"the run there has other adapters: {saved}, not {mine}")
+        if mine:
             self.model.load_state_dict(checkpoint["unmerged"])
-        super().resume(checkpoint)
+        super().load_state(checkpoint)

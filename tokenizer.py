@@ -655,6 +655,41 @@ def own_tokenizer(checkpoint, path, given="", *folders, required=True):
     return open_tokenizer(n, folders, wanted, given, path, required)
 
 
+def load_tokenizer(args, checkpoint, shards, vocab_size):
+    """The run's tokenizer; its hash, "" if it is not known; and lines that say what is assumed. The
+    tokenizer is None where there is none: pretraining needs it only to show text. Raises ValueError
+    where the tokenizers of the checkpoint, of the shards and of --tokenizer are not the same."""
+    other = args.init_from not in ("scratch", "resume")
+    path = args.init_from if other else os.path.join(args.out_dir, "ckpt.pt")
+    folder = os.path.dirname(os.path.abspath(path))
+    made = [(path, checkpoint.get("tokenizer_hash"))] if checkpoint else []
+    made += shards
+    known = [(name, found) for name, found in made if found]
+    owner, wanted = known[0] if known else ("", "")
+    for name, found in known:
+        if found != wanted:
+            raise ValueError(
+                f"{name} was made with another tokenizer ({found[:16]}) than {owner} "
+                f"({wanted[:16]}): make shards of the same text with that tokenizer (pretokenize)"
+            )
+    if checkpoint and wanted and owner != path and not args.tokenizer:
+        beside = tokenizers_in(folder, vocab_size)  # which are thought to be the checkpoint's
+        if beside and wanted not in (Tokenizer(t).hash for t in beside):
+            raise ValueError(
+                f"{beside[0]}, which is beside {path}, is another tokenizer than that of {owner}: "
+                "name the right one with --tokenizer, or make the shards again with it"
+            )
+    data = data_folders(args.data)
+    folders = [folder, args.out_dir, *data] if checkpoint else [*data, args.out_dir]
+    tokenizer = open_tokenizer(vocab_size, folders, wanted, args.tokenizer, owner, required=False)
+    assumed = [
+        f"{name} does not say which tokenizer it was made with: assuming {tokenizer.model_path}"
+        for name, found in made
+        if tokenizer and not found
+    ]
+    return tokenizer, tokenizer.hash if tokenizer else wanted, assumed
+
+
 def check_same_tokenizer(owner, owner_hash, other, other_hash):
     """
     Compare the tokenizer hashes of two models or data sets, which `owner` and `other` name in the

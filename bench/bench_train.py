@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -51,15 +51,8 @@ SHAPES = [  # title, flags of train.py, whether the CPU is too slow for it
 def measure(flags, seconds):
     """Tokens a second, MFU, the share of data loading, milliseconds a step."""
     args = train.flags(flags)
-    rank, world = train.setup(args)
-    dtype = getattr(torch, args.dtype)
-
-    def context():
-        half = dtype is not torch.float32
-        return torch.autocast(args.device.partition(":")[0], dtype) if half else nullcontext()
-
     with redirect_stdout(StringIO()):
-        stage = train.Pretraining(args, None, rank, world, context, None)
+        stage = train.Pretraining(train.setup(args), None)
     loading = 0.0
     batch = stage.train.batch
 

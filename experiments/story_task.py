@@ -191,8 +191,7 @@ def push(lab, path, iterations):
             "--max_gen_len=440",
         ]
     )
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     proxy, points = stage.reward, []
 
     def both(prompts, responses, ended):

@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,7 @@ def records(folder, name, key):
 def stage_of(kind, home, out, **flags):
     """A stage that has not begun, and its first batch."""
     args = train.flags(argv(home, out, **flags))
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     assert isinstance(stage, kind)
     return stage, stage.train.batch(0, args.batch_size)
 
@@ -220,10 +220,13 @@ def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
     """A process without a share of the evaluation has nothing of each number, not no numbers."""
     stage, _ = stage_of(preferences.RewardModel, home, tmp_path, rm=True, batch_size=8)
     monkeypatch.setattr(stage, "summary", lambda seen: seen[0])
-    stage.world, seen = 2, {}
+    seen = {}
     monkeypatch.setattr(type(stage.val), "__len__", lambda self: 5)
-    for stage.rank in (0, 1):
-        seen[stage.rank] = stage.evaluate()
+    # The sums of both processes, of whom each sees the other's part alone here.
+    monkeypatch.setattr(ppo, "all_sum", lambda *values: [float(v) + 1 for v in values])
+    for rank in (0, 1):
+        stage.run = replace(stage.run, rank=rank, world=2)
+        seen[rank] = stage.evaluate()
     assert len(seen[0]["rm/score"]) == 10 and len(seen[1]["rm/score"]) == 0
 
 
@@ -483,8 +486,7 @@ def test_replies_end_with_the_token_of_the_template(home, tmp_path):
     ended."""
     save_template(home, tmp_path, Template("{bos}{user}\n{reply}{eos}"))
     args = train.flags(argv(home, tmp_path, init_from=tmp_path / "ckpt.pt", **PPO))
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     assert 2 in stage.stop_ids
     stage.stop_ids = stage.trainer.stop_ids = (42,)
     with torch.no_grad():
@@ -527,8 +529,7 @@ def test_first_steps_are_short(home, rm, tmp_path):
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ppo_warmup_steps=5, ppo_epochs=4, batch_size=16)
     flags |= dict(adam_eps=1e-3, init_kl_coef=0)
     args = train.flags(argv(home, tmp_path, **flags))
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     optimizer, p, rates, seen = stage.optimizers[0], stage.model.output.weight, [], []
 
     def note(optimizer, *_):
@@ -538,7 +539,7 @@ def test_first_steps_are_short(home, rm, tmp_path):
     optimizer.register_step_pre_hook(lambda *_: seen.extend((p.detach().clone(), p.grad.clone())))
     optimizer.register_step_post_hook(note)
     stats = [stage.step(i) for i in (0, 1)]
-    peak = [1e-3, 1e-3 * pretraining.schedule(1, args, warmup=0)]
+    peak = [1e-3, 1e-3 * pretraining.schedule(1, args, last=stage.run.end_iteration, warmup=0)]
     assert 0 < peak[1] < 1e-3
     assert rates == pytest.approx([peak[k > 4] * min(k / 5, 1) for k in range(1, 9)])
     before, g, after = seen[:3]
@@ -557,8 +558,7 @@ def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
     """Of one batch, the parts of two ranks, or of five, weigh together what the batch weighs alone."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
     args = train.flags(argv(home, tmp_path, **flags))
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     found = []
     for stage.world in (1, 2, 5):
         total = 0
@@ -579,8 +579,7 @@ def test_line_of_an_iteration(home, rm, tmp_path):
     """Every number of it, and the J* of the β that J was computed with."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", adap_kl_ctrl=True, target=0.01, horizon=100)
     args = train.flags(argv(home, tmp_path, **flags))
-    train.setup(args)
-    stage, *_ = train.start(args, 0, 1)
+    stage = train.start(train.setup(args))
     betas, j_stars = [], []
     for i in range(2):
         stats = stage.step(i)

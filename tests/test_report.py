@@ -75,8 +75,7 @@ torch.set_num_threads(1)
 def stage(*flags):
     source = [f"--data={sys.argv[2]}", "--vocab_source=custom", "--vocab_size=4096", "--plan"]
     args = train.flags([*source, *flags])
-    rank, world = train.setup(args)
-    return args, train.Pretraining(args, None, rank, world, contextlib.nullcontext, None)
+    return args, train.Pretraining(train.setup(args), None)
 small = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=2 --batch_size=2 --max_seq_len=32"
 # The first step loads and compiles what is not part of the model.
 stage("--device=cpu", *small.split())[1].step(0)
@@ -294,7 +293,7 @@ def test_the_report_fits_the_terminal(monkeypatch):
 def test_time_left(tmp_path, monkeypatch):
     """From the steps after the first, the late ones more than the early ones, by the clock, so that
     what lies between them counts."""
-    log = report.Log(train.flags([f"--out_dir={tmp_path}"]), "log.jsonl", 0, False, 0)
+    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "log.jsonl")
     clock = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
 

@@ -309,7 +309,7 @@ def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
 
 def test_only_the_first_process_locks(data, tmp_path, monkeypatch):
     """The ranks of torchrun share one lock. (That a restart works is tested in test_train.py.)"""
-    monkeypatch.setattr(train, "train", lambda args, rank, world: rank)
+    monkeypatch.setattr(train, "train", lambda run: run.rank)
     monkeypatch.setattr(train, "join_processes", lambda *_: None)
     with common.lock_folder(tmp_path):
         with pytest.raises(ValueError, match="another run writes to"):

@@ -25,7 +25,7 @@ import kernels
 import pretraining
 import rlhf
 import train
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_verified, save_checkpoint
 from common import run_main
 from model import TransformerBlock
 
@@ -385,8 +385,7 @@ def test_weight_decay_is_of_matrices_only(data, tmp_path):
 
 def ppo_stage(data, out, **flags):
     args = train.flags(command(data, out, init_from="resume", **PPO | flags))
-    train.setup(args)
-    return train.start(args, 0, 1)[0]
+    return train.start(train.setup(args))
 
 
 @pytest.mark.parametrize("value_model", ["separate", "shared"])
@@ -418,7 +417,7 @@ def test_ppo_resumes_checkpoints_with_one_parameter_group(data, tmp_path):
         moments = {i: old["state"][grouped.index(id(p))] for i, p in enumerate(model.parameters())}
         group = old["param_groups"][0] | {"params": list(range(len(moments))), "weight_decay": 0.3}
         state["ppo"][name] = {"state": moments, "param_groups": [group]}
-    stage.resume(state)
+    stage.load_state(state)
     found = {"optimizer": stage.optimizers[0], "critic_optimizer": stage.optimizers[1]}
     for name, optimizer in found.items():
         assert equal(optimizer.state_dict()["state"], new["ppo"][name]["state"]) == []
@@ -432,12 +431,12 @@ def test_flags_decide_about_the_optimizer_of_a_resumed_run(data, tmp_path, capsy
     train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=1)))
     changed = dict(learning_rate=0.123, beta2=0.9, adam_eps=1e-3, weight_decay=0.03, max_iters=3)
     args = train.flags(command(data, tmp_path, init_from="resume", **changed))
-    train.setup(args)
+    run = train.setup(args)
     capsys.readouterr()
-    stage = train.start(args, 0, 1)[0]
+    stage = train.start(run)
     assert "the flags count: adam_eps was 1e-08, is 0.001, beta2 was" in capsys.readouterr().out
     aligned = ppo_stage(data, tmp_path, **changed)  # a new run, which then gets the old one's state
-    aligned.resume(load_checkpoint(tmp_path / "ppo_ckpt.pt"))
+    aligned.load_state(load_checkpoint(tmp_path / "ppo_ckpt.pt"))
     for optimizers in (stage.optimizers, aligned.optimizers):
         for optimizer in optimizers:
             assert optimizer.state, "the moments are the checkpoint's"
@@ -575,8 +574,7 @@ def test_reference_scores_are_kept_until_the_text_changes(data, tmp_path, monkey
     def samples_of_a_start():
         calls.clear()
         args = train.flags(command(mine, out, init_from="resume", **PPO))
-        train.setup(args)
-        train.start(args, 0, 1)
+        train.start(train.setup(args))
         return len(calls)
 
     assert [samples_of_a_start() for _ in range(2)] == [1, 0]
@@ -610,7 +608,9 @@ def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkey
     )
     train.main(command(data, tmp_path, max_iters=1))
     flags = PPO | dict(init_from="resume", eval_interval=100, ptx_coef=0)
-    with pytest.raises(ValueError, match="line 5: ValueError: mine; iteration 3 is saved: when it"):
+    with pytest.raises(
+        ValueError, match="line 5: ValueError: mine; iteration 3 is saved: fix this"
+    ):
         train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
     step = rlhf.RLHF.step
 
@@ -661,10 +661,10 @@ def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
     before the first step, whose tokens are counted per second."""
     monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1.0)
     args = train.flags(command(data, tmp_path, dim=96, n_heads=2))
-    train.setup(args)
+    run = train.setup(args)
     compiled = []
     monkeypatch.setattr(pretraining, "library", lambda: compiled.append(0))
-    stage = train.start(args, 0, 1)[0]
+    stage = train.start(run)
     assert compiled
     rates = [stage.step(i) for i in range(3)]
     assert max(r["mfu"] for r in rates) == 1 and min(r["mfu"] for r in rates) > 0
@@ -676,8 +676,7 @@ def test_seeds_share_their_held_out_prompts(data, tmp_path):
     stages = []
     for seed in (1, 2):
         args = train.flags(command(data, tmp_path, init_from="resume", seed=seed, **PPO))
-        train.setup(args)
-        stages.append(train.start(args, 0, 1)[0])
+        stages.append(train.start(train.setup(args)))
     one, two = (stage.held_out.batch(0, 16) for stage in stages)
     assert one == two
     one, two = (stage.prompts.batch(0, 16) for stage in stages)
@@ -777,7 +776,7 @@ def test_killed_twenty_times(data, tmp_path):
             continue
         kills += 1
         if (folder / "ckpt.pt").exists():
-            where.append(train.load_verified(folder / "ckpt.pt")["iter_num"])
+            where.append(load_verified(folder / "ckpt.pt")["iter_num"])
     argv = command(data, folder, init_from="resume" if where else "scratch", **flags)
     assert finish(spawn(argv, tmp_path / "log.txt")) == 0
     assert_same_run(tmp_path / "whole", folder)
@@ -807,7 +806,7 @@ def test_damaged_checkpoint_falls_back(data, tmp_path, capsys, how):
     capsys.readouterr()
     train.main(command(data, tmp_path / "hit", init_from="resume", **HARD))
     text = capsys.readouterr()
-    assert "going on from" in text.err and "iterations 8 to 12" in text.out
+    assert "continuing from" in text.err and "iterations 8 to 12" in text.out
     assert_same_run(tmp_path / "whole", tmp_path / "hit")
 
 
@@ -870,7 +869,7 @@ def test_full_file_system(data, tmp_path):
         assert finish(spawn(command(data, disk), log)) == 1
         assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
         for path in disk.glob("ckpt*.pt"):
-            train.load_verified(path)
+            load_verified(path)
         assert not list(disk.glob(".*tmp"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -955,7 +954,7 @@ def test_resumes_with_other_flags(data, tmp_path, capsys):
     )
     text = capsys.readouterr()
     assert "batch_size was 4, is 2, optimizer was adamw, is muon" in text.out
-    assert "it starts anew" in text.err
+    assert "its state is reset" in text.err
     state = load_checkpoint(tmp_path / "ckpt.pt")
     assert state["iter_num"] == 16 and state["position"] == 12 * 4 + 4 * 2
 
@@ -1267,7 +1266,7 @@ def test_dead_worker_ends_the_run(data, tmp_path):
     both[0].join(20)
     assert both[0].exitcode == 1 and time.time() - t < 10, (tmp_path / "rank0.txt").read_text()
     assert "another process of this run has gone" in (tmp_path / "rank0.txt").read_text()
-    assert train.load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
+    assert load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
@@ -1317,5 +1316,5 @@ def test_trains_on_where_run_c_cannot_have_the_model(data, tmp_path, monkeypatch
     monkeypatch.setattr(train, "write_v3", refuse)
     train.main(command(data, tmp_path))
     assert "warning: no model.bin: run.c knows no such tokenizer" in capsys.readouterr().err
-    assert train.load_verified(tmp_path / "ckpt.pt")["iter_num"] > 0
+    assert load_verified(tmp_path / "ckpt.pt")["iter_num"] > 0
     assert not list(tmp_path.glob("*.bin*"))
