@@ -3,6 +3,8 @@ The command line: each stage of train.py and each sub-command shows its own flag
 the others, and uses every flag that it shows.
 """
 
+import ast
+import copy
 import json
 import re
 import shlex
@@ -22,7 +24,7 @@ import pretraining
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
-from common import run_main
+from common import flag_names, run_main
 from model import ModelArgs, Transformer
 
 ROOT = Path(train.__file__).parent
@@ -251,6 +253,10 @@ def home(tmp_path_factory):
     for name, n in (("a", 40), ("b", 50)):
         rows = [{"prompt": f"say {i}", "response": f"{name} {i * i}"} for i in range(n)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = [
+        {"prompt": f"say {i}", "chosen": f"a {i}", "rejected": f"b {i} {i}"} for i in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (folder / "reward.py").write_text(
         "def f(prompts, responses):\n    return [len(r) for r in responses]\n"
     )
@@ -262,7 +268,7 @@ BASE = {
     "--sft": dict(sft=True, max_iters=3, eval_iters=2, warmup_iters=2, **COMMON),
     "--ppo": dict(
         ppo=True,
-        max_iters=9,
+        max_iters=3,
         rollouts=8,
         max_gen_len=8,
         start_len=6,
@@ -288,7 +294,7 @@ EFFECTS = {
     "batch_size": (8, {}),
     "learning_rate": (1e-3, {}),
     "gradient_accumulation_steps": (2, {}),
-    "max_iters": (8, {}),
+    "max_iters": (2, {}),
     "weight_decay": (0, {}),
     "beta1": (0.5, {}),
     "beta2": (0.5, {}),
@@ -326,7 +332,7 @@ PPO_EFFECTS = (
     EFFECTS
     | INSTRUCTIONS
     | {
-        "max_iters": (8, {}),
+        "max_iters": (2, {}),
         "data": ("{}/a.jsonl", {}),
         "ppo_iters": (1, {}),
         "reward": ("{}/reward.py:f", {}),
@@ -378,6 +384,61 @@ PPO_EFFECTS = (
 ELSEWHERE = {"--sft": {"out_dir", "sft", "compile"}, "--ppo": {"out_dir", "ppo", "offload"}}
 
 
+def main_without_writes(argv, monkeypatch):
+    """train.main, which must leave the parsed flags as they are."""
+    parsed = []
+
+    def flags(argv):
+        parsed.append(parse(argv))
+        copies.append(copy.deepcopy(vars(parsed[-1])))
+        return parsed[-1]
+
+    copies, parse = [], train.flags
+    with monkeypatch.context() as m:
+        m.setattr(train, "flags", flags)
+        try:
+            train.main(argv)
+        finally:
+            assert [vars(args) for args in parsed] == copies, "a run writes to its flags"
+
+
+@pytest.mark.parametrize("stage", ["", "--rm", "--dpo"])
+def test_flags_are_not_written_to(home, tmp_path, monkeypatch, stage):
+    """(The runs of test_every_flag_changes_something check SFT and PPO.)"""
+    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1e12)
+    data = home / "pairs.jsonl" if stage else home
+    flags = f"--data={data} --out_dir={tmp_path} --device=cpu --batch_size=2 --max_iters=1 --eval_iters=1"
+    if stage:
+        flags += f" {stage} --init_from={home}/ckpt.pt --tokenizer={home}/tok{VOCAB}.model"
+        flags += " --max_gen_len=4 --reference_samples=2"
+    else:
+        flags += f" --vocab_source=custom --vocab_size={VOCAB} --dim=16 --n_layers=1 --n_heads=2"
+        flags += " --max_seq_len=32"
+    main_without_writes(shlex.split(flags), monkeypatch)
+
+
+def test_the_loop_knows_no_stage():
+    """From save() on, train.py has no flag, no name and no class of a stage."""
+    kinds = {"pretraining": train.Pretraining, **train.STAGES}
+    tools = set(flag_names(pretraining.ToolFlags))  # --plot and --plan, which do not train
+    own = {n for kind in kinds.values() for group in kind.flags for n in flag_names(group)}
+    own = (own | kinds.keys()) - tools
+    assert {"ppo_debug", "eval_iters", "dim", "dpo_beta", "rm"} < own
+    # The model's shape and the template are decided before there is a stage: checkpoints have both.
+    own -= {"template", *train.MODEL_FLAGS}
+    classes = {kind.__name__ for kind in kinds.values()} | {"ppo"}
+    tree = ast.parse(Path(train.__file__).read_text())
+    functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+    for name in ("start", "describe", "save", "train", "main"):
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.value.id != "args" or node.attr not in own, (name, node.attr)
+            if isinstance(node, ast.Name):
+                assert node.id not in classes, (name, node.id)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in own, (name, node.value)
+
+
 def outcome(home, out, capsys, monkeypatch, **flags):
     """All results of a run except times: weights and state, log, report, printed lines."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
@@ -399,7 +460,7 @@ def outcome(home, out, capsys, monkeypatch, **flags):
         values.pop("warmup_iters", None)
     capsys.readouterr()
     try:
-        train.main([f"--{k}={v}" for k, v in values.items()])
+        main_without_writes([f"--{k}={v}" for k, v in values.items()], monkeypatch)
         error = ""
     except (Exception, SystemExit) as e:
         error = repr(e)
