@@ -27,7 +27,7 @@ import rlhf
 import train
 from checkpoint import load_checkpoint, load_verified, save_checkpoint
 from common import run_main
-from model import TransformerBlock
+from kernels import FastTransformerBlock
 
 VOCAB = 48
 ROOT = Path(train.__file__).parent
@@ -1204,7 +1204,7 @@ def held(tensors):
 
 def watch_shards(folder):
     """A hook: what a process with --fsdp holds and does, into a file of its own after each step."""
-    found, block = {"forwards": 0}, TransformerBlock
+    found, block = {"forwards": 0}, FastTransformerBlock
     step, forward, state = (
         pretraining.Pretraining.step,
         block.forward,
