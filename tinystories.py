@@ -588,24 +588,22 @@ def begins_as(shard, path, tokenizer):
     return [BOS, *tokenizer.encode(story, bos=False, eos=False)][: len(ids)] == ids.tolist()
 
 
-def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
-    """
-    Encode each story file to a shard of uint16 ids, with BOS before every story, on all cores. A
-    shard is up to date if its file and tokenizer have not changed. A vocab_size of 0 selects Llama
-    2's vocabulary, whose shards are in the folder of the stories, as in llama2.c.
-    """
-    model_path = tokenizer_path or find_tokenizer(vocab_size or 32000, data_dir)
-    tokenizer = Tokenizer(model_path)
-    n_words = tokenizer.n_words
+def check_fits_shards(tokenizer, vocab_size):
+    """Raises ValueError if shards cannot store the ids of a tokenizer, or for another size."""
+    path, n_words = tokenizer.model_path, tokenizer.n_words
     if n_words > 65536:
-        raise ValueError(f"{model_path} has {n_words} tokens: at most 65536 fit into a shard")
-    if n_words != (vocab_size or 32000):
-        raise ValueError(f"{model_path} has {n_words} tokens, not {vocab_size or 32000}")
+        raise ValueError(f"{path} has {n_words} tokens: at most 65536 fit into a shard")
+    if n_words != vocab_size:
+        raise ValueError(f"{path} has {n_words} tokens, not {vocab_size}")
     if tokenizer.bos_id != BOS:
-        raise ValueError(
-            f"{model_path}: BOS is token {tokenizer.bos_id}, but shards need token {BOS}"
-        )
-    folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
+        raise ValueError(f"{path}: BOS is token {tokenizer.bos_id}, but shards need token {BOS}")
+
+
+def planned_shards(data_dir, folder):
+    """
+    {story file: its shard in `folder`} for a data folder. Raises ValueError if two files have the
+    same shard; a line on stdout names shards without a story file.
+    """
     shards = {
         path: os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".bin")
         for path in story_files(data_dir)
@@ -616,6 +614,20 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
         )
     for stray in set(glob.glob(glob.escape(folder) + "/*.bin")) - set(shards.values()):
         print(f"note: {stray} belongs to no story file; delete it if it is obsolete")
+    return shards
+
+
+def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
+    """
+    Encode each story file to a shard of uint16 ids, with BOS before every story, on all cores. A
+    shard is up to date if its file and tokenizer have not changed. A vocab_size of 0 selects Llama
+    2's vocabulary, whose shards are in the folder of the stories, as in llama2.c.
+    """
+    model_path = tokenizer_path or find_tokenizer(vocab_size or 32000, data_dir)
+    tokenizer = Tokenizer(model_path)
+    check_fits_shards(tokenizer, vocab_size or 32000)
+    folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
+    shards = planned_shards(data_dir, folder)
     sums = {}
     for path in shards:
         with open(path, "rb") as f:
