@@ -2,24 +2,24 @@
 
 kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN.
 Both take fp32 on a CPU without autocast. Each fast class is a subclass of the plain one and has the
-same parameters; where a shape, a device or a dtype does not fit it runs its parent's code. A machine
-without a C compiler, and torch.compile while it traces, get PyTorch's functions in the same way.
+same parameters; where a shape, a device or a dtype does not fit it runs its parent's code. A
+machine without a C compiler, and torch.compile while it traces, get PyTorch's functions.
 
-    specification (plain PyTorch)      fast twin, and functions of kernels.c        held together by
-    nn.Linear                          FastLinear: multiply, weight_gradient        test_products_*
-    model.RMSNorm                      FastRMSNorm: rms_norm_*                      test_rms_norm
-    model.TransformerBlock             FastTransformerBlock: norm_qkv, feed_forward test_norm_and_*,
-                                                                                    test_feed_forward
-    model.Attention.attend             FastAttention: attention_*                   test_native_attention_*
-    model.Transformer.loss             FastTransformer: token_terms                 test_loss_of_a_model
-    model.Transformer.hidden           FastTransformer: decode_hidden               test_cached_steps_*
-    model.Transformer.sample_tokens    FastTransformer: decode_tokens               test_tokens_drawn_*
-    model.KVCache                      FastKVCache: another order in memory         test_cached_steps_*
-    ppo.logprob_entropy_kl             TokenTerms: token_terms                      test_token_terms_*
-    model.Transformer                  accelerate: all of these together            test_accelerated_*
+    specification (plain PyTorch)    fast twin, and functions of kernels.c     held together by
+    nn.Linear                        FastLinear: multiply, weight_gradient   test_products_*
+    model.RMSNorm                    FastRMSNorm: rms_norm_*                 test_rms_norm
+    model.TransformerBlock           FastTransformerBlock: norm_qkv,         test_norm_and_*,
+                                     feed_forward                            test_feed_forward
+    model.Attention.attend           FastAttention: attention_*              test_native_attention_*
+    model.Transformer.loss           FastTransformer: token_terms            test_loss_of_a_model
+    model.Transformer.hidden         FastTransformer: decode_hidden          test_cached_steps_*
+    model.Transformer.sample_tokens  FastTransformer: decode_tokens          test_tokens_drawn_*
+    model.KVCache                    FastKVCache: another order in memory    test_cached_steps_*
+    ppo.logprob_entropy_kl           TokenTerms: token_terms                 test_token_terms_*
+    model.Transformer                accelerate: all of these together       test_accelerated_*
 
-To switch all of them off set NATIVE_KERNELS=0 in the environment, or do not call `accelerate`. CC names
-the compiler. Letters as in model.py.
+To switch all of them off set NATIVE_KERNELS=0 in the environment, or do not call `accelerate`. CC
+names the compiler. Letters as in model.py.
 """
 
 import ctypes
@@ -52,9 +52,9 @@ from model import (
     apply_rope,
 )
 
-# oneDNN and PyTorch each keep the 1,024 last products that they compiled, one for each number of rows.
-# Packed batches hardly ever repeat one: after hundreds of iterations of PPO it was 5 GB with the holes
-# between them. Read at the first product.
+# oneDNN and PyTorch each keep the 1,024 last products that they compiled, one for each number of
+# rows. Packed batches hardly ever repeat one: after hundreds of iterations of PPO it was 5 GB with
+# the holes between them. Read at the first product.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "128")
 
@@ -65,8 +65,9 @@ def switched_on():
 
 @functools.cache
 def library():
-    """The compiled kernels.c, or None where PyTorch's own kernels serve: with NATIVE_KERNELS=0 in the
-    environment, on Windows and, with one line on stderr that says why, where it cannot be compiled."""
+    """The compiled kernels.c, or None where PyTorch's own kernels serve: with NATIVE_KERNELS=0 in
+    the environment, on Windows and, with one line on stderr that says why, where it cannot be
+    compiled."""
     if not switched_on() or sys.platform == "win32":
         return None
     try:
@@ -83,9 +84,9 @@ def library():
 
 
 def compiled(source):
-    """Path of the library made of `source`. Its name is a hash of the source, the compiler, its flags
-    and the processor: -march=native code must not follow a shared folder to an older machine. It comes
-    by a rename, as several processes may start at once. Raises OSError or ValueError."""
+    """Path of the library made of `source`. Its name is a hash of the source, the compiler, its
+    flags and the processor: -march=native code must not follow a shared folder to an older machine.
+    It comes by a rename, as several processes may start at once. Raises OSError or ValueError."""
     command = shlex.split(os.environ.get("CC") or "cc")
     compiler = shutil.which(command[0])
     if compiler is None:
@@ -130,8 +131,8 @@ def compiled(source):
 
 
 def private_folder(beside):
-    """A folder for compiled code that nobody else can write to: build/ beside the source, else one in
-    the user's cache, else in the temporary directory. Raises OSError."""
+    """A folder for compiled code that nobody else can write to: build/ beside the source, else one
+    in the user's cache, else in the temporary directory. Raises OSError."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     temporary = os.path.join(tempfile.gettempdir(), f"fable-{os.getuid()}")
     folders = [beside / "build", Path(cache) / "fable", Path(temporary)]
@@ -162,8 +163,8 @@ def is_private(path, kind):
 
 
 def keep_memory():
-    """Has glibc keep large buffers that PyTorch frees. By default each is given back to the system and
-    its next use faults in every page anew: a tenth of a training step of a small model."""
+    """Has glibc keep large buffers that PyTorch frees. By default each is given back to the system
+    and its next use faults in every page anew: a tenth of a training step of a small model."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
@@ -291,8 +292,8 @@ class Product(torch.autograd.Function):
 
 
 def transposed_product(g, x):
-    """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half of
-    the time where one of them is narrow."""
+    """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half
+    of the time where one of them is narrow."""
     (rows, n), k = g.shape, x.shape[1]
     if k <= 128 and native(x):
         out = x.new_empty(n, k)
@@ -333,8 +334,8 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def native_layer(x, *weights):
-    """Whether the two below take x (..., D): rows enough for many tiles, which stay in the cache from end
-    to end, and no weights so wide that nothing else does."""
+    """Whether the two below take x (..., D): rows enough for many tiles, which stay in the cache
+    from end to end, and no weights so wide that nothing else does."""
     rows = x.numel() // x.shape[-1]
     return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
@@ -344,7 +345,8 @@ QKV_INPUTS = "x", "norm", "wq", "wk", "wv"
 
 
 class FusedFeedForward(torch.autograd.Function):
-    """w2 (silu(w1 n) * w3 n), n = rms_norm(x, norm, eps): x (..., D), w1 and w3 (F, D), w2 (D, F)."""
+    """w2 (silu(w1 n) * w3 n) with n = rms_norm(x, norm, eps): x (..., D), w1 and w3 (F, D),
+    w2 (D, F)."""
 
     @staticmethod
     def forward(ctx, x, norm, w1, w2, w3, eps):
@@ -394,9 +396,9 @@ class FusedQKV(torch.autograd.Function):
 
 
 class TokenTerms(torch.autograd.Function):
-    """What a loss needs of each token's distribution π = softmax(logits), logits (A, V): log π of the
-    target (A,), 0 if that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits), 0 if
-    that is None. All (A,) in fp32.
+    """What a loss needs of each token's distribution π = softmax(logits), logits (A, V): log π of
+    the target (A,), 0 if that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits),
+    0 if that is None. All (A,) in fp32.
 
     With H the entropy and D the KL, their gradients in the logits are, v over the vocabulary,
         1[v = target] − π_v,    −π_v (log π_v + H),    π_v (log π_v − log ref_v − D):
@@ -541,9 +543,9 @@ def apply_fused(function, x, norm, *linears):
 
 
 class FastKVCache(KVCache):
-    """A KVCache for the functions of kernels.c that decode: as many positions as a vector has lanes, W,
-    lie side by side, k and v (L, B, K, T / W, E, W). It keeps a copy of the weights of all layers in the
-    order of kernels.c, with adapters merged."""
+    """A KVCache for the functions of kernels.c that decode: as many positions as a vector has
+    lanes, W, lie side by side, k and v (L, B, K, T / W, E, W). It keeps a copy of the weights of
+    all layers in the order of kernels.c, with adapters merged."""
 
     def __init__(self, model, batch, max_len):
         a, self.width = model.args, library().attention_lanes()
@@ -570,8 +572,8 @@ class FastKVCache(KVCache):
 
 
 class FastTransformer(Transformer):
-    """The cross-entropy in one sweep over the logits. A generation step, or several, in one call: groups
-    of W rows go through all layers, and stay in the processor's cache while they sample."""
+    """The cross-entropy in one sweep over the logits. A generation step, or several, in one call:
+    groups of W rows go through all layers, and stay in the processor's cache while they sample."""
 
     def loss(self, logits, targets):
         if not native(logits):
@@ -659,8 +661,8 @@ FAST = {
 
 
 def accelerate(model):
-    """Replaces the modules of a model by faster ones with the same parameters, in place, and returns
-    the model. Values are the same to rounding. Adapters and FSDP come after it."""
+    """Replaces the modules of a model by faster ones with the same parameters, in place, and
+    returns the model. Values are the same to rounding. Adapters and FSDP come after it."""
     if switched_on():
         for module in model.modules():
             module.__class__ = FAST.get(type(module), type(module))

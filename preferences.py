@@ -88,8 +88,8 @@ def response_logprobs(model, queries, responses, device):
 
 
 def calibration_error(margins, bins=10):
-    """How far the probabilities sigmoid(margin) of pairs (n,) are from how often the better one won:
-    the mean of |share right - mean confidence| over bins of confidence (Guo et al., 2017)."""
+    """Expected calibration error of the probabilities sigmoid(margin) of pairs (n,): the mean of
+    |share in the right order - mean confidence| over bins of confidence (Guo et al., 2017)."""
     confidence, right = margins.abs().sigmoid(), (margins.sign() + 1) / 2
     bin = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = [(right - confidence)[bin == b].sum().abs() for b in range(bins)]

@@ -1,4 +1,5 @@
-"""Pretraining: next-token prediction on stories, with AdamW or Muon, a learning-rate schedule, and FSDP.
+"""Pretraining: next-token prediction on stories, with AdamW or Muon, a learning-rate schedule, and
+FSDP.
 
 `Stage` is the interface of all stages to the loop in train.py. The stages after pretraining are in
 sft.py, preferences.py and rlhf.py.
@@ -108,8 +109,9 @@ class ToolFlags:
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon to the bit, four times as fast for small models: matrices of one shape go
-    through the Newton-Schulz iteration together. It brings each update U S V' near U V'. With --fsdp
-    momentum is sharded, and updates are put together for the iteration, one after the other."""
+    through the Newton-Schulz iteration together. It brings each update U S V' near U V'. With
+    --fsdp momentum is sharded, and updates are put together for the iteration, one after the
+    other."""
 
     @torch.no_grad()
     def step(self):
@@ -172,8 +174,8 @@ def make_optimizers(model, args):
 
 @contextmanager
 def flags_decide(optimizers, counters=()):
-    """Optimizers that get the state of a checkpoint inside keep the hyperparameters of the flags; only
-    the `counters` in their parameter groups are those of the checkpoint."""
+    """Optimizers that get the state of a checkpoint inside keep the hyperparameters of the flags;
+    only the `counters` in their parameter groups are those of the checkpoint."""
     groups = [
         [{k: v for k, v in g.items() if k not in ("params", *counters)} for g in o.param_groups]
         for o in optimizers
@@ -186,7 +188,8 @@ def flags_decide(optimizers, counters=()):
 
 def schedule(step, args, first=0, last=None, warmup=None):
     """The learning rate at an iteration, as a fraction of the highest: linear warm-up, then a
-    cosine or a line down to 0 at iteration `last`, by default max_iters; without --decay_lr always 1.
+    cosine or a line down to 0 at iteration `last`, by default max_iters; without --decay_lr always
+    1.
     """
     if not args.decay_lr:
         return 1.0
@@ -205,7 +208,8 @@ def schedule(step, args, first=0, last=None, warmup=None):
 def shard(model, device, dtype):
     """Shards a model in place, from the CPU's memory to the devices, layer by layer: none of them
     ever holds more than a layer as a whole, or the embeddings. Parameters come together for the
-    layer at work, whose activations are computed again in the backward pass; products are in dtype."""
+    layer at work, whose activations are computed again in the backward pass; products are in
+    dtype."""
     mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
@@ -249,8 +253,8 @@ def sharded(state, optimizer):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its flags, and what follows from them, from the machine and from the checkpoint that it
-    starts from. `setup` and `start` make it; a stage reads it as self.run."""
+    """A run: its flags, and what follows from them, from the machine and from the checkpoint that
+    it starts from. `setup` and `start` make it; a stage reads it as self.run."""
 
     args: argparse.Namespace  # the flags as they were parsed; nothing writes to them
     rank: int  # number of this process, from 0
@@ -275,8 +279,8 @@ class Run:
 
     @property
     def config(self):
-        """The flags as checkpoints and Weights & Biases record them, with the choices that were made
-        where a flag left one open."""
+        """The flags as checkpoints and Weights & Biases record them, with the choices that were
+        made where a flag left one open."""
         flags = {name: value for name, value in vars(self.args).items() if name != "given"}
         return flags | {
             "device": self.device,
@@ -309,7 +313,8 @@ class Stage:
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
+        """The stage's flags that have no effect beside the others: pairs of names and the
+        reason."""
         return ()
 
     @classmethod
@@ -335,7 +340,8 @@ class Stage:
 
     @staticmethod
     def show_report(run):
-        """Prints what an earlier run has measured and kept, for --eval_only; False if there is nothing."""
+        """Prints what an earlier run has measured and kept, for --eval_only; False if there is
+        nothing."""
         return False
 
     def begin(self):
@@ -350,7 +356,8 @@ class Stage:
         raise NotImplementedError
 
     def evaluate(self):
-        """Numbers of an evaluation, {name: number}, among them loss/train_eval and loss/val; or {}."""
+        """Numbers of an evaluation, {name: number}, among them loss/train_eval and loss/val; or
+        {}."""
         return {}
 
     def sample_text(self):
@@ -415,7 +422,8 @@ class Pretraining(Stage):
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the reason."""
+        """The stage's flags that have no effect beside the others: pairs of names and the
+        reason."""
         if args.optimizer != "muon":
             yield ["muon_learning_rate"], "has no effect without --optimizer=muon"
         if not args.decay_lr:
@@ -576,8 +584,8 @@ class Pretraining(Stage):
         return out
 
     def weight(self, batch, rows):
-        """What the loss of a batch counts in the mean of an evaluation: its number of samples, `rows`.
-        It is 0 for the batch of a process that has no samples left."""
+        """What the loss of a batch counts in the mean of an evaluation: its number of samples,
+        `rows`. It is 0 for the batch of a process that has no samples left."""
         return rows
 
     def summary(self, logged):

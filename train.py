@@ -14,8 +14,9 @@ and those of the other stages with their name before: sft_ckpt.pt, ppo_ckpt.pt, 
 has the adapters of --sft --lora_rank alone.
 
 A checkpoint is complete: --init_from=resume with the same flags goes on as if the run had never
-been interrupted. Ctrl-C finishes the step, saves, and says how to go on. One run at a time has --out_dir.
-NATIVE_KERNELS=0 in the environment turns the CPU kernels of kernels.c off; CC names their compiler.
+been interrupted. Ctrl-C finishes the step, saves, and says how to go on. One run at a time has
+--out_dir. NATIVE_KERNELS=0 in the environment turns the CPU kernels of kernels.c off; CC names
+their compiler.
 """
 
 import argparse
@@ -210,8 +211,8 @@ def stage_class(args):
 
 
 def setup(args):
-    """Checks the flags, chooses device and dtype, and joins the other processes. Returns the Run as far
-    as it does not depend on a checkpoint."""
+    """Checks the flags, chooses device and dtype, and joins the other processes. Returns the Run as
+    far as it does not depend on a checkpoint."""
     stage = stage_class(args)
     at_least_one = (
         *("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval"),
@@ -382,8 +383,8 @@ def describe(stage, checkpoint):
 
 
 def save(stage, iteration, best_val_loss, improved):
-    """Writes the stage's checkpoint and its model for ./run, on rank 0. The checkpoint before stays as
-    .prev.pt; best.pt is a link to the one with the lowest validation loss."""
+    """Writes the stage's checkpoint and its model for ./run, on rank 0. The checkpoint before stays
+    as .prev.pt; best.pt is a link to the one with the lowest validation loss."""
     run, state = stage.run, stage.state()  # on all ranks: with --fsdp they put it together
     if run.rank:
         return

@@ -1,5 +1,6 @@
-"""model.py alone, and kernels.accelerate: the fast model has the numbers of the plain one, and its fast
-path runs where it should, also with adapters, copies, autocast, DDP, FSDP and torch.compile."""
+"""model.py alone, and kernels.accelerate: the fast model has the numbers of the plain one, and its
+fast path runs where it should, also with adapters, copies, autocast, DDP, FSDP and
+torch.compile."""
 
 import ast
 import inspect
@@ -207,7 +208,8 @@ def test_accelerated_generation(calls, how, function):
 
 
 def test_log_probability_entropy_and_kl(calls, monkeypatch):
-    """The specification in ppo.py and its fast twin: values, and the gradient of any mix of them."""
+    """The specification in ppo.py and its fast twin: values, and the gradient of any mix of
+    them."""
     logits, ref, mix = torch.randn(70, 48) * 3, torch.randn(70, 48), torch.randn(3, 70)
     target = torch.randint(-1, 48, (70,))
 
@@ -314,8 +316,8 @@ ADAPTERS = {  # layers with adapters: what is no longer one function
 @pytest.mark.parametrize("layers", ADAPTERS)
 @pytest.mark.parametrize("late", [False, True])
 def test_adapters(calls, layers, late):
-    """Adapters on a fast model, or on one that becomes fast afterwards; alone and in a copy; merged in
-    the fast KV cache."""
+    """Adapters on a fast model, or on one that becomes fast afterwards; alone and in a copy; merged
+    in the fast KV cache."""
     plain = add_lora(small(), 3, 6.0, 0.0, layers)
     fast = (
         accelerate(add_lora(small(), 3, 6.0, 0.0, layers))

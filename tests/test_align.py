@@ -555,7 +555,8 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
 
 
 def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
-    """Of one batch, the parts of two ranks, or of five, weigh together what the batch weighs alone."""
+    """Of one batch, the parts of two ranks, or of five, weigh together what the batch weighs
+    alone."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
     args = train.flags(argv(home, tmp_path, **flags))
     stage = train.start(train.setup(args))

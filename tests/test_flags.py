@@ -407,7 +407,8 @@ def test_flags_are_not_written_to(home, tmp_path, monkeypatch, stage):
     """(The runs of test_every_flag_changes_something check SFT and PPO.)"""
     monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1e12)
     data = home / "pairs.jsonl" if stage else home
-    flags = f"--data={data} --out_dir={tmp_path} --device=cpu --batch_size=2 --max_iters=1 --eval_iters=1"
+    flags = f"--data={data} --out_dir={tmp_path} --device=cpu --batch_size=2"
+    flags += " --max_iters=1 --eval_iters=1"
     if stage:
         flags += f" {stage} --init_from={home}/ckpt.pt --tokenizer={home}/tok{VOCAB}.model"
         flags += " --max_gen_len=4 --reference_samples=2"

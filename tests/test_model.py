@@ -122,8 +122,8 @@ def use_backend(name, monkeypatch):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Runs a test with kernels.c, of all widths of vectors, with the fast classes where kernels.c is
-    missing, and with model.py alone."""
+    """Runs a test with kernels.c, of all widths of vectors, with the fast classes where kernels.c
+    is missing, and with model.py alone."""
     return use_backend(request.param, monkeypatch)
 
 
@@ -312,7 +312,8 @@ def test_token_terms_and_their_gradients(backend, vocabulary, with_reference):
 
 
 def test_loss_of_a_model(backend):
-    """The mean over the targets that are there, and its gradient; a target that is no token is refused."""
+    """The mean over the targets that are there, and its gradient; a target that is no token is
+    refused."""
     model, tokens = small(), torch.randint(0, 48, (2, 40))
     targets = torch.where(torch.rand(2, 40) < 0.3, -1, tokens.roll(-1, 1))
     logits = model(tokens).detach().requires_grad_()
@@ -477,7 +478,8 @@ def test_cached_steps_equal_full_forward(backend):
 
 @pytest.mark.parametrize("H,K,E", SHAPES)
 def test_cached_steps_of_many_rows(backend, H, K, E):
-    """More rows than a vector has lanes, of all lengths; widths that fill no vector; with adapters."""
+    """More rows than a vector has lanes, of all lengths; widths that fill no vector; with
+    adapters."""
     model = small(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, n_layers=1)
     add_lora(model, rank=2, layers="q,v,o,gate")
     for name, p in model.named_parameters():
@@ -641,8 +643,8 @@ def test_greedy_is_argmax():
 
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_uniform_numbers_at_the_ends(backend, top_k):
-    """0 and the largest numbers below 1 draw tokens of positive probability, also the one that is 1 in
-    single precision."""
+    """0 and the largest numbers below 1 draw tokens of positive probability, also the one that is 1
+    in single precision."""
     model = small()
     for u in (0.0, 1 - 2**-24, 1 - 2**-40):
         uniform = torch.full((1, 4), u, dtype=torch.double)
@@ -659,8 +661,8 @@ def test_a_very_low_temperature_is_greedy(backend):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_uniform_numbers_draw_by_the_distribution_function(backend, temperature):
-    """A number just below the sum of the first tokens' probabilities draws the last of them, one just
-    above it the next."""
+    """A number just below the sum of the first tokens' probabilities draws the last of them, one
+    just above it the next."""
     model = small()
     p = exact_distribution(naive_logits(model, torch.tensor([1, 7]))[-1], temperature, 0, 1)
     ids = [i for i in range(47) if p[i] > 1e-3 and p[i + 1] > 1e-3]
@@ -673,7 +675,8 @@ def test_uniform_numbers_draw_by_the_distribution_function(backend, temperature)
 @pytest.mark.parametrize("H,K,E", SHAPES)
 def test_tokens_drawn_many_at_a_time_are_those_of_pytorch(native, monkeypatch, H, K, E):
     """Rows of all lengths that end at a stop token, at the number asked for or at the context, each
-    with its random numbers, with adapters: with kernels.c, with it a token at a time, and without."""
+    with its random numbers, with adapters: with kernels.c, with it a token at a time, and
+    without."""
     kw = dict(dim=H * E, n_heads=H, n_kv_heads=K, multiple_of=1, tied=False)
     model = small(**kw)
     add_lora(model, rank=2, layers="k,down")
@@ -830,8 +833,8 @@ def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories
     sp = SentencePieceProcessor(model_file=str(tok512_model))
     text = sp.decode(generate(model, [[1]], 500, temperature=0, stop_ids=END).responses()[0])
     assert text.startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
-        "One day, she saw a big, red ball."
+        "Once upon a time, there was a little girl named Lily. "
+        "She loved to play outside in the park. One day, she saw a big, red ball."
     )
     assert text.endswith('You are a good friend."')
     stories = json.load(open(real_stories / "data00.json"))
@@ -864,7 +867,8 @@ def test_checkpoint_round_trip(tmp_path):
 def test_checkpoint_names_and_args_are_llama2c(tmp_path):
     """What llama2.c's ModelArgs(**model_args) and load_state_dict expect."""
     stored = checkpoint_of(small())
-    known = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of norm_eps max_seq_len dropout"
+    known = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of norm_eps"
+    known += " max_seq_len dropout"
     assert set(stored["model_args"]) == set(known.split())
     blocks = {k.split(".", 2)[2] for k in stored["model"] if k.startswith("layers.0.")}
     assert blocks == {
@@ -999,13 +1003,14 @@ def test_rope_scaling_is_the_papers():
 
 
 def test_products_of_many_sizes_do_not_pile_up():
-    """Packed batches hardly ever have the same number of tokens twice; oneDNN compiles a product for
-    each, and what it keeps of them must have an end. Measured in a process of its own."""
+    """Packed batches hardly ever have the same number of tokens twice; oneDNN compiles a product
+    for each, and what it keeps of them must have an end. Measured in a process of its own."""
     program = """if True:
         import ctypes, sys
         import kernels, torch
         class Info(ctypes.Structure):  # struct mallinfo2 of glibc
-            _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)] \\
+            _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)]
+            \\
                 + [(name, ctypes.c_size_t) for name in "ij"]
         info = getattr(ctypes.CDLL(None), "mallinfo2", None)
         if info is None or not torch.backends.mkldnn.is_available():

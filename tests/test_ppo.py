@@ -866,8 +866,8 @@ def test_refuses_log_probabilities_of_another_policy(factor):
 
 @pytest.mark.parametrize("kind,scale", [("tf32", 6e-4), ("half", 0.0134)])
 def test_checks_tell_rounding_from_mistakes(kind, scale, monkeypatch):
-    """Rounding has long tails: among 60,000 tokens some are off by 60 times the mean. What is wrong at
-    one token of each response, or a little at each token in one direction, is not rounding."""
+    """Rounding has long tails: among 60,000 tokens some are off by 60 times the mean. What is wrong
+    at one token of each response, or a little at each token in one direction, is not rounding."""
     monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS[kind])
     checks, n = make_trainer().checks, 60_000
 
