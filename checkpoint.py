@@ -1,6 +1,7 @@
-"""Checkpoint files (.pt): the dictionary of llama2.c, maybe with more keys.
+"""Checkpoint files (.pt): llama2.c's dictionary with optional additional keys.
 
-Written to a temporary file and renamed, read without unpickling anything but tensors and plain values.
+A checkpoint is written to a temporary file, which is then renamed. Reading one unpickles nothing
+but tensors and plain values.
 """
 
 import os
@@ -22,8 +23,8 @@ from model import LARGEST, ModelArgs, Transformer
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint by write_atomic: whatever happens, `path` holds the old one or the new one.
-    Raises OSError, leaving nothing behind."""
+    """Writes a checkpoint with write_atomic: at any time, `path` holds the old or the new one.
+    Raises OSError, and then leaves no temporary file behind."""
     try:
         with write_atomic(path) as f:
             torch.save(checkpoint, f)
@@ -33,13 +34,13 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"{path}: cannot write the checkpoint: {reason}") from None
 
 
-# What else people have in files of PyTorch, by a key
+# Other contents of PyTorch files, recognised by a key: what to do with them
 KEYS = {
-    "lora": ", but adapters: give the checkpoint they are for, and --merge_lora to export.py",
+    "lora": ", but adapters: give the model they were trained on, and --merge_lora to export.py",
     "model.embed_tokens.weight": ", but weights of Hugging Face: import their folder with --hf",
     "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
 }
-STARTS = {  # of files, in bytes
+STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file, which is for llama.cpp",
     b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
     b"version https://git-lfs": "a pointer of Git LFS: download the file itself",
@@ -51,8 +52,8 @@ STARTS = {  # of files, in bytes
 
 
 def kind_of_file(path, but=""):
-    """What a file seems to be that is no checkpoint, for messages; "" if that is not known or is the
-    kind whose usual suffix is `but`."""
+    """A description, for messages, of a file that is not a checkpoint; "" if its kind is unknown or
+    is the one with the suffix `but`."""
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -90,11 +91,11 @@ def kind_of_file(path, but=""):
 
 
 def load_checkpoint(path, device="cpu", mmap=False):
-    """Reads a checkpoint: the llama2.c dictionary (`model`, `model_args`, ...), maybe with more keys:
-    `template`, how the model was taught to chat ({"turn", "system", "next"}), `end_ids`, ids at
-    which it stops besides its tokenizer's EOS, and `bos`, whether its text begins with BOS. Only tensors and
-    plain values are unpickled. With mmap a tensor is read when it is used. Raises
-    FileNotFoundError, or ValueError if the file is not such a checkpoint."""
+    """Reads a checkpoint: llama2.c's dictionary (`model`, `model_args`, ...) with optional keys,
+    among them `template`, the chat template ({"turn", "system", "next"}), `end_ids`, the ids that
+    end a text besides the tokenizer's EOS, and `bos`, whether text begins with BOS. Only tensors
+    and plain values are unpickled. With `mmap`, a tensor is read from the file when it is used.
+    Raises FileNotFoundError, or ValueError if the file is not a checkpoint."""
     path = Path(path)
     if path.is_dir():
         hint = ": import it with export.py ckpt.pt --hf" if (path / "config.json").exists() else ""
@@ -102,9 +103,9 @@ def load_checkpoint(path, device="cpu", mmap=False):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
-        mmap = mmap and zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is none
+        mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as e:  # a corrupt file raises nearly anything: zip, pickle, Unicode errors
+    except Exception as e:  # a damaged file raises many kinds: zip, pickle, Unicode errors
         reason = str(e).strip().split("\n")[0][:120]
         if what := kind_of_file(path):
             raise ValueError(
@@ -121,24 +122,25 @@ def load_checkpoint(path, device="cpu", mmap=False):
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
         what = next((text for key, text in KEYS.items() if key in keys), "")
         raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'{what}")
-    prefix = "_orig_mod."  # left in the names by torch.compile
+    prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
     return checkpoint
 
 
 def check_generates(checkpoint, path):
-    """Raises ValueError where a checkpoint is a reward model, which cannot continue text."""
+    """Raises ValueError if a checkpoint is a reward model, which cannot generate text."""
     if "reward" in checkpoint:
         raise ValueError(
-            f"{path} is a reward model, made by --rm: it scores text and does not write it. Give the "
-            f"model that it was made from, or use it with train.py --ppo --reward={path}"
+            f"{path} is a reward model, made by --rm: it scores text and does not write it. "
+            "Give the model that it was trained from, or use it with "
+            f"train.py --ppo --reward={path}"
         )
 
 
 def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     """The model of a checkpoint, on the CPU in fp32, with the fast modules of kernels.py. `overrides`
-    replace fields of its ModelArgs; a class with a head that the checkpoint lacks gets a fresh one.
-    Raises ValueError where names or shapes do not fit."""
+    replace fields of its ModelArgs. If `cls` has a value head and the checkpoint does not, the head
+    is newly initialized. Raises ValueError if names or shapes do not fit."""
     known = {f.name for f in fields(ModelArgs)}
     given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
     state = checkpoint["model"]
@@ -148,7 +150,7 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
                 "tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"])
             )
         args = ModelArgs(**{**given, **overrides})
-        check_sizes(args, state)  # before memory is taken for them
+        check_sizes(args, state)  # before the model is allocated
         model = cls(args)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (TypeError, RuntimeError, AttributeError) as e:
@@ -165,7 +167,7 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
 
 
 def check_sizes(args, state):
-    """Raises ValueError where a state dict has other sizes than ModelArgs say."""
+    """Raises ValueError if the shapes in a state dict are not those of its ModelArgs."""
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if len(layers) != args.n_layers:
         raise ValueError(f"model_args say n_layers={args.n_layers}, the weights have {len(layers)}")
@@ -182,8 +184,8 @@ def check_sizes(args, state):
 
 
 def checkpoint_args(args: ModelArgs):
-    """ModelArgs as the checkpoint stores them: fields that llama2.c does not know are left out
-    while they have their default, so that it can load the file."""
+    """ModelArgs as the checkpoint stores them. Fields that llama2.c does not know are left out if
+    they have their default value, so that llama2.c can load the file."""
     stored = asdict(args)
     for name, default in (("rope_theta", 10000.0), ("tied", True), ("rope_scaling", None)):
         if stored[name] == default:

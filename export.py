@@ -1,5 +1,5 @@
 """
-From and to other formats.
+Exports checkpoints to other formats, and imports models from other formats.
 
     python export.py model.bin --checkpoint=out/ckpt.pt                # int8 for run.c, the default
     python export.py model.bin --checkpoint=out/ckpt.pt --format=fp32  # fp32 for run.c
@@ -13,16 +13,17 @@ From and to other formats.
     python export.py ckpt.pt --meta=llama-2-7b          # a folder with params.json and *.pth
     python export.py ckpt.pt --llama2c=stories260K.bin --tokenizer=tok512.model
 
-A model of Hugging Face or Meta keeps the number types of its file, so that bf16 stays half the size
-of fp32; nothing is lost, since all that reads a checkpoint computes in fp32. --dtype converts. Its
-tokenizer and its way to chat come along. What its config asks for that the model here cannot do is
-refused by name.
+An imported model of Hugging Face or Meta keeps the number types of its file, so that bf16 weights
+stay half the size of fp32. Nothing is lost, because every program that reads a checkpoint computes
+in fp32. --dtype converts. The tokenizer and the chat template are imported with the model. A
+setting that the model here does not support is an error that names the setting.
 
-Version 3 is laid out for run.c, whose comment on the model file has it byte by byte: every tensor
-in the order and shape in which it is used, 64-byte aligned, so that the file is mapped and used
-as it is. Rows are zero-padded to tiles of 16 and columns to whole groups, which is exact: a zero
-weight adds nothing. (llama2.c's own exporter lets a group run over the end of a row when the
-hidden size is no multiple of it, and its reader then silently drops weights.)
+Version 3 is the format of run.c, whose comment on the model file describes it byte by byte. Every
+tensor has the order and shape in which run.c uses it and is aligned to 64 bytes, so that the file
+can be mapped into memory and used without a copy. Rows are zero-padded to tiles of 16 and columns
+to whole groups; the padding is exact, because a zero weight adds nothing. (llama2.c's exporter lets
+a group cross the end of a row if the hidden size is not a multiple of the group, and its reader
+then silently drops weights.)
 """
 
 import argparse
@@ -83,11 +84,11 @@ TILE = 16  # rows that version 3 interleaves
 FORMATS = {"fp32": 0, "q8_0": 1}
 
 # -----------------------------------------------------------------------------
-# The numbers and tensors of a model
+# Sizes and tensors of a model
 
 
 def header_ints(args):
-    """The seven ints that all versions begin with."""
+    """The seven int32 that the headers of all versions share, as bytes."""
     return struct.pack(
         "<7i",
         args.dim,
@@ -101,7 +102,7 @@ def header_ints(args):
 
 
 def per_layer(weights, args, name):
-    """One tensor of every layer, in order: per_layer(weights, args, "attention.wq")."""
+    """The tensor `name` of every layer, in order: per_layer(weights, args, "attention.wq")."""
     return [weights[f"layers.{i}.{name}.weight"] for i in range(args.n_layers)]
 
 
@@ -116,22 +117,21 @@ MATRICES = [
 ]
 
 # -----------------------------------------------------------------------------
-# Version 3: what run.c maps
+# Version 3: the file that run.c maps into memory
 
 SEARCH = np.linspace(0.94, 1.02, 41, dtype=np.float32)  # scales to try, around max / 127
-SEARCH_LIMIT = 1 << 20  # weights of one matrix: above it the search would take minutes
+SEARCH_LIMIT = 1 << 20  # weights per matrix; for larger ones the search would take minutes
 
 
 def quantize(w, group, dtype):
-    """
-    Symmetric int8 by groups of `group` columns: w (rows, cols) is close to q * scale, with
-    q (rows, cols) int8 in [-127, 127] and scale (rows, cols / group) of `dtype`. cols must be a
-    multiple of group. Of the scales near max|w| / 127 it takes the one with the least square
-    error, some 10 % less than that of max|w| / 127 itself.
+    """Symmetric int8 quantization by groups of `group` columns: w (rows, cols) is approximated by
+    q * scale, with q (rows, cols) int8 in [-127, 127] and scale (rows, cols / group) of `dtype`.
+    cols must be a multiple of group. Several scales near max|w| / 127 are tried, and the one with
+    the least squared error is used; that error is about 10 % smaller than with max|w| / 127.
     """
     q, scale = np.empty(w.shape, np.int8), np.empty((w.shape[0], w.shape[1] // group), dtype)
     factors = SEARCH if w.size <= SEARCH_LIMIT else np.ones(1, np.float32)
-    rows = max(1, 65536 // w.shape[1])  # at a time, so that they stay in the cache
+    rows = max(1, 65536 // w.shape[1])  # rows per step, few enough to stay in the cache
     for i in range(0, len(w), rows):
         g = w[i : i + rows].reshape(-1, group)
         top, least = np.abs(g).max(1, keepdims=True) / np.float32(127), None
@@ -150,7 +150,7 @@ def quantize(w, group, dtype):
 
 
 def pad(w, rows, cols):
-    """w with zeros added until its sizes are multiples of rows and cols."""
+    """w zero-padded, so that its sizes are multiples of rows and cols."""
     return np.pad(w, ((0, -w.shape[0] % rows), (0, -w.shape[1] % cols)))
 
 
@@ -160,7 +160,7 @@ def tiles(w, width):
 
 
 def matrix_blobs(w, fmt, group):
-    """The one or two blocks of bytes that a matrix becomes."""
+    """The bytes of a matrix (rows, cols) in version 3: [weights], or [weights, scales] for int8."""
     if fmt == "fp32":
         return [tiles(pad(w, TILE, 1), 1).tobytes()]
     q, scale = quantize(pad(w, TILE, group), group, "<f2")
@@ -170,9 +170,9 @@ def matrix_blobs(w, fmt, group):
 
 def best_group(args):
     """
-    64 or 32, whichever makes the smaller file: a scale costs 2 bytes a group, a dimension that
-    is no multiple of the group costs padding. 16 for models so small that they run from the L2
-    cache, where bytes cost little, and have no precision to spare.
+    The group size, 64 or 32, that gives the smaller file: a scale costs 2 bytes per group, a
+    dimension that is not a multiple of the group costs padding. It is 16 for models that fit into
+    the L2 cache, where bytes cost little time and small models need the precision.
     """
     if args.dim < 128:
         return 16
@@ -190,7 +190,7 @@ def best_group(args):
 
 
 def interleave(w1, w3):
-    """Tiles of 16 rows of w1 and of w3 in turn, for the SwiGLU."""
+    """Alternating tiles of 16 rows of w1 and of w3, the order in which run.c computes SwiGLU."""
     w1, w3 = (pad(w, TILE, 1).reshape(-1, TILE, w.shape[1]) for w in (w1, w3))
     return np.stack([w1, w3], 1).reshape(-1, w1.shape[-1])
 
@@ -215,7 +215,7 @@ def tensors_v3(args, weights):
 
 
 def tokenizer_blob(tokenizer):
-    """The tokenizer as bytes: llama2.c's format, or byte_level_blob's."""
+    """The tokenizer as bytes: in llama2.c's format, or for byte-level BPE in byte_level_blob's."""
     if tokenizer.bpe:
         return byte_level_blob(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -226,26 +226,30 @@ def tokenizer_blob(tokenizer):
 
 
 def template_blob(template):
-    """{"turn": ..., "system": ..., "next": ...} as bytes: of each its length and UTF-8."""
+    """The template {"turn", "system", "next"} as bytes: for each, its length (uint32) and UTF-8."""
     texts = [(template.get(name) or "").encode() for name in ("turn", "system", "next")]
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def rope_numbers(scaling):
-    """The header's three floats and an int; zeros: no scaling, or linear."""
+    """RoPE scaling in the header, three floats and an int32; zeros mean none, or linear scaling."""
     s = scaling or {}
     numbers = [s.get(name, 0) for name in LLAMA3_SCALING]
     return struct.pack("<3fi", *numbers[:3], int(numbers[3]))
 
 
 def hash_bytes(tokenizer, tokenizer_hash=""):
-    """The hash of a model's tokenizer, which goes to the end of a header; zeros: it is not known."""
+    """The 32 bytes at the end of a header: the hash of the model's tokenizer, zeros if unknown."""
     return bytes.fromhex(tokenizer.hash if tokenizer else tokenizer_hash).rjust(32, b"\0")
 
 
 def write_v3(
     f, args, weights, fmt, tokenizer, template=None, end_ids=(), bos=True, tokenizer_hash=""
 ):
+    """
+    Writes a model in version 3 to an open file: header, tensors, tokenizer, template. `fmt` is one
+    of FORMATS. Raises ValueError if more than four ids besides EOS end a text.
+    """
     group = best_group(args)
     f.write(bytes(256))
     for w in tensors_v3(args, weights):
@@ -262,7 +266,7 @@ def write_v3(
     bos, eos, ends = special_ids(tokenizer, end_ids)
     end_zero, ends = 0 in ends, [i for i in ends if 0 < i < args.vocab_size]
     if len(ends) > 4:
-        raise ValueError(f"a model file holds 4 ids at which a text ends besides {eos}: not {ends}")
+        raise ValueError(f"a model file holds at most 4 end ids besides EOS ({eos}), not {ends}")
     ends += [0] * 4
     bos, eos = (min(i, args.vocab_size - 1) for i in (bos, eos))
     chat = template_blob(template) if template else b""
@@ -299,7 +303,7 @@ def write_v3(
 
 
 def write_v0(f, args, weights):
-    """fp32, no magic; the sign of the vocabulary size says whether the classifier is tied."""
+    """fp32, without a magic number; a negative vocabulary size means an untied classifier."""
     head = bytearray(header_ints(args))
     if not args.tied:
         struct.pack_into("<i", head, 20, -args.vocab_size)
@@ -314,12 +318,13 @@ def write_v0(f, args, weights):
     ]
     for tensor in sum(order, []):
         f.write(floats(tensor).tobytes())
-    f.write(bytes(4 * args.max_seq_len * args.head_dim))  # RoPE tables, which nobody reads
+    f.write(bytes(4 * args.max_seq_len * args.head_dim))  # RoPE tables, which no reader uses
     if not args.tied:
         f.write(floats(weights["output.weight"]).tobytes())
 
 
 def norms(args, weights):
+    """The norms in the order of versions 1 and 2."""
     return [
         *per_layer(weights, args, "attention_norm"),
         *per_layer(weights, args, "ffn_norm"),
@@ -328,6 +333,7 @@ def norms(args, weights):
 
 
 def matrices(args, weights):
+    """The matrices in the order of versions 1 and 2."""
     return [
         weights["tok_embeddings.weight"],
         *sum((per_layer(weights, args, name) for name in MATRICES), []),
@@ -336,7 +342,7 @@ def matrices(args, weights):
 
 
 def write_v1(f, args, weights, tokenizer_hash=""):
-    """fp32 after a header of 256 bytes."""
+    """A header of 256 bytes, then fp32 weights."""
     f.write(
         (struct.pack("<Ii", MAGIC, 1) + header_ints(args) + struct.pack("<B", args.tied)).ljust(
             224, b"\0"
@@ -348,7 +354,10 @@ def write_v1(f, args, weights, tokenizer_hash=""):
 
 
 def write_v2(f, args, weights, tokenizer_hash=""):
-    """int8 with fp32 scales; the group is the largest power of two that divides every row."""
+    """
+    int8 weights with fp32 scales. The group size is the largest power of two up to 64 that divides
+    every row.
+    """
     group = 64
     while args.dim % group or args.ffn_dim % group:
         group //= 2
@@ -366,7 +375,9 @@ def write_v2(f, args, weights, tokenizer_hash=""):
 
 
 def read_v0(path):
-    """A version-0 file -> (ModelArgs, state dict). ValueError if its length is not its header's."""
+    """Reads a version-0 file: (ModelArgs, state dict). Raises ValueError if the file is of another
+    kind or its length does not match its header.
+    """
     with open(path, "rb") as f:
         data = f.read()
     if len(data) < 28 or struct.unpack_from("<I", data)[0] == MAGIC:
@@ -404,7 +415,8 @@ def read_v0(path):
         elif name != "rope":
             weights.update({f"layers.{i}.{name}.weight": tensor[i].clone() for i in range(L)})
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-    # Llama's rule gives the hidden size for some multiple_of; if for none, it is said outright.
+    # Llama's rule derives the hidden size from multiple_of. If no multiple_of gives this hidden
+    # size, hidden_dim states it.
     args = dict(
         dim=dim,
         n_layers=L,
@@ -426,13 +438,13 @@ def read_v0(path):
 
 def open_model(path):
     """
-    A checkpoint -> (ModelArgs, {name: tensor}, the checkpoint). Tensors are read from the file
-    when they are used. ValueError where names or shapes do not fit.
+    Opens a checkpoint: (ModelArgs, {name: tensor}, the checkpoint). Tensors are read from the file
+    when they are used. Raises ValueError if names or shapes do not fit.
     """
     checkpoint = load_checkpoint(path, mmap=True)
     check_generates(checkpoint, path)
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is copied
+        warnings.simplefilter("ignore")  # PyTorch warns that meta tensors are not filled
         config = model_from_checkpoint(checkpoint).args
     weights = checkpoint["model"]
     if config.tied:
@@ -443,15 +455,15 @@ def open_model(path):
 
 def open_merged(path, adapters):
     """
-    open_model, with adapters merged into the weights, and the template that they were trained with.
+    Like open_model, with adapters merged into the weights and their chat template.
     """
-    checkpoint, kept = load_checkpoint(path), open_tensors(adapters)
+    checkpoint, lora = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
-    model = load_adapters(model_from_checkpoint(checkpoint), kept.get("lora"))
+    model = load_adapters(model_from_checkpoint(checkpoint), lora.get("lora"))
     check_same_tokenizer(
-        path, checkpoint.get("tokenizer_hash"), adapters, kept.get("tokenizer_hash")
+        path, checkpoint.get("tokenizer_hash"), adapters, lora.get("tokenizer_hash")
     )
-    checkpoint.setdefault("tokenizer_hash", kept.get("tokenizer_hash") or "")
+    checkpoint.setdefault("tokenizer_hash", lora.get("tokenizer_hash") or "")
     checkpoint = {
         k: checkpoint[k]
         for k in ("model_args", "config", "end_ids", "bos", "tokenizer_hash")
@@ -462,7 +474,7 @@ def open_merged(path, adapters):
         "optimizer": None,
         "iter_num": 0,
         "best_val_loss": 1e9,
-        "template": kept.get("template"),
+        "template": lora.get("template"),
     }
     return model.args, checkpoint["model"], checkpoint
 
@@ -472,7 +484,7 @@ def folder_of(path):
 
 
 def export_model(args):
-    """.pt -> whatever --format and --version say"""
+    """Writes a checkpoint in the format that --format and --version name."""
     config, weights, checkpoint = (
         open_merged(args.checkpoint, args.merge_lora)
         if args.merge_lora
@@ -502,7 +514,7 @@ def export_model(args):
         size = os.path.join(args.output, "model.safetensors")
     elif fmt == "gguf":
         kind = args.dtype or "q8_0"
-        with write_atomic(args.output) as f:  # the library opens it again by its name
+        with write_atomic(args.output) as f:  # the gguf library opens the file by name
             write_gguf(f.name, config, weights, kind, tokenizer, **how)
     elif args.version == 3:
         with write_atomic(args.output) as f:
@@ -531,17 +543,18 @@ def export_model(args):
 
 def is_padding(n, rows):
     """
-    Whether an embedding of so many rows can be that of n tokens, padded to a multiple of a power
-    of two; the tokens of another tokenizer are seldom so few less.
+    Whether an embedding of `rows` rows can be that of n tokens, padded to a multiple of a power of
+    two. With another model's tokenizer, the difference is rarely so small.
     """
     return n <= rows < min(n + 4 * (rows & -rows), 2 * n) and (n == rows or rows % 8 == 0)
 
 
 def imported_tokenizer(args, folder, rows, scratch):
     """
-    The tokenizer of a model from elsewhere whose embedding has so many rows: the given one, or that
-    in its folder; None if there is none. It may have fewer tokens, if the embedding is padded. A
-    tokenizer.json that was made of a SentencePiece model becomes one again, in `scratch`.
+    The tokenizer of an imported model whose embedding has `rows` rows: that of --tokenizer, or the
+    one in the model's folder; None if there is none. It may have fewer tokens, if the embedding is
+    padded. A tokenizer.json that was converted from a SentencePiece model is converted back, in
+    the folder `scratch`. Raises ValueError if the sizes do not fit or two tokenizers disagree.
     """
     names = [args.tokenizer] if args.tokenizer else ["tokenizer.model", "tokenizer.json"]
     paths = [os.path.join(folder, name) for name in names]
@@ -560,7 +573,7 @@ def imported_tokenizer(args, folder, rows, scratch):
             tokenizer = Tokenizer(path)
         except ValueError:
             if path.endswith(".model") and not args.tokenizer:
-                continue  # Llama 3's, which is not SentencePiece's
+                continue  # Llama 3's tokenizer.model is not a SentencePiece model
             raise
         data = None
         if tokenizer.bpe:
@@ -578,6 +591,7 @@ def imported_tokenizer(args, folder, rows, scratch):
 
 
 def write_bytes(path, data):
+    """Writes a file and returns its path."""
     with open(path, "wb") as f:
         f.write(data)
     return path
@@ -585,9 +599,9 @@ def write_bytes(path, data):
 
 def add_pieces(tokenizer, folder, rows, settings):
     """
-    A SentencePiece model, as bytes, with the control tokens that files beside it add after its own,
-    as far as the embedding has rows, and the BOS and EOS that they name; None if there is nothing
-    to add. ValueError if ids are left out.
+    A SentencePiece model, as bytes, extended by the control tokens, BOS and EOS that the JSON files
+    beside it define. Tokens for which the embedding has no row are left out. None if there is
+    nothing to add. Raises ValueError if the ids of the added tokens are not consecutive.
     """
     n = tokenizer.n_words
     decoder = settings.get("added_tokens_decoder")
@@ -626,7 +640,7 @@ def add_pieces(tokenizer, folder, rows, settings):
 
 
 def trim_vocabulary(config, weights, n):
-    """A model without the rows of its embedding that stand for none of its tokenizer's n tokens."""
+    """The model (ModelArgs; weights in place) without the embedding rows after its n tokens."""
     for name in "tok_embeddings.weight", "output.weight":
         if len(weights[name]) > n:
             rows = weights[name][:n].clone()
@@ -640,18 +654,18 @@ def trim_vocabulary(config, weights, n):
 
 def text_begins_with_bos(folder, settings):
     """
-    Whether a model of Hugging Face's has BOS before plain text: what the post-processor of its
-    tokenizer.json says, as for transformers, else add_bos_token; True where nobody says.
+    Whether plain text begins with BOS in a Hugging Face model: as the post-processor of its
+    tokenizer.json says, which is what transformers uses, else add_bos_token, else True.
     """
     path = os.path.join(folder, "tokenizer.json")
     if os.path.isfile(path):
-        with contextlib.suppress(ValueError):  # a tokenizer.model is enough
+        with contextlib.suppress(ValueError):  # unreadable, but there may be a tokenizer.model
             return Tokenizer(path).adds_bos
     return settings.get("add_bos_token") is not False
 
 
 def meta_ranks(path):
-    """The path of a tokenizer.model that is not SentencePiece's, as with Llama 3; else None."""
+    """The path, if it is a tokenizer.model in the format of Llama 3 and not SentencePiece's."""
     if path.endswith(".json") or not os.path.isfile(path):
         return None
     try:
@@ -661,7 +675,7 @@ def meta_ranks(path):
 
 
 def check_suffix(args):
-    """ValueError where the name of the output says another format than what is written."""
+    """Raises ValueError if the suffix of the output file belongs to another format."""
     imports = not args.checkpoint
     fits = {
         ".gguf": args.format == "gguf",
@@ -676,7 +690,7 @@ def check_suffix(args):
 
 
 def import_model(args, scratch):
-    """--llama2c, --hf or --meta -> .pt; `scratch` is a folder for a tokenizer that is converted."""
+    """Imports the model of --llama2c, --hf or --meta; `scratch` is a folder for temporary files."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folder = None
     if args.llama2c:
@@ -702,7 +716,7 @@ def import_model(args, scratch):
         note += chat_settings(checkpoint, folder, settings, tokenizer, config.vocab_size)
         if args.hf:
             checkpoint["bos"] = text_begins_with_bos(folder, settings)
-    if ranks:  # Meta's own programs end a text at these as well
+    if ranks:  # Meta's programs end a text at these tokens as well
         ends = ("<|eot_id|>", "<|eom_id|>")
         checkpoint["end_ids"] = [tokenizer.special[t] for t in ends if t in tokenizer.special]
     source = "llama2" if config.vocab_size == 32000 else "custom"
@@ -717,10 +731,8 @@ def import_model(args, scratch):
     os.makedirs(folder_of(args.output), exist_ok=True)
     beside = None
     if tokenizer:
-        if tokenizer.bpe and settings not in (
-            {},
-            tokenizer.config,
-        ):  # they say what BOS and EOS are
+        # The settings define BOS and EOS.
+        if tokenizer.bpe and settings not in ({}, tokenizer.config):
             own = os.path.join(scratch, "own")
             tokenizer = Tokenizer(copy_tokenizer(tokenizer, own, settings))
         beside = copy_tokenizer(tokenizer, folder_of(args.output))
@@ -735,7 +747,7 @@ def import_model(args, scratch):
 
 
 def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
-    """Puts the template and the end ids of a model of Hugging Face's into a checkpoint; a note."""
+    """Copies chat template and end ids of a Hugging Face model to a checkpoint; returns a note."""
     generation = read_json(os.path.join(folder, "generation_config.json"))
     ends = generation.get(
         "eos_token_id", read_json(os.path.join(folder, "config.json")).get("eos_token_id")
@@ -753,7 +765,7 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
         with open(path, encoding="utf-8", errors="replace") as f:
             settings["chat_template"] = f.read()
     source = settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
+    if isinstance(source, list):  # several named templates
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         source = named.get("default")
     if not source:
@@ -771,54 +783,57 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", help="the file or folder to write")
-    parser.add_argument("--checkpoint", help="the .pt to read")
+    parser.add_argument("output", help="file or folder to write")
+    parser.add_argument("--checkpoint", help="checkpoint (.pt) to export")
     parser.add_argument(
         "--version",
         type=int,
         choices=(0, 1, 2, 3),
         default=3,
-        help="3: for run.c; 0, 1 and 2: for llama2.c's readers as well",
+        help="version of the model.bin: 3 for run.c; 0, 1 or 2 for llama2.c's programs as well",
     )
     parser.add_argument(
         "--format",
         choices=(*FORMATS, "hf", "gguf", "peft"),
-        help="fp32 or q8_0, int8 weights with fp16 scales, for run.c, which gets "
-        "q8_0 without it; hf, gguf and peft: for others",
+        help="fp32 or q8_0 (int8 weights with fp16 scales, the default) for run.c; hf for "
+        "transformers, gguf for llama.cpp, peft for LoRA adapters",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0"),
-        help="number type with hf and imports; without it that of the source. With "
-        "gguf float32 or, without it, q8_0",
+        help="number type of the weights with --format=hf and in imports (default: as in the "
+        "source) and with --format=gguf (default: q8_0)",
     )
     parser.add_argument(
         "--tokenizer",
-        help="SentencePiece model or tokenizer.json to embed, or to "
-        "put beside the .pt (with --meta Llama 3's tokenizer.model too); without "
-        "it tok<V>.model or tokenizer.json beside the checkpoint or in data/, or "
-        "the one that comes with the model",
+        help="SentencePiece model or tokenizer.json to embed, or to put beside the .pt (with "
+        "--meta also Llama 3's tokenizer.model); default: tok<V>.model or tokenizer.json beside "
+        "the checkpoint or in data/, or the one of the imported model",
     )
     parser.add_argument(
         "--merge_lora",
-        help="adapters (sft_lora.pt) to merge into the "
-        "checkpoint's weights; then the output may be a .pt as well",
+        help="adapters (sft_lora.pt) to merge into the checkpoint's weights; the output may then "
+        "also be a .pt",
     )
     parser.add_argument(
         "--base",
         default="",
-        help="with peft: the folder or the name of the model that the adapters are for",
+        help="with --format=peft: folder or name of the model that the adapters belong to",
     )
-    parser.add_argument("--hf", help="a folder or .safetensors of Hugging Face's, for a .pt")
-    parser.add_argument("--meta", help="a folder with params.json and consolidated.*.pth")
-    parser.add_argument("--llama2c", help="a llama2.c file of version 0 to turn into a .pt")
+    parser.add_argument("--hf", help="Hugging Face folder or .safetensors to import")
+    parser.add_argument(
+        "--meta", help="Meta folder to import, with params.json and consolidated.*.pth"
+    )
+    parser.add_argument("--llama2c", help="llama2.c file of version 0 to import")
     parser.add_argument(
         "--max_seq_len",
         type=int,
-        help="context to record with --hf and --meta; "
-        "without it the model's own, whose tables may be large",
+        help="context length of the imported model (--hf, --meta); default: the model's own, "
+        "whose RoPE tables may be large",
     )
-    parser.add_argument("--iter_num", type=int, default=0, help="to record in that .pt")
+    parser.add_argument(
+        "--iter_num", type=int, default=0, help="iteration number to store in an imported .pt"
+    )
     args = parse_args(parser, argv)
     sources = [args.checkpoint, args.hf, args.meta, args.llama2c]
     if sum(source is not None for source in sources) != 1:

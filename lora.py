@@ -1,7 +1,7 @@
 """LoRA: adapters on the linear layers of a model, in full precision or over 4-bit weights (QLoRA).
 
-`add_lora` puts adapters on a model, `merged_state` multiplies them into the weights, and
-`adapter_state` and `load_adapters` are for files of adapters alone.
+`add_lora` adds adapters to a model, `merged_state` merges them into the weights, and
+`adapter_state` and `load_adapters` write and read files that hold adapters alone.
 """
 
 import logging
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 
 class LoRALinear(nn.Linear):
-    """A frozen Linear plus a trained product of two thin matrices: x Wᵀ + (alpha / R) x Aᵀ Bᵀ (Hu et
-    al., 2021). B starts at zero, so that the model starts as it was. weight (out, in), lora_a (R, in),
-    lora_b (out, R)."""
+    """A frozen Linear plus a trained product of rank R: x Wᵀ + (alpha / R) x Aᵀ Bᵀ (Hu et al.,
+    2021). B is initialized with zeros, so that the initial model equals the original one. weight
+    (out, in), lora_a (R, in), lora_b (out, R)."""
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -35,11 +35,13 @@ class LoRALinear(nn.Linear):
         return self.linear.forward(self, x)
 
     def merged(self):
+        """The weight (out, in) with the adapter added."""
         return self.weight + self.scale * self.lora_b @ self.lora_a
 
 
 class FourBitProduct(torch.autograd.Function):
-    """x Wᵀ for a frozen W that exists in full only while it is multiplied, forward and backward."""
+    """x Wᵀ for a frozen 4-bit W, which is dequantized for each forward and each backward product
+    and then discarded."""
 
     @staticmethod
     def forward(ctx, x, linear):
@@ -52,21 +54,22 @@ class FourBitProduct(torch.autograd.Function):
 
 
 class FourBitLoRALinear(LoRALinear):
-    """LoRALinear whose frozen weight is kept in 4 bits: QLoRA (Dettmers et al., 2023), with the NF4
-    of the bitsandbytes library. packed (out * in / 2,) uint8; absmax, fp32, one for 64 weights."""
+    """LoRALinear whose frozen weight is stored in 4 bits: QLoRA (Dettmers et al., 2023), with the
+    NF4 format of the bitsandbytes library. packed (out * in / 2,) uint8; absmax (out * in / 64,)
+    fp32, one per block of 64 weights."""
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__(linear, rank, alpha, dropout)
         weight = linear.weight.detach().float().flatten()
         del self.weight
-        # As rows of one block: bitsandbytes 0.50 on the CPU mistakes rows that are no whole blocks.
+        # Each row is one block: on the CPU, bitsandbytes 0.50 is wrong for rows of partial blocks.
         blocks = F.pad(weight, (0, -len(weight) % 64)).view(-1, 64)
         packed, state = four_bit_library().quantize_4bit(blocks, blocksize=64, quant_type="nf4")
         self.register_buffer("packed", packed)
         self.register_buffer("absmax", state.absmax)
 
     def dequantized(self, dtype=torch.float32):
-        """The weight (out, in) that the 4 bits stand for."""
+        """The weight (out, in) that the 4-bit codes represent."""
         shape, functional = (len(self.absmax), 64), four_bit_library()
         state = functional.QuantState(
             self.absmax, shape, blocksize=64, quant_type="nf4", dtype=dtype
@@ -85,9 +88,9 @@ class FourBitLoRALinear(LoRALinear):
 
 
 def four_bit_library():
-    """bitsandbytes.functional. Raises ValueError where it is not installed."""
+    """The module bitsandbytes.functional. Raises ValueError if it is not installed."""
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nobody needs
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing GPU kernels
         import bitsandbytes.functional
     except ImportError as e:
         raise ValueError(f"4-bit weights need: pip install bitsandbytes ({e})") from None
@@ -106,9 +109,9 @@ LORA_LAYERS = {
 
 
 def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False):
-    """Freezes the model and gives the named matrices of every layer an adapter, in place; with
-    four_bit these matrices are kept in 4 bits. The other parameters, and their names, stay. Raises
-    ValueError for a layer that is none of LORA_LAYERS."""
+    """Freezes the model and adds an adapter to the named matrices of every layer, in place. With
+    `four_bit`, these matrices are stored in 4 bits. The names of all other parameters stay the
+    same. Raises ValueError for a name that is not in LORA_LAYERS."""
     model.requires_grad_(False)
     kind = FourBitLoRALinear if four_bit else LoRALinear
     for name in layers.split(","):
@@ -124,7 +127,7 @@ def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False)
 
 
 def merged_state(model):
-    """The state_dict of a model with its adapters, if it has any, multiplied into its weights."""
+    """The state_dict of a model with its adapters, if there are any, merged into its weights."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -135,13 +138,13 @@ def merged_state(model):
 
 
 def adapter_state(model):
-    """The part of the state_dict that the adapters are."""
+    """The part of the state_dict that belongs to the adapters."""
     return {k: v for k, v in model.state_dict().items() if ".lora_" in k}
 
 
 def load_adapters(model, adapters):
-    """Puts adapters, as in a file of adapters, on a plain model: {"rank", "alpha", "layers",
-    "four_bit", "state"}. Raises ValueError where they are not this model's."""
+    """Adds the adapters of a file to a model without adapters; `adapters` is {"rank", "alpha",
+    "layers", "four_bit", "state"}. Raises ValueError if they do not fit the model."""
     try:
         rank, alpha, layers = adapters["rank"], adapters["alpha"], adapters["layers"]
         add_lora(model, rank, alpha, 0.0, layers, adapters["four_bit"])

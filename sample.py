@@ -1,9 +1,9 @@
-"""Tells stories from a checkpoint.
+"""Generates text from a checkpoint.
 
 python sample.py --checkpoint=out/ckpt.pt --start="Once upon a time"
 python sample.py --checkpoint=out/ckpt.pt --start=FILE:prompts.txt --num_samples=3
 python sample.py --checkpoint=out/ckpt.pt --interactive
-python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="You tell stories."
+python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="Write short texts."
 """
 
 import argparse
@@ -27,16 +27,20 @@ from tokenizer import own_tokenizer, stop_ids
 def flags(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="the model")
-    add("--tokenizer", default="", help="default: beside the checkpoint or in data/")
-    add("--start", default="", help="the prompt, or FILE:NAME, a file with a prompt on each line")
+    add("--checkpoint", default="out/ckpt.pt", help="checkpoint (.pt) to load")
+    add(
+        "--tokenizer",
+        default="",
+        help="tokenizer file; default: the one beside the checkpoint or in data/",
+    )
+    add("--start", default="", help="prompt, or FILE:NAME, a file with one prompt per line")
     add(
         "--interactive",
         type=boolean,
         nargs="?",
         const=True,
         default=False,
-        help="read prompts from the terminal, one a line, until end of input",
+        help="read prompts from standard input, one per line",
     )
     add(
         "--chat",
@@ -44,31 +48,32 @@ def flags(argv=None):
         nargs="?",
         const=True,
         default=False,
-        help="talk, one line a turn, until end of input; what was said is remembered",
+        help="chat on standard input, one line per turn; earlier turns stay in the context",
     )
-    add("--system", default="", help="system prompt of a chat")
+    add("--system", default="", help="system prompt for --chat")
     add(
         "--template",
         default="",
-        help="of a chat: plain, llama2, or a JSON file; default: the checkpoint's, else llama2",
+        help="template for --chat: plain, llama2 or a JSON file; "
+        "default: the checkpoint's, else llama2",
     )
-    add("--num_samples", type=int, default=1, help="samples of each prompt")
-    add("--max_new_tokens", type=int, default=256, help="longest continuation, in tokens")
-    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    add("--num_samples", type=int, default=1, help="samples per prompt")
+    add("--max_new_tokens", type=int, default=256, help="maximum number of generated tokens")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0: greedy decoding")
+    add("--top_k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     add(
         "--top_p",
         type=float,
         default=1.0,
-        help="draw from the likeliest tokens that sum to this probability; 0 or 1: from all",
+        help="sample from the most probable tokens with this total probability; 0 or 1: from all",
     )
-    add("--seed", type=int, default=1337, help="of the random numbers")
-    add("--device", default="", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    add("--seed", type=int, default=1337, help="random seed")
+    add("--device", default="", help="cpu, cuda, cuda:1 or mps; default: the best available")
     add(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="of the arithmetic",
+        help="number type of the arithmetic",
     )
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="use torch.compile")
     args = parse_args(parser, argv)
@@ -77,23 +82,24 @@ def flags(argv=None):
     if args.num_samples < 1 or args.max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     if args.chat and (args.interactive or args.start or args.num_samples > 1):
-        raise ValueError("--chat has no --interactive, --start or --num_samples")
+        raise ValueError("--chat cannot be combined with --interactive, --start or --num_samples")
     if (args.system or args.template) and not args.chat:
-        raise ValueError("--system and --template are for --chat")
+        raise ValueError("--system and --template need --chat")
     if (args.chat or args.interactive) and sys.stdin is None:  # closed, as by <&-
         raise ValueError("there is no standard input to read from")
     return args
 
 
 def out_of_memory(error):
-    """Whether an exception says that the device, or the CPU, has no memory left."""
+    """Whether an exception means that the GPU or the CPU ran out of memory."""
     words = ("out of memory", "not enough memory", "DefaultCPUAllocator")
     kinds = MemoryError, torch.OutOfMemoryError
     return isinstance(error, kinds) or any(w in str(error) for w in words)
 
 
 def read_prompts(start):
-    """The prompts that --start stands for."""
+    """The prompts of --start: the text itself, or the lines of FILE:NAME. Raises OSError, or
+    ValueError if the file is not UTF-8 or has no prompt."""
     if not start.startswith("FILE:"):
         return [start]
     path = start.removeprefix("FILE:")
@@ -103,20 +109,21 @@ def read_prompts(start):
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 text: {e}") from None
     if not prompts:
-        raise ValueError(f"{path} has no prompt in it")
+        raise ValueError(f"{path} has no prompt: write one per line")
     return prompts
 
 
 class Stream:
-    """Prints the text of one growing sequence of tokens as soon as it is certain."""
+    """Prints the text of a growing sequence of tokens. The bytes of an incomplete character are
+    held back until the rest of them is generated."""
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.tokens, self.shown = tokenizer, list(prompt), ""
 
     def __call__(self, row, token):
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)  # BOS and EOS are silent
-        if not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+        text = self.tokenizer.decode(self.tokens)  # BOS and EOS decode to nothing
+        if not text.endswith("\ufffd"):  # the replacement character: a character is incomplete
             self.show(text)
 
     def show(self, text):
@@ -124,25 +131,25 @@ class Stream:
         self.shown = text
 
     def close(self):
-        """Shows what is left, which may end in half a character, and ends the line."""
+        """Prints the rest, which may end in an incomplete character, and ends the line."""
         self.show(self.tokenizer.decode(self.tokens))
         print()
 
 
 def encode_prompt(tokenizer, text, bos=True):
-    """The ids of a prompt. `bos` says whether the model's text begins with BOS; an empty prompt
-    does in any case, or with EOS where the tokenizer has no BOS."""
+    """The ids of a prompt. `bos` says whether the model was trained on text that begins with BOS.
+    An empty prompt becomes BOS in any case, or EOS if the tokenizer has no BOS."""
     ids = tokenizer.encode(text, bos=bos, eos=False)
     first = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
     return ids or [first] * (first >= 0)
 
 
-def tell(model, tokenizer, prompts, args, end_ids=(), bos=True):
-    """Generates and prints num_samples continuations of each prompt; returns how many tokens."""
+def print_samples(model, tokenizer, prompts, args, end_ids=(), bos=True):
+    """Generates and prints num_samples continuations per prompt; returns the number of tokens."""
     tokens = [encode_prompt(tokenizer, p, bos) for p in prompts]
     tokens = [t for t in tokens for _ in range(args.num_samples)]
     stream = None
-    if len(tokens) == 1:  # a lone story appears as it is told, several when all are done
+    if len(tokens) == 1:  # a single sample is streamed; several are printed when all have ended
         stream = Stream(tokenizer, tokens[0])
     how = args.temperature, args.top_k, args.top_p
     stops = stop_ids(tokenizer, end_ids=end_ids)
@@ -157,7 +164,7 @@ def tell(model, tokenizer, prompts, args, end_ids=(), bos=True):
 
 
 def read_line(prompt):
-    """A line from the terminal or a pipe, without a byte order mark; None at the end of input."""
+    """A line of standard input, without a byte order mark; None at the end of input."""
     try:
         return input(prompt if sys.stdin.isatty() else "").removeprefix("\ufeff")
     except EOFError:
@@ -165,8 +172,8 @@ def read_line(prompt):
 
 
 def chat(model, tokenizer, template, end_ids, args):
-    """A dialogue. The oldest turns go when the context is full; what the model said stays the ids
-    that it said, so that it reads what it has written."""
+    """Runs a dialogue on standard input. When the context is full, the oldest turns are dropped.
+    The model's replies are kept as ids, because encoding their text again might give other ids."""
     context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
     if args.system and not template.system:
         raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
@@ -176,18 +183,18 @@ def chat(model, tokenizer, template, end_ids, args):
         if not user.strip():
             continue
         try:
-            kept = template.fit(tokenizer, [*turns, (user, None)], args.system, context - 1)
-        except ValueError as e:  # text that UTF-8 cannot write
+            fitting = template.fit(tokenizer, [*turns, (user, None)], args.system, context - 1)
+        except ValueError as e:  # text that cannot be encoded as UTF-8
             print(f"error: {e}", file=sys.stderr)
             continue
-        if not kept:
+        if not fitting:
             print(f"(that is too long for the context of {context} tokens)", file=sys.stderr)
             continue
-        if len(kept) <= len(turns):
-            dropped += len(turns) + 1 - len(kept)
+        if len(fitting) <= len(turns):
+            dropped += len(turns) + 1 - len(fitting)
             full = f"the context of {context} tokens is full"
             print(f"({full}: forgetting the first {dropped} turns)", file=sys.stderr)
-        prompt = template.prompt(tokenizer, kept, args.system)
+        prompt = template.prompt(tokenizer, fitting, args.system)
         print("Assistant: ", end="", flush=True)
         stream = Stream(tokenizer, [])
         out = generate(model, [prompt], args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
@@ -197,7 +204,7 @@ def chat(model, tokenizer, template, end_ids, args):
             full = len(prompt) + len(reply) >= context
             why = f"the context of {context} tokens is full" if full else "--max_new_tokens"
             print(f"(cut short: {why})", file=sys.stderr)
-        turns = [*kept[:-1], (user, reply[:-1] if ended else reply)]
+        turns = [*fitting[:-1], (user, reply[:-1] if ended else reply)]
     print()
 
 
@@ -209,8 +216,8 @@ def main(argv=None):
         if not out_of_memory(e):
             raise
         raise OSError(
-            f"out of memory: take fewer samples (--num_samples={args.num_samples}) or prompts at a time, "
-            f"or a smaller --max_new_tokens than {args.max_new_tokens}"
+            f"out of memory: take fewer samples (--num_samples={args.num_samples}) or prompts at a "
+            f"time, or a smaller --max_new_tokens than {args.max_new_tokens}"
         ) from None
 
 
@@ -234,14 +241,15 @@ def run(args):
         if args.interactive:
             while (prompt := read_line("> ")) is not None:
                 try:
-                    tell(model, tokenizer, [prompt], args, end_ids, bos)
-                except ValueError as e:  # a prompt too long must not end the session
+                    print_samples(model, tokenizer, [prompt], args, end_ids, bos)
+                except ValueError as e:  # a prompt that is too long must not end the session
                     print(f"error: {e}", file=sys.stderr)
             return
         if device == "cpu":
-            kernels.library()  # compiled now, if ever, not while the time is taken
+            kernels.library()  # compiles kernels.c on first use, outside the measured time
         t0 = time.perf_counter()
-        n = tell(model, tokenizer, read_prompts(args.start), args, end_ids, bos)
+        prompts = read_prompts(args.start)
+        n = print_samples(model, tokenizer, prompts, args, end_ids, bos)
         seconds = time.perf_counter() - t0
         print(f"{n} tokens, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 

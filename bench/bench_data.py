@@ -1,8 +1,9 @@
-"""How fast text becomes tokens here: python bench/bench_data.py [--data_dir=data] [--vocab_size=512]
+"""Speed of pretokenization: python bench/bench_data.py [--data_dir=data] [--vocab_size=512]
 
-It times the whole command, `tinystories.py pretokenize`, from the start of Python to the last shard, on
-all cores; the best of --repeat runs. --peer names a folder with llama2.c: its pretokenizing of the same
-text with the same vocabulary, in turn with ours, which must give the same tokens.
+The time is that of the whole command `tinystories.py pretokenize`, from the start of Python to the
+last shard, on all cores, the best of --repeat runs. --peer names a folder with llama2.c; its
+command then runs alternately with ours on the same text and vocabulary and must give the same
+tokens.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tokenizer import find_tokenizer  # noqa: E402
 
 
 def measure(script, home, vocab_size):
-    """Seconds of one run that makes all shards in home/data, and the shards."""
+    """Seconds of one run that writes all shards to home/data, and the contents of the shards."""
     t = time.perf_counter()
     command = [sys.executable, script, "pretokenize", f"--vocab_size={vocab_size}"]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True)

@@ -1,10 +1,11 @@
-"""What a step of pretraining costs here, without any peer:
+"""Speed of a pretraining step, without peers:
 
     python bench/bench_train.py [--threads=2] [--device=cpu] [--seconds=5]
 
-Each line is the real training step of train.py (data, forward, backward, clipping, optimizer) at one
-shape, on random tokens. MFU is held against the matrix product measured on the same machine, data
-is the share of the time that the windows take. How to run llama2.c beside it: doc/speed.md.
+Each line is the real training step of train.py (data, forward, backward, clipping, optimizer) for
+one shape, on random tokens. MFU is relative to a matrix product measured on the same machine;
+"data" is the share of the time that reading windows takes. doc/speed.md says how to run llama2.c
+beside it.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""How much reward for how much KL: PPO against the best that is possible.
+"""Reward against KL: PPO beside the best achievable frontier.
 
-    python experiments/frontier.py --checkpoint=stories260K/ckpt.pt            # half an hour or more, 2 cores
-    python experiments/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=   # five seeds
+    python experiments/frontier.py --checkpoint=stories260K/ckpt.pt  # 30 minutes or more, 2 cores
+    python experiments/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=
 
 For the length reward, on held-out prompts:
-    optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for all β, by weighting reference samples
+    optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for many β, from weighted reference samples
     best of n   n = 2, 4, 16, 64, from the same samples
-    PPO         runs of train.py, for each β and seed; RLOO and GRPO with as many rollouts at β = 0.2
-    FullLLM     the published run of the project that this one grew out of
-The runs lie in --out_dir, each with its command; one that is there already with the same command
-is not done again, one with another is moved aside. A table is printed;
-frontier.csv, and frontier.png where matplotlib is installed, are written to --assets.
+    PPO         runs of train.py, per β and seed; RLOO and GRPO with the same rollouts at β = 0.2
+    FullLLM     the published run of the original project
+Each run has a folder in --out_dir with its command. A run that already exists with the same command
+is reused; one with another command is moved aside. The script prints a table and writes
+frontier.csv and, if matplotlib is installed, frontier.png to --assets.
 """
 
 import argparse
@@ -48,9 +48,10 @@ def tilted(scores, beta):
 
 
 def best_of(scores, n):
-    """E[r] and KL of the best of n samples, ties broken at random, means over prompts. The best has
-    score r with probability F(r)^n − F(r−)^n, F the distribution of one sample's score; among
-    responses of equal score the choice is that of the reference, so this alone makes the KL."""
+    """E[r] and KL of the best of n samples, means over prompts; ties are broken at random. The best
+    sample has score r with probability F(r)^n − F(r−)^n, where F is the distribution function of
+    one sample's score. Among responses of equal score the distribution is the reference model's, so
+    the KL is that of the scores alone."""
     rewards, kls = [], []
     for row in scores:
         values, count = row.unique(return_counts=True)
@@ -63,7 +64,7 @@ def best_of(scores, n):
 
 
 def reference_scores(a):
-    """Scores (prompts, samples) of the length reward on samples of the reference."""
+    """Scores (prompts, samples) of the length reward on samples of the reference model."""
     model = model_from_checkpoint(load_checkpoint(a.checkpoint))
     prompts = Prompts(a.data, "val", 30, model.args.vocab_size, seed=99).batch(0, a.prompts)
     batch = [p for p in prompts for _ in range(a.samples)]
@@ -74,11 +75,10 @@ def reference_scores(a):
 
 
 def run(a, beta, iters, seed, kind="PPO"):
-    """One run of train.py, unless its very command was run already; its report as a row of the
-    table."""
-    # Without a reference to stay near, a short horizon would end stories too early, each alike, before
-    # the critic knows better; and without some entropy a story becomes the same few words again and
-    # again, which can end only where these do. Without a critic a step is noisier, so it is shorter.
+    """Runs train.py, unless the same command has already been run; returns a row of the table."""
+    # With β = 0, a short horizon ends texts too early before the critic has learned, and without an
+    # entropy bonus a text repeats the same few words. Without a critic the gradient is noisier, so
+    # the learning rate is lower.
     flags, common = [], FLAGS
     if not beta:
         flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
@@ -88,7 +88,7 @@ def run(a, beta, iters, seed, kind="PPO"):
         flags += [f"--group_size={a.group_size}"]
         common = [f for f in FLAGS if not f.startswith("--value_learning_rate")]
     folder = Path(a.out_dir) / f"{kind}-{beta:g}-{seed}".lower()
-    report, kept = folder / "ppo_report.json", folder / "command.txt"
+    report, saved = folder / "ppo_report.json", folder / "command.txt"
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -102,13 +102,13 @@ def run(a, beta, iters, seed, kind="PPO"):
         *flags,
     ]
     line = " ".join(command[2:])
-    if report.exists() and (not kept.exists() or kept.read_text() != line):
+    if report.exists() and (not saved.exists() or saved.read_text() != line):
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"{folder} was run with other flags: it is now {aside}")
         folder.rename(aside)
     if not report.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(line)
+        saved.write_text(line)
         print(f"{folder}: {iters} iterations, see {folder / 'output.txt'}", flush=True)
         with open(folder / "output.txt", "w") as f:
             if subprocess.run(command, stdout=f, stderr=f).returncode:
@@ -142,7 +142,7 @@ def print_table(rows):
 
 
 def draw(rows, path):
-    """The plot, where matplotlib is installed."""
+    """Draws the plot, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -153,7 +153,7 @@ def draw(rows, path):
         mine = [r for r in rows if r["kind"] == kind and r["kl"] < 8]
         style = "-" if kind == "optimum" else "o"
         axes.plot([r["kl"] for r in mine], [r["reward"] for r in mine], style, label=kind)
-        seen = set()  # of several seeds only one is named
+        seen = set()  # of several seeds, one is labelled
         for r in mine if kind != "optimum" else ():
             name = f"n={r['n']}" if "n" in r else f"β={r['beta']:g}" if "beta" in r else ""
             if name in seen:
@@ -162,7 +162,7 @@ def draw(rows, path):
             axes.annotate(
                 name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8), textcoords="offset points"
             )
-    axes.set(xlabel="KL to the reference, nats a story", ylabel="reward", xlim=(0, 8))
+    axes.set(xlabel="KL to the reference, nats per story", ylabel="reward", xlim=(0, 8))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
 
@@ -176,16 +176,18 @@ def main(argv=None):
     parser.add_argument(
         "--betas",
         default="0.5,0.2,0.1,0.05,0.02",
-        help="one may name its own iterations: 0.2,0:200",
+        help="values of β; BETA:ITERS sets the iterations of one: 0.2,0:200",
     )
     parser.add_argument(
-        "--group", default="RLOO,GRPO", help="critic-free, at beta 0.2; may be empty"
+        "--group",
+        default="RLOO,GRPO",
+        help="methods without a critic, run at β = 0.2; may be empty",
     )
-    parser.add_argument("--group_size", type=int, default=4, help="rollouts a prompt of theirs")
-    parser.add_argument("--seeds", type=int, default=1, help="runs for each beta")
-    parser.add_argument("--iters", type=int, default=50, help="of 200 rollouts each")
-    parser.add_argument("--prompts", type=int, default=64, help="held out, for the optimum")
-    parser.add_argument("--samples", type=int, default=256, help="of the reference for each")
+    parser.add_argument("--group_size", type=int, default=4, help="rollouts per prompt for --group")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per β")
+    parser.add_argument("--iters", type=int, default=50, help="iterations of 200 rollouts")
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for the optimum")
+    parser.add_argument("--samples", type=int, default=256, help="reference samples per prompt")
     a = parse_args(parser, argv)
     seeds = range(1, a.seeds + 1)
     each = [beta.partition(":") for beta in a.betas.split(",")]

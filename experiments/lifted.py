@@ -1,24 +1,29 @@
 """
-What int8 costs a model of 1.1 billion parameters: run.c's perplexity of a real text, fp32 and int8.
+The effect of int8 on a model of 1.1 billion parameters: run.c's perplexity on real text, fp32 and
+int8.
 
-    python experiments/lifted.py --data=../shared/data    # for a while 4.4 GB on the disk, and in memory
+    python experiments/lifted.py --data=../shared/data    # needs 4.4 GB of disk and of memory
 
-Random weights cannot tell: their logits are chaos, which any rounding changes. So a trained model,
-stories260K, is lifted into TinyLlama's shape: the same function, to rounding, of other weights.
+Random weights cannot be used, because any rounding changes their logits completely. Therefore a
+trained model, stories260K, is lifted to TinyLlama's shape: other weights, the same function up to
+rounding.
 
-- The residual stream x of 64 numbers becomes U x of 2,048, U with orthonormal columns. RMSNorm does
-  not see the rotation, but a mean over more numbers, 64/2048 of what it was: the matrices after it
-  make that good, and take over its gains.
-- Heads of 8 become heads of 64: a pair that RoPE turns goes to the pair that turns as fast, values
-  are rotated. Heads and hidden units are copied until there are enough.
-- That leaves most directions of a matrix's input unused. There its weights are random, as large as
-  the others: they have nothing to multiply but rounding errors, which int8 has in all directions.
-  So each product has the ratio of signal to error that a full matrix has.
-- A layer more than the small model has (17 of 22) is silent, its wo and w2 zero; or with `--idle` it
-  writes errors: like one of the small model's, `--idle` times as strong, without the part of wv and
-  w3 that sees x. At full strength 17 such layers, random and one after the other, are chaos again
-  (doc/speed.md), which trained layers are not; how strong they should be nobody has measured.
-- Tokens above 511 have random embeddings, and the classifier's row of a byte that no story has.
+- The residual stream x of 64 numbers becomes U x of 2,048 numbers; U has orthonormal columns.
+RMSNorm
+  is invariant to the rotation, but its mean square is 64/2048 of the original one. The matrices
+  after the norm correct this factor and contain the gains of the norm.
+- Heads of 8 become heads of 64. A pair that RoPE rotates is moved to the pair with the same
+  frequency; values are rotated. Heads and hidden units are repeated.
+- Most input directions of a matrix are then unused. Its weights there are random and as large as
+the
+  others. They multiply nothing but rounding errors, which int8 has in all directions, so that each
+  product has the signal-to-error ratio of a full matrix.
+- The 17 of 22 layers that the small model does not have are silent (wo and w2 are zero). With
+`--idle`
+  they write errors: each is like a layer of the small model, `--idle` times as strong, without the
+  part of wv and w3 that reads x. At full strength, 17 random layers in sequence change the logits
+  completely again (doc/speed.md), which trained layers do not do. The right strength is unknown.
+- Tokens above 511 have random embeddings and the classifier row of a byte that occurs in no story.
 """
 
 import argparse
@@ -40,7 +45,7 @@ from common import parse_args, run_main  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632)
-NEVER = 167  # <0xA4>, in no story: e^-15 at its most probable
+NEVER = 167  # <0xA4>, a byte in no story; its probability is at most e^-15
 
 
 def random(name, *shape):
@@ -52,7 +57,8 @@ def orthonormal(name, rows, cols):
 
 
 def spread(blocks, n):
-    """blocks (E', E) of R heads -> (R E', n E), each in the columns of the head that it copies."""
+    """Blocks (E', E) of R heads -> (R E', n E); each block is in the columns of the head it
+    copies."""
     out = torch.zeros(len(blocks), blocks[0].shape[0], n, blocks[0].shape[1], dtype=torch.float64)
     for i, block in enumerate(blocks):
         out[i, :, i * n // len(blocks)] = block

@@ -1,11 +1,11 @@
-"""Reward models on pairs that people have ranked, against chance and a bag of words.
+"""Reward models on pairs ranked by people, compared with chance and a bag of words.
 
-    python experiments/preference_data.py --data=PREFERENCES.json                   # a tenth is held out
+    python experiments/preference_data.py --data=PREFERENCES.json          # a tenth is held out
     python experiments/preference_data.py --data=train.jsonl --val_data=test.jsonl  # as in hh-rlhf
 
-Makes a vocabulary and a small model from the training part alone, fine-tunes it on the chosen
-replies, trains the reward model, and runs a few steps of DPO and of PPO against it: the chain from end
-to end. The baseline is a logistic regression on the differences of word counts and length of a pair.
+Trains a tokenizer and a small model on the training part alone, fine-tunes the model on the chosen
+replies, trains the reward model, and runs a few steps of DPO and of PPO against it. The baseline is
+a logistic regression on the differences of word counts and length within a pair.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def words(text):
 
 
 def bag_of_words(train, val, decay=1e-2):
-    """Accuracy on held-out pairs of the regression: sigmoid(w (counts of better - of worse))."""
+    """Accuracy on held-out pairs of the regression sigmoid(w · (features of better - of worse))."""
     counts = collections.Counter(w for r in train for c in r.completions for w in words(c))
     index = {w: i for i, w in enumerate(w for w, n in counts.items() if n > 1)}
 
@@ -58,7 +58,7 @@ def bag_of_words(train, val, decay=1e-2):
 
 
 def usable(records):
-    """The records that a reward model learns from: two different replies that are not empty."""
+    """The records with two different, non-empty replies, on which a reward model is trained."""
     return [r for r in records if len(set(r.completions)) > 1 and all(r.completions)]
 
 

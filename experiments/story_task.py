@@ -1,12 +1,12 @@
-"""What each stage of `make rlhf` changed, and how far a reward model can be trusted.
+"""The effect of each stage of `make rlhf`, and the over-optimisation of a reward model.
 
     python experiments/story_task.py out/rlhf                     # the table: start, SFT, PPO, DPO
     python experiments/story_task.py out/rlhf --overoptimise      # gold and proxy against KL
 
-The gold reward is the rule of instruct.py's story task, the proxy is the reward model. The second
-command trains reward models of few and of many rankings and pushes against them: by taking the best
-of n samples, and by PPO without a price for the KL (Gao et al., "Scaling laws for reward model
-overoptimization", 2022). It writes overoptimisation.json, and the plot where matplotlib is there.
+The gold reward is the rule of instruct.py's story task; the proxy is the reward model. The second
+command trains reward models on few and on many rankings and optimises against them, by best of n
+and by PPO without a KL penalty (Gao et al., "Scaling laws for reward model overoptimization",
+2022). It writes overoptimisation.json and, if matplotlib is installed, the plot.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tokenizer import Tokenizer, find_tokenizer, stop_ids  # noqa: E402
 
 
 class Lab:
-    """Held-out prompts, the SFT model as the reference, the gold reward, and a proxy."""
+    """Held-out prompts, the SFT model as the reference model, the gold reward and a proxy."""
 
     def __init__(self, a):
         self.args, self.folder = a, Path(a.folder)
@@ -50,8 +50,8 @@ class Lab:
         model = rlhf.ModelReward(scorer, "cpu", False, 64, nullcontext)
         return lambda prompts, responses: torch.tensor(model(prompts, responses, None))
 
-    def tell(self, model, n=1):
-        """n replies to each prompt: texts, prompts and responses as ids, and who ended."""
+    def sample(self, model, n=1):
+        """n replies per prompt: (prompt texts, prompt ids, response ids, whether each ended)."""
         texts = [t for t in self.texts for _ in range(n)]
         prompts = [self.template.prompt(self.tokenizer, [(t, None)]) for t in texts]
         random_numbers = torch.Generator().manual_seed(self.args.seed)
@@ -66,14 +66,14 @@ class Lab:
         return torch.tensor(instruct.gold(texts, replies)), replies
 
     def table(self):
-        """One row a model: what it does on the held-out prompts."""
+        """One row of results on the held-out prompts per model."""
         proxy, rows = self.proxy(self.folder / "rm_ckpt.pt"), []
         for name in ("", "sft_", "ppo_", "dpo_"):
             path = self.folder / f"{name}ckpt.pt"
             if not path.exists():
                 continue
             model = model_from_checkpoint(load_checkpoint(path)).eval()
-            texts, prompts, responses, ended = self.tell(model)
+            texts, prompts, responses, ended = self.sample(model)
             gold, replies = self.gold(texts, responses)
             kl, _ = ppo.kl_to_reference(model, self.reference, prompts, responses, 64)
             parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
@@ -120,8 +120,8 @@ def print_table(rows, folder, n):
 
 
 def best_of(proxy, gold, n):
-    """Means over prompts of the proxy and the gold score of the best of n by the proxy, from
-    samples (prompts, N): one is the best of n with probability (rank^n - (rank - 1)^n) / N^n."""
+    """Mean proxy and gold scores of the sample with the best proxy score of n. From scores
+    (prompts, N), each sample is the best of n with probability (rank^n - (rank - 1)^n) / N^n."""
     order = proxy.argsort(1)
     N = proxy.shape[1]
     rank = torch.arange(1, N + 1, dtype=torch.float64) / N
@@ -130,14 +130,14 @@ def best_of(proxy, gold, n):
 
 
 def reward_model(lab, pairs):
-    """Trains a reward model on so many rankings (0: all of them); returns its path."""
+    """Trains a reward model on `pairs` rankings (0: all of them); returns its path."""
     a, out = lab.args, lab.folder / f"rm{pairs}"
     if not (out / "rm_ckpt.pt").exists():
         records = (lab.folder / "pairs.jsonl").read_text().splitlines(True)
         random.Random(a.seed).shuffle(records)
         out.mkdir(exist_ok=True)
-        kept = records[200:][: pairs or None]
-        (out / "pairs.jsonl").write_text("".join(kept))
+        chosen = records[200:][: pairs or None]
+        (out / "pairs.jsonl").write_text("".join(chosen))
         (out / "val.jsonl").write_text("".join(records[:200]))
         train.main(
             [
@@ -148,7 +148,7 @@ def reward_model(lab, pairs):
                 f"--data={out}/pairs.jsonl",
                 f"--val_data={out}/val.jsonl",
                 "--batch_size=8",
-                f"--max_iters={max(len(kept) // 2, 100)}",
+                f"--max_iters={max(len(chosen) // 2, 100)}",
                 "--eval_interval=1000",
                 "--optimizer=muon",
                 "--learning_rate=1e-3",
@@ -164,7 +164,7 @@ def reward_model(lab, pairs):
 
 
 def push(lab, path, iterations):
-    """PPO against the reward model alone: KL, proxy and gold of each iteration's rollouts."""
+    """PPO without a KL penalty: KL, proxy and gold score of each iteration's rollouts."""
     a = lab.args
     args = train.flags(
         [
@@ -213,7 +213,7 @@ def push(lab, path, iterations):
 
 def overoptimise(lab):
     a = lab.args
-    texts, prompts, responses, _ = lab.tell(lab.reference, a.samples)
+    texts, prompts, responses, _ = lab.sample(lab.reference, a.samples)
     gold = lab.gold(texts, responses)[0].view(-1, a.samples)
     mean, std = float(gold.mean()), float(gold.std()) or 1.0
     curves = []
@@ -260,7 +260,7 @@ def draw(curves, path):
             right.set_title(f"PPO, {name}", fontsize=9)
     left.set_title("best of n; solid: gold, dashed: proxy", fontsize=9)
     left.set(xlabel="KL to SFT, nats", ylabel="standard deviations above SFT")
-    right.set(xlabel="square root of the KL to SFT, nats a story")
+    right.set(xlabel="square root of the KL to SFT, nats per story")
     for axes in (left, right):
         axes.legend(fontsize=8)
     figure.tight_layout()
@@ -270,19 +270,23 @@ def draw(curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", help="out_dir of `make rlhf`")
+    parser.add_argument("folder", help="output folder of `make rlhf`")
     parser.add_argument("--task", default="data/task", help="folder of the story task")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out ones, at most")
+    parser.add_argument(
+        "--prompts", type=int, default=500, help="maximum number of held-out prompts"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--overoptimise", action="store_true")
     parser.add_argument(
         "--pairs",
         type=lambda s: [int(x) for x in s.split(",")],
         default=[100, 400, 1600],
-        help="rankings of the reward models; PPO is run against the first",
+        help="numbers of rankings, one reward model each; PPO runs against the first",
     )
-    parser.add_argument("--samples", type=int, default=64, help="of the SFT model for each prompt")
-    parser.add_argument("--iterations", type=int, default=40, help="of PPO")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="samples of the SFT model per prompt"
+    )
+    parser.add_argument("--iterations", type=int, default=40, help="PPO iterations")
     parser.add_argument("--out", default="assets")
     lab = Lab(parse_args(parser))
     torch.set_grad_enabled(lab.args.overoptimise)

@@ -666,7 +666,7 @@ def test_gguf_holds_the_model(tmp_path):
             )
             reader = gguf.GGUFReader(tmp_path / "m.gguf")
 
-            def field(name):
+            def field(name, reader=reader):
                 return reader.get_field(name).contents()
 
             assert field("general.architecture") == "llama"

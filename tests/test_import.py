@@ -1,5 +1,5 @@
-"""export.py --hf: models of Hugging Face's, made here by transformers, write the same text in Python
-and in C as in transformers."""
+"""export.py --hf: models of Hugging Face's, made here by transformers, write the same text in
+Python and in C as in transformers."""
 
 import contextlib
 import functools
@@ -146,8 +146,8 @@ def our_text(checkpoint, prompt, *flags, n=12):
     return out.getvalue().strip()
 
 
-def c_text(program, path, prompt, *flags, n=12):
-    done = subprocess.run([program, path, "-i", prompt, "-t", "0", *flags], capture_output=True)
+def c_text(executable, path, prompt, *flags, n=12):
+    done = subprocess.run([executable, path, "-i", prompt, "-t", "0", *flags], capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode(errors="replace").strip()
 
@@ -508,8 +508,8 @@ def test_python_and_c_have_one_rule(tmp_path, program, monkeypatch, says, turn):
 
 
 def test_added_tokens_in_a_template(tmp_path, program, monkeypatch):  # noqa: F811
-    """ChatML on Llama 2's kind of tokenizer: its tokens are tokens in Python and in C, and text that
-    spells them is text."""
+    """ChatML on Llama 2's kind of tokenizer: its tokens are tokens in Python and in C, and text
+    that spells them is text."""
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + "
         "'\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -56,14 +56,15 @@ float maximum_of(int isa, float *x, int n) { return isa_kernels[isa]->maximum(x,
 // f or f_isa(...), for the instruction set of that number
 #ifdef __x86_64__
 #define DO(f, ...) (isa_kernels[isa] == &kernels ? f(__VA_ARGS__) \
-                    : isa_kernels[isa] == &kernels_avx2 ? f##_avx2(__VA_ARGS__) : f##_avx512(__VA_ARGS__))
+                    : isa_kernels[isa] == &kernels_avx2 ? f##_avx2(__VA_ARGS__) \
+                    : f##_avx512(__VA_ARGS__))
 #else
 #define DO(f, ...) f(__VA_ARGS__)
 #endif
 
 // out (B, padded rows) = x (B, cols) @ w (rows, cols)^T; seen: w and x as the kernel has them
-void product_of(int isa, int format, int G, float *w, int rows, int cols, float *x, int B, float *out,
-             float *seen_w, float *seen_x) {
+void product_of(int isa, int format, int G, float *w, int rows, int cols, float *x, int B,
+             float *out, float *seen_w, float *seen_x) {
     Model m = {.c = {.format = format, .group = G, .dim = cols, .norm_eps = 1e-5f}};
     Matrix a;
     open_matrix(&m, &a, NULL, rows, cols);
@@ -343,7 +344,7 @@ def dequantized(model, group, dtype):
     """The model with the weights that the int8 file really holds."""
     twin = Transformer(model.args).eval()
     with torch.no_grad():
-        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        for p, q in zip(model.parameters(), twin.parameters()):
             if p.ndim == 1:
                 q.copy_(p)
                 continue
@@ -1293,8 +1294,8 @@ def test_damaged_byte_level_files(program, llama3, build):
 
 
 def nucleus(logits, t, k, p):
-    """The exact distribution: softmax of logits / t, cut to the k most probable, and to the smallest
-    set of these that exceeds p."""
+    """The exact distribution: softmax of logits / t, cut to the k most probable, and to the
+    smallest set of these that exceeds p."""
     q = np.exp((logits - logits.max()) / t)
     if k:
         q[q < np.sort(q)[-k]] = 0
@@ -1676,7 +1677,7 @@ def test_a_file_of_another_kind_is_named(program, own, build):
         "version 1, this program reads": whole[2][:4] + struct.pack("<i", 1) + whole[2][8:],
         "not a model file": bytes(range(7, 250)) * 9,
     }
-    for version, data in whole.items():
+    for data in whole.values():
         for part in (len(data) // 2, len(data) - 1):
             cases[f"its header says {len(data)}: it is cut short" + " " * (part % 7)] = data[:part]
     for says, data in cases.items():

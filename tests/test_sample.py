@@ -138,7 +138,8 @@ def test_streaming_of_bytes_that_are_no_text(tok512_model, capsys):
 
 
 def test_control_characters_are_left_out(tok512_model, monkeypatch, capsys):
-    """Generated escape sequences must not reach a terminal: streamed, printed at once, in a prompt."""
+    """Generated escape sequences must not reach a terminal: streamed, printed at once, in a
+    prompt."""
     tokenizer = Tokenizer(tok512_model)
     text = "a\tb\nc" + "".join(map(chr, [*range(32), *range(127, 160)])) + "\x1b[2J\u009b31m é한"
     expected = "a\tb\nc\t\n[2J31m é한\n"
@@ -157,7 +158,7 @@ def test_control_characters_are_left_out(tok512_model, monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: Out())
     args = types.SimpleNamespace(num_samples=1, max_new_tokens=9, temperature=0, top_k=0, top_p=1)
-    sample.tell(None, tokenizer, ["\x1b[H", "\x07b"], args)
+    sample.print_samples(None, tokenizer, ["\x1b[H", "\x07b"], args)
     assert capsys.readouterr().out == "".join(s + expected + "-" * 15 + "\n" for s in ("[H ", "b "))
 
 

@@ -401,11 +401,11 @@ def test_chat_forgets_the_oldest_turns_and_says_so(tuned, monkeypatch, capsys):
 
 
 def test_chat_mistakes(tuned, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="has no --interactive"):
+    with pytest.raises(ValueError, match="cannot be combined with --interactive"):
         talk(tuned, monkeypatch, capsys, [], "--start=x")
     _, err, _ = talk(tuned, monkeypatch, capsys, [], "--template=llama2")
     assert "note: --template=llama2 replaces the checkpoint's template '{bos}{user}" in err
-    with pytest.raises(ValueError, match="are for --chat"):
+    with pytest.raises(ValueError, match="need --chat"):
         sample.main([f"--checkpoint={tuned}/sft_ckpt.pt", "--system=x"])
     state = load_checkpoint(tuned / "sft_ckpt.pt")
     state["template"] = {"turn": "{bos}{user}{reply}{eos}", "system": ""}

@@ -186,8 +186,8 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train"])
 
 
-def spawn(argv, log, env={}, hook=None):
-    child = server.Process(target=work, args=(argv, str(log), env, hook), daemon=True)
+def spawn(argv, log, env=None, hook=None):
+    child = server.Process(target=work, args=(argv, str(log), env or {}, hook), daemon=True)
     child.start()
     return child
 
@@ -198,7 +198,7 @@ def finish(child, seconds=60):
     return child.exitcode
 
 
-def processes(n, argv, folder, hooks={}):
+def processes(n, argv, folder, hooks=None):
     """The n processes of a distributed run, as torchrun would start them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -209,7 +209,7 @@ def processes(n, argv, folder, hooks={}):
             argv,
             f"{folder}/rank{r}.txt",
             common | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            hooks.get(r),
+            (hooks or {}).get(r),
         )
         for r in range(n)
     ]
@@ -228,8 +228,8 @@ def die_in_step(iteration, number=signal.SIGKILL):
 
 
 def die_at_file_operation(n, folder):
-    """A hook: SIGKILL just before the n-th time that something is opened, linked, renamed or removed
-    in the folder."""
+    """A hook: SIGKILL just before the n-th time that something is opened, linked, renamed or
+    removed in the folder."""
     count = 0
 
     def watch(event, args):
@@ -366,7 +366,8 @@ def test_schedule():
 
 
 def test_weight_decay_is_of_matrices_only(data, tmp_path):
-    """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no vector."""
+    """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no
+    vector."""
     args = train.flags(
         command(data, tmp_path, optimizer="muon", weight_decay=0.1, muon_learning_rate=0.02)
     )
@@ -390,7 +391,8 @@ def ppo_stage(data, out, **flags):
 
 @pytest.mark.parametrize("value_model", ["separate", "shared"])
 def test_ppo_decays_matrices_only(data, tmp_path, value_model):
-    """With gradients of zero a step shrinks each matrix of policy and critic, and no norm or bias."""
+    """With gradients of zero a step shrinks each matrix of policy and critic, and no norm or
+    bias."""
     train.main(command(data, tmp_path, max_iters=1))
     stage = ppo_stage(data, tmp_path, weight_decay=0.5, ppo_warmup_steps=1, value_model=value_model)
     models = [m for m in (stage.model, stage.trainer.critic) if m is not None]
@@ -525,7 +527,8 @@ def test_signals_save_and_resume_to_the_bit(data, tmp_path, capsys, number, stat
 
 
 def test_ppo_with_lora_changes_the_named_matrices_by_its_rank(data, tmp_path):
-    """What differs from the start are wq and wv alone, by a matrix of rank 2; the KL is 0 at first."""
+    """What differs from the start are wq and wv alone, by a matrix of rank 2; the KL is 0 at
+    first."""
     train.main(command(data, tmp_path))
     flags = PPO | dict(averaging=0, ptx_coef=0, lora_rank=2, weight_decay=0)
     train.main(command(data, tmp_path, init_from="resume", **flags))
@@ -599,7 +602,8 @@ def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monk
 
 
 def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkeypatch):
-    """Both in the second iteration, of which the first is saved where the reward is to be mended."""
+    """Both in the second iteration, of which the first is saved where the reward is to be
+    mended."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "calls = []\ndef f(p, r):\n    calls.append(0)\n"
@@ -835,7 +839,8 @@ def limit_file_size(limit):
 
 
 def test_full_disk_leaves_the_last_checkpoint(data, tmp_path):
-    """A file that may not grow to the size of a checkpoint: one line, exit 1, the old state whole."""
+    """A file that may not grow to the size of a checkpoint: one line, exit 1, the old state
+    whole."""
     train.main(command(data, tmp_path, max_iters=8))
     before = (tmp_path / "ckpt.pt").read_bytes()
     argv, log = command(data, tmp_path, init_from="resume"), tmp_path / "log.txt"
@@ -999,8 +1004,9 @@ def test_weighted_folders_resume_to_the_bit(data, tmp_path):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_compiled_is_the_same_model(data, tmp_path, monkeypatch, native):
-    """Where kernels.c is not, as on a GPU, torch.compile traces the model in one piece; where it is,
-    but heads are too wide for its attention, the compiled model is that of its other kernels."""
+    """Where kernels.c is not, as on a GPU, torch.compile traces the model in one piece; where it
+    is, but heads are too wide for its attention, the compiled model is that of its other
+    kernels."""
     flags, ran = dict(max_iters=4), []
     if native:
         flags |= dict(
@@ -1110,8 +1116,9 @@ def count_messages(folder):
     ],
 )
 def test_any_number_of_processes_learns_the_same(data, tmp_path, alone, n, flags):
-    """And they exchange gradients once a step, however many micro-batches it has: DDP in one bucket,
-    FSDP layer by layer. One more all-reduce is of loss and tokens; FSDP needs one for the norm."""
+    """And they exchange gradients once a step, however many micro-batches it has: DDP in one
+    bucket, FSDP layer by layer. One more all-reduce is of loss and tokens; FSDP needs one for the
+    norm."""
     argv = command(data, tmp_path, max_iters=20, **MICRO, **flags)
     hooks = {0: (count_messages, str(tmp_path))}
     assert [finish(p) for p in processes(n, argv, tmp_path, hooks)] == [0] * n
@@ -1137,7 +1144,8 @@ def test_validation_does_not_depend_on_the_number_of_processes(data, tmp_path, a
 
 
 def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
-    """Ten steps sharded over two processes, ten more over one, without --fsdp: one ordinary file."""
+    """Ten steps sharded over two processes, ten more over one, without --fsdp: one ordinary
+    file."""
     for n, flags in (
         (2, dict(fsdp=True, max_iters=10)),
         (1, dict(init_from="resume", max_iters=20)),
@@ -1240,8 +1248,9 @@ def watch_shards(folder):
 
 
 def test_fsdp_in_bfloat16(data, tmp_path, alone):
-    """The losses of fp32, nearly; each process holds its half of weights and moments, runs each layer
-    twice a micro-batch (activations are not kept), in bfloat16; only one puts the checkpoint together."""
+    """The losses of fp32, nearly; each process holds its half of weights and moments, runs each
+    layer twice a micro-batch (activations are not kept), in bfloat16; only one puts the checkpoint
+    together."""
     argv = command(data, tmp_path, max_iters=20, fsdp=True, dtype="bfloat16", **MICRO)
     hooks = {r: (watch_shards, str(tmp_path)) for r in range(2)}
     assert [finish(p) for p in processes(2, argv, tmp_path, hooks)] == [0, 0]
