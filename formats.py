@@ -1,11 +1,11 @@
 """
-The formats of others: Hugging Face (transformers, PEFT), Meta, GGUF. For export.py, which has the
+Formats of other projects: Hugging Face (transformers, PEFT), Meta and GGUF. export.py has the
 commands.
 
-Each keeps the same tensors under other names, and Hugging Face the rows of wq and wk in another
-order. A model that comes in is read a part of a tensor at a time, so that it is in memory once;
-what its config asks for that the model here cannot do is refused by name. Libraries write:
-safetensors, gguf, transformers' own file formats; each is needed only for its format.
+The formats have the same tensors under other names; Hugging Face also orders the rows of wq and wk
+differently. An imported model is read in parts of tensors, so that it is in memory only once. A
+setting that the model here does not support is an error that names the setting. The libraries
+safetensors and gguf are needed for their formats only.
 """
 
 import base64
@@ -32,17 +32,18 @@ from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, render_chats
 
 # -----------------------------------------------------------------------------
-# What all formats share
+# Shared by all formats
 
 
 def floats(w):
+    """A tensor as a little-endian fp32 array."""
     return w.detach().to("cpu", torch.float32).numpy().astype("<f4")
 
 
 def special_ids(tokenizer, end_ids):
     """
-    The ids of BOS, EOS, and the other tokens that end a text. A tokenizer that has only one of BOS
-    and EOS uses it for both; without a tokenizer they are llama2.c's 1 and 2.
+    (id of BOS, id of EOS, ids of the other tokens that end a text). If a tokenizer has only one of
+    BOS and EOS, that token is both; without a tokenizer they are llama2.c's 1 and 2.
     """
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, -1)
     if eos < 0:
@@ -53,7 +54,8 @@ def special_ids(tokenizer, end_ids):
 
 
 def begins_with_bos(tokenizer, bos):
-    """Whether plain text begins with BOS: the checkpoint's `bos`, if the tokenizer has a BOS."""
+    """Whether plain text begins with BOS: the checkpoint's `bos`, False if the tokenizer has no
+    BOS."""
     return bos and not (tokenizer and tokenizer.bos_id < 0)
 
 
@@ -76,7 +78,10 @@ ROTATED = ("attention.wq", "attention.wk")
 
 
 def renamed(name, names, layers, in_layer):
-    """layers.0.attention.wq.weight -> `layers`.0.q.weight, `in_layer` saying attention.wq: q"""
+    """
+    The name of a tensor in another format: layers.0.attention.wq.weight -> `layers`.0.q.weight with
+    in_layer = {"attention.wq": "q"}; `names` has the names outside of layers.
+    """
     stem = name.removesuffix(".weight")
     if stem in names:
         return f"{names[stem]}.weight"
@@ -88,8 +93,9 @@ def hf_name(name):
     return renamed(name, HF_NAMES, "model.layers", HF_LAYER)
 
 
-# RoPE turns pairs of a head's E numbers: here, and at Meta's, neighbours (0, 1), (2, 3), ...; at
-# Hugging Face's those that are half a head apart. Their rows of wq and wk are in that order.
+# RoPE rotates pairs of a head's E numbers. Here and in Meta's files the pairs are adjacent, (0, 1),
+# (2, 3), ...; in Hugging Face's files the two numbers of a pair are E / 2 apart, which is the order
+# of the rows of wq and wk.
 
 
 def neighbours(w, head_dim):
@@ -103,7 +109,7 @@ def halves(w, head_dim):
 
 
 def need(package):
-    """The module, which is optional. ValueError if it is not installed."""
+    """An optional module. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -112,7 +118,7 @@ def need(package):
 
 
 def model_shapes(args):
-    """{name: shape} of a model's tensors; of a tied model's two only the embedding."""
+    """{name: shape} of a model's tensors; a tied model has no output.weight."""
     with torch.device("meta"):
         shapes = {name: tuple(w.shape) for name, w in Transformer(args).state_dict().items()}
     if args.tied:
@@ -121,9 +127,9 @@ def model_shapes(args):
 
 
 def hf_args(config, path, max_seq_len=None):
-    """
-    ModelArgs from a config.json. ValueError, naming it, for whatever the model here does not do:
-    to leave it out would give a model that runs and is wrong.
+    """ModelArgs from a Hugging Face config.json. Raises ValueError for every setting that the
+    model here does not support, because ignoring it would give a model that runs but computes
+    something else.
     """
 
     def refuse(what):
@@ -184,9 +190,9 @@ ROPE_KINDS = {
 
 def hf_rope(config, refuse, wrong):
     """
-    rope_theta and our rope_scaling of a config.json, which has them in rope_parameters (transformers
-    5) or in rope_theta and rope_scaling. Whatever is there must be understood: RoPE that is not
-    scaled as the model learnt it gives a model that runs and is wrong.
+    (rope_theta, rope_scaling of ModelArgs) from a config.json, which has them in rope_parameters
+    (transformers 5) or in rope_theta and rope_scaling. Every entry must be understood, because RoPE
+    with another scaling than in training gives a model that runs but computes something else.
     """
     rope, factor = {}, config.get("partial_rotary_factor")
     for name in "rope_scaling", "rope_parameters":
@@ -225,7 +231,8 @@ def hf_rope(config, refuse, wrong):
 
 
 def hf_config(args, dtype, bos, ends):
-    """The config.json of a model; rope_parameters is for transformers 5, the rest for all."""
+    """The config.json of a model. rope_parameters is for transformers 5, rope_scaling for earlier
+    ones."""
     rope, s = {"rope_type": "default"}, args.rope_scaling
     if s:
         rope = {"rope_type": "llama3" if len(s) > 1 else "linear", "factor": s["factor"]}
@@ -258,9 +265,9 @@ def hf_config(args, dtype, bos, ends):
 
 
 def meta_args(params, path, shapes, n_shards, max_seq_len=None):
-    """
-    ModelArgs from a params.json and the {name: shape} of the first shard. It does not say how
-    long a context is: 2048, 4096, 8192 or 131072, as Llama 1, 2, 3 and 3.1 have it.
+    """ModelArgs from a Meta params.json and {name: shape} of the first shard. params.json has no
+    context length: it is 2048, 4096, 8192 or 131072, as in Llama 1, 2, 3 and 3.1, unless
+    max_seq_len is given.
     """
     scaled = params.get("use_scaled_rope", False)
     vocab = params.get("vocab_size", -1)
@@ -285,7 +292,7 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
             if params["norm_eps"] == 1e-5
             else 2048
         )
-        # Llama 3.2's small models have another factor, which only Hugging Face's config tells.
+        # Llama 3.2's small models have another factor, which only Hugging Face's config states.
         factor = params.get("rope_scaling_factor", 32.0 if params["dim"] < 4096 else 8.0)
         return ModelArgs(
             dim=params["dim"],
@@ -307,15 +314,16 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
 
 
 # -----------------------------------------------------------------------------
-# Reading other people's weights, a part of a tensor at a time
+# Reading weights, a part of a tensor at a time
 
-PART = 1 << 24  # numbers that are copied at a time
+PART = 1 << 24  # numbers copied at a time
 
 
 def open_tensors(path):
     """
-    {name: tensor} of a .safetensors, .bin or .pth file. They are mapped: a part is read when it
-    is used, and forgotten with the dictionary. OSError or ValueError if that cannot be.
+    {name: tensor} of a .safetensors, .bin or .pth file. The file is mapped into memory until the
+    dictionary is deleted; a part is read when it is used. Raises OSError, or ValueError if the file
+    is not of such a kind.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -323,12 +331,12 @@ def open_tensors(path):
         if str(path).endswith(".safetensors"):
             with need("safetensors").safe_open(path, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
-        gc.collect(1)  # it leaves cycles behind, which would keep earlier maps
+        gc.collect(1)  # torch.load leaves reference cycles, which keep earlier files mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(tensors, dict):
             raise ValueError("it holds no tensors by name")
         return tensors
-    except Exception as e:  # each library has errors of its own
+    except Exception as e:  # each library raises its own kinds
         if isinstance(e, ValueError) and "pip install" in str(e):
             raise
         reason = str(e).strip().split("\n")[0][:120]
@@ -339,8 +347,8 @@ def open_tensors(path):
 
 def gather(args, read, dtype=None):
     """
-    The state dict of a model. read(name, a, b) gives rows a to b of a tensor, b - a being a
-    multiple of the head size or the whole tensor. Beside the result, little is in memory.
+    The state dict of a model. read(name, a, b) returns rows a to b of a tensor, where b - a is a
+    multiple of the head size, or all rows. Besides the result, at most a few parts are in memory.
     """
     weights = {}
     for name, shape in model_shapes(args).items():
@@ -357,7 +365,10 @@ def gather(args, read, dtype=None):
 
 
 def check_shapes(args, have, where, rename=lambda name: name):
-    """ValueError unless `have`, {name: shape}, is what a model needs; `rename` gives its names."""
+    """
+    Raises ValueError unless `have`, {name: shape}, has the tensors of the model with these args.
+    rename(name) is the name of a tensor in `have`.
+    """
     need = {rename(name): shape for name, shape in model_shapes(args).items()}
     missing = [name for name in need if name not in have]
     spare = [
@@ -383,7 +394,10 @@ def check_shapes(args, have, where, rename=lambda name: name):
 
 
 def hf_files(path):
-    """The folder of a model, and {tensor: file} where an index tells, or the one file."""
+    """
+    (the folder of a model, its weights): the weights are {tensor: file} if there is an index, else
+    one file. Raises FileNotFoundError or ValueError.
+    """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = [os.path.basename(path)] if os.path.isfile(path) else []
     for name in names or (
@@ -408,7 +422,7 @@ def hf_files(path):
 
 
 def read_hf(path, dtype=None, max_seq_len=None):
-    """A folder or file of Hugging Face's -> (ModelArgs, state dict, the folder)."""
+    """Reads a Hugging Face folder or file: (ModelArgs, state dict, the folder)."""
     folder, files = hf_files(path)
     config = os.path.join(folder, "config.json")
     if not os.path.isfile(config):
@@ -435,7 +449,7 @@ def read_hf(path, dtype=None, max_seq_len=None):
 
 
 def read_meta(folder, dtype=None, max_seq_len=None):
-    """A folder of Meta's, whose tensors may be cut into several files -> as read_hf."""
+    """Reads a Meta folder, whose tensors may be split over several files; returns as read_hf."""
     path = os.path.join(folder, "params.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: it says what the weights are")
@@ -452,7 +466,7 @@ def read_meta(folder, dtype=None, max_seq_len=None):
     shards = [{name: tuple(w.shape) for name, w in open_tensors(f).items()} for f in files]
     args = meta_args(read_json(path), path, shards[0], len(files), max_seq_len)
     want, whole, cut = model_shapes(args), {}, {}
-    for name in shards[0]:  # norms are in every file, matrices are cut by rows or by columns
+    for name in shards[0]:  # every file has all norms; matrices are split by rows or by columns
         parts = [shard.get(name) for shard in shards]
         if None in parts:
             raise ValueError(f"{files[parts.index(None)]} lacks {name}")
@@ -477,11 +491,14 @@ def read_meta(folder, dtype=None, max_seq_len=None):
 
 
 # -----------------------------------------------------------------------------
-# Ways to chat: Hugging Face's are programs (Jinja), ours are strings
+# Chat templates: Hugging Face's are programs (Jinja), ours are strings
 
 
 def write_dialogue(template, turns, system, bos, eos):
-    """A dialogue by our strings; of turns, (user, reply), the last reply may be None: a prompt."""
+    """
+    The text of a dialogue in our template. turns: [(user, reply)]; the last reply may be None, and
+    the text is then a prompt.
+    """
     text = ""
     for i, (user, reply) in enumerate(turns):
         form = template["turn"] if i == 0 else template.get("next") or template["turn"]
@@ -502,11 +519,11 @@ def write_dialogue(template, turns, system, bos, eos):
 
 
 def template_from_jinja(source, bos, eos):
-    """
-    Our strings for a Jinja template: it writes dialogues of marked texts, which are cut at the
-    marks. Where nothing follows a reply, {eos} is added, with which the model ends it. ValueError
-    says why where that cannot be: a dialogue of three exchanges must come out the same both ways,
-    up to spaces around replies, which are the tokenizer's affair here.
+    """Converts a Jinja template to our strings: the Jinja template renders dialogues of marker
+    texts, which are then split at the markers. If nothing follows a reply, {eos} is added, so that
+    the model can end it. The result must render a dialogue of three exchanges like the original,
+    except for spaces around replies, which the tokenizer handles here. Raises ValueError with the
+    reason if it does not.
     """
     if isinstance(source, str) and len(source) > 1 << 20:
         raise ValueError("it is longer than a megabyte")
@@ -549,7 +566,7 @@ def template_from_jinja(source, bos, eos):
         return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
 
     template = {"turn": form(one), "next": form(two, None, [one])}
-    with contextlib.suppress(ValueError):  # one that has no place for it may refuse
+    with contextlib.suppress(ValueError):  # a template without a system prompt may raise
         template["system"] = form(one, system)
     knows_system = system in template.get("system", "")
     if not knows_system:
@@ -584,7 +601,7 @@ def template_from_jinja(source, bos, eos):
 
 
 def template_to_jinja(template):
-    """The Jinja template that writes what our strings write."""
+    """The Jinja template that renders the same text as our strings."""
 
     def expression(text):
         names = {
@@ -622,9 +639,9 @@ def template_to_jinja(template):
 
 @contextlib.contextmanager
 def write_folder(path, known):
-    """
-    A folder that is the old one or the whole new one: a temporary one beside it, then renamed.
-    ValueError if the old one holds a file that is none of `known`: it is something else.
+    """A context in which a folder is written so that `path` is at any time the old folder or the
+    complete new one: a temporary folder beside it is renamed at the end. Raises ValueError if the
+    old folder has a file that is not in `known`, because it is then something else.
     """
     path = os.path.abspath(path)
     if os.path.exists(path):
@@ -638,7 +655,7 @@ def write_folder(path, known):
         os.makedirs(temporary)
         yield temporary
         os.umask(mask := os.umask(0))
-        for name in os.listdir(temporary):  # libraries make some that only their owner can read
+        for name in os.listdir(temporary):  # libraries create some files for their owner only
             os.chmod(os.path.join(temporary, name), 0o666 & ~mask)
         shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
@@ -669,7 +686,7 @@ HF_FILES = (
 
 
 def hf_tensors(args, weights, dtype=None):
-    """{Hugging Face's name: tensor} as safetensors writes it."""
+    """{Hugging Face name: tensor}, contiguous, as safetensors needs them."""
     tensors = {}
     for name in model_shapes(args):
         w = weights[name].detach().to("cpu", dtype or weights[name].dtype)
@@ -680,7 +697,7 @@ def hf_tensors(args, weights, dtype=None):
 
 
 def piece_type(sp, i):
-    """1 a piece of text, 2 unknown, 3 control, 5 unused, 6 a byte: SentencePiece's numbers."""
+    """SentencePiece's type of a piece: 1 text, 2 unknown, 3 control, 5 unused, 6 byte."""
     return (
         2
         if sp.is_unknown(i)
@@ -696,9 +713,9 @@ def piece_type(sp, i):
 
 def sentencepiece_json(tokenizer, begin=True):
     """
-    A SentencePiece BPE model as a tokenizer.json. There merges have ranks, here pieces have
-    scores: the ways to make a piece of two others follow each other in the order of its score.
-    `begin` says whether text begins with BOS.
+    Converts a SentencePiece BPE model to a tokenizer.json. SentencePiece gives each piece a score;
+    tokenizer.json ranks merges. All pairs of pieces that form a piece become consecutive merges, in
+    the order of the scores. `begin` says whether text begins with BOS.
     """
     sp = tokenizer.sp
     pieces = {sp.id_to_piece(i): i for i in range(tokenizer.n_words)}
@@ -748,7 +765,7 @@ def sentencepiece_json(tokenizer, begin=True):
 
 
 def bos_first(bos, i):
-    """The post-processor of a tokenizer.json that puts the token `bos`, of id i, before text."""
+    """The post-processor of a tokenizer.json that puts the token `bos` with id i before text."""
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] * bool(bos)
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -760,7 +777,8 @@ def bos_first(bos, i):
 
 
 def tokenizer_json(special, bos, normalizer, pre_tokenizer, decoder, **model):
-    """A tokenizer.json of the BPE `model`, with control tokens {text: id}; bos goes first."""
+    """The contents of a tokenizer.json for the BPE `model` with control tokens {text: id}. `bos` is
+    the text of the token that begins a text, or None."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
@@ -783,12 +801,12 @@ def tokenizer_json(special, bos, normalizer, pre_tokenizer, decoder, **model):
     }
 
 
-# A SentencePiece model is a protocol buffer. Messages that are appended are merged with the first:
-# repeated fields grow, others are replaced.
+# A SentencePiece model is a protocol buffer. Appended messages are merged with the first one:
+# repeated fields are extended, other fields are replaced.
 
 
 def field(number, value):
-    """One field of a protocol buffer; value is text, bytes, a float, a bool or an int."""
+    """One field of a protocol buffer, as bytes; value is text, bytes, a float, a bool or an int."""
 
     def varint(n):
         n &= (1 << 64) - 1
@@ -807,7 +825,7 @@ def field(number, value):
 
 
 def sentencepiece_pieces(pieces):
-    """Bytes to append to a SentencePiece model: pieces (text, score, piece_type's number)."""
+    """Pieces (text, score, piece_type) as bytes that can be appended to a SentencePiece model."""
     return b"".join(
         field(1, field(1, text) + field(2, float(score)) + field(3, kind))
         for text, score, kind in pieces
@@ -815,12 +833,12 @@ def sentencepiece_pieces(pieces):
 
 
 def sentencepiece_names(**names):
-    """Bytes that say which pieces are unk, bos and eos."""
+    """The texts of the pieces unk, bos and eos as bytes that can be appended likewise."""
     numbers = {"unk": 45, "bos": 46, "eos": 47}
     return field(2, b"".join(field(numbers[key], text) for key, text in names.items() if text))
 
 
-NORMALIZERS = ("Prepend", "Replace", "Sequence", "Metaspace")  # that can be SentencePiece's
+NORMALIZERS = ("Prepend", "Replace", "Sequence", "Metaspace")  # can come from SentencePiece
 PROBES = (
     "Once upon a time,  there was a girl. ",
     "I'm 12345\n\n\tyears <old>",
@@ -833,10 +851,9 @@ PROBES = (
 
 
 def json_to_sentencepiece(tokenizer):
-    """
-    The SentencePiece model, as bytes, that encodes as a tokenizer.json does which was made of one:
-    the Tokenizer of Llama 2, as transformers saves it. There merges have ranks, here pieces have
-    scores. None for another kind.
+    """Converts a tokenizer.json that was made from a SentencePiece model, such as Llama 2's as
+    saved by transformers, back to a SentencePiece model with the same encoding, as bytes. The ranks
+    of merges become scores of pieces. None for another kind of tokenizer.
     """
     config, n = tokenizer.json, tokenizer.n_words
     model = config["model"]
@@ -864,7 +881,7 @@ def json_to_sentencepiece(tokenizer):
         )
     ):
         return None
-    # All ways to make a piece of two others must be merges, one after the other.
+    # All pairs of pieces that form a piece must be merges, and these must be consecutive.
     score, ways, last = {}, {}, None
     for a, b in (m if isinstance(m, list) else m.split(" ") for m in model["merges"]):
         if a + b != last and a + b in score:
@@ -897,14 +914,14 @@ def json_to_sentencepiece(tokenizer):
         sp = SentencePieceProcessor()
         try:
             sp.LoadFromSerializedProto(data)
-        except RuntimeError:  # pieces that it does not take
+        except RuntimeError:  # SentencePiece refuses these pieces
             return None
         if all(sp.encode(t) == tokenizer.encode(t, False, False) for t in PROBES):
             return data
     return None
 
 
-# Llama 3's control tokens by their place; what is not named is reserved. The first ones are in all.
+# Llama 3's control tokens by position; the others are reserved. LLAMA3_NAMES are in all versions.
 LLAMA3_NAMES = {
     0: "begin_of_text",
     1: "end_of_text",
@@ -916,10 +933,10 @@ LLAMA31_NAMES = {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
 
 
 def ranks_to_json(path, vocab_size, version_31):
-    """
-    Llama 3's tokenizer.model, as Meta has it, as a tokenizer.json: it is tiktoken's format, a line
-    a token, base64 and rank. There any two neighbours that make a token merge, the lowest rank
-    first; here merges are named. ValueError if it is no such file, or of another size.
+    """Converts Meta's tokenizer.model of Llama 3 to a tokenizer.json. The file is in tiktoken's
+    format: one token per line, in base64, and its rank. tiktoken merges any two neighbours that
+    form a token, lowest rank first; tokenizer.json lists the merges. Raises ValueError if the file
+    is of another kind or size.
     """
     ranks = {}
     with open(path, "rb") as f:
@@ -929,7 +946,7 @@ def ranks_to_json(path, vocab_size, version_31):
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
                 raise ValueError(
-                    f"{path} is no SentencePiece model, and its line {number} is not "
+                    f"{path} is not a SentencePiece model, and its line {number} is not "
                     "a token in base64 and its rank"
                 ) from None
     single = all(bytes([b]) in ranks for b in range(256))
@@ -941,7 +958,8 @@ def ranks_to_json(path, vocab_size, version_31):
         )
 
     def parts(token):
-        """What BPE makes of a token's bytes before the token itself: two, where it gets so far."""
+        """The pieces from which the last BPE merge forms a token; more than two if no merge
+        does."""
         pieces = [token[i : i + 1] for i in range(len(token))]
         while len(pieces) > 2:
             rank, i = min(
@@ -995,14 +1013,14 @@ def ranks_to_json(path, vocab_size, version_31):
 
 
 def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
-    """The tokenizer's own files, and a tokenizer_config.json that says how to use them."""
+    """Writes the files of a tokenizer and a tokenizer_config.json to a Hugging Face folder."""
     beside = os.path.join(os.path.dirname(tokenizer.model_path), "tokenizer_config.json")
     config = {"model_max_length": max_seq_len, "clean_up_tokenization_spaces": False}
     if tokenizer.sp:
         shutil.copyfile(tokenizer.model_path, os.path.join(folder, "tokenizer.model"))
         write_json(os.path.join(folder, "tokenizer.json"), sentencepiece_json(tokenizer, begin))
         piece = tokenizer.sp.id_to_piece
-        # LlamaTokenizer loads it too, but in transformers 5 treats a leading space in its own way
+        # Not LlamaTokenizer, which in transformers 5 treats a leading space differently
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "legacy": True,
@@ -1016,7 +1034,7 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
         path = os.path.join(folder, "tokenizer.json")
         if tokenizer.adds_bos == begin:
             shutil.copyfile(tokenizer.model_path, path)
-        else:  # transformers asks the post-processor alone
+        else:  # transformers uses the post-processor only
             bos = next(t for t, i in tokenizer.special.items() if i == tokenizer.bos_id)
             process = bos_first(bos if begin else None, tokenizer.bos_id)
             write_json(path, tokenizer.json | {"post_processor": process})
@@ -1034,14 +1052,15 @@ def write_hf_tokenizer(folder, tokenizer, template, max_seq_len, begin):
 
 
 def token_text(config, name):
-    """A special token of a tokenizer_config.json, which may be a string or an object; or ""."""
+    """A special token of a tokenizer_config.json, where it is a string or an object; "" if
+    missing."""
     value = config.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
 
 
 def same_template(config, template):
-    """Whether a tokenizer_config.json has a chat template that writes what ours does."""
+    """Whether the chat template of a tokenizer_config.json renders the same text as ours."""
     try:
         texts = token_text(config, "bos_token"), token_text(config, "eos_token")
         ours = template_from_jinja(config["chat_template"], *texts)
@@ -1051,7 +1070,7 @@ def same_template(config, template):
 
 
 def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True, tokenizer_hash=""):
-    """The folder that transformers loads; returns the number types of its weights."""
+    """Writes a folder that transformers loads; returns the number types of its weights."""
     save_file = need("safetensors.torch").save_file
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
     kinds = sorted({w.dtype for w in tensors.values()}, key=lambda kind: kind.itemsize)
@@ -1074,8 +1093,8 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
 def find_adapters(path):
     """
     ({"rank", "alpha", "layers"}, {name: lora_a or lora_b}, head size, the tokenizer's hash or None)
-    of a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. ValueError if it
-    has none.
+    of a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. Raises ValueError
+    if it has no adapters.
     """
     checkpoint = open_tensors(path)
     lora = checkpoint.get("lora") or checkpoint
@@ -1086,13 +1105,15 @@ def find_adapters(path):
     if not adapters or not {"rank", "alpha", "layers"} <= lora.keys():
         raise ValueError(f"{path} has no LoRA adapters")
     if "model_args" not in checkpoint:
-        raise ValueError(f"{path} does not say what model it is for: give the checkpoint beside it")
+        raise ValueError(
+            f"{path} does not say which model it is for: give the checkpoint beside it"
+        )
     head_dim = ModelArgs(**checkpoint["model_args"]).head_dim
     return lora, adapters, head_dim, checkpoint.get("tokenizer_hash")
 
 
 def export_peft(args):
-    """The adapters of a checkpoint, without its weights, for peft.PeftModel.from_pretrained."""
+    """Writes the adapters of a checkpoint as a folder for peft.PeftModel.from_pretrained."""
     save_file = need("safetensors.torch").save_file
     lora, adapters, head_dim, tokenizer_hash = find_adapters(args.checkpoint)
     tensors = {}
@@ -1145,12 +1166,12 @@ GGUF_LAYER = {
 }
 
 
-def gguf_name(name):  # rows stay: GGUF too turns neighbours
+def gguf_name(name):  # RoPE rotates adjacent numbers in GGUF as well, so rows keep their order
     return renamed(name, GGUF_NAMES, "blk", GGUF_LAYER)
 
 
 def gguf_tokenizer(writer, tokenizer, end_ids, begin):
-    """Puts the vocabulary into a GGUFWriter."""
+    """Writes the vocabulary of a tokenizer to a GGUFWriter."""
     bos, eos, _ = special_ids(tokenizer, end_ids)
     if tokenizer.sp:
         sp, ids = tokenizer.sp, range(tokenizer.n_words)
@@ -1163,7 +1184,7 @@ def gguf_tokenizer(writer, tokenizer, end_ids, begin):
         prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
         writer.add_add_space_prefix(prefix)
     else:
-        blob = byte_level_blob(tokenizer)  # also checks that it is one of the kinds below
+        blob = byte_level_blob(tokenizer)  # also checks that the kind is one of those below
         pattern, flags = struct.unpack_from("<2I", blob, 4 + 12 * struct.unpack_from("<I", blob)[0])
         model = tokenizer.json["model"]
         tokens = ["[unused]"] * tokenizer.n_words
@@ -1184,9 +1205,9 @@ def gguf_tokenizer(writer, tokenizer, end_ids, begin):
 def write_gguf(
     path, args, weights, dtype, tokenizer, template, end_ids, bos=True, tokenizer_hash=""
 ):
-    """
-    The model at `path`, tensor by tensor. dtype "q8_0" is int8 by groups of 32 columns, with rows
-    that are no multiple of 32, and norms, in fp32; else "float32".
+    """Writes a model to `path`, tensor by tensor. With dtype "q8_0", matrices are int8 in groups
+    of 32 columns; norms, and matrices whose columns are not a multiple of 32, are fp32. The other
+    dtype is "float32".
     """
     gguf = need("gguf")
     types = gguf.GGMLQuantizationType
@@ -1212,7 +1233,7 @@ def write_gguf(
     if args.rope_scaling and len(args.rope_scaling) == 1:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(args.rope_scaling["factor"])
-    elif args.rope_scaling:  # what each frequency is divided by
+    elif args.rope_scaling:  # the factor by which each frequency is divided
         plain = rope_frequencies(replace(args, rope_scaling=None))
         extra["rope_freqs.weight"] = (plain / rope_frequencies(args)).numpy()
     if tokenizer:
