@@ -138,9 +138,9 @@ def check_generates(checkpoint, path):
 
 
 def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
-    """The model of a checkpoint, on the CPU in fp32, with the fast modules of kernels.py. `overrides`
-    replace fields of its ModelArgs. If `cls` has a value head and the checkpoint does not, the head
-    is newly initialized. Raises ValueError if names or shapes do not fit."""
+    """The model of a checkpoint, on the CPU in fp32, with the fast modules of kernels.py.
+    `overrides` replace fields of its ModelArgs. If `cls` has a value head and the checkpoint does
+    not, the head is newly initialized. Raises ValueError if names or shapes do not fit."""
     known = {f.name for f in fields(ModelArgs)}
     given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
     state = checkpoint["model"]
@@ -194,7 +194,8 @@ def checkpoint_args(args: ModelArgs):
 
 
 def choose_device(name=""):
-    """The device that --device names, or the best there is. Raises ValueError if it is not here."""
+    """The device that --device names, or the best available one. Raises ValueError if this machine
+    does not have it."""
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
