@@ -253,7 +253,7 @@ def test_lines_fit_the_terminal(tmp_path, monkeypatch, columns):
     ]
     numbers = [f"rm/val/number_{i} {i}.123" for i in range(6)]
     lines = [*fields, "step 100: train loss 0.3153, val loss 0.3505, " + ", ".join(numbers)]
-    log = report.Log(train.flags([f"--out_dir={tmp_path}"]), "log.jsonl", 0, False, 0)
+    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "log.jsonl")
     monkeypatch.setenv("COLUMNS", str(columns))
     for kind in (Terminal, io.StringIO):
         monkeypatch.setattr(sys, "stdout", kind())
