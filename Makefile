@@ -1,20 +1,20 @@
-# The front door. `make demo`: from nothing to a trained, aligned, quantized model that tells a story
-# in C. `make test`: everything is checked. Each step prints the command that it runs.
+# `make demo` trains, aligns and quantizes a model from scratch and generates text with it in C.
+# `make test` runs all tests. Each step prints the command that it runs.
 
 PY = .venv/bin/python
 CC = cc
 DEMO = out/demo
 ITERS = 1500
 PPO_ITERS = 60
-# The model of llama2.c's stories260K. A context of 512 holds the longest story that PPO asks for.
+# The shape of llama2.c's stories260K. A context of 512 holds the longest response of PPO.
 MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 \
         --multiple_of=4 --max_seq_len=512
-# 200 rollouts an iteration, each used once.
+# 200 rollouts per iteration, each used once.
 PPO = --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3 \
       --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=10
 RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 
-# Which model `make frontier` aligns.
+# The model that `make frontier` aligns.
 CHECKPOINT = $(DEMO)/ckpt.pt
 
 RLHF = out/rlhf
@@ -36,18 +36,19 @@ demo: $(DEMO)/model.bin run
 rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	$(PY) experiments/story_task.py $(RLHF)
 
-# The environment: nothing is installed outside this folder.
+# The environment. Nothing is installed outside this folder.
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# What the tests hold the exports against; what cannot be had is skipped, and the tests say so.
+# Libraries that the tests compare the exports with. Tests of a library that cannot be installed are
+# skipped with a reason.
 .venv/tested: tests/requirements.txt | .venv/installed
 	-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
-# Stories: real ones if they are here or can be had, else made by tinystories.py.
+# Stories: real ones if they are here or can be downloaded, else synthetic ones of tinystories.py.
 data/TinyStories_all_data/data00.json: | .venv/installed
 	$(PY) tinystories.py download --small || $(PY) tinystories.py synthesize
 
@@ -73,10 +74,10 @@ $(DEMO)/aligned: | $(DEMO)/pretrained
 $(DEMO)/model.bin: $(DEMO)/aligned
 	$(PY) export.py $@ --checkpoint=$(DEMO)/ppo_ckpt.pt
 
-# From a story teller to an assistant. START: another model to start from, with tok512.model beside it.
+# From a language model to an assistant. START: the model to start from, with tok512.model beside it.
 START = $(DEMO)/ckpt.pt
 TASK = data/task
-# A story of 160 words has up to 440 tokens.
+# Flags of all stages. A story of 160 words has up to 440 tokens.
 HOW = --out_dir=$(RLHF) --device=cpu --beta2=0.99 --weight_decay=0 --eval_interval=1000 \
       --log_interval=20
 LONG = --max_gen_len=440
@@ -91,7 +92,7 @@ $(RLHF)/sft: $(TASK)/sft.jsonl
 	cp $(START) $(RLHF)/ckpt.pt
 	touch $@
 
-# The SFT model's own stories, ranked by the rule: what a person would do.
+# The SFT model's own stories, ranked by the gold rule in place of a person.
 $(RLHF)/pairs.jsonl: $(RLHF)/sft
 	$(PY) instruct.py pairs --checkpoint=$(RLHF)/sft_ckpt.pt --prompts=3000 \
 		--margin=0.35 --output=$@
@@ -112,18 +113,18 @@ $(RLHF)/dpo: $(RLHF)/pairs.jsonl
 		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@
 
-# C inference, for this machine. Portable: cc -O3 run.c -o run -lm -pthread
+# Inference in C, compiled for this machine. Portable: cc -O3 run.c -o run -lm -pthread
 run: run.c
 	$(CC) -O3 -march=native -o $@ run.c -lm -pthread
 
 test: .venv/installed .venv/tested run
 	$(PY) -m pytest -q tests
 
-# Speeds of this project alone; `bench/bench_run.py --help` says how to measure others beside it.
+# Speeds of this project; `bench/bench_run.py --help` says how to measure other projects beside it.
 bench: $(DEMO)/pretrained run
 	for b in bench/bench_*.py; do $(PY) $$b || exit 1; done
 
-# Reward against KL for several beta, beside the optimum: experiments/frontier.py.
+# Reward against KL for several beta beside the best achievable: experiments/frontier.py.
 frontier: $(DEMO)/pretrained
 	$(PY) experiments/frontier.py --checkpoint=$(CHECKPOINT)
 

@@ -27,6 +27,15 @@ def test_relative_links_resolve(page):
     assert links or page != PAGES[0]  # the expression finds links
 
 
+def test_files_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| file |") : text.index("| document |")]
+    names = re.findall(r"`([\w/]+\.\w+|\w+/)`", table)
+    assert len(names) >= 20 and not [name for name in names if not (ROOT / name).exists()]
+    sources = {path.name for path in ROOT.glob("*.py")}
+    assert sources == {name for name in names if name.endswith(".py")}
+
+
 def message_patterns():
     """(regular expression, its number of literal characters) of each string in the sources. What an
     f-string or printf inserts is any text."""
