@@ -227,8 +227,8 @@ def link(old, new):
 
 
 def newest(path):
-    """The checkpoint at path or, if it is damaged, the one before it, with a warning. The damaged file
-    is renamed: the next save would otherwise keep it as the one before."""
+    """The checkpoint at path or, if it is damaged, the one before it, with a warning. The damaged
+    file is renamed: the next save would otherwise keep it as the one before."""
     try:
         return load_verified(path)
     except (ValueError, FileNotFoundError) as e:
@@ -259,8 +259,8 @@ def another_stage(state):
 
 
 def weights_alone(state):
-    """What a new run takes from a checkpoint: all but the state of the run that wrote it, so that the
-    reference of the new run is the checkpoint's model."""
+    """What a new run takes from a checkpoint: all but the state of the run that wrote it, so that
+    the reference of the new run is the checkpoint's model."""
     of_a_run = {
         *("position", "tokens", "bad_steps", "optimizer", "optimizers", "scaler"),
         *("ppo", "dpo", "reward", "unmerged", "lora"),
