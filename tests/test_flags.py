@@ -301,7 +301,7 @@ EFFECTS = {
     "adam_eps": (1e-2, {}),
     "grad_clip": (1e-3, {"adam_eps": 1}),
     "decay_lr": (False, {}),
-    "schedule": ("linear", {}),
+    "schedule": ("linear", {"warmup_iters": 0}),
     "device": ("tpu", {}),
     "dtype": ("bfloat16", {}),
     "seed": (1, {}),
