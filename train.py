@@ -1,22 +1,23 @@
 """The training loop: pretraining, and with --sft, --rm, --dpo or --ppo the stages after it.
 
     python train.py --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8
-    python train.py --sft --data=data/task/sft.jsonl              # out/ckpt.pt learns to obey
-    python train.py --out_dir=out --init_from=resume --ppo        # aligns out/ckpt.pt
-    torchrun --standalone --nproc_per_node=4 train.py             # DDP, on one node or many
+    python train.py --sft --data=data/task/sft.jsonl          # fine-tunes out/ckpt.pt
+    python train.py --out_dir=out --init_from=resume --ppo    # aligns out/ckpt.pt
+    torchrun --standalone --nproc_per_node=4 train.py         # DDP, on one or several nodes
 
-It reads shards made by tinystories.py and writes into --out_dir:
-    ckpt.pt        the newest state; ckpt.prev.pt the one before
-    best.pt        the state with the lowest validation loss
+Pretraining reads shards made by tinystories.py and writes into --out_dir:
+    ckpt.pt        the newest checkpoint
+    ckpt.prev.pt   the checkpoint before it
+    best.pt        the checkpoint with the lowest validation loss
     model.bin      the model for ./run
-    log.jsonl      one JSON object an iteration
-and those of the other stages with their name before: sft_ckpt.pt, ppo_ckpt.pt, ...; sft_lora.pt
-has the adapters of --sft --lora_rank alone.
+    log.jsonl      one JSON object per iteration
+The other stages write the same files with a prefix: sft_ckpt.pt, ppo_ckpt.pt, ... With
+--lora_rank, --sft also writes sft_lora.pt, which holds the adapters alone.
 
-A checkpoint is complete: --init_from=resume with the same flags goes on as if the run had never
-been interrupted. Ctrl-C finishes the step, saves, and says how to go on. One run at a time has
---out_dir. NATIVE_KERNELS=0 in the environment turns the CPU kernels of kernels.c off; CC names
-their compiler.
+A checkpoint is complete: --init_from=resume with the same flags continues the run as if it had
+never been interrupted. Ctrl-C finishes the step, saves a checkpoint, and prints how to resume. Only
+one run at a time can write to --out_dir. The environment variable NATIVE_KERNELS=0 turns the CPU
+kernels of kernels.c off; CC names their compiler.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import common  # first: it reports missing packages
+import common  # imported first, because it reports missing packages
 
 # isort: split
 import torch
@@ -68,9 +69,9 @@ from sft import FineTuning
 from tinystories import parse_data, shards_tokenizer
 from tokenizer import check_place, copy_tokenizer, load_tokenizer
 
-# The stages by their flags; without one the run is Pretraining.
+# The stage that each flag selects; without such a flag the stage is Pretraining.
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": RLHF}
-# Flags that may differ between a run and its continuation without making it another run.
+# Flags that may change when a run is resumed, without making it a different run.
 FREE_FLAGS = {
     *("out_dir", "init_from", "tokenizer", "device", "compile", "fsdp", "max_iters", "ppo_iters"),
     *("eval_interval", "eval_iters", "eval_only", "log_interval", "always_save_checkpoint"),
@@ -88,7 +89,7 @@ FREE_FLAGS = {
 class StageFlags:
     """stage (default: pretraining)"""
 
-    sft: bool = flag(False, "fine-tune the checkpoint in out_dir (or --init_from) on instructions")
+    sft: bool = flag(False, "supervised fine-tuning of the checkpoint in out_dir (or --init_from)")
     rm: bool = flag(False, "train a reward model from rankings of replies (--data=FILE.jsonl)")
     dpo: bool = flag(False, "train on rankings directly, without reward model or samples")
     ppo: bool = flag(False, "align the checkpoint in out_dir (or --init_from) with PPO")
@@ -100,12 +101,14 @@ class OutputFlags:
 
     out_dir: str = flag("out", "folder for checkpoints and logs")
     init_from: str = flag(
-        "scratch", "scratch, resume (from out_dir), or a checkpoint whose weights to start from"
+        "scratch", "scratch, resume (from out_dir), or a checkpoint with the initial weights"
     )
     eval_interval: int = flag(2000, "iterations between evaluations; each saves a checkpoint")
     eval_only: bool = flag(False, "evaluate, print and exit (PPO: print the report)")
-    log_interval: int = flag(1, "iterations between printed lines; log.jsonl has every iteration")
-    always_save_checkpoint: bool = flag(False, "accepted; each evaluation saves ckpt.pt anyway")
+    log_interval: int = flag(
+        1, "iterations between printed lines; log.jsonl records every iteration"
+    )
+    always_save_checkpoint: bool = flag(False, "ignored: every evaluation saves ckpt.pt")
     tensorboard: bool = flag(False, "also log to TensorBoard, in out_dir")
     wandb_log: bool = flag(
         False, "also log to Weights & Biases (--wandb_project, --wandb_run_name)"
@@ -130,7 +133,7 @@ class DataFlags:
         128, "sequences per forward pass (PPO: rollouts, --rm and --dpo: rankings)"
     )
     tokenizer: str = flag(
-        "", "SentencePiece model or tokenizer.json; default: that of out_dir or data/"
+        "", "SentencePiece model or tokenizer.json; default: the one in out_dir or data/"
     )
 
 
@@ -140,21 +143,21 @@ class OptimizerFlags:
 
     learning_rate: float = flag(5e-4, "peak learning rate of AdamW")
     gradient_accumulation_steps: int = flag(1, "forward passes per step, over all processes")
-    max_iters: int = flag(100000, "iterations in total, the checkpoint's included")
-    weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
+    max_iters: int = flag(100000, "iterations in total, including those of the checkpoint")
+    weight_decay: float = flag(0.1, "decoupled weight decay, applied to matrices only")
     beta1: float = flag(0.9, "Adam β1, decay of the first moment")
     beta2: float = flag(0.95, "Adam β2, decay of the second moment")
-    adam_eps: float = flag(1e-8, "Adam ε, added to the root of the second moment")
+    adam_eps: float = flag(1e-8, "Adam ε, added to the square root of the second moment")
     grad_clip: float = flag(1.0, "maximum gradient norm; 0: no clipping")
     decay_lr: bool = flag(True, "decay the learning rate to 0 at max_iters")
-    schedule: str = flag("cosine", "shape of this decay", ("cosine", "linear"))
+    schedule: str = flag("cosine", "shape of the learning-rate decay", ("cosine", "linear"))
 
 
 @dataclass
 class SystemFlags:
     """system"""
 
-    device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the best there is")
+    device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the fastest available")
     dtype: str = flag(
         "", "default: bfloat16 on cuda, else float32", ("", "float32", "bfloat16", "float16")
     )
@@ -163,14 +166,14 @@ class SystemFlags:
 
 COMMON = StageFlags, OutputFlags, DataFlags, OptimizerFlags, SystemFlags
 EPILOG = """\
-A stage has more flags: train.py --sft --help, --rm --help, --dpo --help, --ppo --help.
-This help shows the flags that have an effect beside the others on the command line: with
---optimizer=muon it shows --muon_learning_rate too.
+Each stage has flags of its own: train.py --sft --help, --rm --help, --dpo --help, --ppo --help.
+The help lists only flags that have an effect in combination with the other flags on the command
+line: --muon_learning_rate, for example, is listed with --optimizer=muon --help.
 """
 
 
 def flags(argv=None):
-    """The command line as a namespace; `args.given` holds the names of the flags on it."""
+    """Parses the command line into a namespace; `args.given` holds the names of the flags on it."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=EPILOG)
     for group in (*COMMON, *(g for stage in (Pretraining, *STAGES.values()) for g in stage.flags)):
         add_flags(parser, group)
@@ -178,8 +181,8 @@ def flags(argv=None):
 
 
 def unused(args):
-    """The flags without effect beside the others: {name: why}, or None for why if they are accepted
-    all the same."""
+    """Flags that have no effect in combination with the other flags: {name: reason}. The reason is
+    None for a flag that is accepted and ignored."""
     stage = stage_class(args)
     stages = {"pretraining": Pretraining, **{f"--{name}": other for name, other in STAGES.items()}}
     names = {k: [n for group in s.flags for n in flag_names(group)] for k, s in stages.items()}
@@ -192,14 +195,14 @@ def unused(args):
         )
     for names, why in stage.unused(args):
         out = dict.fromkeys(names, why) | out
-    hidden = {"always_save_checkpoint", *stage.accepted}  # the former is always the case
-    if stage is not Pretraining:  # two stages are an error of their own
+    hidden = {"always_save_checkpoint", *stage.accepted}  # evaluations always save
+    if stage is not Pretraining:  # stage_class reports a second stage with its own message
         hidden |= {name for name, other in STAGES.items() if other is not stage}
     return out | dict.fromkeys(hidden)
 
 
 def stage_class(args):
-    """The stage that the flags choose. Raises ValueError for two stages at a time."""
+    """The stage that the flags select. Raises ValueError if they select two stages."""
     chosen = [name for name in STAGES if getattr(args, name)]
     if len(chosen) > 1:
         raise ValueError(f"one stage at a time, not {' and '.join('--' + n for n in chosen)}")
@@ -211,8 +214,9 @@ def stage_class(args):
 
 
 def setup(args):
-    """Checks the flags, chooses device and dtype, and joins the other processes. Returns the Run as
-    far as it does not depend on a checkpoint."""
+    """Checks the flags, chooses device and dtype, and initializes the process group. Returns a Run
+    without the fields that depend on a checkpoint; `start` sets those. Raises ValueError for flags
+    out of range."""
     stage = stage_class(args)
     at_least_one = (
         *("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval"),
@@ -246,9 +250,10 @@ def setup(args):
 
 
 def join_processes(backend, rank, world):
-    """init_process_group. After torchrun --max-restarts on one node the store still holds the dead
-    processes' addresses (PyTorch 2.13), so each restart has names of its own in it; several nodes
-    need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead."""
+    """Calls init_process_group. After a restart by torchrun --max-restarts on one node, the store
+    still holds the addresses of the dead processes (PyTorch 2.13), so each restart uses its own key
+    prefix. Several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment
+    instead."""
     env, options = os.environ, {}
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart != "0" and env.get("GROUP_WORLD_SIZE") == "1":
@@ -258,8 +263,9 @@ def join_processes(backend, rank, world):
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop ends after a whole step. One more, a second later,
-    ends at once: torchrun sends its workers Ctrl-C again, which the terminal has sent already."""
+    """Records SIGINT and SIGTERM, so that the loop can finish the current step first. A second
+    signal more than one second later raises KeyboardInterrupt. The delay is needed because torchrun
+    forwards a Ctrl-C that its workers have already received from the terminal."""
 
     def __init__(self):
         self.signal, self.time = 0, math.inf
@@ -272,22 +278,22 @@ class Interrupt:
         self.signal, self.time = int(number), min(self.time, time.monotonic())
 
     def pending(self):
-        """The signal, or 0: the same answer on every rank."""
-        mine = torch.tensor(self.signal)
+        """The number of the signal received by any rank, or 0; the same on every rank."""
+        number = torch.tensor(self.signal)
         if dist.is_initialized():
-            mine = mine.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(mine, op=dist.ReduceOp.MAX)
-        return int(mine)
+            number = number.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
 
 # ----------------------------------------------------------------------------
-# what a run starts from
+# the start of a run
 
 
 def check_fits(args, model_args):
-    """Raises ValueError naming each flag on the command line that the checkpoint contradicts."""
+    """Raises ValueError if flags on the command line contradict the model of the checkpoint."""
     wrong = [
-        f"{n} is {model_args[n]} there, --{n}={getattr(args, n)} here"
+        f"{n} is {model_args[n]} in the checkpoint, --{n}={getattr(args, n)} on the command line"
         for n in MODEL_FLAGS
         if n in args.given and model_args.get(n) not in (None, getattr(args, n))
     ]
@@ -296,15 +302,16 @@ def check_fits(args, model_args):
 
 
 def differences(run, checkpoint):
-    """The flags that make this another run than the checkpoint's, for a person to read."""
-    saved, mine = checkpoint.get("config", {}), run.config
-    names = mine.keys() & saved.keys() - FREE_FLAGS - unused(run.args).keys()
-    names = [k for k in names if mine[k] != saved[k]]
-    return ", ".join(f"{k} was {saved[k]}, is {mine[k]}" for k in sorted(names))
+    """A description of the flags that differ from those of the checkpoint and make this a different
+    run; "" if there are none."""
+    saved, current = checkpoint.get("config", {}), run.config
+    names = current.keys() & saved.keys() - FREE_FLAGS - unused(run.args).keys()
+    names = [k for k in names if current[k] != saved[k]]
+    return ", ".join(f"{k} was {saved[k]}, is {current[k]}" for k in sorted(names))
 
 
 def code_version():
-    """Changes with the code that computes; recorded in checkpoints."""
+    """A hash of the source files that determine the results; checkpoints record it."""
     folder = Path(__file__).parent
     names = (
         *("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "tokenizer.py"),
@@ -315,7 +322,8 @@ def code_version():
 
 
 def start(run):
-    """The stage, ready for its first step, with the complete Run."""
+    """Loads the checkpoint and the tokenizer, completes the Run, and builds the stage. Returns the
+    stage, ready for its first step."""
     args, kind = run.args, stage_class(run.args)
     checkpoint, resumed = starting_point(run, kind, differences)
     start_iteration, best_val_loss, vocab_size = 0, 1e9, args.vocab_size
@@ -328,15 +336,16 @@ def start(run):
     shards = [shards_tokenizer(f, vocab_size) for f in dict.fromkeys(folders)]
     tokenizer, tokenizer_hash, assumed = load_tokenizer(args, checkpoint, shards, vocab_size)
     if tokenizer and not args.eval_only and (resumed or not kind.from_scratch):
-        check_place(tokenizer, args.out_dir)  # a new run of pretraining moves another one aside
-    # What a checkpoint records about its text goes into the checkpoints that are made from it.
+        # A new pretraining run is not checked: it moves the old files in out_dir aside.
+        check_place(tokenizer, args.out_dir)
+    # The new checkpoints inherit the description of the text from the initial checkpoint.
     names = "template", "end_ids", "bos"
     metadata = {k: checkpoint[k] for k in names if k in (checkpoint or ())}
     metadata["tokenizer_hash"] = tokenizer_hash
     template = None
     if kind.uses_template(args):
         if tokenizer is None:
-            raise ValueError("instructions are text: this needs the model's tokenizer, --tokenizer")
+            raise ValueError("dialogues need the tokenizer of the model: name it with --tokenizer")
         template = find_template(args.template, metadata, tokenizer, "plain")
         metadata["template"] = template._asdict()
     run = replace(
@@ -352,7 +361,7 @@ def start(run):
     stage = kind(run, checkpoint)
     if resumed:
         stage.load_state(checkpoint)
-    for line in assumed:  # only now, so that a mistake in the flags ends in one line
+    for line in assumed:  # after all checks, so that a wrong flag prints only its error
         note(line)
     if run.rank == 0:
         describe(stage, checkpoint)
@@ -361,7 +370,8 @@ def start(run):
 
 
 def describe(stage, checkpoint):
-    """Prints what runs where, and how a resumed run differs from its first part."""
+    """Prints the size of the model, the iterations and the device; for a resumed run also the flags
+    and the code version that differ from those of its checkpoint."""
     run = stage.run
     count = sum(p.numel() for p in stage.model.parameters())
     iterations = f"iterations {run.start_iteration} to {run.end_iteration}"
@@ -370,10 +380,13 @@ def describe(stage, checkpoint):
     print(f"{count:,} parameters; {iterations}; {machine}")
     changed = differences(run, checkpoint) if run.resumed else ""
     if changed:
-        print(f"resumed with other flags than the checkpoint's; the flags count: {changed}")
-    saved, mine = checkpoint.get("code_version") if run.resumed else None, code_version()
-    if saved not in (None, mine):
-        print(f"code was {saved}, is {mine}: the numbers may not be those of a run without a pause")
+        print(f"resumed with other flags than the checkpoint's, which now apply: {changed}")
+    saved, current = checkpoint.get("code_version") if run.resumed else None, code_version()
+    if saved not in (None, current):
+        print(
+            f"code version was {saved}, is {current}: the results may differ from those of an "
+            "uninterrupted run"
+        )
     if run.start_iteration >= run.end_iteration:
         print("nothing to do: the checkpoint has reached --max_iters")
 
@@ -383,9 +396,9 @@ def describe(stage, checkpoint):
 
 
 def save(stage, iteration, best_val_loss, improved):
-    """Writes the stage's checkpoint and its model for ./run, on rank 0. The checkpoint before stays
-    as .prev.pt; best.pt is a link to the one with the lowest validation loss."""
-    run, state = stage.run, stage.state()  # on all ranks: with --fsdp they put it together
+    """Writes the stage's checkpoint and its model for ./run, on rank 0. The previous checkpoint is
+    kept as .prev.pt; best.pt is a link to the checkpoint with the lowest validation loss."""
+    run, state = stage.run, stage.state()  # with --fsdp all ranks gather the state
     if run.rank:
         return
     path = Path(run.args.out_dir) / f"{stage.prefix}ckpt.pt"
@@ -415,22 +428,23 @@ def save(stage, iteration, best_val_loss, improved):
     try:
         with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
             write_v3(f, stage.model.args, state["model"], "fp32", run.tokenizer, **run.metadata)
-    except ValueError as e:  # a tokenizer that run.c has not: no reason to stop training
+    except ValueError as e:  # run.c does not support the tokenizer: training continues
         print(f"warning: no {stage.prefix}model.bin: {e}", file=sys.stderr)
 
 
 def train(run):
-    """Trains, and evaluates and saves every --eval_interval iterations, at the end and when it is
-    interrupted. Returns the exit status of an interrupted run."""
+    """Trains. Evaluates and saves every --eval_interval iterations and at the end; also saves after
+    an interrupt. Returns the exit status of an interrupted run, else None."""
     stage = start(run)
     run, args = stage.run, run.args
     iteration, best_val_loss = run.start_iteration, run.best_val_loss
-    saved = iteration if run.resumed else None  # the iteration of the checkpoint
+    saved = iteration if run.resumed else None  # the iteration of the newest checkpoint
     path = Path(args.out_dir) / f"{stage.prefix}ckpt.pt"
-    if not run.resumed and not args.eval_only:  # only now: a mistake in the flags loses nothing
+    # Old files are moved after all checks, so that a wrong flag moves nothing.
+    if not run.resumed and not args.eval_only:
         move_aside(path, run.rank)
     if run.rank == 0 and not args.eval_only:
-        common.remove_temporaries(args.out_dir)  # of a run that was killed while it wrote
+        common.remove_temporaries(args.out_dir)  # left by a run that was killed while writing
     interrupt = Interrupt()
     log = Log(run, f"{stage.prefix}log.jsonl")
 
@@ -480,8 +494,8 @@ def train(run):
             if number:
                 save(stage, iteration, best_val_loss, False)
                 log.line(
-                    f"interrupted: saved iteration {iteration}; "
-                    "go on with the same command and --init_from=resume"
+                    f"interrupted: saved iteration {iteration}; to resume, run the same command "
+                    "with --init_from=resume"
                 )
                 return 128 + number if number == signal.SIGTERM else 0
         evaluate_and_save()
@@ -504,27 +518,27 @@ def main(argv=None):
     if args.plan:
         plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
         return None
-    load_boards(args)  # only to see that they are there, before an hour of work
+    load_boards(args)  # reports a missing package before the run starts
     run = setup(args)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     if args.eval_only and stage_class(args).show_report(run):
         return None
-    # --plot and --eval_only only read: they work beside a run.
-    alone = run.rank == 0 and not args.eval_only
+    # --plot and --eval_only only read, so they need no lock while another run writes.
+    writes = run.rank == 0 and not args.eval_only
     try:
-        with common.lock_folder(args.out_dir) if alone else nullcontext():
+        with common.lock_folder(args.out_dir) if writes else nullcontext():
             with common.unbreakable_output():
                 return train(run)
     except (RuntimeError, MemoryError) as e:
         if out_of_memory(e):
             raise OSError(
-                f"out of memory on {run.device}: take a smaller --batch_size than "
-                f"{args.batch_size} (with more --gradient_accumulation_steps a step has as many "
-                "tokens), or a smaller model"
+                f"out of memory on {run.device}: use a smaller --batch_size than "
+                f"{args.batch_size} (and more --gradient_accumulation_steps for the same number of "
+                "tokens per step), or a smaller model"
             ) from None
         if run.world == 1 or "onnection" not in str(e):
             raise
-        raise OSError(f"rank {run.rank}: another process of this run has gone: {e}") from None
+        raise OSError(f"rank {run.rank}: another process of this run has ended: {e}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

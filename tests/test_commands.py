@@ -307,7 +307,7 @@ def test_errors(home, tmp_path, capsys):
         (
             f"{resume} --out_dir={tmp_path / 'good'} --n_layers=2",
             1,
-            "n_layers is 1 there, --n_layers=2 here",
+            "n_layers is 1 in the checkpoint, --n_layers=2 on the command line",
         ),
         (f"{v512} --init_from=none.pt", 1, "none.pt: there is no such checkpoint"),
         (f"{v512} --ppo --out_dir={tmp_path / 'nothing'}", 1, "there is no such checkpoint"),

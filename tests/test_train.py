@@ -657,7 +657,7 @@ def test_a_batch_too_large_for_the_memory_is_one_line(
         run_main(lambda: train.main(command(data, tmp_path, **flags)))
     error = capsys.readouterr().err
     assert e.value.code == 1 and error.count("\n") == 1
-    assert f"out of memory on cpu: take a smaller --batch_size than {8 if ppo else 4}" in error
+    assert f"out of memory on cpu: use a smaller --batch_size than {8 if ppo else 4}" in error
 
 
 def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
@@ -948,7 +948,8 @@ def test_ends_after_many_bad_steps(data, tmp_path, monkeypatch, capsys):
 
 def test_checkpoint_that_does_not_fit_names_the_flags(data, tmp_path):
     train.main(command(data, tmp_path, max_iters=1))
-    with pytest.raises(ValueError, match="dim is 16 there, --dim=32 here; n_layers is 2 there"):
+    expected = "dim is 16 in the checkpoint, --dim=32 on the command line; n_layers is 2 in the"
+    with pytest.raises(ValueError, match=expected):
         train.main(command(data, tmp_path, dim=32, n_layers=3, init_from="resume"))
 
 
@@ -967,11 +968,11 @@ def test_resumes_with_other_flags(data, tmp_path, capsys):
 def test_resumes_with_other_code(data, tmp_path, capsys):
     train.main(command(data, tmp_path, max_iters=4))
     train.main(command(data, tmp_path, max_iters=5, init_from="resume"))
-    assert "code was" not in capsys.readouterr().out
+    assert "code version was" not in capsys.readouterr().out
     state = load_checkpoint(tmp_path / "ckpt.pt")
     save_checkpoint(tmp_path / "ckpt.pt", state | {"code_version": "0123456789ab"})
     train.main(command(data, tmp_path, max_iters=6, init_from="resume"))
-    assert f"code was 0123456789ab, is {train.code_version()}: " in capsys.readouterr().out
+    assert f"code version was 0123456789ab, is {train.code_version()}: " in capsys.readouterr().out
 
 
 def test_goes_on_in_bfloat16(data, tmp_path, alone):
@@ -1274,7 +1275,7 @@ def test_dead_worker_ends_the_run(data, tmp_path):
     t = time.time()
     both[0].join(20)
     assert both[0].exitcode == 1 and time.time() - t < 10, (tmp_path / "rank0.txt").read_text()
-    assert "another process of this run has gone" in (tmp_path / "rank0.txt").read_text()
+    assert "another process of this run has ended" in (tmp_path / "rank0.txt").read_text()
     assert load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
 
 
