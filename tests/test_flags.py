@@ -265,7 +265,7 @@ def home(tmp_path_factory):
 
 COMMON = dict(device="cpu", batch_size=4, eval_interval=2, learning_rate=1e-2)
 BASE = {
-    "--sft": dict(sft=True, max_iters=3, eval_iters=2, warmup_iters=2, **COMMON),
+    "--sft": dict(sft=True, max_iters=5, eval_iters=2, warmup_iters=2, **COMMON),
     "--ppo": dict(
         ppo=True,
         max_iters=3,
