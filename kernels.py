@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 
 from model import (
     Attention,
+    FeedForward,
     KVCache,
     RMSNorm,
     Transformer,
@@ -532,8 +533,9 @@ class FastTransformerBlock(TransformerBlock):
 
 
 def fusible(x, norm, *linears):
-    """Whether a norm of x and the linear layers that follow it can be one function: no adapters."""
-    if not all(type(linear) is FastLinear for linear in linears):
+    """Whether a norm of x and the linear layers that follow it can be one function: an RMSNorm, and
+    no adapters."""
+    if not isinstance(norm, FastRMSNorm) or not all(type(w) is FastLinear for w in linears):
         return False
     return native_layer(x, norm.weight, *(linear.weight for linear in linears))
 
@@ -581,7 +583,8 @@ class FastTransformer(Transformer):
         return -TokenTerms.apply(logits, targets)[0].sum() / (targets != -1).sum()
 
     def new_cache(self, batch, max_len):
-        if native_attention(self.output.weight.new_empty(0, self.args.head_dim)):
+        one_head = self.output.weight.new_empty(0, self.args.head_dim)
+        if native_attention(one_head) and all(map(is_standard, self.layers)):
             return FastKVCache(self, batch, max_len)
         return super().new_cache(batch, max_len)
 
@@ -597,7 +600,9 @@ class FastTransformer(Transformer):
         b, cache, V = batch, batch.cache, self.args.vocab_size
         temperature, top_k, top_p = b.sampling
         restricted = 0 < top_k < V or 0 < top_p < 1
-        if temperature == 0 or restricted or not isinstance(cache, FastKVCache):
+        standard = isinstance(self.norm, FastRMSNorm) and type(self.output) is FastLinear
+        fast = standard and isinstance(cache, FastKVCache)
+        if temperature == 0 or restricted or not fast:
             return super().sample_tokens(batch, steps)
         call(
             "decode_tokens",
@@ -636,6 +641,18 @@ def decoding_fields(model, cache):
         values=cache.v,
         positions=cache.length,
         **cache.sizes,
+    )
+
+
+def is_standard(layer):
+    """Whether a layer computes what kernels.c's decoding does: no module was replaced by another
+    kind. Adapters are merged into the weights."""
+    norms = layer.attention_norm, layer.ffn_norm
+    return (
+        isinstance(layer, FastTransformerBlock)
+        and isinstance(layer.attention, FastAttention)
+        and type(layer.feed_forward) is FeedForward
+        and all(isinstance(norm, FastRMSNorm) for norm in norms)
     )
 
 

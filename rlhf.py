@@ -415,6 +415,11 @@ class RLHF(Stage):
             if self.rank == 0:
                 print(f"train: {self.prompts.summary()}\nval: {self.held_out.summary()}")
         else:
+            if args.start_len >= context_length:
+                raise ValueError(
+                    f"--start_len={args.start_len}: prompts must be shorter than the model's "
+                    f"context of {context_length} tokens"
+                )
             bos = self.run.metadata.get("bos", True)
             self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed, bos)
             # These do not depend on --seed, so that runs can be compared.

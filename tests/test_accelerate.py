@@ -268,6 +268,28 @@ def test_shapes_that_do_not_fit_are_left_to_the_plain_class(calls, changes, abse
     assert calls and not absent & set(calls)
 
 
+class OtherNorm(M.RMSNorm):
+    """Another norm with the parameters of RMSNorm, as a reader of the code may try one."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("place", ["attention_norm", "ffn_norm", "norm"])
+def test_a_replaced_norm_is_not_passed_over(calls, place):
+    plain = small(max_seq_len=80)
+    owner = plain if place == "norm" else plain.layers[1]
+    setattr(owner, place, OtherNorm(32, 1e-5))
+    fast = accelerate(deepcopy(plain))
+    assert_same(results(fast, text(8, 40), None), results(plain, text(8, 40), None))
+    uniform = torch.rand(40, 30)
+    want, got = (
+        generate(model, PROMPTS, 30, stop_ids=(1, 2), uniform=uniform, temperature=0.7)
+        for model in (plain, fast)
+    )
+    assert got.responses() == want.responses()
+
+
 def test_other_dtypes_are_left_to_the_plain_classes(calls):
     plain, fast = (model.double() for model in both())
     assert_same(results(fast, text(8, 40)), results(plain, text(8, 40)))

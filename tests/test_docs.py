@@ -10,6 +10,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md")), ROOT / "tests/README.md"]
 
 
+def names_in(path):
+    """The names that a source file defines: functions, classes, methods, fields and attributes."""
+    text = path.read_text()
+    if path.suffix == ".c":
+        return set(re.findall(r"\b(\w+)\(", text))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                body = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+                names |= {f"{node.name}.{x.name}" for x in body}
+                fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+                names |= {f"{node.name}.{x.target.id}" for x in fields}
+        elif isinstance(node, ast.Assign):
+            names |= {x.id for x in node.targets if isinstance(x, ast.Name)}
+    return names
+
+
+def test_names_in_the_map_of_the_code_exist():
+    text = (ROOT / "doc/code.md").read_text()
+    named = re.findall(r"`(\w+\.(?:py|c)):([\w.]+)`", text)
+    assert len(named) > 30
+    missing = [f"{file}:{name}" for file, name in named if name not in names_in(ROOT / file)]
+    assert not missing
+
+
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
