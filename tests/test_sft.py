@@ -428,7 +428,7 @@ def test_mistakes(base, tmp_path, monkeypatch):
     refused("is a folder", data=base)
     refused("No such file", data=base / "none.json")
     refused("expected plain, llama2", template="x")
-    refused("needs the model's tokenizer", init_from=strip(base, tmp_path))
+    refused("dialogues need the tokenizer of the model", init_from=strip(base, tmp_path))
     train.main(command(base, tmp_path / "a", lora_rank=2, max_iters=1))
     for flags in dict(lora_rank=3), dict(), dict(lora_rank=2, lora_layers="o"):
         with pytest.raises(ValueError, match="other adapters"):
