@@ -41,7 +41,7 @@ KEYS = {
     "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
 }
 STARTS = {  # the first bytes of a file: what it is
-    b"GGUF": "a GGUF file, which is for llama.cpp",
+    b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
     b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
     b"version https://git-lfs": "a pointer of Git LFS: download the file itself",
     b"\x1f\x8b": "a gzip archive",

@@ -11,6 +11,7 @@ Exports checkpoints to other formats, and imports models from other formats.
 
     python export.py ckpt.pt --hf=Llama-3.2-1B          # a folder with config.json and safetensors
     python export.py ckpt.pt --meta=llama-2-7b          # a folder with params.json and *.pth
+    python export.py ckpt.pt --gguf=SmolLM2.Q8_0.gguf   # llama.cpp's format, any number type
     python export.py ckpt.pt --llama2c=stories260K.bin --tokenizer=tok512.model
 
 An imported model of Hugging Face or Meta keeps the number types of its file, so that bf16 weights
@@ -56,6 +57,7 @@ from formats import (
     model_shapes,
     open_tensors,
     ranks_to_json,
+    read_gguf,
     read_hf,
     read_meta,
     sentencepiece_names,
@@ -63,6 +65,7 @@ from formats import (
     special_ids,
     template_from_jinja,
     token_text,
+    write_bytes,
     write_gguf,
     write_hf,
     write_json,
@@ -590,13 +593,6 @@ def imported_tokenizer(args, folder, rows, scratch):
     return None
 
 
-def write_bytes(path, data):
-    """Writes a file and returns its path."""
-    with open(path, "wb") as f:
-        f.write(data)
-    return path
-
-
 def add_pieces(tokenizer, folder, rows, settings):
     """
     A SentencePiece model, as bytes, extended by the control tokens, BOS and EOS that the JSON files
@@ -690,12 +686,15 @@ def check_suffix(args):
 
 
 def import_model(args, scratch):
-    """Imports the model of --llama2c, --hf or --meta; `scratch` is a folder for temporary files."""
+    """Imports a model in one of the other formats; `scratch` is a folder for temporary files."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folder = None
     if args.llama2c:
         config, weights = read_v0(args.llama2c)
         check_suffix(args)
+    elif args.gguf:
+        folder = os.path.join(scratch, "gguf")
+        config, weights = read_gguf(args.gguf, folder, dtype, args.max_seq_len)
     else:
         read = read_hf if args.hf else read_meta
         config, weights, folder = read(args.hf or args.meta, dtype, args.max_seq_len)
@@ -716,6 +715,8 @@ def import_model(args, scratch):
         note += chat_settings(checkpoint, folder, settings, tokenizer, config.vocab_size)
         if args.hf:
             checkpoint["bos"] = text_begins_with_bos(folder, settings)
+        elif "add_bos_token" in settings and args.gguf:
+            checkpoint["bos"] = settings["add_bos_token"]
     if ranks:  # Meta's programs end a text at these tokens as well
         ends = ("<|eot_id|>", "<|eom_id|>")
         checkpoint["end_ids"] = [tokenizer.special[t] for t in ends if t in tokenizer.special]
@@ -824,20 +825,21 @@ def main(argv=None):
     parser.add_argument(
         "--meta", help="Meta folder to import, with params.json and consolidated.*.pth"
     )
+    parser.add_argument("--gguf", help="GGUF file to import, quantized or not")
     parser.add_argument("--llama2c", help="llama2.c file of version 0 to import")
     parser.add_argument(
         "--max_seq_len",
         type=int,
-        help="context length of the imported model (--hf, --meta); default: the model's own, "
+        help="context length of the imported model (--hf, --meta, --gguf); default: the model's own, "
         "whose RoPE tables may be large",
     )
     parser.add_argument(
         "--iter_num", type=int, default=0, help="iteration number to store in an imported .pt"
     )
     args = parse_args(parser, argv)
-    sources = [args.checkpoint, args.hf, args.meta, args.llama2c]
+    sources = [args.checkpoint, args.hf, args.meta, args.gguf, args.llama2c]
     if sum(source is not None for source in sources) != 1:
-        parser.error("give either --checkpoint, or one of --hf, --meta and --llama2c")
+        parser.error("give either --checkpoint, or one of --hf, --meta, --gguf and --llama2c")
     wrong = [f"--{name}" for name in ("format", "merge_lora") if getattr(args, name)]
     if wrong and not args.checkpoint:
         raise ValueError(f"{wrong[0]} needs --checkpoint: an import writes a .pt")
@@ -849,7 +851,7 @@ def main(argv=None):
     if os.path.exists(args.output) and os.path.samefile(args.output, source):
         raise ValueError(f"{args.output} would overwrite what is read: name another file")
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(
-        "hf" if args.hf or args.meta else args.format, ()
+        "hf" if args.hf or args.meta or args.gguf else args.format, ()
     )
     if args.dtype and args.dtype not in allowed:
         raise ValueError(

@@ -14,6 +14,7 @@ import gc
 import importlib
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -25,11 +26,19 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
-from common import read_json
+from common import note, read_json
 from instruct import ended
 from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
-from tokenizer import LLAMA3_PATTERN, byte_alphabet, byte_level_blob, render_chats
+from tokenizer import (
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    Tokenizer,
+    byte_alphabet,
+    byte_level_blob,
+    protobuf_fields,
+    render_chats,
+)
 
 # -----------------------------------------------------------------------------
 # Shared by all formats
@@ -345,20 +354,21 @@ def open_tensors(path):
         raise ValueError(f"{path} cannot be read, or is cut short ({reason})") from None
 
 
-def gather(args, read, dtype=None):
+def gather(args, read, dtype=None, part=PART):
     """
     The state dict of a model. read(name, a, b) returns rows a to b of a tensor, where b - a is a
-    multiple of the head size, or all rows. Besides the result, at most a few parts are in memory.
+    multiple of the head size, or all rows. Besides the result, at most a few parts of `part` numbers are in
+    memory.
     """
     weights = {}
     for name, shape in model_shapes(args).items():
-        out, step = None, max(1, PART // (shape[-1] * args.head_dim)) * args.head_dim
+        out, step = None, max(1, part // (shape[-1] * args.head_dim)) * args.head_dim
         for a in range(0, shape[0], step):
             b = min(a + step, shape[0])
-            part = read(name, a, b)
+            rows = read(name, a, b)
             if out is None:
-                out = torch.empty(shape, dtype=dtype or part.dtype)
-            out[a:b] = part
+                out = torch.empty(shape, dtype=dtype or rows.dtype)
+            out[a:b] = rows
         weights[name] = out
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     return weights
@@ -672,6 +682,13 @@ def write_json(path, value):
     with open(path, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.write("\n")
+
+
+def write_bytes(path, data):
+    """Writes a file and returns its path."""
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
 
 
 HF_FILES = (
@@ -1150,8 +1167,9 @@ def export_peft(args):
 
 
 # -----------------------------------------------------------------------------
-# GGUF, for llama.cpp
+# GGUF, llama.cpp's format: out
 
+GGUF_FILE, GGUF_HASH = "fable.tokenizer", "fable.tokenizer_hash"
 GGUF_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 GGUF_LAYER = {
     "attention_norm": "attn_norm",
@@ -1172,33 +1190,42 @@ def gguf_name(name):  # RoPE rotates adjacent numbers in GGUF as well, so rows k
 
 def gguf_tokenizer(writer, tokenizer, end_ids, begin):
     """Writes the vocabulary of a tokenizer to a GGUFWriter."""
-    bos, eos, _ = special_ids(tokenizer, end_ids)
+    bos, eos, ends = special_ids(tokenizer, end_ids)
     if tokenizer.sp:
         sp, ids = tokenizer.sp, range(tokenizer.n_words)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list([sp.id_to_piece(i) for i in ids])
         writer.add_token_scores([sp.get_score(i) for i in ids])
-        writer.add_token_types([piece_type(sp, i) for i in ids])
+        pieces = [dict(protobuf_fields(v)) for k, v in protobuf_fields(tokenizer.data) if k == 1]
+        writer.add_token_types([piece.get(3, 1) for piece in pieces])
         writer.add_unk_token_id(sp.unk_id())
         prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
         writer.add_add_space_prefix(prefix)
+        writer.add_remove_extra_whitespaces(sp.encode(" a  b ") == sp.encode("a b"))
     else:
         blob = byte_level_blob(tokenizer)  # also checks that the kind is one of those below
         pattern, flags = struct.unpack_from("<2I", blob, 4 + 12 * struct.unpack_from("<I", blob)[0])
         model = tokenizer.json["model"]
-        tokens = ["[unused]"] * tokenizer.n_words
-        for text, i in {**model["vocab"], **tokenizer.special}.items():
-            tokens[i] = text
-        control = set(tokenizer.special.values())
+        tokens = [f"[PAD{i}]" for i in range(tokenizer.n_words)]
+        types = [5] * tokenizer.n_words
+        for texts, type_ in (model["vocab"], 1), (tokenizer.special, 3):
+            for text, i in texts.items():
+                tokens[i], types[i] = text, type_
         writer.add_tokenizer_model("gpt2")
         kind = "llama-bpe" if pattern == 1 else "smollm" if flags & 2 else "gpt-2"
         writer.add_tokenizer_pre(kind)
         writer.add_token_list(tokens)
-        writer.add_token_types([3 if i in control else 1 for i in range(len(tokens))])
+        writer.add_token_types(types)
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     writer.add_bos_token_id(bos)
     writer.add_eos_token_id(eos)
+    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), ends):
+        add(i)
+    if ends:
+        writer.add_array("fable.end_ids", ends)
+    # The file itself, since the fields above leave out some of it: the decoder, flags of tokens.
+    writer.add_array(GGUF_FILE, tokenizer.data)
     writer.add_add_bos_token(begin)
 
 
@@ -1239,7 +1266,7 @@ def write_gguf(
     if tokenizer:
         gguf_tokenizer(writer, tokenizer, end_ids, begins_with_bos(tokenizer, bos))
     if tokenizer_hash:
-        writer.add_string("fable.tokenizer_hash", tokenizer_hash)
+        writer.add_string(GGUF_HASH, tokenizer_hash)
     if template:
         writer.add_chat_template(template_to_jinja(template))
 
@@ -1264,3 +1291,430 @@ def write_gguf(
             w = gguf.quants.quantize(w, types.Q8_0)
         writer.write_tensor_data(w)
     writer.close()
+
+
+# -----------------------------------------------------------------------------
+# GGUF in: the header is read here, since the library trusts its sizes; numbers are dequantized by
+# the library
+
+GGUF_NUMBERS = dict(enumerate("u1 i1 <u2 <i2 <u4 <i4 <f4 ?".split())) | {
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_PART = 1 << 20  # numbers that are dequantized at a time
+GGUF_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list of strings",
+    np.ndarray: "a list of numbers",
+}
+
+
+class GGUFHeader:
+    """
+    The header of a GGUF file, which may be damaged or hostile: every size is compared with the
+    size of the file before it is used. ValueError says what is wrong.
+
+    fields   {key: int, float, bool, str, list of str or array of numbers}
+    tensors  {name: (shape, number type of the gguf library, offset in the file, bytes)}
+    """
+
+    def __init__(self, path, gguf):
+        self.fields, self.tensors, self.at = {}, {}, 0
+        self.size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            if f.read(4) != b"GGUF":
+                raise ValueError("it is no GGUF file")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
+                self.read(gguf)
+
+    def take(self, n):
+        """The next n bytes."""
+        if n > self.size - self.at:
+            raise ValueError("it is damaged, or cut short")
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def number(self, size):
+        return int.from_bytes(self.take(size), "little")
+
+    def string(self):
+        return self.take(self.number(8)).decode()
+
+    def name(self):
+        name = self.string()
+        if not name.isprintable() or len(name) > 200:
+            raise ValueError("it is damaged: a name in its header is no text")
+        return name
+
+    def value(self, kind):
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind == GGUF_ARRAY:
+            kind, n = self.number(4), self.number(8)
+            if kind == GGUF_STRING:
+                if n > (self.size - self.at) // 8:  # each has 8 bytes for its length
+                    raise ValueError("it is damaged, or cut short")
+                return [self.string() for _ in range(n)]
+        else:
+            n = None
+        if kind not in GGUF_NUMBERS:
+            raise ValueError(f"it is damaged: its header has values of type {kind}")
+        kind = np.dtype(GGUF_NUMBERS[kind])
+        numbers = np.frombuffer(self.take(kind.itemsize * (1 if n is None else n)), kind)
+        if n is not None:
+            return numbers
+        # 1e-5 was rounded to fp32 there: str gives the shortest number that is rounded to the same
+        return float(str(numbers[0])) if kind == np.float32 else numbers[0].item()
+
+    def read(self, gguf):
+        self.at = 4
+        version, n_tensors, n_fields = self.number(4), self.number(8), self.number(8)
+        if version not in (2, 3):
+            raise ValueError(f"version {version} of GGUF is not supported: 2 and 3 are")
+        for _ in range(n_fields):
+            name = self.name()
+            if name in self.fields:
+                raise ValueError(f"it is damaged: it has {name} twice")
+            self.fields[name] = self.value(self.number(4))
+        infos = []
+        for _ in range(n_tensors):
+            name, n_dims = self.name(), self.number(4)
+            if n_dims > 4:
+                raise ValueError(f"it is damaged: {name} has {n_dims} dimensions")
+            dims = [self.number(8) for _ in range(n_dims)]
+            infos.append((name, tuple(reversed(dims)), self.number(4), self.number(8)))
+        align = self.get("general.alignment", int, 32)
+        if not 0 < align <= 1 << 20:
+            raise ValueError(f"general.alignment must not be {align}")
+        start = -(-self.at // align) * align
+        for name, shape, number, offset in infos:
+            if name in self.tensors:
+                raise ValueError(f"it is damaged: it has {name} twice")
+            kind, block, block_bytes = gguf_type(gguf, number, name)
+            count = int(np.prod(shape, dtype=object))
+            if not shape or count < 1 or shape[-1] % block or (block > 1 and len(shape) < 2):
+                raise ValueError(f"{name} of type {kind.name} cannot have the shape {shape}")
+            nbytes = count // block * block_bytes
+            if start + offset + nbytes > self.size:
+                raise ValueError(f"it is damaged, or cut short: {name} lies beyond its end")
+            self.tensors[name] = shape, kind, start + offset, nbytes
+
+    def get(self, key, kind, default=None):
+        """
+        The field `key`, of a type of GGUF_KINDS; its default, if that is not None, where it is
+        missing. ValueError if it has another type.
+        """
+        value = self.fields.get(key, default)
+        if value is None:
+            raise ValueError(f"it does not say {key}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{key} must be {GGUF_KINDS[kind]}, not {str(value)[:60]!r}")
+        return value
+
+
+def gguf_type(gguf, number, name):
+    """(type, numbers per block, bytes per block) of a GGUF number type; ValueError if unknown."""
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        gguf.quants.dequantize(np.zeros((1, nbytes), np.uint8), kind)
+        return kind, block, nbytes
+    except (ValueError, KeyError, NotImplementedError):
+        known = number in list(gguf.GGMLQuantizationType)
+        what = gguf.GGMLQuantizationType(number).name if known else number
+        raise ValueError(f"the number type {what} of {name} is not supported") from None
+
+
+# Of the fields llama.*, those that are understood, or say nothing more about the model
+GGUF_KNOWN = """context_length embedding_length block_count feed_forward_length vocab_size
+    attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon
+    attention.key_length attention.value_length rope.freq_base rope.dimension_count
+    rope.scale_linear rope.scaling.type rope.scaling.factor rope.scaling.finetuned
+    rope.scaling.original_context_length tensor_data_layout expert_count expert_used_count""".split()
+
+
+def gguf_args(header, rope_factors=None, max_seq_len=None):
+    """
+    ModelArgs from the header of a GGUF file. rope_factors, (E/2,), is its tensor of numbers by
+    which RoPE's frequencies are divided. ValueError, naming it, for what the model here does not
+    do.
+    """
+
+    def refuse(what):
+        raise ValueError(f"{what} is not supported")
+
+    def get(name, kind=int, default=None):
+        return header.get(f"llama.{name}", kind, default)
+
+    architecture = header.get("general.architecture", str)
+    if architecture != "llama":
+        refuse(f"the architecture {architecture[:40]!r}")
+    if (parts := header.get("split.count", int, 0)) > 1:
+        refuse(f"a model in {parts} files: join them with llama-gguf-split --merge, as it")
+    for key, value in header.fields.items():
+        name = key.removeprefix("llama.")
+        if name != key and name not in GGUF_KNOWN and np.any(value):
+            refuse(f"{key} {str(value)[:60]}")
+    if get("expert_count", int, 0):
+        refuse("a mixture of experts")
+    dim, heads, layers = get("embedding_length"), get("attention.head_count"), get("block_count")
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if heads < 1 or get(name, int, dim // heads) != dim // heads:
+            refuse(f"llama.{name} {get(name, int, 0)}, not embedding_length / head_count,")
+    if gguf_name(f"layers.{layers - 1}.attention.wq.weight") not in header.tensors:
+        raise ValueError(f"it lacks tensors of its {layers} layers")
+    embedding = gguf_name("tok_embeddings.weight")
+    if embedding not in header.tensors:
+        raise ValueError(f"it lacks {embedding}")
+    kind = get("rope.scaling.type", str, "none")
+    factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 1.0))
+    if kind not in ("none", "linear"):
+        refuse(f"the RoPE scaling {kind[:40]!r}")
+    linear = (kind == "linear" or "llama.rope.scale_linear" in header.fields) and factor != 1
+    args = ModelArgs(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=get("attention.head_count_kv", int, heads),
+        vocab_size=header.tensors[embedding][0][0],
+        hidden_dim=get("feed_forward_length"),
+        norm_eps=get("attention.layer_norm_rms_epsilon", float),
+        max_seq_len=max_seq_len or get("context_length"),
+        rope_theta=get("rope.freq_base", float, 10000.0),
+        tied=gguf_name("output.weight") not in header.tensors,
+        rope_scaling={"factor": factor} if linear else None,
+    )
+    if rope_factors is None:
+        return args
+    if linear:
+        refuse("RoPE scaling both linear and by rope_freqs.weight")
+    return replace(args, rope_scaling=llama3_scaling(args, rope_factors))
+
+
+def llama3_scaling(args, factors):
+    """
+    Llama 3's four numbers whose scaling divides RoPE's frequencies by `factors`, (E/2,). The lowest
+    frequencies are divided by the whole factor, and its low and high limits are 1 and 4 in all
+    models. ValueError if there are none.
+    """
+    plain = rope_frequencies(args)
+    if factors.shape == plain.shape and bool((factors > 0).all() and factors.isfinite().all()):
+        factor = round(factors.max().item(), 4)
+        for original in (1 << n for n in range(2, 23)):
+            scaling = dict(zip(LLAMA3_SCALING, (factor, 1.0, 4.0, original)))
+            scaled = rope_frequencies(replace(args, rope_scaling=scaling))
+            if torch.allclose(plain / factors, scaled, rtol=1e-5, atol=0):
+                return scaling
+    raise ValueError("RoPE scaling by rope_freqs.weight other than Llama 3's is not supported")
+
+
+def read_gguf(path, folder, dtype=None, max_seq_len=None):
+    """
+    A GGUF file -> (ModelArgs, state dict). Its tokenizer and what belongs to it goes to `folder`,
+    as the files that a folder of Hugging Face's has.
+    """
+    gguf = need("gguf")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
+    os.makedirs(folder)
+    try:
+        header = GGUFHeader(path, gguf)
+        shapes = {name: shape for name, (shape, *_) in header.tensors.items()}
+
+        def rows(name, a, b):
+            shape, kind, offset, nbytes = header.tensors[name]
+            row = nbytes // shape[0]
+            data = np.fromfile(path, np.uint8, (b - a) * row, offset=offset + a * row)
+            data = data.reshape(b - a, row)
+            if kind.name in ("F16", "BF16"):
+                numbers = torch.from_numpy(data.view(np.int16)).view(
+                    torch.float16 if kind.name == "F16" else torch.bfloat16
+                )
+            else:
+                numbers = torch.from_numpy(gguf.quants.dequantize(data, kind))
+            return numbers.view(b - a, *shape[1:])
+
+        factors = None
+        if "rope_freqs.weight" in shapes:
+            factors = rows("rope_freqs.weight", 0, shapes.pop("rope_freqs.weight")[0]).float()
+        args = gguf_args(header, factors, max_seq_len)
+        check_shapes(args, shapes, "its header", gguf_name)
+        read_gguf_tokenizer(header, folder, args.vocab_size)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+    def read(name, a, b):
+        return rows(gguf_name(name), a, b)
+
+    return args, gather(args, read, dtype, GGUF_PART)
+
+
+def read_gguf_tokenizer(header, folder, vocab_size):
+    """
+    Writes tokenizer.model or tokenizer.json, tokenizer_config.json and generation_config.json of
+    the tokenizer in a GGUF file, if there is one. ValueError for a kind that is not known.
+    """
+    kind = header.get("tokenizer.ggml.model", str, "none")
+    pre = header.get("tokenizer.ggml.pre", str, "default")
+    if kind in ("none", "no_vocab"):
+        return
+    if kind not in ("llama", "gpt2"):
+        raise ValueError(f"the tokenizer {kind[:40]!r} is not supported: llama and gpt2 are")
+    tokens = header.get("tokenizer.ggml.tokens", list)
+    ones = np.ones(len(tokens), int)
+    types = header.get("tokenizer.ggml.token_type", np.ndarray, ones).tolist()
+    if len(tokens) != vocab_size or len(types) != vocab_size:
+        raise ValueError(
+            f"it has {len(tokens)} tokens with {len(types)} types, the embedding has {vocab_size}"
+        )
+
+    def special(name, default=-1):
+        i = header.get(f"tokenizer.ggml.{name}_token_id", int, default)
+        return i if 0 <= i < vocab_size else -1
+
+    usual = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    ids = {n: special(n, usual.get(n, -1)) for n in ("bos", "eos", "unknown", "padding")}
+    ends = [ids["eos"], *header.get("fable.end_ids", np.ndarray, np.array([], int)).tolist()]
+    ends = [i for i in [*ends, special("eot"), special("eom")] if 0 <= i < vocab_size]
+    for i in ids["bos"], ids["eos"]:
+        if i >= 0 and types[i] != 2:
+            types[i] = 3
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": header.get(
+            "tokenizer.ggml.add_bos_token", bool, kind == "llama" or pre == "llama-bpe"
+        ),
+    }
+    names = {"bos": ids["bos"], "eos": ids["eos"], "pad": ids["padding"]}
+    settings |= {f"{name}_token": tokens[i] for name, i in names.items() if i >= 0}
+    if "tokenizer.chat_template" in header.fields:
+        settings["chat_template"] = header.get("tokenizer.chat_template", str)
+    write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+    write_json(
+        os.path.join(folder, "generation_config.json"), {"eos_token_id": list(dict.fromkeys(ends))}
+    )
+    wanted = header.get(GGUF_HASH, str, "")
+    path = os.path.join(folder, "tokenizer.model" if kind == "llama" else "tokenizer.json")
+    if wanted and GGUF_FILE in header.fields:  # our own, unless its vocabulary was changed
+        write_bytes(path, header.get(GGUF_FILE, np.ndarray).tobytes())
+        with contextlib.suppress(ValueError):
+            if Tokenizer(path).hash == wanted:
+                return
+    if kind == "llama":
+        write_bytes(path, gguf_to_sentencepiece(header, tokens, types, ids))
+    else:
+        write_json(path, gguf_to_json(header, tokens, types, pre))
+    try:
+        tokenizer = Tokenizer(path)
+    except ValueError:
+        raise ValueError("its tokenizer is damaged") from None
+    if wanted and tokenizer.hash != wanted:
+        note(
+            "the tokenizer in this GGUF file is not quite the one that it was exported with "
+            f"({wanted[:16]}), which --tokenizer can name"
+        )
+
+
+def gguf_to_sentencepiece(header, tokens, types, ids):
+    """The SentencePiece model, as bytes, whose pieces and scores a GGUF file has."""
+    scores = header.get("tokenizer.ggml.scores", np.ndarray)
+    if len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise ValueError("its tokenizer is damaged: tokenizer.ggml.scores")
+    types = [types[i] if i != ids["unknown"] else 2 for i in range(len(types))]
+    unk = next((i for i, kind in enumerate(types) if kind == 2), -1)
+    pieces = zip(tokens, scores.tolist(), (k if k in range(1, 7) else 1 for k in types))
+    # model_type BPE, byte_fallback; SentencePiece looks for <s> and </s> where no name is given
+    trainer = field(3, 2) + field(35, 6 in types)
+    names = {
+        "unk": tokens[unk] if unk >= 0 else "<unk>",
+        "bos": tokens[ids["bos"]] if ids["bos"] >= 0 else "[no BOS]",
+        "eos": tokens[ids["eos"]] if ids["eos"] >= 0 else "[no EOS]",
+    }
+    prefix = header.get("tokenizer.ggml.add_space_prefix", bool, True)
+    squeeze = header.get("tokenizer.ggml.remove_extra_whitespaces", bool, False)
+    normalizer = field(3, int(prefix)) + field(4, int(squeeze)) + field(5, 1)
+    return (
+        sentencepiece_pieces(pieces)
+        + field(2, trainer)
+        + sentencepiece_names(**names)
+        + field(3, normalizer)
+    )
+
+
+# llama.cpp's pre-tokenizers, which split text before BPE, as a tokenizer.json has them
+
+
+def split_by(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def byte_level(use_regex, add_prefix_space=False):
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+GGUF_PRE = {
+    "gpt-2": [byte_level(True)],
+    "smollm": [{"type": "Digits", "individual_digits": True}, byte_level(True)],
+    "llama-bpe": [split_by(LLAMA3_PATTERN), byte_level(False)],
+    "default": [
+        *map(
+            split_by,
+            (
+                r"[\p{P}\$\+<=>\^~\|]+",
+                GPT2_PATTERN.removesuffix(r"|\s+"),
+                r"\p{N}+",
+                "[0-9][0-9][0-9]",
+            ),
+        ),
+        byte_level(False),
+    ],
+}
+
+
+def gguf_to_json(header, tokens, types, pre):
+    """The tokenizer.json of byte-level BPE whose vocabulary and merges a GGUF file has."""
+    if pre not in GGUF_PRE:
+        raise ValueError(
+            f"the pre-tokenizer {pre[:40]!r} is not supported: {', '.join(GGUF_PRE)} are"
+        )
+    used = [i for i, kind in enumerate(types) if kind != 5]
+    if len({tokens[i] for i in used}) < len(used):
+        raise ValueError("its tokenizer is damaged: it has a token twice")
+    special = {tokens[i]: i for i in used if types[i] in (3, 4)}
+    # Control tokens after all others are added to the vocabulary, as in Llama 3; others are in it.
+    last = max((i for i in used if types[i] not in (3, 4)), default=-1)
+    if sum(i > last for i in used) < (used or [0])[-1] - last:
+        last = used[-1]  # added tokens would be numbered without gaps
+    vocab = {tokens[i]: i for i in range(last + 1)}
+    if len(vocab) <= last:
+        raise ValueError("its tokenizer is damaged: it has a token twice")
+    merges = [tuple(m.split(" ")) for m in header.get("tokenizer.ggml.merges", list)]
+    for pair in merges:
+        if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}:
+            raise ValueError(f"its tokenizer is damaged: the merge {' '.join(pair)[:60]!r}")
+    steps = GGUF_PRE[pre]
+    return tokenizer_json(
+        special,
+        None,
+        None,
+        {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
+        byte_level(True, add_prefix_space=True),
+        unk_token=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        ignore_merges=pre == "llama-bpe",
+        vocab=vocab,
+        merges=[list(pair) for pair in merges],
+    )
