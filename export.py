@@ -830,8 +830,8 @@ def main(argv=None):
     parser.add_argument(
         "--max_seq_len",
         type=int,
-        help="context length of the imported model (--hf, --meta, --gguf); default: the model's own, "
-        "whose RoPE tables may be large",
+        help="context length of the imported model (--hf, --meta, --gguf); default: the model's "
+        "own, whose RoPE tables may be large",
     )
     parser.add_argument(
         "--iter_num", type=int, default=0, help="iteration number to store in an imported .pt"

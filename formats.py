@@ -357,8 +357,8 @@ def open_tensors(path):
 def gather(args, read, dtype=None, part=PART):
     """
     The state dict of a model. read(name, a, b) returns rows a to b of a tensor, where b - a is a
-    multiple of the head size, or all rows. Besides the result, at most a few parts of `part` numbers
-    are in memory.
+    multiple of the head size, or all rows. Besides the result, at most a few parts of `part`
+    numbers are in memory.
     """
     weights = {}
     for name, shape in model_shapes(args).items():
