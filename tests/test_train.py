@@ -1236,7 +1236,7 @@ def watch_shards(folder):
             t for o in self.optimizers for s in o.state.values() for t in s.values() if t.dim()
         ]
         found["moments"] = held(moments)
-        Path(f"{folder}/rank{self.rank}.json").write_text(json.dumps(found))
+        Path(f"{folder}/rank{self.run.rank}.json").write_text(json.dumps(found))
         return out
 
     def watched_state(self):
