@@ -1,5 +1,4 @@
-"""Pretraining: next-token prediction on stories, with AdamW or Muon, a learning-rate schedule, and
-FSDP.
+"""Pretraining: next-token prediction, with AdamW or Muon, a learning-rate schedule, and FSDP.
 
 `Stage` is the interface of all stages to the loop in train.py. The stages after pretraining are in
 sft.py, preferences.py and rlhf.py.
@@ -28,7 +27,7 @@ from experiments.plan import GPUS
 from instruct import Template
 from kernels import accelerate, library, native_attention
 from model import ModelArgs, Transformer, generate
-from report import flops_per_token, matmul_roof
+from report import flops_per_token, peak_matmul_flops
 from tinystories import Windows
 from tokenizer import BOS_ID, Tokenizer, stop_ids
 
@@ -41,7 +40,9 @@ MODEL_FLAGS = (
     "multiple_of",
     "max_seq_len",
 )
-MAX_BAD_STEPS = 20  # in a row, before a run ends; float16 may need a few to find its loss scale
+# A run ends after this number of consecutive non-finite steps. float16 may need a few of them until
+# its loss scale fits.
+MAX_BAD_STEPS = 20
 
 
 # ----------------------------------------------------------------------------
@@ -54,7 +55,7 @@ class PretrainingFlags:
 
     vocab_source: str = flag("llama2", "llama2 (32000 tokens) or custom", ("llama2", "custom"))
     vocab_size: int = flag(32000, "tokens in the vocabulary")
-    max_seq_len: int = flag(256, "tokens per sequence, the context length of the model")
+    max_seq_len: int = flag(256, "tokens per sequence, which is the context length of the model")
     dim: int = flag(288, "width of the model")
     n_layers: int = flag(6, "transformer layers")
     n_heads: int = flag(6, "query heads")
@@ -69,7 +70,7 @@ class PretrainingFlags:
 class TextFlags:
     """training on text"""
 
-    eval_iters: int = flag(100, "batches per evaluation, of each split")
+    eval_iters: int = flag(100, "batches per split in an evaluation")
     dropout: float = flag(0.0, "dropout rate")
     optimizer: str = flag(
         "adamw",
@@ -85,21 +86,24 @@ class TextFlags:
 class CompileFlags:
     """compilation"""
 
-    compile: bool = flag(None, "use torch.compile; default: in pretraining on cuda")
+    compile: bool = flag(
+        None, "use torch.compile; default: true for pretraining on cuda, else false"
+    )
 
 
 @dataclass
 class ToolFlags:
     """instead of training"""
 
-    plot: bool = flag(False, "draw the logs in out_dir, and exit")
+    plot: bool = flag(False, "plot the logs in out_dir, and exit")
     plan: bool = flag(
         False,
         "print memory, tokens/s and hours of this run on GPUs (--plan_gpu, --plan_mfu), and exit",
     )
-    plan_gpu: str = flag("h100", "GPU to plan for; cpu is this machine", tuple(GPUS))
+    plan_gpu: str = flag("h100", "GPU to plan for; cpu means this machine", tuple(GPUS))
     plan_mfu: float = flag(
-        0.4, "assumed share of the GPU's peak arithmetic (MFU); the log of a run has its own"
+        0.4,
+        "assumed MFU, the share of the GPU's peak FLOP/s; a training log records the measured one",
     )
 
 
@@ -108,19 +112,19 @@ class ToolFlags:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon to the bit, four times as fast for small models: matrices of one shape go
-    through the Newton-Schulz iteration together. It brings each update U S V' near U V'. With
-    --fsdp momentum is sharded, and updates are put together for the iteration, one after the
-    other."""
+    """Bitwise equal to torch.optim.Muon (Jordan et al., 2024), and four times as fast for small
+    models, because matrices of one shape go through the Newton-Schulz iteration as a batch. The
+    iteration replaces each update U S V' by approximately U V'. With --fsdp the momentum is
+    sharded; the updates are gathered for the iteration, one at a time."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # a tall matrix goes with the wide ones of its transposed shape
+            batches = {}  # a tall matrix is transposed and batched with the wide ones
             for p in group["params"]:
-                alone = (id(p),) if isinstance(p, DTensor) else ()
-                alike.setdefault((*sorted(p.shape), *alone), []).append(p)
-            for params in alike.values():
+                own_batch = (id(p),) if isinstance(p, DTensor) else ()
+                batches.setdefault((*sorted(p.shape), *own_batch), []).append(p)
+            for params in batches.values():
                 updates = torch.stack([self.momentum(p, group) for p in params])
                 updates /= updates.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
                 a, b, c = group["ns_coefficients"]
@@ -133,11 +137,12 @@ class Muon(torch.optim.Muon):
                     scale = math.sqrt(max(1, rows / columns))
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     update = update.T if rows > columns else update
-                    update = cut_as(p, update) if isinstance(p, DTensor) else update
+                    update = shard_like(p, update) if isinstance(p, DTensor) else update
                     p.add_(update, alpha=-group["lr"] * scale)
 
     def momentum(self, p, group):
-        """The update of one matrix before the iteration (Nesterov's momentum), whole, made wide."""
+        """Nesterov momentum of one matrix (rows, columns), before the iteration: unsharded, and
+        transposed if it is tall, so that rows <= columns."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -149,8 +154,8 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(model, args):
     """AdamW, with weight decay on matrices only; with --optimizer=muon, Muon (Jordan et al., 2024)
-    takes the matrices inside the layers and AdamW the rest. Each parameter group remembers its
-    highest learning rate."""
+    trains the matrices inside the layers and AdamW the rest. Each parameter group stores its peak
+    learning rate as "peak_lr"."""
     muon = args.optimizer == "muon"
     inner, outer, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -174,23 +179,22 @@ def make_optimizers(model, args):
 
 @contextmanager
 def flags_decide(optimizers, counters=()):
-    """Optimizers that get the state of a checkpoint inside keep the hyperparameters of the flags;
-    only the `counters` in their parameter groups are those of the checkpoint."""
+    """A context in which `optimizers` load the state of a checkpoint without its hyperparameters,
+    which keep the values of the flags. Of the parameter groups only the `counters` are loaded."""
     groups = [
         [{k: v for k, v in g.items() if k not in ("params", *counters)} for g in o.param_groups]
         for o in optimizers
     ]
     yield
-    for o, kept in zip(optimizers, groups):
-        for group, values in zip(o.param_groups, kept):
+    for o, before in zip(optimizers, groups):
+        for group, values in zip(o.param_groups, before):
             group.update(values)
 
 
 def schedule(step, args, first=0, last=None, warmup=None):
-    """The learning rate at an iteration, as a fraction of the highest: linear warm-up, then a
-    cosine or a line down to 0 at iteration `last`, by default max_iters; without --decay_lr always
-    1.
-    """
+    """The learning rate at an iteration, as a fraction of the peak: linear warm-up, followed by a
+    cosine or linear decay to 0 at iteration `last` (default: max_iters). Without --decay_lr it is
+    always 1."""
     if not args.decay_lr:
         return 1.0
     steps = (args.max_iters if last is None else last) - first
@@ -206,10 +210,10 @@ def schedule(step, args, first=0, last=None, warmup=None):
 
 
 def shard(model, device, dtype):
-    """Shards a model in place, from the CPU's memory to the devices, layer by layer: none of them
-    ever holds more than a layer as a whole, or the embeddings. Parameters come together for the
-    layer at work, whose activations are computed again in the backward pass; products are in
-    dtype."""
+    """Moves a model from CPU memory to the devices, sharded in place, layer by layer: no device
+    ever holds more than one complete layer, or the embeddings. The parameters of a layer are
+    gathered when it runs, its activations are recomputed in the backward pass, and matrix products
+    are in dtype."""
     mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
@@ -219,32 +223,32 @@ def shard(model, device, dtype):
 
 
 def gathered(x, keep):
-    """A nested state with each sharded tensor made whole, one after the other, on the CPU of the
-    process that is to `keep` it; all processes must take part, the others get None."""
+    """A nested state with each sharded tensor gathered, one at a time, on the CPU of the processes
+    with `keep`; the other processes get None for it. All processes must call it."""
     if isinstance(x, DTensor):
-        whole = x.full_tensor()
-        return whole.cpu() if keep else None
+        full = x.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(x, dict):
         return {k: gathered(v, keep) for k, v in x.items()}
     return [gathered(v, keep) for v in x] if isinstance(x, (list, tuple)) else x
 
 
-def cut_as(p, whole):
-    """A tensor that every process has, cut as the sharded parameter p is."""
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+def shard_like(p, full):
+    """Shards a tensor that every process holds in full like the sharded parameter p."""
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def sharded(state, optimizer):
-    """A state of the optimizer whose tensors are whole, with each cut as its parameter is."""
+    """Shards the tensors of an optimizer state like the parameters that they belong to."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
-    cut = {
+    tensors_of = {
         i: {
-            k: cut_as(params[i], v) if isinstance(params[i], DTensor) and v.dim() else v
+            k: shard_like(params[i], v) if isinstance(params[i], DTensor) and v.dim() else v
             for k, v in tensors.items()
         }
         for i, tensors in state["state"].items()
     }
-    return state | {"state": cut}
+    return state | {"state": tensors_of}
 
 
 # ----------------------------------------------------------------------------
@@ -253,8 +257,8 @@ def sharded(state, optimizer):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its flags, and what follows from them, from the machine and from the checkpoint that
-    it starts from. `setup` and `start` make it; a stage reads it as self.run."""
+    """A training run: its flags, and the values derived from them, from the machine and from the
+    initial checkpoint. train.py's `setup` and `start` create it; a stage reads it as self.run."""
 
     args: argparse.Namespace  # the flags as they were parsed; nothing writes to them
     rank: int  # number of this process, from 0
@@ -266,21 +270,21 @@ class Run:
     start_iteration: int = 0
     end_iteration: int = 0
     best_val_loss: float = 1e9  # the lowest validation loss so far
-    tokenizer: Tokenizer | None = None  # pretraining needs none: without it no text is shown
-    template: Template | None = None  # of dialogues; None for a stage without dialogues
-    # What checkpoints record about their text: tokenizer_hash, "" if it is unknown, and maybe
-    # template, end_ids and bos, as load_checkpoint describes them.
+    tokenizer: Tokenizer | None = None  # pretraining works without one, but prints no samples
+    template: Template | None = None  # chat template; None for a stage without dialogues
+    # The description of the text in a checkpoint: tokenizer_hash ("" if it is unknown), and
+    # optionally template, end_ids and bos, which load_checkpoint documents.
     metadata: dict = field(default_factory=dict)
 
     def autocast(self):
-        """A new context in which matrix products are in dtype."""
+        """A new autocast context, in which matrix products are in dtype."""
         half = self.dtype is not torch.float32
         return torch.autocast(self.device.partition(":")[0], self.dtype) if half else nullcontext()
 
     @property
     def config(self):
-        """The flags as checkpoints and Weights & Biases record them, with the choices that were
-        made where a flag left one open."""
+        """The flags as checkpoints and Weights & Biases record them. Flags that leave a choice open
+        have the chosen values."""
         flags = {name: value for name, value in vars(self.args).items() if name != "given"}
         return flags | {
             "device": self.device,
@@ -291,46 +295,47 @@ class Run:
 
 
 class Stage:
-    """A stage of training: what the loop in train.py calls, and what train.py asks before the loop.
-    A stage owns its model, data and optimizers. Its subclasses set `run`, `model` and `tokenizer`.
+    """The interface of a training stage: the methods that the loop in train.py calls. A stage owns
+    its model, data and optimizers. Subclasses set `run`, `model` and `tokenizer`.
 
-    The class attributes describe the stage before there is a model:
+    The class attributes and static methods describe the stage before a model exists:
     """
 
-    prefix = ""  # of the names of its files in out_dir
-    flags = ()  # dataclasses of its flags; the flags of all stages are in train.py
-    accepted = ()  # flags of other stages that it accepts and does not use
+    prefix = ""  # prefix of the names of its files in out_dir
+    flags = ()  # dataclasses of its flags; the flags that all stages share are in train.py
+    accepted = ()  # flags of other stages that it accepts and ignores
     positive = ()  # flags that must be at least 1
     signed = ()  # flags that may be negative
     from_scratch = False  # whether a run can start without a checkpoint
     compiles = False  # whether torch.compile is the default on cuda
-    writes_text = True  # whether its model continues text: ./run can use it, PPO can train it
+    writes_text = True  # whether its model generates text: ./run can use it, PPO can train it
     continues_count = False  # whether its iterations continue those of the initial checkpoint
     resumes_same_flags_only = False  # whether other flags make --init_from=resume a new run
     evaluates_its_checkpoint = False  # whether --eval_only needs the checkpoint of an earlier run
-    input_errors = ()  # exceptions of step(), before it changes any weight: mistakes of the user
-    check_errors = ()  # exceptions of step(), before it changes any weight: failed checks
+    # Exceptions that step() raises before it changes any weight:
+    input_errors = ()  # mistakes of the user
+    check_errors = ()  # failed checks
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the
-        reason."""
+        """Pairs (names of flags, reason) of the stage's flags that have no effect in combination
+        with the other flags."""
         return ()
 
     @classmethod
     def check(cls, run):
-        """Raises ValueError for flags that make no sense, alone or on this machine."""
+        """Raises ValueError for flags that are invalid, in combination or on this machine."""
         if run.args.vocab_source == "llama2" and run.args.vocab_size != 32000:
             raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
 
     @staticmethod
     def shard_folders(args):
-        """The data folders of the shards that the stage reads, as in --data."""
+        """The data folders whose shards the stage reads, in the format of --data."""
         return ()
 
     @staticmethod
     def uses_template(args):
-        """Whether its text is dialogues, so that it needs a tokenizer and a template."""
+        """Whether the data are dialogues, which need a tokenizer and a chat template."""
         return False
 
     @staticmethod
@@ -340,40 +345,41 @@ class Stage:
 
     @staticmethod
     def show_report(run):
-        """Prints what an earlier run has measured and kept, for --eval_only; False if there is
-        nothing."""
+        """Prints the report that an earlier run has written, for --eval_only. Returns False if
+        there is none."""
         return False
 
     def begin(self):
-        """What comes before the first iteration, after all checks."""
+        """Called once before the first iteration, after all checks."""
 
     def step(self, iteration):
-        """One iteration; returns its statistics, {name: number}."""
+        """Runs one iteration and returns its statistics, {name: number}."""
         raise NotImplementedError
 
     def line(self, iteration, stats):
-        """The statistics of an iteration as a line for the terminal."""
+        """The statistics of an iteration, formatted for the terminal."""
         raise NotImplementedError
 
     def evaluate(self):
-        """Numbers of an evaluation, {name: number}, among them loss/train_eval and loss/val; or
-        {}."""
+        """Evaluates the model. Returns {name: number} with at least loss/train_eval and loss/val,
+        or {} for a stage without an evaluation."""
         return {}
 
     def sample_text(self):
-        """Text of the model as it is, for the terminal after an evaluation; or ""."""
+        """Text generated by the current model, printed after an evaluation; "" for none."""
         return ""
 
     def state(self):
-        """What its checkpoint holds: model, optimizers, counters. All processes call it."""
+        """The state that a checkpoint stores: model, optimizers, counters. All ranks call it."""
         raise NotImplementedError
 
     def load_state(self, checkpoint):
-        """Restores what `state` returned: the run continues as if it had not been interrupted."""
+        """Restores a state that `state` returned, so that the run continues as if it had not been
+        interrupted."""
         raise NotImplementedError
 
     def end(self):
-        """What comes after the last iteration, or after the evaluation of --eval_only."""
+        """Called after the last iteration, or after the evaluation of --eval_only."""
 
 
 # ----------------------------------------------------------------------------
@@ -381,13 +387,13 @@ class Stage:
 
 
 class Pretraining(Stage):
-    """Next-token prediction on windows of stories. A stage that learns from other text is this one
-    with another `build`, `data` and `loss`, and maybe a `summary` of its evaluation."""
+    """Next-token prediction on windows of text. The stages in sft.py and preferences.py override
+    `build`, `data`, `loss` and, for further evaluation results, `summary`."""
 
     flags = PretrainingFlags, TextFlags, CompileFlags, ToolFlags
     from_scratch = True
     compiles = True
-    ddp = True  # `loss` calls the model as a whole: DistributedDataParallel sees it
+    ddp = True  # `loss` calls the whole model, as DistributedDataParallel requires
 
     def __init__(self, run, checkpoint):
         self.run, self.args, self.tokenizer = run, run.args, run.tokenizer
@@ -395,15 +401,15 @@ class Pretraining(Stage):
         self.model = self.build(checkpoint).train()
         self.flops = flops_per_token(self.model, self.model.args.max_seq_len)
         if device == "cpu":
-            library()  # compiled now, if ever, not in the first step, whose time is taken
-        self.roof = matmul_roof(device, run.dtype) * run.world
+            library()  # compiles kernels.c before the first step, whose time is measured
+        self.peak_flops = peak_matmul_flops(device, run.dtype) * run.world
         if args.fsdp:
             shard(self.model, device, run.dtype)
         else:
             self.model.to(device)
         self.train, self.val = self.data("train"), self.data("val")
-        self.position = self.tokens = 0  # windows, or other samples, read so far, and their tokens
-        self.ahead = None, None  # the position after these, and the samples there
+        self.position = self.tokens = 0  # samples, and tokens, read so far by all processes
+        self.ahead = None, None  # the next position, and the batch that was prefetched for it
         self.micro_steps = max(args.gradient_accumulation_steps // run.world, 1)
         self.optimizers = make_optimizers(self.model, args)
         half = run.dtype == torch.float16
@@ -413,17 +419,15 @@ class Pretraining(Stage):
             head = self.model.output.weight.new_empty(1, self.model.args.head_dim)
             native = native_attention(head)
         if run.compile and native and run.rank == 0:
-            print("not compiled: here kernels.c is faster than what torch.compile makes")
+            print("note: --compile is ignored: kernels.c is faster than torch.compile on this CPU")
         compiled = run.compile and not native
         self.forward = torch.compile(self.model) if compiled else self.model
         if run.world > 1 and self.ddp and not args.fsdp:
-            # the only buffers, the tables of angles, never change
+            # The only buffers are the tables of rotary angles, which never change.
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the
-        reason."""
         if args.optimizer != "muon":
             yield ["muon_learning_rate"], "has no effect without --optimizer=muon"
         if not args.decay_lr:
@@ -451,25 +455,26 @@ class Pretraining(Stage):
         return (args.data,)
 
     def build(self, checkpoint):
-        """The model to train, on the CPU, with the checkpoint's weights where there is one."""
+        """The model to train, on the CPU, with the weights of the checkpoint if it is not None."""
         if checkpoint is not None:
             return model_from_checkpoint(checkpoint, dropout=self.args.dropout)
         values = {n: getattr(self.args, n) for n in (*MODEL_FLAGS, "dropout")}
         return accelerate(Transformer(ModelArgs(**values)))
 
     def data(self, split):
-        """The samples of "train" or "val": they have a length, and batch(position, n)."""
+        """The samples of a split, "train" or "val", with __len__ and batch(position, n)."""
         model = self.model.args
         return Windows(self.args.data, split, model.max_seq_len, model.vocab_size, self.args.seed)
 
     def loss(self, model, batch):
-        """The mean loss of a batch of samples; how many tokens it has; and what else is logged of
-        it, {name: (n,) tensor}. `model` is self.model, maybe compiled or in DDP."""
+        """Returns the mean loss of a batch, its number of tokens, and values to log,
+        {name: (n,) tensor}. `model` is self.model, possibly compiled or wrapped in DDP."""
         x, y = (t.to(self.run.device) for t in batch)
         return model(x, y), x.numel(), {}
 
     def step(self, iteration):
-        """One optimizer step; returns its statistics."""
+        """Runs one optimizer step and returns its statistics. Raises FloatingPointError after
+        MAX_BAD_STEPS consecutive steps whose loss or gradient is not finite."""
         a, t0 = self.args, time.perf_counter()
         # Dropout depends on the iteration and the rank alone, so that a resumed run repeats it.
         torch.manual_seed((a.seed * 1_000_003 + iteration) * 1009 + self.run.rank)
@@ -510,7 +515,8 @@ class Pretraining(Stage):
         seconds = time.perf_counter() - t0
         self.tokens += int(tokens)
         rate = tokens / seconds * self.flops
-        self.roof = max(self.roof, rate)  # measured while the machine was busy
+        # The first measurement is too low if the machine was busy.
+        self.peak_flops = max(self.peak_flops, rate)
         return {
             "loss/train": loss,
             **{k: ppo.mean_and_variance(torch.cat([x[k] for x in logged]))[0] for k in logged[0]},
@@ -519,13 +525,13 @@ class Pretraining(Stage):
             "bad_steps": self.bad_steps,
             "tokens": self.tokens,
             "tokens_per_s": tokens / seconds,
-            "mfu": rate / self.roof,
+            "mfu": rate / self.peak_flops,
             "ms": seconds * 1e3,
         }
 
     def read(self, position):
-        """This rank's samples from a position on; a GPU still works on those before when the next
-        ones are read, and sent from pinned memory."""
+        """This rank's batch of the samples from `position` on. `step` prefetches the next batch
+        while a GPU still works on the current one; pinned memory makes the copy asynchronous."""
         next_position, batch = self.ahead
         if next_position != position:
             n, device = self.args.batch_size, self.run.device
@@ -538,14 +544,14 @@ class Pretraining(Stage):
         return batch
 
     def synchronised(self, last):
-        """The context of a backward pass: processes exchange gradients in the last of a step."""
+        """The context of a backward pass. Gradients are reduced in the `last` one of a step."""
         if self.args.fsdp:
             self.model.set_requires_gradient_sync(last)
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not last else nullcontext()
 
     def average_gradients(self):
-        """Over the processes, where DistributedDataParallel does not do it."""
+        """Averages the gradients over the processes for stages without DistributedDataParallel."""
         for p in self.model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -560,8 +566,8 @@ class Pretraining(Stage):
         )
 
     def evaluate(self):
-        """The mean loss over fixed samples of each split, the same for any number of processes, and
-        the `summary` of those that are held out."""
+        """The mean loss over fixed samples of each split, independent of the number of processes,
+        and the `summary` of the held-out samples."""
         a, out = self.args, {}
         self.model.eval()
         for name, windows in (("loss/train_eval", self.train), ("loss/val", self.val)):
@@ -570,7 +576,7 @@ class Pretraining(Stage):
             for i in range(0, n, self.run.world * a.batch_size):
                 start = i + self.run.rank * a.batch_size
                 rows = max(min(a.batch_size, n - start), 0)
-                batch = windows.batch(start, max(rows, 1))  # with --fsdp all must take part
+                batch = windows.batch(start, max(rows, 1))  # with --fsdp all ranks must run
                 with torch.no_grad(), self.run.autocast():
                     loss, _, values = self.loss(self.model, batch)
                 weight = self.weight(batch, rows)
@@ -584,17 +590,17 @@ class Pretraining(Stage):
         return out
 
     def weight(self, batch, rows):
-        """What the loss of a batch counts in the mean of an evaluation: its number of samples,
-        `rows`. It is 0 for the batch of a process that has no samples left."""
+        """The weight of a batch in the mean loss of an evaluation: its number of samples, `rows`,
+        which is 0 on a process without samples left."""
         return rows
 
     def summary(self, logged):
-        """More numbers of an evaluation, {name: number}, from what `loss` returned to be logged of
-        each held-out batch of this rank."""
+        """Further results of an evaluation, {name: number}. `logged` has the values to log that
+        `loss` returned for each held-out batch of this rank."""
         return {}
 
     def sample_text(self):
-        """The beginning of a story, always with the same random numbers."""
+        """A continuation of BOS, sampled with the same random numbers at every call."""
         if self.tokenizer is None or self.args.fsdp:
             return ""
         n = min(100, self.model.args.max_seq_len - 1)
@@ -603,7 +609,7 @@ class Pretraining(Stage):
         with self.run.autocast():
             out = generate(self.model, [[BOS_ID]], n, 0.7, stop_ids=stops, uniform=uniform)
         text = self.tokenizer.decode(out.responses()[0])
-        return "".join(c if c.isprintable() else " " for c in text)  # bytes of a young model
+        return "".join(c if c.isprintable() else " " for c in text)  # control characters
 
     def state(self):
         optimizers = [o.state_dict() for o in self.optimizers]
@@ -621,7 +627,7 @@ class Pretraining(Stage):
         )
 
     def load_state(self, checkpoint):
-        """As Stage.load_state; of a checkpoint of llama2.c the weights alone are used."""
+        """See Stage.load_state. Of a llama2.c checkpoint only the weights are used."""
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]

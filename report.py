@@ -153,7 +153,7 @@ def flops_per_token(model, seq_len):
     return 6 * weights + 12 * model.args.n_layers * model.args.dim * seq_len
 
 
-def matmul_roof(device, dtype):
+def peak_matmul_flops(device, dtype):
     """Measured FLOP/s of a large matrix product, the denominator of MFU."""
     # On a GPU many products are timed together, because launching one and waiting for it would take
     # as long as the product itself.

@@ -73,7 +73,7 @@ def measure(flags, seconds):
     share = loading / (time.perf_counter() - start)
     ms = sorted(times)[len(times) // 2]  # the median: others may use the machine
     rate = args.batch_size * args.max_seq_len / ms * 1e3
-    return rate, rate * stage.flops / stage.roof, share, ms, stage.roof
+    return rate, rate * stage.flops / stage.peak_flops, share, ms, stage.peak_flops
 
 
 def main(argv=None):
@@ -98,9 +98,9 @@ def main(argv=None):
                 continue
             more = [f"--data={folder}", f"--out_dir={folder}", "--vocab_source=custom"]
             more += [f"--device={device}", "--eval_iters=1", "--warmup_iters=10"]
-            rate, mfu, share, ms, roof = measure([*flags.split(), *more], args.seconds)
+            rate, mfu, share, ms, peak_flops = measure([*flags.split(), *more], args.seconds)
             print(f"{title:<32} {rate:10,.0f} {ms:9.1f} {mfu:7.1%} {share:6.1%}", flush=True)
-    print(f"roof: {roof / 1e9:,.0f} GFLOP/s, a square matrix product in the same precision")
+    print(f"peak: {peak_flops / 1e9:,.0f} GFLOP/s, a square matrix product in the same precision")
     if device == "cpu":
         print("larger shapes and bf16 are left out: they need a GPU")
 

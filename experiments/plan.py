@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import accelerate, library
 from model import Transformer
-from report import flops_per_token, matmul_roof
+from report import flops_per_token, peak_matmul_flops
 
 GPUS = {  # the makers' figures: dense bf16 FLOP/s, bytes of memory, bytes/s between GPUs
     "h200": (989e12, 141e9, 450e9),
@@ -64,7 +64,7 @@ def plan(args, model_args):
     dtype = getattr(torch, args.dtype or ("float32" if cpu else "bfloat16"))
     if cpu:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        peak, room, link = matmul_roof("cpu", dtype), memory, math.inf
+        peak, room, link = peak_matmul_flops("cpu", dtype), memory, math.inf
     else:
         peak, room, link = GPUS[args.plan_gpu]
         peak = peak if dtype != torch.float32 else peak / 16  # without tensor cores

@@ -405,7 +405,7 @@ def main_without_writes(argv, monkeypatch):
 @pytest.mark.parametrize("stage", ["", "--rm", "--dpo"])
 def test_flags_are_not_written_to(home, tmp_path, monkeypatch, stage):
     """(The runs of test_every_flag_changes_something check SFT and PPO.)"""
-    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1e12)
+    monkeypatch.setattr(pretraining, "peak_matmul_flops", lambda *_: 1e12)
     data = home / "pairs.jsonl" if stage else home
     flags = f"--data={data} --out_dir={tmp_path} --device=cpu --batch_size=2"
     flags += " --max_iters=1 --eval_iters=1"
@@ -502,7 +502,7 @@ def test_every_flag_changes_something(home, tmp_path, capsys, monkeypatch, stage
     base = BASE[stage]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        pretraining, "matmul_roof", lambda *_: 1e12
+        pretraining, "peak_matmul_flops", lambda *_: 1e12
     )  # a second per run, for the MFU
 
     def run(**flags):

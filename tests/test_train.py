@@ -436,7 +436,7 @@ def test_flags_decide_about_the_optimizer_of_a_resumed_run(data, tmp_path, capsy
     run = train.setup(args)
     capsys.readouterr()
     stage = train.start(run)
-    assert "the flags count: adam_eps was 1e-08, is 0.001, beta2 was" in capsys.readouterr().out
+    assert "which now apply: adam_eps was 1e-08, is 0.001, beta2 was" in capsys.readouterr().out
     aligned = ppo_stage(data, tmp_path, **changed)  # a new run, which then gets the old one's state
     aligned.load_state(load_checkpoint(tmp_path / "ppo_ckpt.pt"))
     for optimizers in (stage.optimizers, aligned.optimizers):
@@ -663,7 +663,7 @@ def test_a_batch_too_large_for_the_memory_is_one_line(
 def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
     """Also where the machine was busy while its matrix product was measured; kernels.c is compiled
     before the first step, whose tokens are counted per second."""
-    monkeypatch.setattr(pretraining, "matmul_roof", lambda *_: 1.0)
+    monkeypatch.setattr(pretraining, "peak_matmul_flops", lambda *_: 1.0)
     args = train.flags(command(data, tmp_path, dim=96, n_heads=2))
     run = train.setup(args)
     compiled = []
