@@ -1,4 +1,4 @@
-"""Learning from rankings of replies: the reward model (train.py --rm) and DPO (--dpo)."""
+"""Training on rankings of replies: the reward model (train.py --rm) and DPO (--dpo)."""
 
 import itertools
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class PreferenceFlags:
 
     reference_samples: int = flag(
         256,
-        "replies to held-out prompts: --rm gives the rewards of the initial model's replies mean 0 "
-        "and variance 1, --dpo estimates its KL with its own",
+        "sampled replies to held-out prompts: --rm normalizes its rewards to mean 0 and variance 1 "
+        "on replies of the initial model, --dpo estimates its KL on replies of the policy",
     )
     max_gen_len: int = flag(300, "tokens per response, at most")
 
@@ -36,7 +36,7 @@ class RewardModelFlags:
     """reward model"""
 
     freeze_layers: int = flag(
-        0, "number of first layers that stay as they are, together with the embeddings"
+        0, "number of lower layers to freeze, together with the embeddings; 0 trains everything"
     )
 
 
@@ -45,9 +45,11 @@ class DPOFlags:
     """DPO"""
 
     dpo_beta: float = flag(0.1, "DPO β, the strength of the KL constraint")
-    dpo_label_smoothing: float = flag(0.0, "assumed share of pairs in the wrong order")
+    dpo_label_smoothing: float = flag(
+        0.0, "assumed share of pairs that are ranked in the wrong order"
+    )
     dpo_reference_free: bool = flag(
-        False, "leave the reference model out of the loss, as if it were uniform"
+        False, "omit the reference model from the loss, as if it were uniform"
     )
 
 
@@ -56,9 +58,11 @@ class DPOFlags:
 
 
 def pairs(sizes):
-    """All pairs (better, worse) of rankings of `sizes` completions, best first, as indices into all
-    completions one after the other: [2, 3] -> [0, 2, 2, 3], [1, 3, 4, 4]; and the weight of each,
-    with which those of a ranking make up 1 / len(sizes)."""
+    """All pairs (better, worse) of a batch of rankings. `sizes` has the number of completions of
+    each ranking; the completions are ordered best first and concatenated. Returns three tensors
+    (P,): the index of the better completion, the index of the worse one, and the weight of the
+    pair. The pairs of one ranking have equal weights with the sum 1 / len(sizes). Example:
+    [2, 3] -> [0, 2, 2, 3], [1, 3, 4, 4], [1/2, 1/6, 1/6, 1/6]."""
     better, worse, weight, first = [], [], [], 0
     for k in sizes:
         for i, j in itertools.combinations(range(first, first + k), 2):
@@ -70,9 +74,9 @@ def pairs(sizes):
 
 
 def score(model, sequences):
-    """What a TransformerWithValueHead says at the last token of each of `sequences`, lists of ids:
-    (n,) in fp32, from one forward pass without padding. What exceeds the context is not read: of a
-    reply that has filled it, that is the last token."""
+    """The value of a TransformerWithValueHead at the last token of each of `sequences`, lists of
+    token ids: (n,) in fp32, from one forward pass without padding. Tokens beyond the context are
+    ignored; a reply that fills the context exceeds it by one token."""
     sequences = [s[: model.args.max_seq_len] for s in sequences]
     device, lengths = model.value_head.weight.device, [len(s) for s in sequences]
     tokens = torch.tensor([t for s in sequences for t in s], device=device)
@@ -81,15 +85,15 @@ def score(model, sequences):
 
 
 def response_logprobs(model, queries, responses, device):
-    """log p(response | query) of each pair of lists of ids: (n,), from one forward pass."""
+    """log p(response | query) for n pairs of lists of token ids: (n,), from one forward pass."""
     p = ppo.pack(queries, responses, device)
     logits = model.output(model.hidden(p.tokens, p.lengths)[p.state_ends])
     return ppo.sum_per_rollout(ppo.logprob_entropy_kl(logits, p.actions)[0], p.counts)
 
 
 def calibration_error(margins, bins=10):
-    """Expected calibration error of the probabilities sigmoid(margin) of pairs (n,): the mean of
-    |share in the right order - mean confidence| over bins of confidence (Guo et al., 2017)."""
+    """Expected calibration error of the probabilities sigmoid(margins), margins (n,): the mean of
+    |accuracy - mean confidence| over bins of confidence (Guo et al., 2017)."""
     confidence, right = margins.abs().sigmoid(), (margins.sign() + 1) / 2
     bin = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = [(right - confidence)[bin == b].sum().abs() for b in range(bins)]
@@ -97,7 +101,7 @@ def calibration_error(margins, bins=10):
 
 
 def gathered_over_ranks(x):
-    """The parts (n,) of all processes, one after the other."""
+    """Concatenates the tensors x (n,) of all processes, in the order of the ranks."""
     if not dist.is_initialized():
         return x
     parts = [None] * dist.get_world_size()
@@ -110,7 +114,8 @@ def gathered_over_ranks(x):
 
 
 class Preferences(InstructionStage):
-    """What reward model and DPO share: rankings for data, and replies to held-out prompts."""
+    """Base class of reward model and DPO: the data are rankings, and replies to held-out prompts
+    are sampled."""
 
     ddp = False
     positive = ("reference_samples",)
@@ -129,7 +134,8 @@ class Preferences(InstructionStage):
         return samples
 
     def replies(self, model):
-        """A model's replies to held-out prompts, the same at every call."""
+        """Samples a reply to each of self.prompts, with the same random numbers at every call.
+        Returns lists of token ids."""
         n = min(self.args.max_gen_len, self.model.args.max_seq_len)
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(self.prompts), n, generator=random)
@@ -139,9 +145,10 @@ class Preferences(InstructionStage):
 
 
 class RewardModel(Preferences):
-    """A scalar for a whole reply, from rankings: the loss is -log sigmoid(better - worse), over all
-    pairs of a ranking (Ouyang et al., 2022, equation 1). As a checkpoint it comes with the gain and
-    bias that give the replies of the model it started from mean 0 and variance 1."""
+    """A reward model: one scalar per reply, trained on rankings. The loss is
+    -log sigmoid(score of better - score of worse), averaged over the pairs of each ranking (Ouyang
+    et al., 2022, equation 1). The checkpoint also stores a gain and a bias that normalize the
+    scores to mean 0 and variance 1 on replies of the initial model."""
 
     prefix = "rm_"
     flags = TextFlags, InstructionFlags, PreferenceFlags, RewardModelFlags
@@ -179,15 +186,15 @@ class RewardModel(Preferences):
             sum(map(len, sequences)),
             {
                 "rm/margin": margins.detach(),
-                "rm/accuracy": (margins.detach().sign() + 1) / 2,  # a tie is half a hit
+                "rm/accuracy": (margins.detach().sign() + 1) / 2,  # a tie counts as 1/2
                 "rm/score": scores.detach(),
                 "rm/length": torch.tensor(lengths),
             },
         )
 
     def summary(self, logged):
-        """Of the held-out pairs: share in the right order, mean margin, error of the probabilities
-        that the margins stand for, correlation of score and length of a completion."""
+        """Results on the held-out pairs: accuracy, mean margin, expected calibration error, and the
+        correlation of a completion's score with its length."""
         names = "rm/margin", "rm/accuracy", "rm/score", "rm/length"
         margins, right, scores, lengths = (
             gathered_over_ranks(torch.cat([x[k].float().cpu() for x in logged])) for k in names
@@ -201,7 +208,7 @@ class RewardModel(Preferences):
         }
 
     def sample_text(self):
-        """A held-out prompt with its best and its worst completion, and their scores."""
+        """A held-out prompt with its best and worst completion, and the scores of both."""
         ((prompt, completions),) = self.val.batch(0, 1)
         ends = completions[0], completions[-1]
         with torch.no_grad(), self.run.autocast():
@@ -223,8 +230,8 @@ class RewardModel(Preferences):
 
 
 class DPO(Preferences):
-    """Direct preference optimization (Rafailov et al., 2023): the reward that a policy stands for,
-    beta log(policy / reference), is trained on pairs as a reward model is."""
+    """Direct preference optimization (Rafailov et al., 2023, equation 7): the implicit reward of
+    the policy, β log(policy / reference), is trained on pairs like the scores of a reward model."""
 
     prefix = "dpo_"
     flags = TextFlags, InstructionFlags, PreferenceFlags, DPOFlags
@@ -236,7 +243,8 @@ class DPO(Preferences):
         args = run.args
         if not 0 <= args.dpo_label_smoothing < 0.5:
             raise ValueError(
-                "--dpo_label_smoothing must be from 0 to below 0.5: a half says nothing"
+                "--dpo_label_smoothing must be at least 0 and below 0.5: "
+                "at 0.5 the rankings carry no information"
             )
         if args.dpo_beta <= 0:
             raise ValueError(f"--dpo_beta must be above 0, not {args.dpo_beta}")
@@ -260,10 +268,10 @@ class DPO(Preferences):
             rewards = rewards - ref
         rewards = a.dpo_beta * rewards
         margins = rewards[better] - rewards[worse]
-        each = -(1 - a.dpo_label_smoothing) * F.logsigmoid(margins)
-        each = each - a.dpo_label_smoothing * F.logsigmoid(-margins)
+        losses = -(1 - a.dpo_label_smoothing) * F.logsigmoid(margins)
+        losses = losses - a.dpo_label_smoothing * F.logsigmoid(-margins)
         return (
-            (each * weight).sum(),
+            (losses * weight).sum(),
             sum(map(len, queries + responses)),
             {
                 "dpo/margin": margins.detach(),
@@ -274,12 +282,13 @@ class DPO(Preferences):
         )
 
     def summary(self, logged):
-        """Of the held-out pairs: mean margin of the rewards and share in the right order; and the
-        KL to the reference, nats a reply, exact at each token of the model's own replies."""
+        """Results on the held-out pairs: mean margin of the rewards and accuracy; and the KL
+        divergence from the reference in nats per reply, computed over the whole vocabulary at each
+        token of the policy's own replies."""
         out = {}
         for name in ("margin", "accuracy"):
-            each = torch.cat([x[f"dpo/{name}"].float().cpu() for x in logged])
-            out[f"dpo/val/{name}"] = float(gathered_over_ranks(each).mean())
+            values = torch.cat([x[f"dpo/{name}"].float().cpu() for x in logged])
+            out[f"dpo/val/{name}"] = float(gathered_over_ranks(values).mean())
         self.held_out_replies = self.replies(self.model)
         with self.run.autocast():
             kl, _ = ppo.kl_to_reference(
@@ -292,7 +301,7 @@ class DPO(Preferences):
         return out | {"dpo/val/kl_ref": float(kl.mean())}
 
     def sample_text(self):
-        """The reply to the first held-out prompt, from the evaluation before."""
+        """The reply to the first held-out prompt, from the latest evaluation."""
         return self.tokenizer.decode(self.prompts[0] + self.held_out_replies[0])
 
     def state(self):

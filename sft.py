@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (train.py --sft): instructions as packed samples, and LoRA."""
+"""Supervised fine-tuning (train.py --sft) on packed instructions, optionally with LoRA."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from tokenizer import stop_ids
 class InstructionFlags:
     """instructions"""
 
-    val_data: str = flag("", "file of held-out instructions; default: a tenth of --data")
+    val_data: str = flag("", "file of held-out instructions; default: 10 % of --data")
     template: str = flag(
         "",
         'chat template: plain, llama2, or a JSON file {"turn": ..., "system": ...}; default: the '
@@ -37,17 +37,20 @@ class LoRAFlags:
         "rank of LoRA adapters, trained instead of the weights (--lora_alpha, --lora_layers); 0 "
         "trains all weights",
     )
-    lora_alpha: float = flag(16.0, "the adapters' scale is lora_alpha / lora_rank")
-    lora_layers: str = flag("q,v", "matrices with an adapter, of q,k,v,o,gate,down,up")
+    lora_alpha: float = flag(16.0, "LoRA α: the adapters are scaled by lora_alpha / lora_rank")
+    lora_layers: str = flag(
+        "q,v", "comma-separated matrices with an adapter, from q,k,v,o,gate,down,up"
+    )
 
 
 @dataclass
 class FineTuningFlags:
     """supervised fine-tuning"""
 
-    lora_dropout: float = flag(0.0, "dropout rate before the adapters")
+    lora_dropout: float = flag(0.0, "dropout rate of the adapters' input")
     lora_4bit: bool = flag(
-        False, "keep the matrices below the adapters in 4 bits (QLoRA); needs bitsandbytes"
+        False,
+        "store the frozen matrices of the adapted layers in 4 bits (QLoRA); needs bitsandbytes",
     )
 
 
@@ -56,35 +59,36 @@ class FineTuningFlags:
 
 
 def instructions(kind, args, split, tokenizer, template, max_len):
-    """Samples of the instruction data that the flags name, in one of instruct.py's forms."""
+    """The samples of a split of the instruction data that the flags name. `kind` is one of the
+    sample classes of instruct.py."""
     path, seed = args.data, args.seed
     if args.val_data:
-        if split == "val":  # the same whatever the seed of the run
+        if split == "val":  # the order must not depend on the seed of the run
             path, seed = args.val_data, 0
         split = "all"
     return kind(path, split, tokenizer, template, max_len, seed)
 
 
 class Packed:
-    """Instructions as packed tensors: samples one after the other, none of which sees another, and
-    the targets, -1 where nothing is to be learnt."""
+    """Batches of instructions as packed tensors: the samples are concatenated, and attention does
+    not cross their borders. A target of -1 is ignored by the loss."""
 
     def __init__(self, samples):
         self.samples = samples
-        self.learnt = sum(int(mask.sum()) for _, mask in samples.samples) / len(samples)
+        self.mean_targets = sum(int(mask.sum()) for _, mask in samples.samples) / len(samples)
 
     def __len__(self):
         return len(self.samples)
 
     def batch(self, position, n):
-        """tokens and targets (N,), the lengths of n samples, and how many targets are to be
-        expected in n of them."""
+        """n samples from `position` on: tokens (N,), targets (N,), the lengths of the samples, and
+        the expected number of targets in a batch of n samples."""
         tokens, targets, lengths = [], [], []
         for ids, mask in self.samples.batch(position, n):
             tokens += ids[:-1]
             targets += [i if learn else -1 for i, learn in zip(ids[1:], mask[1:])]
             lengths.append(len(ids) - 1)
-        return torch.tensor(tokens), torch.tensor(targets), lengths, n * self.learnt
+        return torch.tensor(tokens), torch.tensor(targets), lengths, n * self.mean_targets
 
 
 # ----------------------------------------------------------------------------
@@ -92,11 +96,11 @@ class Packed:
 
 
 class InstructionStage(Pretraining):
-    """What the stages that read instructions or rankings share: they start from a checkpoint, whose
-    tokenizer and template they need."""
+    """Base class of the stages that train on instructions or rankings. They start from a checkpoint
+    and need its tokenizer and template."""
 
     from_scratch = False
-    compiles = False  # batches change their shape
+    compiles = False  # the shape differs from batch to batch
 
     @staticmethod
     def shard_folders(args):
@@ -107,19 +111,20 @@ class InstructionStage(Pretraining):
         return True
 
     def samples(self, kind, split, max_len):
-        """Samples of the instruction data, in one of instruct.py's forms."""
+        """The samples of a split as `kind`, one of the sample classes of instruct.py."""
         run = self.run
         return instructions(kind, run.args, split, run.tokenizer, run.template, max_len)
 
     def stop_ids(self):
-        """The ids at which a reply ends."""
+        """The token ids that end a reply."""
         return stop_ids(self.tokenizer, self.run.template, self.run.metadata.get("end_ids"))
 
 
 class FineTuning(InstructionStage):
-    """Supervised fine-tuning on instructions: the loss is on replies and their end tokens. With
-    --lora_rank adapters are trained; the checkpoint has the weights with them merged, for whoever
-    reads it, and as they are, to go on; the adapters alone are in a file beside it."""
+    """Supervised fine-tuning on instructions, with the loss on replies and their end tokens only.
+    With --lora_rank adapters are trained (Hu et al., 2022). The checkpoint then stores the weights
+    with the adapters merged ("model") and not merged ("unmerged", for resuming); sft_lora.pt stores
+    the adapters alone."""
 
     prefix = "sft_"
     flags = TextFlags, CompileFlags, InstructionFlags, LoRAFlags, FineTuningFlags
@@ -139,9 +144,9 @@ class FineTuning(InstructionStage):
         return Packed(samples)
 
     def loss(self, model, batch):
-        """What is trained is the sum over the targets, divided by how many there are on average,
-        not in this batch: each token counts the same however the samples are split into batches
-        and processes. What is shown is the mean over the targets."""
+        """The loss for training is the sum over the targets of the batch, divided by their expected
+        number, so that each token has the same weight however the samples are split into batches
+        and processes. The logged loss is the mean over the targets of the batch."""
         tokens, targets, lengths, expected = batch
         tokens, targets = tokens.to(self.run.device), targets.to(self.run.device)
         mean, count = model(tokens, targets, lengths=lengths), int((targets >= 0).sum())
@@ -149,16 +154,16 @@ class FineTuning(InstructionStage):
         return mean * share, len(tokens), {"loss/train": mean.detach().expand(count)}
 
     def weight(self, batch, rows):
-        """The tokens that the loss is the mean of."""
+        """The number of targets, over which the loss is the mean."""
         return int((batch[1] >= 0).sum()) if rows else 0
 
     def line(self, iteration, s):
         return super().line(iteration, s).replace(f" | mfu {s['mfu']:5.1%}", "")
 
     def sample_text(self):
-        """The reply to the first held-out prompt, always with the same random numbers."""
+        """The reply to the first held-out prompt, with the same random numbers at every call."""
         ids, mask = self.val.samples.batch(0, 1)[0]
-        end = len(ids) - 1 - mask[::-1].index(False)  # the last token that is not of the reply
+        end = len(ids) - 1 - mask[::-1].index(False)  # the last token of the prompt
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
         uniform = torch.rand(1, room, generator=torch.Generator().manual_seed(self.args.seed))
         stops = self.stop_ids()
@@ -168,10 +173,15 @@ class FineTuning(InstructionStage):
         return "".join(c if c.isprintable() else " " for c in text)
 
     def adapters(self):
-        """What a file of adapters holds."""
+        """The content of a file of adapters: hyperparameters and weights ("state")."""
         a = self.args
-        how = {"rank": a.lora_rank, "alpha": a.lora_alpha, "layers": a.lora_layers}
-        return {**how, "four_bit": a.lora_4bit, "state": adapter_state(self.model)}
+        return {
+            "rank": a.lora_rank,
+            "alpha": a.lora_alpha,
+            "layers": a.lora_layers,
+            "four_bit": a.lora_4bit,
+            "state": adapter_state(self.model),
+        }
 
     def state(self):
         state = super().state()
@@ -184,11 +194,15 @@ class FineTuning(InstructionStage):
         return state
 
     def load_state(self, checkpoint):
-        saved, mine = checkpoint.get("lora"), self.adapters() if self.args.lora_rank else None
-        for lora in filter(None, (saved, mine)):
+        """See Stage.load_state. Raises ValueError if the adapters have other hyperparameters."""
+        saved, current = checkpoint.get("lora"), self.adapters() if self.args.lora_rank else None
+        for lora in filter(None, (saved, current)):
             del lora["state"]
-        if saved != mine:
-            raise ValueError(f"the run there has other adapters: {saved}, not {mine}")
-        if mine:
+        if saved != current:
+            raise ValueError(
+                f"the checkpoint has other adapters: {saved}, not {current}; resume with its flags "
+                "(--lora_rank, ...)"
+            )
+        if current:
             self.model.load_state_dict(checkpoint["unmerged"])
         super().load_state(checkpoint)
