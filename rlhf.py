@@ -1,9 +1,9 @@
 """RLHF as a stage of the training loop (train.py --ppo): models, prompts, rewards, the best
 achievable objective J*, and the final report. The algorithm is in ppo.py.
 
-J has an upper bound that can be computed. The best policy is π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β),
-which reaches J*(x) = β log E_ref[exp(r / β)]; `best_achievable_objective` estimates it from samples
-of the reference. A run is as good as its J is close to J*.
+J has an upper bound that can be computed: the optimal policy π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)
+reaches J*(x) = β log E_ref[exp(r / β)]. `best_achievable_objective` estimates J* from samples of
+the reference model. The gap between J and J* measures the quality of a run.
 """
 
 import hashlib
@@ -39,37 +39,43 @@ class RLHFFlags:
     """PPO: prompts, reward and report"""
 
     ppo_iters: int = flag(
-        0, "PPO iterations; 0 continues to max_iters, which counts the checkpoint's iterations too"
+        0,
+        "PPO iterations; 0 means until max_iters, which includes the iterations of the checkpoint",
     )
     reward: str = flag(
         "length",
-        "length (--target_len), FILE.py:FUNCTION of lists of prompts and responses, or the "
+        "length (--target_len), FILE.py:FUNCTION with the parameters (prompts, responses), or the "
         "checkpoint of a reward model (.pt, --reward_device)",
     )
-    target_len: int = flag(200, "tokens of prompt plus response that the length reward prefers")
-    reward_device: str = flag("", "device of the reward model; default: as --device")
-    ref_device: str = flag("", "device of the frozen reference model; default: as --device")
-    offload: bool = flag(False, "keep reference and reward model in CPU memory while unused")
-    start_len: int = flag(30, "prompts are BOS and the first 0 to start_len - 1 tokens of a story")
+    target_len: int = flag(
+        200, "total length of prompt and response, in tokens, that the length reward prefers"
+    )
+    reward_device: str = flag("", "device of the reward model; default: --device")
+    ref_device: str = flag("", "device of the frozen reference model; default: --device")
+    offload: bool = flag(
+        False, "move reference and reward model to CPU memory while they are unused"
+    )
+    start_len: int = flag(30, "prompts are BOS and the first 0 to start_len - 1 tokens of a text")
     value_learning_rate: float = flag(
         0.0, "learning rate of a separate critic; 0 means learning_rate"
     )
     ppo_warmup_steps: int = flag(10, "optimizer steps of linear warm-up")
-    ptx_data: str = flag("", "text for --ptx_coef, a folder or file; default: as --data")
+    ptx_data: str = flag("", "pretraining text for --ptx_coef, a folder or file; default: --data")
     roof_prompts: int = flag(32, "prompts for the estimate of the best achievable J (J*)")
     roof_samples: int = flag(128, "samples of the reference model per prompt for J*")
     report_rollouts: int = flag(512, "rollouts per model in the final report")
-    ppo_debug: bool = flag(False, "print every statistic of every iteration")
+    ppo_debug: bool = flag(False, "print all statistics of each iteration")
 
 
 def is_instruction_file(data):
-    """Whether --data names a file of instructions, not a folder of stories."""
+    """Whether --data names a file of instructions, not a folder of text."""
     return data.partition(",")[0].endswith((".json", ".jsonl"))
 
 
 @contextmanager
 def on_device(model, device, offload):
-    """A frozen model on its device; with offload it is in CPU memory before and after."""
+    """A context with a frozen model on its device. With offload the model is moved there from CPU
+    memory, and back at the end."""
     if offload:
         model.to(device)
     try:
@@ -84,8 +90,8 @@ def on_device(model, device, offload):
 
 
 class LengthReward:
-    """−|target_len − tokens| / 100, where tokens counts prompt and response, end token included, as
-    in the original implementation."""
+    """The reward −|target_len − tokens| / 100 of the original implementation, where tokens counts
+    prompt and response including the end token."""
 
     def __init__(self, target_len=200):
         self.target_len = target_len
@@ -95,36 +101,36 @@ class LengthReward:
 
 
 def load_reward(spec, target_len, decode):
-    """The reward that --reward=spec names: `length`, or FILE.py:FUNCTION. The function is called
-    with prompts and responses, two lists of strings, or of lists of token ids if it has an
-    attribute `tokens = True`; it returns one number per response, or one list per response with a
-    number per token. Errors of the function are raised as RewardError, with the line of the
+    """Returns the reward function that --reward=spec names: `length`, or FILE.py:FUNCTION. FUNCTION
+    is called with (prompts, responses), two lists of strings, or of lists of token ids if it has
+    the attribute `tokens = True`. It returns one number per response, or per response one list with
+    one number per token. An exception of FUNCTION is raised as RewardError with the line of the
     file."""
     if spec == "length":
         return LengthReward(target_len)
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
-        raise ValueError(f"--reward={spec}: expected `length` or FILE.py:FUNCTION")
+        raise ValueError(f"--reward={spec}: expected `length`, FILE.py:FUNCTION or FILE.pt")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward={spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location("reward", path)
     module = importlib.util.module_from_spec(module_spec)
 
-    def call(code):  # errors of the user's code become one line that says where
+    def call(code):  # an error in the user's code becomes one line with its location
         try:
             return code()
         except Exception as e:
             frames = traceback.extract_tb(e.__traceback__)
             lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
-            where = lines[-1] if lines else ""
-            raise ppo.RewardError(f"--reward={spec}{where}: {type(e).__name__}: {e}") from e
+            line = lines[-1] if lines else ""
+            raise ppo.RewardError(f"--reward={spec}{line}: {type(e).__name__}: {e}") from e
 
     call(lambda: module_spec.loader.exec_module(module))
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--reward={spec}: {path} has no function {name}")
 
-    def plain(x):  # rewards may be tensors and arrays
+    def plain(x):  # rewards may be tensors or arrays
         return x.tolist() if hasattr(x, "tolist") else x
 
     def reward(prompts, responses, ended):
@@ -146,27 +152,28 @@ def load_reward(spec, target_len, decode):
 
 
 def load_reward_model(path, policy_args, template):
-    """The checkpoint at path, made by --rm, with its gain and bias multiplied into the value head,
-    so that the head's output is the reward. Raises ValueError if it is no reward model, or if its
-    vocabulary, context or template does not fit the policy's ModelArgs and template."""
+    """Loads the checkpoint of a reward model (--rm) and folds its gain and bias into the value
+    head, whose output is then the normalized reward. Raises ValueError if the checkpoint is not a
+    reward model, or if its vocabulary, context or template does not fit the policy's ModelArgs and
+    template."""
     checkpoint = load_checkpoint(path)
     if "reward" not in checkpoint:
-        raise ValueError(f"{path} is no reward model: train one with --rm")
+        raise ValueError(f"{path} is not a reward model: train one with --rm")
     args = checkpoint["model_args"]
     if args["vocab_size"] != policy_args.vocab_size:
         raise ValueError(
-            f"the reward model {path} has a vocabulary of {args['vocab_size']}, "
-            f"the policy one of {policy_args.vocab_size}"
+            f"the reward model {path} has a vocabulary of {args['vocab_size']} tokens, the policy "
+            f"has {policy_args.vocab_size}: train a reward model from the policy's checkpoint"
         )
     if args["max_seq_len"] < policy_args.max_seq_len:
         raise ValueError(
-            f"the reward model {path} reads {args['max_seq_len']} tokens, "
-            f"the policy writes up to {policy_args.max_seq_len}"
+            f"the reward model {path} has a context of {args['max_seq_len']} tokens, the policy "
+            f"has {policy_args.max_seq_len}: the context of the reward model must not be shorter"
         )
     if template != checkpoint.get("template"):
         raise ValueError(
-            f"the reward model {path} was trained with the template "
-            f"{checkpoint.get('template')}, the policy has {template}"
+            f"the reward model {path} was trained with the template {checkpoint.get('template')}, "
+            f"the policy has {template}: both need the same template"
         )
     gain, bias = checkpoint["reward"]["gain"], checkpoint["reward"]["bias"]
     state = checkpoint["model"]
@@ -176,7 +183,7 @@ def load_reward_model(path, policy_args, template):
 
 
 class ModelReward:
-    """The scores of a reward model, one per response."""
+    """The reward function of a reward model: one score per response."""
 
     def __init__(self, checkpoint, device, offload, batch_size, autocast):
         model = model_from_checkpoint(checkpoint, TransformerWithValueHead, dropout=0.0)
@@ -198,20 +205,21 @@ class ModelReward:
 
 
 def best_achievable_objective(scores, beta):
-    """J* = mean over prompts of β log E_ref[exp(r / β)], and half its 95 % confidence interval,
-    from scores (prompts, samples) of samples of the reference. β = 0: the best sample of each
-    prompt.
+    """Estimates J*, the mean over prompts of β log E_ref[exp(r / β)]. `scores` (prompts, samples)
+    are the rewards of samples of the reference. Returns J* and half the width of its 95 %
+    confidence interval. For β = 0, J* is the mean of each prompt's highest score.
 
-    The logarithm of a mean of n samples is too low by half the relative variance of the mean, to
-    first order, (Σ w² − 1/n) / 2 with w = softmax(r / β), which is added. With 128 samples of
-    stories260K, J* was too low by 0.008, 0.017 and 0.026 at β = 0.2, 0.05 and 0.02; with the
-    correction by 0.000, 0.007 and 0.019."""
+    The logarithm of a mean of n samples is biased: to first order it is too low by half the
+    relative variance of the mean, (Σ w² − 1/n) / 2 with w = softmax(r / β), and the estimate adds
+    this term. With 128 samples of stories260K, J* was too low by 0.008, 0.017 and 0.026 at β = 0.2,
+    0.05 and 0.02 without the correction, and by 0.000, 0.007 and 0.019 with it."""
     scores, n = scores.double(), scores.shape[1]
     per_prompt, variance = scores.max(1).values, torch.zeros(1)
     if beta:
         variance = (scores / beta).softmax(1).square().sum(1) - 1 / n
         per_prompt = beta * ((scores / beta).logsumexp(1) - math.log(n) + variance / 2)
-    # The spread over prompts contains the sampling error; a single prompt has the latter alone.
+    # The spread over prompts includes the sampling error. A single prompt has no spread, so that
+    # its sampling error is used.
     spread = per_prompt.std() if len(per_prompt) > 1 else beta * variance[0].sqrt()
     return per_prompt.mean().item(), 1.96 * spread.item() / math.sqrt(len(per_prompt))
 
@@ -221,12 +229,12 @@ def best_achievable_objective(scores, beta):
 
 
 class RLHF(Stage):
-    """PPO against a reward: one training iteration is one PPO iteration of ppo.PPOTrainer."""
+    """PPO against a reward; one training iteration is one iteration of ppo.PPOTrainer."""
 
     prefix = "ppo_"
     flags = RLHFFlags, ppo.PPOConfig, InstructionFlags, LoRAFlags
-    # The published commands give flags of pretraining. The shape of the model is checked against
-    # the checkpoint; PPO has no use for the others.
+    # Published commands for PPO contain flags of pretraining. Those that describe the model are
+    # compared with the checkpoint; the others are ignored.
     accepted = (
         *MODEL_FLAGS,
         "vocab_source",
@@ -239,8 +247,6 @@ class RLHF(Stage):
 
     @staticmethod
     def unused(args):
-        """The stage's flags that have no effect beside the others: pairs of names and the
-        reason."""
         from_file, ptx_file = (
             is_instruction_file(d) for d in (args.data, args.ptx_data or args.data)
         )
@@ -357,7 +363,10 @@ class RLHF(Stage):
                     self.check_tokenizer(path, source)
             critic = build(source, TransformerWithValueHead)
             if critic.args.vocab_size != self.model.args.vocab_size:
-                raise ValueError(f"--value_model={path} has another vocabulary than the policy")
+                raise ValueError(
+                    f"--value_model={path} has a vocabulary of {critic.args.vocab_size} tokens, "
+                    f"the policy has {self.model.args.vocab_size}"
+                )
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.make_optimizer(critic, rate))
         self.trainer = ppo.PPOTrainer(
@@ -383,6 +392,7 @@ class RLHF(Stage):
         self.first, self.j_star = checkpoint["iter_num"], None
 
     def load_reward_model(self, path):
+        """The function load_reward_model, with a check of the tokenizer."""
         checkpoint = load_reward_model(path, self.model.args, self.run.metadata.get("template"))
         self.check_tokenizer(path, checkpoint)
         return checkpoint
@@ -393,9 +403,10 @@ class RLHF(Stage):
         check_same_tokenizer("the policy", hashes[0], path, hashes[1])
 
     def load_texts(self, config):
-        """Sets prompts and held_out, the prompts of training and of the report; text, on which the
-        report measures what PPO forgets; ptx_text, the text of PPO-ptx; and stop_ids. Prompts are
-        beginnings of stories, or instructions if --data names a file of them."""
+        """Sets self.prompts (for training) and self.held_out (for the report), which are the first
+        tokens of texts, or instructions if --data names a file of them; self.text, on which the
+        report measures forgetting; self.ptx_text, the pretraining text of PPO-ptx; and
+        self.stop_ids."""
         args, vocab = self.args, self.model.args.vocab_size
         context_length = self.model.args.max_seq_len
         template, end_ids = self.run.template, self.run.metadata.get("end_ids")
@@ -408,7 +419,7 @@ class RLHF(Stage):
                 instructions(InstructPrompts, args, split, *texts, max_prompt)
                 for split in ("train", "val")
             )
-            self.text = None  # prompts alone are no text
+            self.text = None  # without answers there is no text to measure the loss on
             if self.held_out.answered:
                 kind = OptionalInstructions
                 self.text = Packed(instructions(kind, args, "val", *texts, context_length))
@@ -422,7 +433,7 @@ class RLHF(Stage):
                 )
             bos = self.run.metadata.get("bos", True)
             self.prompts = Prompts(args.data, "train", args.start_len, vocab, args.seed, bos)
-            # These do not depend on --seed, so that runs can be compared.
+            # The held-out data do not depend on --seed, so that runs can be compared.
             self.held_out = Prompts(args.data, "val", args.start_len, vocab, bos=bos)
             self.text = Windows(args.data, "val", min(context_length, 256), vocab)
         if config.ptx_coef:
@@ -434,9 +445,9 @@ class RLHF(Stage):
                 self.ptx_text = Windows(ptx, "train", context_length, vocab, args.seed + 1)
 
     def ptx_batch(self):
-        """This rank's part of the next batch of text: the weight of its mean loss in the mean over
-        the batch, in which each token has equal weight, tokens, targets, and lengths if it is
-        packed."""
+        """This rank's part of the next batch of pretraining text. Returns (weight, tokens, targets)
+        and, for packed text, the lengths. `weight` is the weight of the part's mean loss in the
+        mean over all tokens of the batch; a rank without a part returns (0.0,)."""
         n, device = max(self.args.batch_size // 8, 1), self.run.device
         first, last = (n * r // self.world for r in (self.rank, self.rank + 1))
         position, self.ptx_position = self.ptx_position + first, self.ptx_position + n
@@ -445,11 +456,12 @@ class RLHF(Stage):
         x, y, *packed = self.ptx_text.batch(position, last - first)
         expected = (packed[1] if packed else y.numel()) * n / (last - first)
         weight = int((y >= 0).sum()) / expected
-        return weight, x.to(device), y.to(device), *packed[:1]  # lengths, where packed
+        lengths = packed[:1]
+        return weight, x.to(device), y.to(device), *lengths
 
     def make_optimizer(self, model, rate):
         """AdamW with weight decay on matrices only and a linear warm-up of the learning rate. The
-        steps are counted in the parameter groups, so that the count is in the checkpoint."""
+        parameter groups count the steps, so that checkpoints contain the count."""
         a = self.args
         params = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -471,11 +483,14 @@ class RLHF(Stage):
 
     def decode(self, ids):
         if self.tokenizer is None:
-            raise ValueError("this needs the model's tokenizer: give --tokenizer")
+            raise ValueError(
+                "the reward function needs the tokenizer of the model: name it with --tokenizer"
+            )
         return self.tokenizer.decode(ids)
 
     def sample(self, model, prompts):
-        """Responses of a model to prompts, with the same random numbers in every call."""
+        """Samples a response of `model` to each prompt, with the same random numbers in every call.
+        Returns the responses, lists of token ids, and whether each ended with an end token (B,)."""
         c = self.trainer.config
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=random)
@@ -492,15 +507,16 @@ class RLHF(Stage):
         return out.responses(), out.ended
 
     def scores(self, prompts, responses, ended):
-        """One score per response (B,), the sum if the reward returns one per token."""
+        """One score per response (B,), the sum if the reward function returns one per token."""
         scores = self.reward(prompts, responses, ended)
         return torch.tensor([float(torch.as_tensor(s).sum()) for s in scores])
 
     @torch.no_grad()
     def measure(self, model):
-        """Statistics of a model's responses to held-out prompts: J, reward, exact KL to the
-        reference, lengths, the share that ended with an end token, and the reference's loss on them
-        in nats per token; and the model's loss on held-out text."""
+        """Statistics of a model for the report. Of its responses to held-out prompts: J, reward,
+        exact KL to the reference in nats per response, lengths, the share that ended with an end
+        token, and the loss of the reference in nats per token. Of held-out text: the loss of the
+        model."""
         t, n, size = self.trainer, self.args.report_rollouts, self.args.batch_size
         prompts = self.held_out.batch(0, n)
         responses, ended = self.sample(model, prompts)
@@ -521,12 +537,12 @@ class RLHF(Stage):
             "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
             **({"val_loss": self.text_loss(model)} if self.text else {}),
             "lengths": lengths.int().tolist(),
-            "stories": [q + r for q, r in zip(prompts[:64], responses)],
+            "texts": [q + r for q, r in zip(prompts[:64], responses)],
         }
 
     def text_loss(self, model):
-        """The loss on the first 64 samples of held-out text, in nats per token, which rises as PPO
-        forgets."""
+        """The loss on the first 64 samples of held-out text, in nats per token. An increase shows
+        forgetting."""
         total, count, device = 0.0, 0, model.output.weight.device
         n_samples = min(64, len(self.text))
         for i in range(0, n_samples, 16):
@@ -537,7 +553,7 @@ class RLHF(Stage):
         return total / count
 
     def begin(self):
-        """Estimates J*, and removes the report of another run."""
+        """Estimates J*; a new run also removes the report of an earlier run."""
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
             print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
@@ -549,16 +565,16 @@ class RLHF(Stage):
             self.report()
 
     def report(self):
-        """Measures the reference and the result with the same prompts and random numbers, writes
-        ppo_report.json and prints it, with the first story that PPO changed."""
+        """Measures the reference and the result with the same prompts and random numbers. Writes
+        ppo_report.json and prints it, with the first response that PPO changed."""
         reference = self.trainer.reference.to(self.ref_device)
         result = deepcopy(reference)
         result.load_state_dict(self.result(), strict=False)  # without a shared value head
         before, after = self.measure(reference), self.measure(result)
-        pairs = list(zip(before.pop("stories"), after.pop("stories")))
+        pairs = list(zip(before.pop("texts"), after.pop("texts")))
         changed = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
-        for measured, story in zip((before, after), changed):
-            measured["story"] = self.decode(story) if self.tokenizer else ""
+        for measured, ids in zip((before, after), changed):
+            measured["story"] = self.decode(ids) if self.tokenizer else ""
         report = {
             "beta": self.trainer.config.init_kl_coef,
             "roof": self.j_star,
@@ -570,15 +586,16 @@ class RLHF(Stage):
         print_report(report)
 
     def estimate_j_star(self):
-        """J* and half its 95 % confidence interval, from scores of samples of the reference, which
-        are kept in out_dir/roof.json."""
+        """J* and half the width of its 95 % confidence interval, from scores of samples of the
+        reference. The scores are cached in out_dir/roof.json; the key of the cache has everything
+        that they depend on."""
         a, c = self.args, self.trainer.config
         reference = self.trainer.reference.parameters()
         weights = float(sum(p.cpu().double().abs().sum() for p in reference))
         prompts = self.held_out.batch(0, a.roof_prompts)
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]
-        # A reward of the same name may have changed: the file, or the code of a built-in one.
+        # The reward may have changed under the same name: the file, or the code of a built-in one.
         path = a.reward if a.reward.endswith(".pt") else a.reward.rpartition(":")[0]
         code = Path(path).read_bytes() if path else inspect.getsource(type(self.reward)).encode()
         key.append(hashlib.sha256(code).hexdigest())
@@ -614,19 +631,15 @@ class RLHF(Stage):
         with on_device(self.trainer.reference, self.ref_device, a.offload):
             stats = self.trainer.step(rollouts, scores)
         t2 = time.perf_counter()
-        self.position += (
-            n_prompts  # not before: after an error of the reward the prompts are used again
-        )
-        j_star, _ = best_achievable_objective(
-            self.reference_scores, stats["ppo/kl_coef"]
-        )  # β may have changed
+        # Advanced last, so that the prompts are used again after an error of the reward function.
+        self.position += n_prompts
+        # β may have changed since the last iteration.
+        j_star, _ = best_achievable_objective(self.reference_scores, stats["ppo/kl_coef"])
+        update = stats["time/ppo/optimize_step"] + stats["time/ppo/calc_stats"]
         return stats | {
             "ppo/objective_roof": j_star,
             "time/ppo/rollout": t1 - t0,
-            "time/ppo/scoring": t2
-            - t1
-            - stats["time/ppo/optimize_step"]
-            - stats["time/ppo/calc_stats"],
+            "time/ppo/scoring": t2 - t1 - update,
             "time/ppo/iteration": t2 - t0,
         }
 
@@ -645,7 +658,7 @@ class RLHF(Stage):
         )
 
     def sample_text(self):
-        """The first rollout of the last iteration, and its score."""
+        """The first rollout of the last iteration, and its reward."""
         if self.tokenizer is None or not hasattr(self, "last"):
             return ""
         query, response, score = self.last
@@ -654,7 +667,7 @@ class RLHF(Stage):
         return "\n".join(map(": ".join, zip(("prompt", "response", "reward"), texts)))
 
     def result(self):
-        """The weights that the run is for: the policy's, or their average if there is one, with
+        """The resulting weights: those of the policy, or their average with --averaging, with
         adapters merged."""
         if not self.args.lora_rank:
             return self.trainer.average or self.model.state_dict()
@@ -689,8 +702,8 @@ class RLHF(Stage):
 
 
 def two_groups(state, model):
-    """The optimizer state of a checkpoint with the two groups of RLHF.make_optimizer, matrices and
-    vectors. Older checkpoints have one group, with the parameters in the order of the model."""
+    """Converts the optimizer state of an older checkpoint, which has one parameter group in the
+    order of the model, to the two groups of RLHF.make_optimizer: matrices and vectors."""
     if len(state["param_groups"]) > 1:
         return state
     params = [p for p in model.parameters() if p.requires_grad]

@@ -459,7 +459,7 @@ def test_ppo_raises_the_score_of_the_reward_model(home, rm, tmp_path):
     assert after["objective"] > before["objective"] + 0.2
     assert abs(before["reward"]) < 0.5  # normalised on such replies
     assert before["kl"] == pytest.approx(0, abs=1e-5)
-    assert after["story"] != before["story"] and "stories" not in after  # one that PPO changed
+    assert after["story"] != before["story"] and "texts" not in after  # one that PPO changed
 
 
 def test_frozen_models_are_moved_only_to_work(monkeypatch):
@@ -740,7 +740,7 @@ def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
         out = tmp_path / "out"
         return error_of(capsys, argv(home, out, **PPO | dict(reward=path) | more))
 
-    assert "no reward model: train one with --rm" in ppo_with(home / "ckpt.pt")
+    assert "is not a reward model: train one with --rm" in ppo_with(home / "ckpt.pt")
     assert "there is no such checkpoint" in ppo_with(tmp_path / "none.pt")
     checkpoint = load_checkpoint(rm / "rm_ckpt.pt")
 
@@ -750,8 +750,8 @@ def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
         return tmp_path / name
 
     text = ppo_with(changed("vocabulary.pt", vocab_size=100))
-    assert f"a vocabulary of 100, the policy one of {VOCAB}" in text
-    assert "reads 32 tokens" in ppo_with(changed("short.pt", max_seq_len=32))
+    assert f"a vocabulary of 100 tokens, the policy has {VOCAB}" in text
+    assert "has a context of 32 tokens" in ppo_with(changed("short.pt", max_seq_len=32))
     save_template(home, tmp_path, Template("{bos}Q: {user}\n{reply}{eos}"))
     text = ppo_with(rm / "rm_ckpt.pt", init_from=tmp_path / "ckpt.pt")
     assert "trained with the template" in text
