@@ -273,14 +273,19 @@ def parse_args(parser, argv=None, unused=None):
     help_wanted = {"-h", "--help"} & set(words)
     words = [w for w in words if w not in ("-h", "--help")]
     positionals = [a for a in parser._actions if not a.option_strings and a.nargs is None]
-    if help_wanted:
+    required = [a for a in parser._actions if a.option_strings and a.required]
+    if help_wanted:  # --help alone is valid
         for action in positionals:
-            action.nargs = "?"  # --help alone is valid
+            action.nargs = "?"
+        for action in required:
+            action.required = False
     args, unknown = parser.parse_known_args(words)
     hidden = unused(args) if unused else {}
     if help_wanted:
         for action in positionals:
             action.nargs = None
+        for action in required:
+            action.required = True
         for action in parser._actions:
             action.help = argparse.SUPPRESS if action.dest in hidden else action.help
         parser.print_help()

@@ -376,3 +376,12 @@ def test_help(capsys):
         assert exit_of(lambda module=module: module.main(["--help"])) == 0
         text = capsys.readouterr().out
         assert "usage:" in text and name.removesuffix(".py") in text.lower(), name
+
+
+@pytest.mark.parametrize("folder", ["bench", "experiments"])
+def test_help_of_scripts(folder):
+    scripts = [p for p in (ROOT / folder).glob("*.py") if "__main__" in p.read_text()]
+    assert scripts
+    for script in scripts:
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, (script, done.stderr)
