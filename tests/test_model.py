@@ -1009,9 +1009,7 @@ def test_products_of_many_sizes_do_not_pile_up():
         import ctypes, sys
         import kernels, torch
         class Info(ctypes.Structure):  # struct mallinfo2 of glibc
-            _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)]
-            \\
-                + [(name, ctypes.c_size_t) for name in "ij"]
+            _fields_ = [(name, ctypes.c_size_t) for name in "a b c d e f g used i j".split()]
         info = getattr(ctypes.CDLL(None), "mallinfo2", None)
         if info is None or not torch.backends.mkldnn.is_available():
             sys.exit(print("skip"))
