@@ -1,11 +1,11 @@
-"""Faster classes for the modules of model.py on a CPU: `accelerate(model)` swaps them in.
+"""Faster CPU versions of the modules of model.py; `accelerate(model)` replaces the modules.
 
 kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN.
-Both take fp32 on a CPU without autocast. Each fast class is a subclass of the plain one and has the
-same parameters; where a shape, a device or a dtype does not fit it runs its parent's code. A
-machine without a C compiler, and torch.compile while it traces, get PyTorch's functions.
+Both compute in fp32 without autocast. Each fast class is a subclass of the plain one and has the
+same parameters; for a shape, device or dtype that the kernels do not support it runs its parent's
+code. PyTorch's functions are used without a C compiler, and while torch.compile traces.
 
-    specification (plain PyTorch)    fast twin, and functions of kernels.c     held together by
+    specification (plain PyTorch)    fast version: functions of kernels.c    compared by
     nn.Linear                        FastLinear: multiply, weight_gradient   test_products_*
     model.RMSNorm                    FastRMSNorm: rms_norm_*                 test_rms_norm
     model.TransformerBlock           FastTransformerBlock: norm_qkv,         test_norm_and_*,
@@ -14,12 +14,12 @@ machine without a C compiler, and torch.compile while it traces, get PyTorch's f
     model.Transformer.loss           FastTransformer: token_terms            test_loss_of_a_model
     model.Transformer.hidden         FastTransformer: decode_hidden          test_cached_steps_*
     model.Transformer.sample_tokens  FastTransformer: decode_tokens          test_tokens_drawn_*
-    model.KVCache                    FastKVCache: another order in memory    test_cached_steps_*
+    model.KVCache                    FastKVCache: different memory layout    test_cached_steps_*
     ppo.logprob_entropy_kl           TokenTerms: token_terms                 test_token_terms_*
     model.Transformer                accelerate: all of these together       test_accelerated_*
 
-To switch all of them off set NATIVE_KERNELS=0 in the environment, or do not call `accelerate`. CC
-names the compiler. Letters as in model.py.
+NATIVE_KERNELS=0 in the environment turns `accelerate` and all kernels off. CC names the compiler.
+The letters in shapes are those of model.py.
 """
 
 import ctypes
@@ -53,9 +53,9 @@ from model import (
     apply_rope,
 )
 
-# oneDNN and PyTorch each keep the 1,024 last products that they compiled, one for each number of
-# rows. Packed batches hardly ever repeat one: after hundreds of iterations of PPO it was 5 GB with
-# the holes between them. Read at the first product.
+# oneDNN and PyTorch each cache the last 1,024 matrix products that they compiled, one per number of
+# rows. Packed batches hardly ever repeat a number of rows: after hundreds of PPO iterations the
+# caches took 5 GB, fragmentation included. The variables are read at the first product.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "128")
 
@@ -66,9 +66,8 @@ def switched_on():
 
 @functools.cache
 def library():
-    """The compiled kernels.c, or None where PyTorch's own kernels serve: with NATIVE_KERNELS=0 in
-    the environment, on Windows and, with one line on stderr that says why, where it cannot be
-    compiled."""
+    """The compiled kernels.c, or None if PyTorch's kernels are used: with NATIVE_KERNELS=0 in the
+    environment, on Windows, and, with the reason on stderr, if it cannot be compiled."""
     if not switched_on() or sys.platform == "win32":
         return None
     try:
@@ -77,7 +76,7 @@ def library():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             reason = " ".join(str(e).split())
             print(
-                f"note: kernels.c is not used: {reason}; PyTorch's own kernels are", file=sys.stderr
+                f"note: kernels.c is not used: {reason}; using PyTorch's kernels", file=sys.stderr
             )
         return None
     keep_memory()
@@ -85,9 +84,10 @@ def library():
 
 
 def compiled(source):
-    """Path of the library made of `source`. Its name is a hash of the source, the compiler, its
-    flags and the processor: -march=native code must not follow a shared folder to an older machine.
-    It comes by a rename, as several processes may start at once. Raises OSError or ValueError."""
+    """Compiles `source` if needed and returns the path of the library. Its name contains a hash of
+    the source, the compiler, its flags and the processor, because code for -march=native may not
+    run on another machine that shares the folder. The file is renamed into place, because several
+    processes may compile it at once. Raises OSError or ValueError."""
     command = shlex.split(os.environ.get("CC") or "cc")
     compiler = shutil.which(command[0])
     if compiler is None:
@@ -104,7 +104,7 @@ def compiled(source):
         version.st_mtime_ns,
         platform.processor(),
     ]
-    with suppress(OSError):  # Linux alone has it; each line once, not for each core
+    with suppress(OSError):  # exists on Linux only; repeats its lines for each core
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = "model name", "flags", "Features", "CPU part"
         parts += sorted({line for line in lines if line.startswith(names)})
@@ -120,10 +120,10 @@ def compiled(source):
         )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").splitlines()
-            said = next(
+            message = next(
                 (line for line in lines if "error" in line), f"exit status {done.returncode}"
             )
-            raise ValueError(f"{command[0]} cannot compile it ({said[:200]})")
+            raise ValueError(f"{command[0]} cannot compile it ({message[:200]})")
         temporary.chmod(0o700)
         temporary.rename(target)
     finally:
@@ -132,21 +132,19 @@ def compiled(source):
 
 
 def private_folder(beside):
-    """A folder for compiled code that nobody else can write to: build/ beside the source, else one
-    in the user's cache, else in the temporary directory. Raises OSError."""
+    """A folder for compiled code that no other user can write to: build/ in the folder `beside`,
+    else a folder in the user's cache, else one in the temporary directory. Raises OSError."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     temporary = os.path.join(tempfile.gettempdir(), f"fable-{os.getuid()}")
     folders = [beside / "build", Path(cache) / "fable", Path(temporary)]
     for folder in folders:
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            around = os.stat(
-                folder.parent
-            )  # whose other users must not be able to replace the folder
-            safe = not around.st_mode & 0o022 or around.st_mode & stat.S_ISVTX
+            parent = os.stat(folder.parent)  # other users must not be able to replace the folder
+            safe = not parent.st_mode & 0o022 or parent.st_mode & stat.S_ISVTX
             if (
                 is_private(folder, stat.S_ISDIR)
-                and around.st_uid in (0, os.getuid())
+                and parent.st_uid in (0, os.getuid())
                 and safe
                 and os.access(folder, os.W_OK)
             ):
@@ -158,14 +156,15 @@ def private_folder(beside):
 
 
 def is_private(path, kind):
-    """Whether path itself, no symbolic link, is this user's and not writable by others."""
-    found = os.lstat(path)
-    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    """Whether path is a file of this `kind` (stat.S_ISREG or S_ISDIR), not a symbolic link, is
+    owned by this user and not writable by others."""
+    status = os.lstat(path)
+    return kind(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def keep_memory():
-    """Has glibc keep large buffers that PyTorch frees. By default each is given back to the system
-    and its next use faults in every page anew: a tenth of a training step of a small model."""
+    """Makes glibc keep large buffers that PyTorch frees. By default it returns them to the system,
+    and the page faults of the next allocation take a tenth of a training step of a small model."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
@@ -176,7 +175,8 @@ def keep_memory():
 
 
 def struct(name, tensors, ints, floats=""):
-    """The ctypes twin of a struct of kernels.c, where the shapes stand: pointers, ints, floats."""
+    """The ctypes version of a struct of kernels.c: pointers, ints, floats. kernels.c documents the
+    shapes."""
     kinds = (tensors, ctypes.c_void_p), (ints, ctypes.c_int), (floats, ctypes.c_float)
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -194,7 +194,7 @@ DECODING = struct(
     "B capacity L F H K E T V steps max_new n_stops context",
     "eps temperature",
 )
-STRUCTS = {  # the struct that a function of kernels.c takes
+STRUCTS = {  # the struct that each of these functions of kernels.c takes
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
     "feed_forward": FEED_FORWARD,
@@ -207,10 +207,10 @@ STRUCTS = {  # the struct that a function of kernels.c takes
 
 
 def call(name, *args, **fields):
-    """Calls a function of kernels.c with its arguments, or with the fields of the struct that it
-    takes; fields that are not given are NULL or 0. Tensors become pointers to their contiguous fp32
-    or int64 memory, None becomes NULL. args and fields stay until the end: they may be all that
-    holds a tensor."""
+    """Calls a function of kernels.c with its arguments, or with the fields of its struct; missing
+    fields are NULL or 0. Tensors, contiguous fp32 or int64, become pointers; None becomes NULL.
+    `args` and `fields` must live until the function returns, because they may hold the only
+    reference to a tensor. Raises MemoryError, ValueError or IndexError."""
     numbers = {int: ctypes.c_int, float: ctypes.c_float}
     values = [
         numbers[type(x)](x)
@@ -233,38 +233,37 @@ def call(name, *args, **fields):
 
 
 def plain(x):
-    """Whether x is what kernels.c and oneDNN are for: fp32 on a CPU, not traced and not mixed."""
+    """Whether kernels.c and oneDNN support x: fp32 on a CPU, outside of tracing and autocast."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not isinstance(x, FakeTensor)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-    )  # a FakeTensor has no memory: train.py --plan
+    )  # train.py --plan uses FakeTensors, which have no memory
 
 
 def native(x, multiple=16):
-    """Whether kernels.c takes x (..., D), D a multiple of the widest vector's lanes."""
+    """Whether kernels.c supports x (..., D). D must be a multiple of the lanes of a vector."""
     return plain(x) and x.shape[-1] % multiple == 0 and library() is not None
 
 
 # ----------------------------------------------------------------------------
 # products
 
-MIN_ROWS = (
-    256  # below it PyTorch's products are as fast, and compile nothing for each number of rows
-)
+# With fewer rows PyTorch's products are as fast, and they need no compilation per number of rows.
+MIN_ROWS = 256
 
 
 def multiply(x, w):
-    """x (..., K) times w (N, K) transposed: (..., N)."""
+    """x (..., K) times the transpose of w (N, K): (..., N)."""
     rows = x.numel() // x.shape[-1]
     if rows < MIN_ROWS or not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
         return F.linear(x, w)
     flat = x.reshape(rows, -1)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         return Product.apply(flat, w).view(*x.shape[:-1], -1)
-    # oneDNN compiles for each number of rows anew, and a generating batch shrinks row by row.
+    # oneDNN compiles code per number of rows, and the batch of a generation shrinks row by row.
     out = onednn(F.pad(flat, (0, 0, 0, -rows % 64)), w)[:rows]
     return out.view(*x.shape[:-1], -1)
 
@@ -274,8 +273,9 @@ def onednn(x, w):
 
 
 class Product(torch.autograd.Function):
-    """x (M, K) times w (N, K) transposed, (M, N), through oneDNN. PyTorch gives fp32 products to
-    MKL, which uses no AVX-512 on AMD's processors: this is twice as fast there (doc/speed.md)."""
+    """x (M, K) times the transpose of w (N, K), (M, N), computed by oneDNN. PyTorch uses MKL for
+    fp32 products, which does not use AVX-512 on AMD processors; oneDNN is twice as fast there
+    (doc/speed.md)."""
 
     @staticmethod
     def forward(ctx, x, w):
@@ -287,14 +287,14 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         (x, w), grad = ctx.saved_tensors, grad.contiguous()
         need_x, need_w = ctx.needs_input_grad
-        return onednn(grad, w.T) if need_x else None, transposed_product(
-            grad, x
-        ) if need_w else None
+        dx = onednn(grad, w.T) if need_x else None
+        dw = transposed_product(grad, x) if need_w else None
+        return dx, dw
 
 
 def transposed_product(g, x):
-    """g (M, N) transposed times x (M, K): (N, K). oneDNN turns both in memory first, which is half
-    of the time where one of them is narrow."""
+    """The transpose of g (M, N) times x (M, K): (N, K). oneDNN transposes both in memory first,
+    which takes half of the time if one of them is narrow; kernels.c does not."""
     (rows, n), k = g.shape, x.shape[1]
     if k <= 128 and native(x):
         out = x.new_empty(n, k)
@@ -306,7 +306,7 @@ def transposed_product(g, x):
 
 
 # ----------------------------------------------------------------------------
-# RMSNorm, and layers that begin with one
+# RMSNorm, and layers fused with the RMSNorm before them
 
 
 def rms_norm(x, weight, eps):
@@ -335,8 +335,8 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def native_layer(x, *weights):
-    """Whether the two below take x (..., D): rows enough for many tiles, which stay in the cache
-    from end to end, and no weights so wide that nothing else does."""
+    """Whether FusedFeedForward and FusedQKV support x (..., D) and are faster: x has enough rows
+    for many tiles, and the weights are narrow enough to leave room for a tile in the cache."""
     rows = x.numel() // x.shape[-1]
     return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
 
@@ -362,7 +362,7 @@ class FusedFeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # saved_tensors is read once: under recomputation a second read raises
+        # Under recomputation (--fsdp) saved_tensors can be read only once.
         inputs = dict(zip(FF_INPUTS, ctx.saved_tensors))
         grads = {"d" + name: torch.empty_like(x) for name, x in inputs.items()}
         call("feed_forward_backward", g=grad.contiguous(), **inputs, **grads, **ctx.sizes)
@@ -397,13 +397,13 @@ class FusedQKV(torch.autograd.Function):
 
 
 class TokenTerms(torch.autograd.Function):
-    """What a loss needs of each token's distribution π = softmax(logits), logits (A, V): log π of
-    the target (A,), 0 if that is -1; the entropy of π; and KL(π ‖ ref), ref = softmax(ref_logits),
-    0 if that is None. All (A,) in fp32.
+    """Three terms of each token's distribution π = softmax(logits), logits (A, V): log π of the
+    target (A,), 0 where the target is -1; the entropy of π; and KL(π ‖ ref), ref =
+    softmax(ref_logits), 0 if ref_logits is None. Each is (A,) in fp32.
 
-    With H the entropy and D the KL, their gradients in the logits are, v over the vocabulary,
-        1[v = target] − π_v,    −π_v (log π_v + H),    π_v (log π_v − log ref_v − D):
-    written down, the backward pass is a sweep over (A, V) where autograd makes a dozen."""
+    With H the entropy and D the KL, the gradients with respect to logit v are
+        1[v = target] − π_v,    −π_v (log π_v + H),    π_v (log π_v − log ref_v − D).
+    The explicit backward pass makes one pass over (A, V); autograd would make a dozen."""
 
     @staticmethod
     def forward(ctx, logits, target, ref_logits=None):
@@ -453,7 +453,7 @@ class TokenTerms(torch.autograd.Function):
 
 
 def native_attention(x):
-    """Whether kernels.c does the attention of a tensor like x (..., E): small heads."""
+    """Whether kernels.c computes attention for a tensor like x (..., E): E must be small."""
     return x.shape[-1] <= 16 and native(x, 2)
 
 
@@ -500,7 +500,7 @@ class FastRMSNorm(RMSNorm):
 
 
 class FastAttention(Attention):
-    """Without padding. The rotation is part of the kernel."""
+    """Attention of packed sequences in one kernel, which includes the rotary embedding."""
 
     def attend(self, q, k, v, layout):
         heads = [x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v)]
@@ -515,7 +515,7 @@ class FastAttention(Attention):
 
 
 class FastTransformerBlock(TransformerBlock):
-    """The norms are part of the products that follow them, and SwiGLU is one function."""
+    """Each norm is fused with the products after it; SwiGLU is one function."""
 
     def forward(self, x, layout):
         a, f = self.attention, self.feed_forward
@@ -545,9 +545,10 @@ def apply_fused(function, x, norm, *linears):
 
 
 class FastKVCache(KVCache):
-    """A KVCache for the functions of kernels.c that decode: as many positions as a vector has
-    lanes, W, lie side by side, k and v (L, B, K, T / W, E, W). It keeps a copy of the weights of
-    all layers in the order of kernels.c, with adapters merged."""
+    """A KVCache in the memory layout of the decoding functions of kernels.c. W adjacent positions,
+    as many as a vector has lanes, are contiguous: k and v are (L, B, K, T / W, E, W). The cache
+    also has a copy of the weights of all layers, in the order of kernels.c, with adapters
+    merged."""
 
     def __init__(self, model, batch, max_len):
         a, self.width = model.args, library().attention_lanes()
@@ -574,8 +575,9 @@ class FastKVCache(KVCache):
 
 
 class FastTransformer(Transformer):
-    """The cross-entropy in one sweep over the logits. A generation step, or several, in one call:
-    groups of W rows go through all layers, and stay in the processor's cache while they sample."""
+    """Computes the cross-entropy in one pass over the logits, and one or several generation steps
+    in one call: groups of W rows go through all layers and sampling while they stay in the
+    processor's cache."""
 
     def loss(self, logits, targets):
         if not native(logits):
@@ -632,7 +634,7 @@ class FastTransformerWithValueHead(FastTransformer, TransformerWithValueHead):
 
 
 def decoding_fields(model, cache):
-    """The fields of kernels.c's Decoding that a model and its cache fill."""
+    """The fields of the struct Decoding that a model and its cache determine."""
     return dict(
         weights=cache.weights,
         cosine=model.freqs_cos,
@@ -657,7 +659,8 @@ def is_standard(layer):
 
 
 def decode_weights(model):
-    """The weights of all layers as kernels.c's Decoding has them, flat; adapters merged."""
+    """The weights of all layers as one flat tensor, in the order of the struct Decoding, with
+    adapters merged."""
     parts = []
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward
@@ -678,8 +681,9 @@ FAST = {
 
 
 def accelerate(model):
-    """Replaces the modules of a model by faster ones with the same parameters, in place, and
-    returns the model. Values are the same to rounding. Adapters and FSDP come after it."""
+    """Replaces the modules of a model in place by faster ones with the same parameters, and
+    returns the model. Results are equal up to rounding. LoRA adapters and FSDP must be applied
+    afterwards."""
     if switched_on():
         for module in model.modules():
             module.__class__ = FAST.get(type(module), type(module))
