@@ -531,9 +531,9 @@ static void open_v3(Model *m, Span in) {
 
 static const char a_tokenizer[] = "a tokenizer, not a model: give it with -z";
 
-// What a file of another kind is and what to do with it, by its first bytes; NULL if it is none
-// that people have beside models. A version-0 model cannot be mistaken for one: it begins with its
-// dim, at most 2^16.
+// Recognizes a file of another kind by its first bytes. Returns a message with its kind and the
+// remedy, or NULL if the kind is unknown. A version-0 model is not mistaken for another kind: it
+// begins with its dim, at most 2^16.
 static const char *other_kind(Span in) {
     static const struct {
         const char *first, *what;
@@ -694,7 +694,7 @@ typedef struct {
 
 // The input of a matrix product: B rows, as floats, or quantized in groups of G to 15 bits in two
 // int8 digits: f is close to s * (128 * high + low). The second digit costs no memory traffic,
-// which is what decoding waits for, so that the error of int8 comes from the weights alone.
+// which limits the speed of decoding, so that the error of int8 comes from the weights alone.
 typedef struct {
     const float *f;     // (B, width) the rows: `own`, or the caller's array
     float *own;         // (B, width) the normalized rows
@@ -1262,7 +1262,7 @@ KERNEL void forward_pass(void *arg, Team *team, int thread) {
 
 static const Kernels kernels = {ISA_NAME, forward_pass, exps, above, maximum};
 
-#ifndef LATER_PASS // ====== the first pass goes on to the end of the file
+#ifndef LATER_PASS // ====== the first pass continues to the end of the file
 // ------------------------------------------------------------------------------------------
 // The tokenizer: byte pair encoding
 //
@@ -1454,7 +1454,7 @@ static int contraction(const uint8_t *s, int64_t left, bool fold) {
            || (fold && left > 2 && s[1] == 0xc5 && s[2] == 0xbf) ? 3 : 0; // the long s
 }
 
-// The end of the word that begins at `at`: what the pattern matches there.
+// Returns the end of the word that begins at `at`, which is the match of the pattern there:
 //   GPT-2:   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //   Llama 3: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
 //            | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
@@ -1632,8 +1632,8 @@ static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos,
 }
 
 // Prints the text of tokens lo to hi - 1 of ids; `previous` is the token before them. SentencePiece
-// drops the leading space after BOS. Control characters other than white space are left out: a
-// story should not move the cursor of a terminal.
+// drops the leading space after BOS. Control characters other than white space are left out,
+// because generated text must not move the cursor of the terminal.
 static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi, int previous) {
     for (; lo < hi; previous = ids[lo++]) {
         const Piece *p = &t->piece[ids[lo]];
@@ -1789,7 +1789,7 @@ static void prefill(Run *run, const int *ids, int n, int pos) {
     for (int i = 0; i < n;) i += feed(run, ids + i, n - i, pos + i, false);
 }
 
-// The sampler of one of the stories.
+// The sampler of the sequence with the index `story`.
 static Sampler new_sampler(const Run *run, int story) {
     return (Sampler){run->temperature, run->topk, run->topp, seed_rng(run->seed + (uint64_t)story)};
 }
@@ -1919,8 +1919,8 @@ static char *read_line(FILE *in) {
 }
 
 // A chat template is three texts in the model file, each as u32 length and bytes: an exchange, the
-// first exchange where there is a system prompt, and every later exchange (if absent, the first
-// text serves). {user}, {system} and {reply} stand for what was said, {bos} and {eos} for these
+// first exchange if there is a system prompt, and every later exchange (if absent, the first text
+// is used). {user}, {system} and {reply} are replaced by the messages, {bos} and {eos} by the
 // tokens; with a byte-level tokenizer special tokens may be spelled out. A file without a template
 // gets Llama 2's:
 enum { BOS, EOS, SYSTEM, USER, REPLY, NO_NAME };
@@ -1987,7 +1987,7 @@ static int *render_all(Run *run, const Turn *turn, int first, int last, int *n) 
     return ids;
 }
 
-// Takes off what is before the first `text`; false if there is none.
+// Removes everything before the first `text`; false if there is none.
 static bool skip_to(Span *in, const char *text) {
     while (in->size && !starts_with(*in, text)) take(in, 1);
     return in->size > 0;
