@@ -97,10 +97,10 @@ class PPOConfig:
     cliprange_high: float = flag(
         0.0, "upper clip range where it differs (clip-higher); 0 means cliprange"
     )
-    cliprange_value: float = 0.0  # how far a value may move in an iteration; 0: no clipping
-    loss_aggregation: str = flag("token", "what has equal weight in the loss: token or sequence")
+    cliprange_value: float = 0.0  # largest change of a value per iteration; 0: no clipping
+    loss_aggregation: str = flag("token", "unit with equal weight in the loss: token or sequence")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
-    max_grad_norm: float = 1.0  # of policy and critic, each by itself
+    max_grad_norm: float = 1.0  # of policy and critic separately
     early_stopping: bool = True  # end the epochs when the policy has moved 1.5 * target_kl
     target_kl: float = flag(
         0.1, "the epochs end early when the policy has moved 1.5 × target_kl, nats per token"
@@ -217,7 +217,7 @@ def on_last_action(x, counts):
 
 @dataclass
 class Rollouts:
-    """B rollouts with A actions in total, and what the steps of an iteration add to them."""
+    """B rollouts with A actions in total, and the tensors that later steps of an iteration add."""
 
     # step 1
     queries: list  # B lists of token ids: the prompts
@@ -373,7 +373,7 @@ class PPOTrainer:
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast
-        # What an iteration changes, besides the models and optimizers:
+        # The state that an iteration changes, besides the models and optimizers:
         self.iteration = 0
         horizon = c.horizon if c.adap_kl_ctrl else math.inf
         self.kl_controller = KLController(c.init_kl_coef, c.target, horizon)
@@ -730,7 +730,7 @@ class KLController:
 
 
 # ----------------------------------------------------------------------------
-# checks: where to continue would be silently wrong, an iteration raises an error
+# checks: an iteration raises an error instead of continuing with silently wrong results
 
 
 class Mismatch(RuntimeError):
@@ -738,12 +738,12 @@ class Mismatch(RuntimeError):
 
 
 class RewardError(ValueError):
-    """The user's reward function failed or returned something that is not a score. It is raised
-    before an iteration has changed any weight, as Mismatch is."""
+    """The user's reward function failed or returned something that is not a score. Like Mismatch it
+    is raised before the iteration changes any weight."""
 
 
-# What rounding can explain where two computations of one log-probability differ: the share of the
-# tokens that may differ by more than the limit per token; this limit; those of the mean absolute
+# Largest differences that rounding can explain between two computations of one log-probability: the
+# share of the tokens beyond the limit per token; this limit; the limits of the mean absolute
 # difference, of the mean difference, and of the mean KL per rollout, in nats. GPUs use TF32.
 # For stories260K the mean absolute difference is 3e-6, 6e-4 and 0.013, and the largest of 60,000
 # tokens is 3e-5, 0.01 and 0.32. In half precision nothing bounds the largest: the share is bounded.
@@ -755,7 +755,7 @@ LIMITS = {
 
 
 class Checks:
-    """Of log-probabilities, within the LIMITS of the precision of the trainer's forward passes."""
+    """Checks that log-probabilities agree within the LIMITS of the forward passes' precision."""
 
     def __init__(self, device_type, autocast, temperature):
         with autocast():
@@ -768,20 +768,20 @@ class Checks:
         self.token_limit, self.mean_limit, self.bias_limit, self.kl_limit = limits
 
     def sampled_by_policy(self, rollouts, logprobs):
-        """The policy that is trained is the one that sampled the rollouts."""
+        """Checks that the policy to train is the one that sampled the rollouts."""
         sums = self.error_sums(logprobs - rollouts.old_logprobs)
         self.near_zero("log-probabilities of sampling and training differ", all_sum(*sums))
 
     def policy_is_reference(self, rollouts, exact_kl):
-        """Before the first update, the policy is the reference: their KL is 0."""
+        """Checks that policy and reference agree before the first update: their KL is 0."""
         kl = rollouts.kl if exact_kl else rollouts.old_logprobs - rollouts.ref_logprobs
         n_rollouts = torch.tensor(len(rollouts.counts))
         kl, n_rollouts, *sums = all_sum(kl, n_rollouts, *self.error_sums(rollouts.kl))
-        what = "policy and reference differ before the first update"
-        self.near_zero(what, sums, kl / n_rollouts)
+        problem = "policy and reference differ before the first update"
+        self.near_zero(problem, sums, kl / n_rollouts)
 
     def ratio_is_one(self, stats):
-        """In the first minibatch, the policy is still the one that sampled the rollouts."""
+        """Checks that the ratio is 1 in the first minibatch, which precedes any update."""
         n, *sums, clipped = (stats[name] for name in RATIO_SUMS)
         problem = "the ratio of the first minibatch is not 1: "
         self.near_zero(problem + "log-probabilities differ", (n, *sums))
@@ -789,20 +789,20 @@ class Checks:
             raise Mismatch(problem + f"{clipped / n:.2%} of the tokens are clipped")
 
     def ratio_sums(self, log_ratio, clipped):
-        """What ratio_is_one needs of a minibatch, as statistics."""
+        """The statistics of a minibatch that ratio_is_one needs."""
         return dict(zip(RATIO_SUMS, (*self.error_sums(log_ratio), clipped.sum())))
 
     def error_sums(self, error):
-        """What near_zero needs of errors (A,), as sums, which add up over minibatches and ranks:
-        their number, absolute values, values, and how many are above the limit per token."""
+        """The sums over errors (A,) that near_zero needs; they add up over minibatches and ranks:
+        number, absolute values, values, and number of errors above the limit per token."""
         far = error.abs() > self.token_limit
         return torch.tensor(len(error)), error.abs().sum(), error.sum(), far.sum()
 
     def far_allowed(self, n):
-        """How many of n tokens may be above the limit per token: a share, and one if n is small."""
+        """The number of n tokens that may be above the limit per token: a share of n, plus one."""
         return 1 + self.far_share * n if self.far_share else 0
 
-    def near_zero(self, what, sums, kl=0.0):
+    def near_zero(self, problem, sums, kl=0.0):
         """Raises Mismatch unless rounding explains the errors and the KL per rollout. In the mean
         of the errors and in the KL, rounding errors cancel, but not the bias of a truncated
         distribution."""
@@ -811,9 +811,9 @@ class Checks:
         near = total <= self.mean_limit * n and abs(signed) <= self.bias_limit * n
         if not (near and far <= self.far_allowed(n) and abs(kl) <= self.kl_limit):
             raise Mismatch(
-                f"{what} by {max(total / n, abs(kl)):.3g} nats on average, and at {far / n:.2%} of "
-                f"the tokens by more than {self.token_limit:.2g}: sampling, training and reference "
-                "do not agree on model, mask or temperature"
+                f"{problem} by {max(total / n, abs(kl)):.3g} nats on average, and at {far / n:.2%} "
+                f"of the tokens by more than {self.token_limit:.2g}: sampling, training and "
+                "reference do not agree on model, mask or temperature"
             )
 
 
@@ -904,7 +904,7 @@ def value_statistics(mean, squares, clipped, values, returns):
 
 
 def update_statistics(history, epochs, skipped, stopped):
-    """Means over the optimizer steps of an iteration (`history`), and how many there were."""
+    """Means over the optimizer steps of an iteration (`history`), and the number of epochs."""
     names = [name for name in (history[0] if history else ()) if name not in RATIO_SUMS]
     return {name: sum(stats[name] for stats in history) / len(history) for name in names} | {
         "ppo/epochs": epochs,
