@@ -1,5 +1,5 @@
-"""The training loop against oracles: a chain of known entropy, the run that was not interrupted,
-the run on one process."""
+"""The training loop against oracles: a Markov chain of known entropy, an uninterrupted run, and a
+run on one process."""
 
 import errno
 import faulthandler
@@ -52,8 +52,8 @@ def chain(n, seed):
 
 
 def true_loss(x, y):
-    """The mean loss of the language's own probabilities on windows (B, T): no model does better,
-    but for chance."""
+    """The mean loss of the language's own probabilities on windows (B, T): the lowest
+    expected loss of any model."""
     total = 0.0
     for s, t in zip(x.flatten().tolist(), y.flatten().tolist()):
         if s == 1:
@@ -136,7 +136,7 @@ def keep_signals():
 
 
 def equal(a, b, where=""):
-    """Names of what differs between two nested states, to the bit."""
+    """The names of the entries that are not bitwise equal in two nested states."""
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{where}: {a.keys() ^ b.keys()}"]
@@ -148,7 +148,7 @@ def equal(a, b, where=""):
 
 
 def assert_same_run(one, two, prefix=""):
-    """Two folders hold the same run: checkpoint to the bit, model file, log."""
+    """Asserts that two folders hold the same run: bitwise equal checkpoint, model file, log."""
     states = [load_checkpoint(Path(d) / f"{prefix}ckpt.pt") for d in (one, two)]
     for s in states:
         for name in ("out_dir", "init_from", "wandb_run_name"):
@@ -172,7 +172,7 @@ def read_log(folder, prefix=""):
 
 
 def work(argv, log, env, hook):
-    """Runs train.py in a child, its output in a file; `hook` is called first."""
+    """Runs train.py in a child process with its output in a file; calls `hook` first."""
     fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1), os.dup2(fd, 2)
     os.environ.update(env)
@@ -263,7 +263,7 @@ def die_in_write(n, share):
 
 
 def die_later(seconds):
-    """A hook: SIGKILL after some time, whatever is going on."""
+    """A hook: SIGKILL after some time, at any point of the program."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     import threading
 
@@ -428,7 +428,7 @@ def test_ppo_resumes_checkpoints_with_one_parameter_group(data, tmp_path):
 
 
 def test_flags_decide_about_the_optimizer_of_a_resumed_run(data, tmp_path, capsys):
-    """In every stage, for each hyperparameter, and the log says so."""
+    """Holds for every stage and each hyperparameter; the changed flags are printed."""
     train.main(command(data, tmp_path, max_iters=2))
     train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=1)))
     changed = dict(learning_rate=0.123, beta2=0.9, adam_eps=1e-3, weight_decay=0.03, max_iters=3)
@@ -585,8 +585,8 @@ def test_reference_scores_are_kept_until_the_text_changes(data, tmp_path, monkey
     assert samples_of_a_start() == 1
 
 
-def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monkeypatch):
-    """As on that of a file: an edit of the length reward makes the kept J* that of another one."""
+def test_cached_j_star_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monkeypatch):
+    """An edit of the length reward invalidates the cached J*, as an edit of a reward file does."""
     train.main(command(data, tmp_path, max_iters=1))
     ppo_stage(data, tmp_path)
     sample, calls = train.RLHF.sample, []
@@ -601,9 +601,9 @@ def test_kept_roof_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monk
     assert calls
 
 
-def test_only_the_rewards_own_error_is_called_its_mistake(data, tmp_path, monkeypatch):
-    """Both in the second iteration, of which the first is saved where the reward is to be
-    mended."""
+def test_only_errors_of_the_reward_are_reported_as_such(data, tmp_path, monkeypatch):
+    """Both errors occur in the second iteration; the first iteration is saved if the error is the
+    reward's."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "calls = []\ndef f(p, r):\n    calls.append(0)\n"
@@ -661,8 +661,8 @@ def test_a_batch_too_large_for_the_memory_is_one_line(
 
 
 def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
-    """Also where the machine was busy while its matrix product was measured; kernels.c is compiled
-    before the first step, whose tokens are counted per second."""
+    """Holds also if the machine was busy while its peak was measured. kernels.c is compiled before
+    the first step, whose tokens per second are measured."""
     monkeypatch.setattr(pretraining, "peak_matmul_flops", lambda *_: 1.0)
     args = train.flags(command(data, tmp_path, dim=96, n_heads=2))
     run = train.setup(args)
@@ -675,7 +675,7 @@ def test_mfu_is_at_most_all_of_the_machine(data, tmp_path, monkeypatch):
 
 
 def test_seeds_share_their_held_out_prompts(data, tmp_path):
-    """Else the J of two runs would differ by their prompts."""
+    """Otherwise the J of two runs would differ by their prompts."""
     train.main(command(data, tmp_path))
     stages = []
     for seed in (1, 2):
@@ -735,7 +735,8 @@ def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
 
 
 def test_a_mistake_in_the_reward_loses_no_iteration(data, tmp_path):
-    """It shows itself in the third iteration; mended, the run ends as one that never had it."""
+    """The error occurs in the third iteration; after its correction the run ends like a run without
+    it."""
     reward = tmp_path / "reward.py"
     right = "def f(p, r):\n    return [float(len(x)) for x in r]\nf.tokens = True\n"
     flags = PPO | dict(reward=f"{reward}:f", init_from="resume", eval_interval=100)
@@ -839,8 +840,8 @@ def limit_file_size(limit):
 
 
 def test_full_disk_leaves_the_last_checkpoint(data, tmp_path):
-    """A file that may not grow to the size of a checkpoint: one line, exit 1, the old state
-    whole."""
+    """The file size limit is below the size of a checkpoint: one line, exit status 1, and the old
+    checkpoint is intact."""
     train.main(command(data, tmp_path, max_iters=8))
     before = (tmp_path / "ckpt.pt").read_bytes()
     argv, log = command(data, tmp_path, init_from="resume"), tmp_path / "log.txt"
@@ -975,7 +976,7 @@ def test_resumes_with_other_code(data, tmp_path, capsys):
     assert f"code version was 0123456789ab, is {train.code_version()}: " in capsys.readouterr().out
 
 
-def test_goes_on_in_bfloat16(data, tmp_path, alone):
+def test_resumes_in_bfloat16(data, tmp_path, alone):
     """From a checkpoint in float32, with its optimizer: the losses stay near those of float32."""
     flags = dict(init_from="resume", dtype="bfloat16", max_iters=20, **MICRO)
     shutil.copytree(alone, tmp_path / "run")
@@ -1088,7 +1089,7 @@ MICRO = dict(
 
 
 def count_messages(folder):
-    """A hook: how many of which collective operations a step has, into a file."""
+    """A hook: writes the number of each collective operation per step into a file."""
     step = pretraining.Pretraining.step
 
     def watched(self, i):
@@ -1117,7 +1118,7 @@ def count_messages(folder):
     ],
 )
 def test_any_number_of_processes_learns_the_same(data, tmp_path, alone, n, flags):
-    """And they exchange gradients once a step, however many micro-batches it has: DDP in one
+    """And they exchange gradients once per step, however many micro-batches it has: DDP in one
     bucket, FSDP layer by layer. One more all-reduce is of loss and tokens; FSDP needs one for the
     norm."""
     argv = command(data, tmp_path, max_iters=20, **MICRO, **flags)
@@ -1182,14 +1183,14 @@ def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory):
-    """A run with everything that makes a state hard to keep, on two processes, in this folder."""
+    """A run on two processes whose state has every kind of entry, in this folder."""
     folder = tmp_path_factory.mktemp("pair")
     assert [finish(p) for p in processes(2, command(data, folder, **HARD), folder)] == [0, 0]
     return folder
 
 
 def test_two_processes_resume_to_the_bit(data, tmp_path, pair):
-    """SIGTERM reaches one of them; both save, leave, and go on as if it had not."""
+    """SIGTERM reaches one process; both save and exit, and the resumed run is unaffected."""
     argv = command(data, tmp_path, **HARD)
     hooks = {1: (die_in_step, 5, signal.SIGTERM)}
     assert [finish(p) for p in processes(2, argv, tmp_path, hooks)] == [128 + signal.SIGTERM] * 2
@@ -1200,19 +1201,19 @@ def test_two_processes_resume_to_the_bit(data, tmp_path, pair):
 
 
 def test_muon_in_shards_is_muon(data, tmp_path, pair):
-    """With --fsdp its iteration, in bfloat16, sees the very matrices that it sees without."""
+    """With --fsdp the bfloat16 Newton-Schulz iteration has the same inputs as without."""
     argv = command(data, tmp_path, fsdp=True, **HARD)
     assert [finish(p) for p in processes(2, argv, tmp_path)] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path), losses(pair), atol=1e-5)
 
 
 def held(tensors):
-    """How many numbers of some tensors, sharded or not, are in this process."""
+    """The number of elements of some tensors, sharded or not, that this process holds."""
     return sum((t.to_local() if isinstance(t, pretraining.DTensor) else t).numel() for t in tensors)
 
 
 def watch_shards(folder):
-    """A hook: what a process with --fsdp holds and does, into a file of its own after each step."""
+    """A hook: each process with --fsdp records after each step what it holds and does."""
     found, block = {"forwards": 0}, FastTransformerBlock
     step, forward, state = (
         pretraining.Pretraining.step,
@@ -1280,7 +1281,7 @@ def test_dead_worker_ends_the_run(data, tmp_path):
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
-    """A worker that dies once: torchrun --max-restarts ends as if it had not."""
+    """With torchrun --max-restarts a worker that dies once does not change the result."""
     script = tmp_path / "mortal.py"
     script.write_text(
         f"import sys, os, pathlib; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
@@ -1305,7 +1306,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
 
 
 def test_ppo_with_two_processes(data, tmp_path):
-    """Rollouts and text to remember, three windows a step, are dealt out: the numbers stay."""
+    """Rollouts and pretraining text, three windows per step, are split; results are equal."""
     flags = PPO | dict(init_from=tmp_path / "ckpt.pt", batch_size=24, rollouts=24, ptx_coef=0.5)
     train.main(command(data, tmp_path))
     train.main(command(data, tmp_path / "one", **flags))
@@ -1319,7 +1320,9 @@ def test_ppo_with_two_processes(data, tmp_path):
         torch.testing.assert_close(two[k], w, atol=1e-4, rtol=1e-3)
 
 
-def test_trains_on_where_run_c_cannot_have_the_model(data, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_run_c_does_not_support_the_tokenizer(
+    data, tmp_path, monkeypatch, capsys
+):
     def refuse(*_, **__):
         raise ValueError("run.c knows no such tokenizer")
 
