@@ -1,5 +1,6 @@
 """The shape of the source: what can be checked mechanically of how the project is laid out."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_number_of_top_level_files():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_line_is_longer_than_100_columns(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = re.sub("  # noqa.*", "", path.read_text(encoding="utf-8")).splitlines()
     assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
 
 

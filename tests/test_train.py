@@ -1101,7 +1101,7 @@ def count_messages(folder):
             e.name.removeprefix("c10d::") for e in found.events() if e.name.startswith("c10d::")
         ]
         counts = {name: names.count(name) for name in names}
-        counts["fast"] = sum(e.name in ("NormQKV", "FeedForward") for e in found.events())
+        counts["fast"] = sum(e.name in ("FusedQKV", "FusedFeedForward") for e in found.events())
         Path(f"{folder}/counts.json").write_text(json.dumps(counts))
         return out
 
