@@ -1,6 +1,5 @@
-"""model.py alone, and kernels.accelerate: the fast model has the numbers of the plain one, and its
-fast path runs where it should, also with adapters, copies, autocast, DDP, FSDP and
-torch.compile."""
+"""kernels.accelerate: the fast model has the results of the plain one, and its fast path runs where
+it should, also with adapters, copies, autocast, DDP, FSDP and torch.compile."""
 
 import ast
 import inspect

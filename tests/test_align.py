@@ -217,7 +217,7 @@ def test_calibration_error():
 
 
 def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
-    """A process without a share of the evaluation has nothing of each number, not no numbers."""
+    """A process without samples in the evaluation has empty tensors of all logged values."""
     stage, _ = stage_of(preferences.RewardModel, home, tmp_path, rm=True, batch_size=8)
     monkeypatch.setattr(stage, "summary", lambda seen: seen[0])
     seen = {}
@@ -273,7 +273,7 @@ def test_resumes_to_the_bit(home, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_two_processes_learn_the_same(home, tmp_path, stage):
-    """As one, in what is trained and in what is measured on held-out rankings."""
+    """Training and the evaluation on held-out rankings equal those of one process."""
     flags = {
         stage: True,
         "max_iters": 6,
@@ -299,7 +299,7 @@ def test_two_processes_learn_the_same(home, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])
 def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
-    """Nor on how many processes share the samples: of replies, or rankings, of many lengths."""
+    """Nor does it depend on the number of processes. The samples differ in length."""
     flags = {
         stage: True,
         "max_iters": 2,
@@ -482,7 +482,7 @@ def test_frozen_models_are_moved_only_to_work(monkeypatch):
 
 
 def test_replies_end_with_the_token_of_the_template(home, tmp_path):
-    """A template that ends replies with a token of its own: rollouts stop there, and count as
+    """The template ends replies with another token than EOS: rollouts stop at it and count as
     ended."""
     save_template(home, tmp_path, Template("{bos}{user}\n{reply}{eos}"))
     args = train.flags(argv(home, tmp_path, init_from=tmp_path / "ckpt.pt", **PPO))
@@ -554,9 +554,8 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
     assert all(x > 0 for x in records(tmp_path, "ppo_log.jsonl", "ppo/loss/ptx"))
 
 
-def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
-    """Of one batch, the parts of two ranks, or of five, weigh together what the batch weighs
-    alone."""
+def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):
+    """The weighted losses of the parts of two or five ranks add up to the loss of the batch."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
     args = train.flags(argv(home, tmp_path, **flags))
     stage = train.start(train.setup(args))
@@ -577,7 +576,7 @@ def test_pretraining_text_is_dealt_out(home, rm, tmp_path):
 
 
 def test_line_of_an_iteration(home, rm, tmp_path):
-    """Every number of it, and the J* of the β that J was computed with."""
+    """Every number of the line; J* belongs to the β that J was computed with."""
     flags = PPO | dict(reward=rm / "rm_ckpt.pt", adap_kl_ctrl=True, target=0.01, horizon=100)
     args = train.flags(argv(home, tmp_path, **flags))
     stage = train.start(train.setup(args))
@@ -661,7 +660,7 @@ def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["copied", "named"])
 @pytest.mark.parametrize("stage", ["ppo", "dpo"])
 def test_a_new_run_takes_the_weights_of_its_checkpoint_as_reference(home, rm, tmp_path, stage, how):
-    """Not the reference of the run that made it; to resume a run keeps its own."""
+    """A new run's reference is its initial checkpoint; a resumed run keeps its own."""
     flags = dict(dpo=True, max_iters=4, learning_rate=1e-2) if stage == "dpo" else PPO
     flags |= dict(reward=rm / "rm_ckpt.pt") if stage == "ppo" else {}
     name = f"{stage}_ckpt.pt"
@@ -719,7 +718,7 @@ def test_a_reward_model_is_no_policy(home, rm, tmp_path, capsys):
 
 
 def test_a_failed_check_is_one_line(home, rm, tmp_path, capsys, monkeypatch):
-    """What the trainer refuses is no traceback, and names the last good checkpoint."""
+    """A failed check of the trainer prints one line with the last good checkpoint."""
     step = ppo.PPOTrainer.step
 
     def drifts(self, *a):
@@ -800,7 +799,7 @@ def test_refuses_flags_that_make_no_sense(home, tmp_path, capsys):
 
 
 def test_kl_to_reference_is_the_plain_sum():
-    """KL and log-probability of each response, a token at a time."""
+    """KL and log-probability of each response, computed token by token."""
     torch.manual_seed(3)
     nets = [accelerate(Transformer(ModelArgs(vocab_size=VOCAB, **ARGS))) for _ in range(2)]
     queries, responses = sequences(5, 1, 9), sequences(5, 2, 9)

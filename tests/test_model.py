@@ -819,7 +819,7 @@ def test_lora_unknown_layer():
 
 
 def test_stories260k_greedy_and_loss(stories260k_bin, tok512_model, real_stories, tmp_path):
-    """The published model tells the known story, and has its known loss on the validation shard."""
+    """The published model generates the known text and has the known validation loss."""
     import json
 
     from sentencepiece import SentencePieceProcessor
@@ -1003,8 +1003,8 @@ def test_rope_scaling_is_the_papers():
 
 
 def test_products_of_many_sizes_do_not_pile_up():
-    """Packed batches hardly ever have the same number of tokens twice; oneDNN compiles a product
-    for each, and what it keeps of them must have an end. Measured in a process of its own."""
+    """Packed batches hardly ever repeat a number of tokens, and oneDNN compiles a product for each:
+    its cache must be bounded. Measured in a separate process."""
     program = """if True:
         import ctypes, sys
         import kernels, torch

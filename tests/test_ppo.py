@@ -838,7 +838,7 @@ def test_refuses_a_policy_that_is_not_the_reference(kind, factor):
 
 @pytest.mark.parametrize("kind", ["full", "kl", "k3"])
 def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
-    """A tenth of a nat a response, which no single token shows."""
+    """The reference is off by 0.1 nats per response, but by too little at each token."""
     trainer = make_trainer(kl_penalty=kind)
     given = rollouts(trainer)
     with torch.no_grad():
@@ -865,9 +865,9 @@ def test_refuses_log_probabilities_of_another_policy(factor):
 
 
 @pytest.mark.parametrize("kind,scale", [("tf32", 6e-4), ("half", 0.0134)])
-def test_checks_tell_rounding_from_mistakes(kind, scale, monkeypatch):
-    """Rounding has long tails: among 60,000 tokens some are off by 60 times the mean. What is wrong
-    at one token of each response, or a little at each token in one direction, is not rounding."""
+def test_checks_distinguish_rounding_from_mistakes(kind, scale, monkeypatch):
+    """Rounding errors have long tails: of 60,000 tokens some are off by 60 times the mean. An error
+    at one token of each response, or a small bias at each token, must be detected."""
     monkeypatch.setitem(ppo.LIMITS, "float32", ppo.LIMITS[kind])
     checks, n = make_trainer().checks, 60_000
 
@@ -1230,8 +1230,8 @@ def test_frontier_keeps_the_runs_of_its_command(tmp_path, monkeypatch):
 
 
 def pretrained(seed):
-    """A model of a process in which a response ends with probability 1/25 at every token; a target
-    length of 10 is well away from what it does by itself."""
+    """A model pretrained on text in which each token ends a response with probability 1/25, so that
+    a target length of 10 differs clearly from its mean length."""
     torch.manual_seed(seed)
     a = args(vocab_size=8, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48, tied=True)
     model = accelerate(Transformer(a))

@@ -130,8 +130,8 @@ def test_packed_is_one_by_one_in_loss_and_gradient(base, native, rows, monkeypat
 
 
 def test_each_token_counts_the_same_in_any_split(base, tmp_path):
-    """A step of 8 samples = 4 micro-batches of 2 = 2 processes of 2 micro-batches: to rounding,
-    though replies differ in length."""
+    """A step of 8 samples equals 4 micro-batches of 2 and 2 processes with 2 micro-batches, up to
+    rounding, although replies differ in length."""
     runs = {"one": dict(batch_size=8), "micro": dict(batch_size=2, gradient_accumulation_steps=4)}
     for name, flags in runs.items():
         train.main(command(base, tmp_path / name, **flags))
@@ -312,7 +312,7 @@ def test_four_bits_are_nf4_and_the_gradient_goes_through(rows, columns):
 
 
 def talk(folder, monkeypatch, capsys, lines, *flags):
-    """What a chat prints, on stdout and stderr, and the prompts that the model was given."""
+    """Runs a chat. Returns its stdout, its stderr, and the prompts of the model."""
     prompts, generate = [], sample.generate
 
     def spy(model, ids, *args, **kwargs):
