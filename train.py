@@ -425,9 +425,11 @@ def save(stage, iteration, best_val_loss, improved):
         link(path, path.with_name(f"{stage.prefix}best.pt"))
     if not stage.writes_text:
         return
+    names = "template", "end_ids", "bos", "tokenizer_hash"  # what a model.bin has room for
+    metadata = {k: run.metadata[k] for k in names if k in run.metadata}
     try:
         with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
-            write_v3(f, stage.model.args, state["model"], "fp32", run.tokenizer, **run.metadata)
+            write_v3(f, stage.model.args, state["model"], "fp32", run.tokenizer, **metadata)
     except ValueError as e:  # run.c does not support the tokenizer: training continues
         print(f"warning: no {stage.prefix}model.bin: {e}", file=sys.stderr)
 
