@@ -1896,6 +1896,9 @@ def test_fuzz_a_little(build):
         "-max_len=8192",
         "-max_total_time=6",
         "-close_fd_mask=3",
+        # libFuzzer takes the peak of getrusage, which begins with that of the process of the tests.
+        "-rss_limit_mb=0",
+        "-malloc_limit_mb=2048",
         build / "corpus",
         ROOT / "tests/fuzz_corpus",
     )
