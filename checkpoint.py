@@ -305,10 +305,13 @@ def starting_point(run, stage, differences):
 
 
 def move_aside(path, rank):
-    """Keeps the checkpoint of an earlier run, where a new run would write its own."""
-    exists = path.exists()
+    """Renames the checkpoints of an earlier run, where a new run would write its own: the newest,
+    the one before it and the best. Otherwise a new run that is killed before its first save would
+    resume the earlier one."""
+    best = path.with_name(path.name.replace("ckpt.pt", "best.pt"))
+    files = [f for f in (path, path.with_suffix(".prev.pt"), best) if f.exists()]
     if dist.is_initialized():
         dist.barrier()  # all have looked
-    if exists and rank == 0:
-        os.replace(path, path.with_suffix(".replaced.pt"))
-        print(f"{path} of an earlier run is now {path.with_suffix('.replaced.pt')}")
+    for file in files if rank == 0 else ():
+        os.replace(file, file.with_suffix(".replaced.pt"))
+        print(f"{file} of an earlier run is now {file.with_suffix('.replaced.pt')}")

@@ -221,11 +221,7 @@ def tokenizer_blob(tokenizer):
     """The tokenizer as bytes: in llama2.c's format, or for byte-level BPE in byte_level_blob's."""
     if tokenizer.bpe:
         return byte_level_blob(tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "tok.bin")
-        tokenizer.export(path)
-        with open(path, "rb") as f:
-            return f.read()
+    return tokenizer.for_llama2c()
 
 
 def template_blob(template):
@@ -838,7 +834,7 @@ def main(argv=None):
     )
     args = parse_args(parser, argv)
     sources = [args.checkpoint, args.hf, args.meta, args.gguf, args.llama2c]
-    if sum(source is not None for source in sources) != 1:
+    if sum(map(bool, sources)) != 1:
         parser.error("give either --checkpoint, or one of --hf, --meta, --gguf and --llama2c")
     wrong = [f"--{name}" for name in ("format", "merge_lora") if getattr(args, name)]
     if wrong and not args.checkpoint:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -659,23 +660,24 @@ def write_folder(path, known):
         others = sorted(set(files) - set(known))
         if others:
             raise ValueError(f"{path} is something else ({others[0]}): name a new folder")
-    temporary, old = path + ".tmp", path + ".old"
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Of this call alone: PATH.tmp or PATH.old could be a folder of the user.
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    temporary, old = os.path.join(scratch, "new"), os.path.join(scratch, "old")
     try:
         os.makedirs(temporary)
         yield temporary
         os.umask(mask := os.umask(0))
         for name in os.listdir(temporary):  # libraries create some files for their owner only
             os.chmod(os.path.join(temporary, name), 0o666 & ~mask)
-        shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(temporary, path)
     finally:
         if os.path.exists(old) and not os.path.exists(path):
             os.rename(old, path)  # interrupted between the two renames
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json(path, value):

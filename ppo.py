@@ -152,6 +152,8 @@ class PPOConfig:
             raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
+        if self.adap_kl_ctrl and min(self.target, self.horizon) <= 0:
+            raise ValueError("adap_kl_ctrl needs a target and a horizon above 0")
         if self.temperature <= 0:
             raise ValueError("rollouts need a temperature above 0")
         self.rollouts = self.rollouts or 8 * self.mini_batch_size

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import ppo
 from checkpoint import model_from_checkpoint
-from common import flag
+from common import flag, printable
 from instruct import InstructPrompts, Rankings
 from model import TransformerWithValueHead, generate
 from pretraining import TextFlags
@@ -214,7 +214,7 @@ class RewardModel(Preferences):
         with torch.no_grad(), self.run.autocast():
             scores = score(self.model, [prompt + c for c in ends]).tolist()
         text = [f"{s:+.2f} {self.tokenizer.decode(c)}" for s, c in zip(scores, ends)]
-        return f"{self.tokenizer.decode(prompt)}\nbest: {text[0]}\nworst: {text[1]}"
+        return printable(f"{self.tokenizer.decode(prompt)}\nbest: {text[0]}\nworst: {text[1]}")
 
     @torch.no_grad()
     def state(self):
@@ -302,7 +302,7 @@ class DPO(Preferences):
 
     def sample_text(self):
         """The reply to the first held-out prompt, from the latest evaluation."""
-        return self.tokenizer.decode(self.prompts[0] + self.held_out_replies[0])
+        return printable(self.tokenizer.decode(self.prompts[0] + self.held_out_replies[0]))
 
     def state(self):
         return super().state() | {"dpo": {"reference": self.reference.state_dict()}}

@@ -532,7 +532,7 @@ class RLHF(Stage):
             "reward": float(scores.mean()),
             "kl": kl,
             "length_mean": float(lengths.mean()),
-            "length_std": float(lengths.std()),
+            "length_std": float(lengths.std(correction=min(1, len(lengths) - 1))),
             "ended": float(ended.float().mean()),
             "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
             **({"val_loss": self.text_loss(model)} if self.text else {}),

@@ -631,7 +631,10 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     sums = {}
     for path in shards:
         with open(path, "rb") as f:
-            sums[path] = hashlib.file_digest(f, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while block := f.read(1 << 20):
+                digest.update(block)
+            sums[path] = digest.hexdigest()
     meta = read_meta(folder)
     if meta and meta["tokenizer"] != tokenizer.hash:
         print(f"{folder}: made with another tokenizer than {model_path}: all shards are replaced")

@@ -130,12 +130,6 @@ class Tokenizer:
         first = self.bpe.encode("a", add_special_tokens=True).ids[:1] if self.bpe else []
         return self.bos_id >= 0 and first == [self.bos_id]
 
-    def special_id(self, text):
-        """The id of a control token by its text, such as <|eot_id|>. Raises ValueError."""
-        if text not in self.special:
-            raise ValueError(f"{self.model_path} has no special token {text}")
-        return self.special[text]
-
     def encode(self, s, bos, eos):
         """
         The ids of a string, or a list of lists of ids for a list of strings, which is faster than

@@ -115,7 +115,7 @@ def make_models(shape, folder, options):
     )
     if all(Path(f"{prefix}{end}").exists() for end in want):
         return prefix
-    real = os.environ.get("STORIES_DATA", ROOT.parent / "shared/data")
+    real = os.environ.get("STORIES_DATA", ROOT / "data")
     real = Path(real) / "stories260K/stories260K.bin"
     if shape == "260K" and real.exists():
         args, weights = export.read_v0(real)

@@ -2,7 +2,7 @@
 The effect of int8 on a model of 1.1 billion parameters: run.c's perplexity on real text, fp32 and
 int8.
 
-    python experiments/lifted.py --data=../shared/data    # needs 4.4 GB of disk and of memory
+    python experiments/lifted.py --data=FOLDER           # needs 4.4 GB of disk and of memory
 
 Random weights cannot be used, because any rounding changes their logits completely. Therefore a
 trained model, stories260K, is lifted to TinyLlama's shape: other weights, the same function up to
@@ -28,6 +28,7 @@ the
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data",
-        default=str(ROOT.parent / "shared/data"),
+        default=os.environ.get("STORIES_DATA", "data"),
         help="where stories260K/ and TinyStories_all_data/ are",
     )
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")

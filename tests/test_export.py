@@ -1276,6 +1276,11 @@ def test_id_0_ends_a_text(tmp_path, program):
     ]
 
 
+def test_an_empty_source_is_no_source(tmp_path):
+    for flags in (["--checkpoint="], [], ["--checkpoint=a.pt", "--hf=b"]):
+        assert "give either --checkpoint" in run(tmp_path / "m.bin", *flags, ok=2).stderr
+
+
 def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     checkpoint(tmp_path / "ckpt.pt")
     (tmp_path / "mine").mkdir()
@@ -1298,10 +1303,13 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
     rename = os.rename
 
     def interrupted(old, new):
-        if str(old).endswith(".tmp"):
+        if os.path.basename(old) == "new":
             raise KeyboardInterrupt
         rename(old, new)
 
+    for name in "folder.old", "folder.tmp":  # folders of the user
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("years")
     kept = sorted(os.listdir(tmp_path))
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -1311,8 +1319,13 @@ def test_what_can_be_wrong_with_a_folder(tmp_path, monkeypatch):
         with formats.write_folder(folder, ["config.json"]):
             pass
     assert os.listdir(folder) == ["config.json"]  # the old one is back
+    with formats.write_folder(folder, ["config.json"]):
+        pass
     shutil.rmtree(folder)
     assert sorted(os.listdir(tmp_path)) == kept
+    for name in "folder.old", "folder.tmp":
+        assert (tmp_path / name / "notes.txt").read_text() == "years"
+        shutil.rmtree(tmp_path / name)
 
     def full(*_):
         raise OSError(28, "No space left on device", "x")

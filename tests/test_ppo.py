@@ -1284,3 +1284,9 @@ def test_learns(seed):
     assert closed >= 0.6
     assert explained > 0.3 and at_the_end > 0.2  # little is left to explain of the best policy
     assert min(objectives) > start - 0.25 * (j_star - start)
+
+
+@pytest.mark.parametrize("name", ["target", "horizon"])
+def test_a_kl_controller_needs_a_target_and_a_horizon(name):
+    with pytest.raises(ValueError, match="adap_kl_ctrl needs a target and a horizon"):
+        ppo.PPOConfig(adap_kl_ctrl=True, **{name: 0.0})

@@ -297,16 +297,14 @@ def test_byte_level_blob_equals_the_tokenizers_library(kind, tmp_path):
 def test_control_tokens_of_a_tokenizer_json(tmp_path):
     path = make_bpe(tmp_path / "a", "llama3")
     t = Tokenizer(path)
-    assert t.bos_id == t.special_id("<|begin_of_text|>") and t.eos_id == t.special_id("<|eot_id|>")
+    assert t.bos_id == t.special["<|begin_of_text|>"] and t.eos_id == t.special["<|eot_id|>"]
     assert stop_ids(t) == {t.bos_id, t.eos_id}  # not 1 and 2, which are ordinary tokens here
     ids = t.encode("a<|eot_id|>b", True, True)
     assert ids[0] == t.bos_id and ids[-1] == t.eos_id and t.eos_id not in ids[1:-1]
     assert t.decode(ids) == "a<|eot_id|>b"  # as the text that it was
     assert t.encode(["a", "b"], True, False) == [t.encode(x, True, False) for x in "ab"]
     (tmp_path / "a/tokenizer_config.json").unlink()  # then by their usual names
-    assert Tokenizer(path).eos_id == t.special_id("<|end_of_text|>")
-    with pytest.raises(ValueError, match="has no special token <s>"):
-        t.special_id("<s>")
+    assert Tokenizer(path).eos_id == t.special["<|end_of_text|>"]
     with pytest.raises(ValueError, match="token 600 is outside"):
         t.decode([600])
     with pytest.raises(ValueError, match="UTF-8"):

@@ -25,7 +25,7 @@ import kernels
 import pretraining
 import rlhf
 import train
-from checkpoint import load_checkpoint, load_verified, save_checkpoint
+from checkpoint import load_checkpoint, load_verified, move_aside, newest, save_checkpoint
 from common import run_main
 from kernels import FastTransformerBlock
 
@@ -1044,6 +1044,17 @@ def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
         with pytest.raises((ValueError, FileNotFoundError)):
             train.main(command(**dict(data=data, out=tmp_path) | mistake))
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == there, mistake
+
+
+def test_a_new_run_leaves_nothing_of_the_earlier_one_to_resume(data, tmp_path):
+    """A run that is killed before its first save must not continue the run before it."""
+    train.main(command(data, tmp_path, max_iters=4, eval_interval=2))
+    assert all((tmp_path / f"{name}.pt").exists() for name in ("ckpt", "ckpt.prev", "best"))
+    move_aside(tmp_path / "ckpt.pt", 0)  # what a new run does before its first step
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        newest(tmp_path / "ckpt.pt")
+    replaced = [tmp_path / f"{name}.replaced.pt" for name in ("ckpt", "ckpt.prev", "best")]
+    assert all(path.exists() for path in replaced) and not list(tmp_path.glob("best.pt"))
 
 
 def test_hostile_pickle_is_refused(data, tmp_path):
