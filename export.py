@@ -71,8 +71,8 @@ from formats import (
     write_json,
 )
 from instruct import Template
-from lora import load_adapters, merged_state
 from model import LLAMA3_SCALING, ModelArgs
+from sft import load_adapters, merged_state
 from tokenizer import (
     Tokenizer,
     byte_level_blob,

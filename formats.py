@@ -29,7 +29,6 @@ from sentencepiece import SentencePieceProcessor
 from checkpoint import kind_of_file
 from common import note, read_json
 from instruct import ended
-from lora import LORA_LAYERS
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import (
     GPT2_PATTERN,
@@ -1142,7 +1141,7 @@ def export_peft(args):
             w = halves(w, head_dim)
         stem = hf_name(f"{matrix}.weight").removesuffix(".weight")
         tensors[f"base_model.model.{stem}.lora_{letter.upper()}.weight"] = w.contiguous()
-    targets = [HF_LAYER[LORA_LAYERS[name]].split(".")[1] for name in lora["layers"].split(",")]
+    targets = [f"{name}_proj" for name in lora["layers"].split(",")]
     with write_folder(args.output, ("adapter_config.json", "adapter_model.safetensors")) as folder:
         write_json(
             os.path.join(folder, "adapter_config.json"),

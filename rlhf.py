@@ -24,12 +24,11 @@ import ppo
 from checkpoint import choose_device, load_checkpoint, model_from_checkpoint
 from common import flag, flag_names, printable, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
-from lora import add_lora, merged_state
 from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
 from pretraining import MODEL_FLAGS, Stage, flags_decide, schedule
 from report import print_report
-from sft import InstructionFlags, LoRAFlags, Packed, instructions
+from sft import InstructionFlags, LoRAFlags, Packed, add_lora, instructions, merged_state
 from tinystories import Prompts, Windows
 from tokenizer import check_same_tokenizer, stop_ids
 

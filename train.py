@@ -314,7 +314,7 @@ def code_version():
     """A hash of the source files that determine the results; checkpoints record it."""
     folder = Path(__file__).parent
     names = (
-        *("model.py", "lora.py", "checkpoint.py", "kernels.py", "kernels.c", "tokenizer.py"),
+        *("model.py", "checkpoint.py", "kernels.py", "kernels.c", "tokenizer.py"),
         *("tinystories.py", "instruct.py", "train.py", "pretraining.py", "sft.py"),
         *("preferences.py", "rlhf.py", "ppo.py"),
     )

@@ -22,8 +22,8 @@ import ppo
 import pretraining
 from checkpoint import checkpoint_args, model_from_checkpoint
 from kernels import FAST, FastKVCache, accelerate
-from lora import LoRALinear, add_lora
 from model import ModelArgs, Transformer, TransformerWithValueHead, generate
+from sft import LoRALinear, add_lora
 
 LAYER = {"norm_qkv", "attention_forward", "feed_forward"}
 LAYER_BACKWARD = {"norm_qkv_backward", "attention_backward", "feed_forward_backward"}

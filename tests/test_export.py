@@ -25,8 +25,8 @@ import formats
 from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
 from common import run_main
 from experiments import lifted
-from lora import add_lora
 from model import ModelArgs, Transformer, TransformerWithValueHead
+from sft import add_lora
 from tokenizer import Tokenizer
 
 ARGS = dict(

@@ -28,7 +28,6 @@ from checkpoint import (
     save_checkpoint,
 )
 from kernels import FastLinear, accelerate
-from lora import add_lora, merged_state
 from model import (
     ModelArgs,
     Transformer,
@@ -36,6 +35,7 @@ from model import (
     generate,
     sampling_probabilities,
 )
+from sft import add_lora, merged_state
 
 END = (1, 2)  # llama2.c's BOS and EOS
 

@@ -34,8 +34,8 @@ from checkpoint import (
     save_checkpoint,
 )
 from instruct import TEMPLATES, Instructions
-from lora import FourBitLoRALinear, load_adapters
 from model import ModelArgs, Transformer, generate
+from sft import FourBitLoRALinear, load_adapters
 from tokenizer import Tokenizer
 
 WORDS = "cat dog sun red big ran sat hat the a".split()
