@@ -118,8 +118,9 @@ $(RLHF)/dpo: $(RLHF)/pairs.jsonl
 run: run.c
 	$(CC) -O3 -march=native -o $@ run.c -lm -pthread
 
+# One process per core, at most 8. The tests of a file stay together, because they share fixtures.
 test: .venv/installed .venv/tested run
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto --maxprocesses=8 --dist=loadfile tests
 
 # Speeds of this project; `bench/bench_run.py --help` says how to measure other projects beside it.
 bench: $(DEMO)/pretrained run
