@@ -174,6 +174,7 @@ def check_sizes(args, state):
     for name, shape in (
         ("tok_embeddings.weight", (args.vocab_size, args.dim)),
         ("output.weight", (args.vocab_size, args.dim)),
+        ("layers.0.attention.wq.weight", (args.n_heads * args.head_dim, args.dim)),
         ("layers.0.feed_forward.w1.weight", (args.ffn_dim, args.dim)),
     ):
         if name in state and tuple(state[name].shape) != shape:
@@ -187,7 +188,8 @@ def checkpoint_args(args: ModelArgs):
     """ModelArgs as the checkpoint stores them. Fields that llama2.c does not know are left out if
     they have their default value, so that llama2.c can load the file."""
     stored = asdict(args)
-    for name, default in (("rope_theta", 10000.0), ("tied", True), ("rope_scaling", None)):
+    usual = dict(rope_theta=10000.0, tied=True, rope_scaling=None)
+    for name, default in {**usual, "head_dim": args.dim / args.n_heads}.items():
         if stored[name] == default:
             del stored[name]
     return stored

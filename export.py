@@ -184,10 +184,10 @@ def best_group(args):
         return -(-cols // group) * (group + 2)
 
     def size(group):
-        per_layer = (2 * args.dim + 2 * args.n_kv_heads * args.head_dim + 2 * args.ffn_dim) * row(
-            args.dim, group
-        ) + args.dim * row(args.ffn_dim, group)
-        return args.n_layers * per_layer + args.vocab_size * row(args.dim, group)
+        E, H, K, D, F = args.head_dim, args.n_heads, args.n_kv_heads, args.dim, args.ffn_dim
+        rows = (H + 2 * K) * E + 2 * F
+        per_layer = rows * row(D, group) + D * row(H * E, group) + D * row(F, group)
+        return args.n_layers * per_layer + args.vocab_size * row(D, group)
 
     return min((64, 32), key=size)
 
@@ -292,7 +292,8 @@ def write_v3(
         )
     )
     f.write(rope_numbers(args.rope_scaling) + struct.pack("<4i", *ends[:4]))
-    f.write(bytes(8) + struct.pack("<2i", no_bos, end_zero))
+    own_size = args.head_dim if args.head_dim * args.n_heads != args.dim else 0
+    f.write(struct.pack("<4i", own_size, 0, no_bos, end_zero))
     f.seek(256 - 32)
     f.write(hash_bytes(tokenizer, tokenizer_hash))
 
@@ -523,6 +524,11 @@ def export_model(args):
             raise ValueError(
                 "llama2.c computes with rope_theta 10000, norm_eps 1e-5 and no RoPE "
                 f"scaling; {args.checkpoint} has others: use version 3"
+            )
+        if config.head_dim * config.n_heads != config.dim:
+            raise ValueError(
+                f"llama2.c's heads have dim / n_heads numbers; those of {args.checkpoint} have "
+                f"{config.head_dim}: use version 3"
             )
         with write_atomic(args.output) as f:
             if args.version == 0:  # its header has no room for the hash

@@ -168,14 +168,14 @@ def hf_args(config, path, max_seq_len=None):
         wrong("tie_word_embeddings", tied, "true or false")
     try:
         heads, dim = size("num_attention_heads"), size("hidden_size")
-        if config.get("head_dim", None) not in (None, dim // heads):
-            refuse(f"head_dim {config['head_dim']}, not hidden_size / num_attention_heads,")
+        head_dim = None if config.get("head_dim") is None else size("head_dim")
         theta, scaling = hf_rope(config, refuse, wrong)
         return ModelArgs(
             dim=dim,
             n_layers=size("num_hidden_layers"),
             n_heads=heads,
             n_kv_heads=size("num_key_value_heads", heads),
+            head_dim=head_dim,
             vocab_size=size("vocab_size"),
             hidden_dim=size("intermediate_size"),
             norm_eps=config.get("rms_norm_eps", 1e-6),
@@ -308,6 +308,7 @@ def meta_args(params, path, shapes, n_shards, max_seq_len=None):
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],
             n_kv_heads=params.get("n_kv_heads"),
+            head_dim=params.get("head_dim"),
             vocab_size=vocab,
             hidden_dim=shapes["layers.0.feed_forward.w1.weight"][0] * n_shards,
             norm_eps=params["norm_eps"],
@@ -1257,6 +1258,9 @@ def write_gguf(
     writer.add_file_type(
         gguf.LlamaFileType.MOSTLY_Q8_0 if dtype == "q8_0" else gguf.LlamaFileType.ALL_F32
     )
+    if args.head_dim * args.n_heads != args.dim:
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
     extra = {}
     if args.rope_scaling and len(args.rope_scaling) == 1:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -1467,9 +1471,12 @@ def gguf_args(header, rope_factors=None, max_seq_len=None):
     if get("expert_count", int, 0):
         refuse("a mixture of experts")
     dim, heads, layers = get("embedding_length"), get("attention.head_count"), get("block_count")
-    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        if heads < 1 or get(name, int, dim // heads) != dim // heads:
-            refuse(f"llama.{name} {get(name, int, 0)}, not embedding_length / head_count,")
+    if heads < 1:
+        raise ValueError(f"llama.attention.head_count must not be {heads}")
+    head_dim = get("attention.key_length", int, dim // heads)
+    for name, usual in ("attention.value_length", dim // heads), ("rope.dimension_count", head_dim):
+        if get(name, int, usual) != head_dim:
+            refuse(f"llama.{name} {get(name, int, usual)}, not attention.key_length {head_dim},")
     if gguf_name(f"layers.{layers - 1}.attention.wq.weight") not in header.tensors:
         raise ValueError(f"it lacks tensors of its {layers} layers")
     embedding = gguf_name("tok_embeddings.weight")
@@ -1485,6 +1492,7 @@ def gguf_args(header, rope_factors=None, max_seq_len=None):
         n_layers=layers,
         n_heads=heads,
         n_kv_heads=get("attention.head_count_kv", int, heads),
+        head_dim=head_dim if "llama.attention.key_length" in header.fields else None,
         vocab_size=header.tensors[embedding][0][0],
         hidden_dim=get("feed_forward_length"),
         norm_eps=get("attention.layer_norm_rms_epsilon", float),

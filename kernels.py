@@ -585,8 +585,9 @@ class FastTransformer(Transformer):
         return -TokenTerms.apply(logits, targets)[0].sum() / (targets != -1).sum()
 
     def new_cache(self, batch, max_len):
-        one_head = self.output.weight.new_empty(0, self.args.head_dim)
-        if native_attention(one_head) and all(map(is_standard, self.layers)):
+        a, standard = self.args, all(map(is_standard, self.layers))
+        one_head = self.output.weight.new_empty(0, a.head_dim)
+        if native_attention(one_head) and standard and a.n_heads * a.head_dim == a.dim:
             return FastKVCache(self, batch, max_len)
         return super().new_cache(batch, max_len)
 

@@ -29,6 +29,7 @@ class ModelArgs:
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: Optional[int] = None  # default: n_heads
+    head_dim: Optional[int] = None  # default: dim // n_heads
     vocab_size: int = 32000
     hidden_dim: Optional[int] = None  # default: 8/3 of dim, rounded up to a multiple of multiple_of
     multiple_of: int = 256
@@ -53,16 +54,15 @@ class ModelArgs:
             if type(value) not in (int, float) or not 0 <= value < largest:
                 raise ValueError(f"{name} must be in [0, {largest}), not {value!r}")
         H, K = self.n_heads, self.n_kv_heads
-        if self.dim % (2 * H):
+        if not self.head_dim and self.dim % (2 * H):
             raise ValueError(f"dim ({self.dim}) must be an even multiple of n_heads ({H})")
+        self.head_dim = E = self.head_dim or self.dim // H
+        if type(E) is not int or E % 2 or not 2 <= E <= 2**16 // H:  # run.c has this limit
+            raise ValueError(f"head_dim must be an even number from 2 to {2**16 // H}, not {E!r}")
         if H % K:
             raise ValueError(f"n_heads ({H}) must be a multiple of n_kv_heads ({K})")
         if self.rope_scaling is not None:
             check_rope_scaling(self.rope_scaling)
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
 
     @property
     def ffn_dim(self):

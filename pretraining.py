@@ -36,6 +36,7 @@ MODEL_FLAGS = (
     "n_layers",
     "n_heads",
     "n_kv_heads",
+    "head_dim",
     "vocab_size",
     "multiple_of",
     "max_seq_len",
@@ -60,6 +61,7 @@ class PretrainingFlags:
     n_layers: int = flag(6, "transformer layers")
     n_heads: int = flag(6, "query heads")
     n_kv_heads: int = flag(0, "key/value heads, shared by query heads; 0 means n_heads")
+    head_dim: int = flag(0, "width of a head; 0 means dim / n_heads")
     multiple_of: int = flag(32, "the feed-forward width is rounded up to a multiple of this number")
     fsdp: bool = flag(
         False, "shard model, gradients and optimizer over the processes of torchrun (FSDP2)"

@@ -149,8 +149,8 @@ class Log:
 
 def flops_per_token(model, seq_len):
     """Floating-point operations of forward and backward pass per token (PaLM, appendix B)."""
-    weights = sum(p.numel() for p in model.parameters())
-    return 6 * weights + 12 * model.args.n_layers * model.args.dim * seq_len
+    a, weights = model.args, sum(p.numel() for p in model.parameters())
+    return 6 * weights + 12 * a.n_layers * a.n_heads * a.head_dim * seq_len
 
 
 def peak_matmul_flops(device, dtype):

@@ -235,7 +235,7 @@ class RLHF(Stage):
     # Published commands for PPO contain flags of pretraining. Those that describe the model are
     # compared with the checkpoint; the others are ignored.
     accepted = (
-        *MODEL_FLAGS,
+        *(name for name in MODEL_FLAGS if name != "head_dim"),  # which no published command has
         "vocab_source",
         "dropout",
         "warmup_iters",

@@ -202,7 +202,7 @@ static int count_cores(void) {
 // the next multiple of 64 bytes; then the tokenizer and the chat template, of 0 bytes where there
 // is none, each described where it is read. The tensors, in this order:
 //     tok_embeddings (V, D); for each layer: attention_norm (D), wq|wk|wv ((H + 2K) E, D),
-//     wo (D, D), ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
+//     wo (D, H E), ffn_norm (D), w1|w3 (2F, D), w2 (D, F); norm (D); output (V, D) unless tied.
 // Norms are fp32. A matrix (rows, cols) is cut into tiles of 16 rows, zero-padded at the end.
 //   fp32: for each tile, for each column: 16 floats, one per row.
 //   q8_0: columns are zero-padded to a multiple of G. For each tile, for each 4 columns, for each
@@ -246,8 +246,8 @@ typedef struct {        // the numbers are offsets in the file
     float rope_factor, rope_low, rope_high; // 112
     int32_t rope_context;                   // 124
     int32_t ends[4];    // 128 more ids at which generation ends; 0: unused
-    int32_t head_dim;   // 144 E = D / H; zero in the file, like kv_dim
-    int32_t kv_dim;     // 148 K * E
+    int32_t head_dim;   // 144 E, even; 0 in the file: D / H
+    int32_t kv_dim;     // 148 K * E; 0 in the file
     int32_t no_bos;     // 152 1: text does not begin with BOS, which only separates texts
     int32_t end_zero;   // 156 1: generation ends at id 0 as well
     int32_t zero[16];
@@ -267,7 +267,7 @@ typedef struct {
 typedef struct {
     float *att_norm; // (D,)
     Matrix wqkv;     // ((H + 2K) * E, D)
-    Matrix wo;       // (D, D)
+    Matrix wo;       // (D, H * E)
     float *ffn_norm; // (D,)
     Matrix w13;      // (2F, D), tiles of w1 and of w3 alternate
     Matrix w2;       // (D, F)
@@ -285,7 +285,7 @@ typedef struct {
     const char *path;
 } Model;
 
-// Checks every number that the forward pass depends on; derives head_dim and kv_dim.
+// Checks every number that the forward pass depends on; derives head_dim if it is 0, and kv_dim.
 static void check_config(Model *m) {
     Config *c = &m->c;
     const int last_id = c->vocab_size > 0 ? c->vocab_size - 1 : 0;
@@ -298,6 +298,7 @@ static void check_config(Model *m) {
                   {"n_layers", c->n_layers, 1, 1 << 10},
                   {"n_heads", c->n_heads, 1, 1 << 14},
                   {"n_kv_heads", c->n_kv_heads, 1, 1 << 14},
+                  {"head_dim", c->head_dim, 0, 1 << 16},
                   {"vocab_size", c->vocab_size, 1, MAX_VOCAB},
                   {"max_seq_len", c->seq_len, 1, 1 << 22},
                   {"format", c->format, FP32, Q8_0},
@@ -317,8 +318,12 @@ static void check_config(Model *m) {
     for (int i = 0; i < 4; i++)
         if (c->ends[i] < 0 || c->ends[i] > last_id)
             die("%s: end id %d is %d, must be 0 to %d", m->path, i + 1, c->ends[i], last_id);
-    if (c->dim % c->n_heads || c->dim / c->n_heads % 2)
+    if (!c->head_dim && (c->dim % c->n_heads || c->dim / c->n_heads % 2))
         die("%s: dim %d is not %d heads of an even size", m->path, c->dim, c->n_heads);
+    if (!c->head_dim) c->head_dim = c->dim / c->n_heads;
+    if (c->head_dim % 2 || c->head_dim > (1 << 16) / c->n_heads)
+        die("%s: head_dim is %d, must be even and, times %d heads, at most %d", m->path,
+            c->head_dim, c->n_heads, 1 << 16);
     if (c->n_heads % c->n_kv_heads)
         die("%s: %d heads cannot share %d key/value heads", m->path, c->n_heads, c->n_kv_heads);
     if (c->group % 4) die("%s: group size %d is not a multiple of 4", m->path, c->group);
@@ -329,7 +334,6 @@ static void check_config(Model *m) {
         || !((low == 0 && high == 0) || (low > 0 && high > low && high < 1e9f && c->rope_context)))
         die("%s: RoPE scaling (factor %g, low %g, high %g, original context %d) is out of range",
             m->path, c->rope_factor, low, high, c->rope_context);
-    c->head_dim = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_dim;
 }
 
@@ -356,13 +360,14 @@ static void open_matrix(Model *m, Matrix *w, Span *in, int64_t rows, int cols) {
 // Opens all tensors, in the file's order. Within the limits of check_config nothing overflows.
 static void open_tensors(Model *m, Span *in) {
     const Config *c = &m->c;
+    const int q_dim = c->n_heads * c->head_dim;
     m->layers = zeros(c->n_layers * (int64_t)sizeof *m->layers);
     open_matrix(m, &m->embed, in, c->vocab_size, c->dim);
     if (!c->tied) m->bytes = 0; // a token reads one row of it only
     for (Layer *l = m->layers; l < m->layers + c->n_layers; l++) {
         l->att_norm = tensor(m, in, 4 * c->dim);
-        open_matrix(m, &l->wqkv, in, c->dim + 2 * c->kv_dim, c->dim);
-        open_matrix(m, &l->wo, in, c->dim, c->dim);
+        open_matrix(m, &l->wqkv, in, q_dim + 2 * c->kv_dim, c->dim);
+        open_matrix(m, &l->wo, in, c->dim, q_dim);
         l->ffn_norm = tensor(m, in, 4 * c->dim);
         open_matrix(m, &l->w13, in, 2 * round_up(c->hidden_dim, TILE), c->dim);
         open_matrix(m, &l->w2, in, c->dim, c->hidden_dim);
@@ -737,8 +742,9 @@ static void state_open(State *s, const Model *m, Team *team, int n_seq, int max_
     const int64_t heads = (int64_t)n_seq * c->n_layers * c->n_kv_heads;
     *s = (State){.m = m, .team = team, .T = round_up(max_pos, 16), .half = c->format == Q8_0};
     s->head_bytes = s->T * c->head_dim * (s->half ? 2 : 4);
-    const int64_t qkv = c->dim + 2 * c->kv_dim, h13 = 2 * round_up(c->hidden_dim, TILE);
-    s->width = round_up((qkv > h13 ? qkv : h13) + c->group, TILE);
+    const int64_t qkv = c->n_heads * c->head_dim + 2 * c->kv_dim;
+    const int64_t h13 = 2 * round_up(c->hidden_dim, TILE), inner = qkv > h13 ? qkv : h13;
+    s->width = round_up((inner > c->dim ? inner : c->dim) + c->group, TILE);
     s->v_width = round_up(c->vocab_size, TILE);
     float **each[] = {&s->x, &s->qkv, &s->att, &s->h13, &s->h};
     for (int i = 0; i < 5; i++) *each[i] = zeros(4 * B * s->width);

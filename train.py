@@ -292,6 +292,8 @@ class Interrupt:
 
 def check_fits(args, model_args):
     """Raises ValueError if flags on the command line contradict the model of the checkpoint."""
+    usual = {"head_dim": model_args["dim"] // model_args["n_heads"]}  # which is not stored
+    model_args = usual | model_args
     wrong = [
         f"{n} is {model_args[n]} in the checkpoint, --{n}={getattr(args, n)} on the command line"
         for n in MODEL_FLAGS

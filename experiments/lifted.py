@@ -75,7 +75,7 @@ class Lifted:
     def __init__(self, small, weights, idle=0.0, **changes):
         self.small, self.weights, self.idle = small, weights, idle
         dtype = weights["norm.weight"].dtype
-        self.args = large = replace(small, tied=False, **changes)
+        self.args = large = replace(small, tied=False, head_dim=None, **changes)
         large.norm_eps = small.norm_eps * small.dim / large.dim
         E, K, ratio = small.head_dim, small.n_kv_heads, large.head_dim // small.head_dim
         turn = torch.zeros(large.head_dim // 2, 2, E // 2, 2, dtype=torch.float64)

@@ -29,7 +29,9 @@ static void use(uint8_t options, const char *prompt, size_t prompt_size, Span fi
     tokenizer_of(t, m);
     // A valid model may ask for more than a fuzzer has: one small matrix can belong to a header
     // with thousands of heads and layers.
-    if (c->vocab_size >= 4096 || c->dim >= 4096 || c->hidden_dim >= 4096) return;
+    if (c->vocab_size >= 4096 || c->dim >= 4096 || c->hidden_dim >= 4096
+        || c->n_heads * c->head_dim >= 4096)
+        return;
     Sampler sampler = {0.7f, 50, 0.9f, seed_rng(1)};
     Row rows[3];
     size_t count = 0;

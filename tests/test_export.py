@@ -73,7 +73,9 @@ def read_v3(path):
     h["theta"], h["eps"], h["tok_at"], h["tok_size"], h["size"], h["squeeze"] = struct.unpack_from(
         "<2f3QI", data, 56
     )
-    assert h["size"] == len(data) == h["tok_at"] + h["tok_size"] and not any(data[92:256])
+    assert h["size"] == len(data) == h["tok_at"] + h["tok_size"]
+    assert not any(data[92:144]) and not any(data[148:256])
+    h["head_dim"] = struct.unpack_from("<i", data, 144)[0]
     at = 256
 
     def take(dtype, *shape):
@@ -95,15 +97,16 @@ def read_v3(path):
         return w[:rows, :cols]
 
     D, F, V = h["dim"], h["hidden"], h["vocab"]
-    kv = D // h["heads"] * h["kv_heads"]
+    E = h["head_dim"] or D // h["heads"]
+    q, kv = E * h["heads"], E * h["kv_heads"]
     w = {"tok_embeddings": matrix(V, D)}
     for i in range(h["layers"]):
         name = f"layers.{i}."
         w[name + "attention_norm"] = take("<f4", D)
-        qkv = matrix(D + 2 * kv, D)
-        for key, part in zip("qkv", np.split(qkv, [D, D + kv])):
+        qkv = matrix(q + 2 * kv, D)
+        for key, part in zip("qkv", np.split(qkv, [q, q + kv])):
             w[f"{name}attention.w{key}"] = part
-        w[name + "attention.wo"] = matrix(D, D)
+        w[name + "attention.wo"] = matrix(D, q)
         w[name + "ffn_norm"] = take("<f4", D)
         pairs = matrix(2 * (-(-F // 16) * 16), D).reshape(-1, 2, 16, D)
         w[name + "feed_forward.w1"], w[name + "feed_forward.w3"] = (
@@ -125,6 +128,8 @@ def read_v3(path):
         {"dim": 20, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 4},
         {"dim": 288, "vocab_size": 33, "hidden_dim": 768},
         {"dim": 128, "n_heads": 4, "hidden_dim": 129},
+        {"head_dim": 22},
+        {"head_dim": 2},
     ],
 )
 def test_version_3_holds_the_model(tmp_path, changes):
@@ -140,6 +145,7 @@ def test_version_3_holds_the_model(tmp_path, changes):
             int(a.tied),
         )
         assert abs(h["eps"] - a.norm_eps) < 1e-12 and h["seq"] == a.max_seq_len
+        assert h["head_dim"] == changes.get("head_dim", 0)  # so that most files stay as they were
         for name, w in got.items():
             want = model.state_dict()[f"{name}.weight"].numpy()
             if fmt == "fp32" or w.ndim == 1:
@@ -250,6 +256,7 @@ def test_what_a_user_can_get_wrong(tmp_path):
     checkpoint(tmp_path / "ckpt.pt")
     ckpt, out = tmp_path / "ckpt.pt", tmp_path / "m.bin"
     (tmp_path / "short.bin").write_bytes(b"\1\0\0\0" * 9)
+    checkpoint(tmp_path / "wide.pt", head_dim=10)
     (tmp_path / "broken.pt").write_bytes(ckpt.read_bytes()[:500])
     for status, says, args in [
         (2, "either", []),
@@ -257,6 +264,10 @@ def test_what_a_user_can_get_wrong(tmp_path):
         (2, "--version", ["--checkpoint", ckpt, "--versoin=2"]),
         (2, "invalid choice", ["--checkpoint", ckpt, "--version=5"]),
         (1, "is for version 3", ["--checkpoint", ckpt, "--version=0", "--format=q8_0"]),
+        *(
+            (1, "have 10: use version 3", ["--checkpoint", tmp_path / "wide.pt", f"--version={v}"])
+            for v in (0, 1, 2)
+        ),
         (1, "--format needs --checkpoint", ["--llama2c", ckpt, "--format=gguf"]),
         (1, "--merge_lora needs", ["--hf", tmp_path, "--merge_lora", ckpt]),
         (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
@@ -293,6 +304,8 @@ KINDS = {  # of Llama; what differs from a small model with 4 heads
         rope_parameters=LLAMA3 | {"factor": 32.0},
     ),
     "smollm2": dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=130000.0),
+    "nemo": dict(num_key_value_heads=2, head_dim=24, rope_theta=1e6),
+    "narrow": dict(num_key_value_heads=1, head_dim=6, tie_word_embeddings=True),
     "linear": dict(
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, dtype="float16"
     ),
@@ -366,7 +379,7 @@ def test_hugging_face_both_ways(tmp_path, kind):
     theirs, again = (load(tmp_path / name, dtype="float32") for name in ("in", "out"))
     want, model = logits(theirs), ours(tmp_path / "ckpt.pt")
     assert want.std() > 0.3  # there is something to compare
-    assert (logits(model) - want).abs().max() < 1e-4
+    assert (logits(model) - want).abs().max() < (1e-5 if "head_dim" in KINDS[kind] else 1e-4)
     assert torch.equal(logits(again), want)
 
 
@@ -377,6 +390,7 @@ def test_hugging_face_both_ways(tmp_path, kind):
         {"tied": False, "rope_theta": 5e5, "norm_eps": 1e-6, "n_kv_heads": 6},
         {"rope_scaling": dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))},
         {"rope_scaling": {"factor": 2.0}, "n_kv_heads": 1},
+        {"head_dim": 14},
     ],
 )
 def test_our_model_in_transformers(tmp_path, changes):
@@ -605,10 +619,13 @@ def test_chat_settings_come_along(tmp_path):
 # PEFT, GGUF, Meta, llama2.c's version 1
 
 
-@pytest.mark.parametrize("layers, stage", [("q,v", "sft"), ("q,k,v,o,gate,down,up", "ppo")])
-def test_peft_loads_adapters(tmp_path, layers, stage):
+@pytest.mark.parametrize(
+    "layers, stage, head_dim",
+    [("q,v", "sft", None), ("q,k,v,o,gate,down,up", "ppo", None), ("q,o", "sft", 10)],
+)
+def test_peft_loads_adapters(tmp_path, layers, stage, head_dim):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = checkpoint(tmp_path / "ckpt.pt").eval()
+    model = checkpoint(tmp_path / "ckpt.pt", head_dim=head_dim).eval()
     run(tmp_path / "base", f"--checkpoint={tmp_path}/ckpt.pt", "--format=hf")
     add_lora(model, 4, 8.0, 0.0, layers).eval()
     for name, p in model.named_parameters():
@@ -703,17 +720,20 @@ def test_gguf_holds_the_model(tmp_path):
             assert not tensors
 
 
-@pytest.mark.parametrize("kind", ["made", "llama3", "smollm2", "gpt2"])
+@pytest.mark.parametrize("kind", ["made", "llama3", "smollm2", "gpt2", "heads of 16"])
 def test_llama_cpp_tells_the_same_story(tmp_path, kind):
     """Where llama-cpp-python is installed: greedy text of the GGUF file, and its tokens."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from model import generate
 
+    changes = {"head_dim": 16} if kind == "heads of 16" else {}
+    kind = "made" if changes else kind
     path = sentencepiece_model(tmp_path / "d", kind) if kind == "made" else make_bpe(tmp_path, kind)
     scaling = dict(zip(export.LLAMA3_SCALING, (8.0, 1.0, 4.0, 16)))
-    changes = {"llama3": {"rope_scaling": scaling}, "gpt2": {"rope_scaling": {"factor": 2.0}}}
+    if kind in ("llama3", "gpt2"):
+        changes["rope_scaling"] = scaling if kind == "llama3" else {"factor": 2.0}
     t = Tokenizer(path)
-    model = checkpoint(tmp_path / "c.pt", vocab_size=t.n_words, **changes.get(kind, {})).eval()
+    model = checkpoint(tmp_path / "c.pt", vocab_size=t.n_words, **changes).eval()
     run(
         tmp_path / "m.gguf",
         f"--checkpoint={tmp_path}/c.pt",
@@ -744,6 +764,7 @@ def test_llama_cpp_tells_the_same_story(tmp_path, kind):
         (1, 77, {"tied": False}),
         (2, 78, {"tied": False, "dim": 96, "hidden_dim": 104}),
         (2, 128256, {"tied": False, "n_layers": 1, "dim": 48}),
+        (2, 78, {"tied": False, "head_dim": 10}),
     ],
 )
 def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
@@ -770,6 +791,8 @@ def test_meta_shards_are_put_together(tmp_path, n, vocab, changes):
     }
     if vocab > 100000:
         params |= {"rope_theta": 500000.0, "use_scaled_rope": True}
+    if "head_dim" in changes:
+        params["head_dim"] = changes["head_dim"]
     (tmp_path / "in/params.json").write_text(json.dumps(params))
     run(tmp_path / "ckpt.pt", f"--meta={tmp_path}/in", "--max_seq_len=40")
     got = ours(tmp_path / "ckpt.pt")
@@ -1078,7 +1101,12 @@ CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "mlp_bias true": dict(mlp_bias=True),
     "hidden_act gelu": dict(hidden_act="gelu"),
     "sliding_window 4096": dict(sliding_window=4096),
-    "head_dim 32, not": dict(head_dim=32),
+    "self_attn.q_proj.weight has shape (64, 64), not (128, 64)": dict(head_dim=32),
+    "head_dim must be an even number from 2 to 16384, not 15": dict(head_dim=15),
+    "head_dim must be an even number from 2 to 16384, not 100000": dict(head_dim=100000),
+    "head_dim must be a whole number above 0, not 0": dict(head_dim=0),
+    "head_dim must be a whole number above 0, not -16": dict(head_dim=-16),
+    'head_dim must be a whole number above 0, not "16"': dict(head_dim="16"),
     "the RoPE scaling yarn": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
     'quantization_config {"bits": 4}': dict(quantization_config={"bits": 4}),
@@ -1179,6 +1207,11 @@ def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
         ("hidden_dim", 10**5),
         ("max_seq_len", 10**12),
         ("n_heads", 2.0),
+        ("head_dim", 10**9),
+        ("head_dim", 12),
+        ("head_dim", 7),
+        ("head_dim", -8),
+        ("head_dim", "8"),
         ("n_layers", "2"),
         ("rope_theta", "big"),
         ("norm_eps", None),
@@ -1195,11 +1228,12 @@ def test_sizes_are_checked_before_a_model_is_built(tmp_path, monkeypatch, name, 
     (tmp_path / "in/params.json").write_text(json.dumps(state["model_args"]))
     built = []
     monkeypatch.setattr("torch.nn.Linear.__init__", lambda *_, **__: built.append(1) or 1 / 0)
-    with pytest.raises(ValueError, match=name if value not in (96, 10**5, 10**6) else "shape"):
+    with pytest.raises(ValueError, match=name if value not in (12, 96, 10**5, 10**6) else "shape"):
         model_from_checkpoint(load_checkpoint(tmp_path / "c.pt"))
     assert not built
     monkeypatch.undo()
-    if name in ("n_layers", "dim", "vocab_size", "n_heads", "rope_theta", "norm_eps"):
+    in_params = "n_layers", "dim", "vocab_size", "n_heads", "head_dim", "rope_theta", "norm_eps"
+    if name in in_params:
         done = run(tmp_path / "x.pt", f"--meta={tmp_path}/in", ok=1)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -81,13 +81,13 @@ def write(path, args, kind=TYPES.F32, fields=(), tensors=(), drop=(), vocabulary
         **({} if args.tied else {"output": (args.vocab_size, args.dim)}),
     }
     for i in range(args.n_layers):
-        kv = args.n_kv_heads * args.head_dim
+        q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
         layer = {
             "attn_norm": (args.dim,),
-            "attn_q": (args.dim, args.dim),
+            "attn_q": (q, args.dim),
             "attn_k": (kv, args.dim),
             "attn_v": (kv, args.dim),
-            "attn_output": (args.dim, args.dim),
+            "attn_output": (args.dim, q),
             "ffn_norm": (args.dim,),
             "ffn_gate": (args.ffn_dim, args.dim),
             "ffn_up": (args.ffn_dim, args.dim),
@@ -108,6 +108,11 @@ def write(path, args, kind=TYPES.F32, fields=(), tensors=(), drop=(), vocabulary
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def head_of(width):
+    """Fields of a file whose heads have this width."""
+    return [("add_key_length", width), ("add_value_length", width)]
 
 
 def logits_of(path, ids):
@@ -140,6 +145,20 @@ def test_logits_are_those_of_transformers(tmp_path, kind):
     assert state["model_args"].get("tied", True) is tied
     half = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
     assert state["model"]["layers.1.feed_forward.w2.weight"].dtype == half
+
+
+def test_heads_of_another_width_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    args = ModelArgs(**SMALL, **SHORT, head_dim=12)
+    write(tmp_path / "m.gguf", args, fields=[*head_of(12), ("add_rope_dimension_count", 12)])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    )
+    run(tmp_path / "c.pt", f"--gguf={tmp_path}/m.gguf")
+    ids = torch.randint(args.vocab_size, (2, 20))
+    with torch.no_grad():
+        want = theirs(ids).logits
+    assert want.std() > 0.02 and (logits_of(tmp_path / "c.pt", ids) - want).abs().max() < 1e-5
 
 
 def test_q8_0_is_what_the_library_makes_of_it(tmp_path):
@@ -316,6 +335,7 @@ def test_out_and_in_again_to_the_bit(tmp_path, kind):
     changes = {
         "llama3": dict(rope_scaling=llama3, rope_theta=500000.0, tied=False),
         "smollm2": dict(rope_theta=130000.0, norm_eps=1e-6),
+        "gpt2": dict(head_dim=12),
         "made": dict(rope_scaling={"factor": 2.7}, hidden_dim=44),
     }
     args = ModelArgs(**{**SMALL, **SHORT, "tied": True, **changes.get(kind, {})})
@@ -383,8 +403,17 @@ def test_what_the_model_cannot_do_is_refused_by_name(tmp_path):
     args = ModelArgs(**SMALL, **SHORT)
     vector = np.ones(32, np.float32)
     yarn = gguf.RopeScalingType.YARN
+    no_heads = ("add_uint32", "llama.attention.head_count", 0)
     for says, given in (
         ("key_length 16", dict(fields=[("add_uint32", "llama.attention.key_length", 16)])),
+        ("value_length 6", dict(fields=[("add_uint32", "llama.attention.value_length", 6)])),
+        ("head_dim must be an even number", dict(fields=head_of(7))),
+        ("head_dim must be an even number", dict(fields=head_of(1 << 31))),
+        ("attn_q.weight has shape (32, 32), not (64, 32)", dict(fields=head_of(16))),
+        (
+            "attention.head_count must not be 0",
+            dict(fields=[no_heads], drop=["attention.head_count"]),
+        ),
         ("dimension_count 4", dict(fields=[("add_uint32", "llama.rope.dimension_count", 4)])),
         ("mixture of experts", dict(fields=[("add_expert_count", 8)])),
         ("'yarn'", dict(fields=[("add_rope_scaling_type", yarn)])),
@@ -575,7 +604,8 @@ def test_no_size_of_a_header_is_allocated(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory_is_at_most_1_2_times_the_fp32_model(tmp_path):
     args = ModelArgs(**{**SMALL, **SHORT, "dim": 1024, "hidden_dim": 2816, "vocab_size": 16000})
-    args = ModelArgs(**{**vars(args), "n_layers": 3, "n_heads": 16, "n_kv_heads": 16})
+    heads = dict(n_heads=16, n_kv_heads=16, head_dim=None)
+    args = ModelArgs(**{**vars(args), "n_layers": 3, **heads})
     write(tmp_path / "m.gguf", args, TYPES.Q4_K)
     size = sum(4 * int(np.prod(shape)) for shape in formats.model_shapes(args).values())
     code = (

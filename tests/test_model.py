@@ -153,6 +153,33 @@ def test_forward_is_the_llama_equations(backend, H, K, E):
     torch.testing.assert_close(model(tokens[None])[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("H,K,E", [(4, 2, 16), (2, 1, 4), (3, 1, 20)])
+def test_heads_that_are_wider_or_narrower_than_dim(backend, monkeypatch, H, K, E):
+    """head_dim != dim / n_heads, as in Mistral-Nemo: logits, gradients and generated tokens."""
+    model = small(n_heads=H, n_kv_heads=K, head_dim=E)
+    assert model.layers[0].attention.wo.weight.shape == (32, H * E)
+    tokens = torch.randint(3, 48, (2, 19))
+    expected = torch.stack([naive_logits(model, row) for row in tokens])
+    twin = Transformer(model.args).double()
+    twin.load_state_dict(model.state_dict())
+    twin(tokens, tokens.roll(-1, 1)).backward()
+    for min_rows in 256, 1:  # with 1, whole layers are computed by one kernel
+        monkeypatch.setattr(kernels, "MIN_ROWS", min_rows)
+        model.zero_grad()
+        torch.testing.assert_close(model(tokens).double(), expected, atol=1e-4, rtol=1e-4)
+        model(tokens, tokens.roll(-1, 1)).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.double(), q.grad, atol=1e-5, rtol=1e-4)
+    ids = tokens[0, :5].tolist()
+    [new] = generate(model, [ids], 8, temperature=0, stop_ids=()).responses()
+    for i, token in enumerate(new):
+        assert naive_logits(model, torch.tensor(ids + new[:i]))[-1].argmax() == token
+    drawn = dict(uniform=torch.rand(1, 20), stop_ids=())
+    got = generate(model, [ids], 20, **drawn)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert got.responses() == generate(model, [ids], 20, **drawn).responses()
+
+
 def test_untied_classifier_and_theta(backend):
     model = small(tied=False, rope_theta=500.0)
     tokens = torch.randint(0, 48, (20,))
@@ -958,6 +985,7 @@ def test_failed_save_keeps_the_old(tmp_path):
         dict(dim=12, n_heads=4),
         dict(n_layers=0),
         dict(dropout=1.0),
+        *(dict(head_dim=E) for E in (-2, 7, 2.0, True, 2**14 + 2)),
     ],
 )
 def test_impossible_args(kw):

@@ -130,6 +130,10 @@ def test_plan_of_many_cards(capsys):
         assert rows[cards, "ddp"][1] == pytest.approx(cards * rows[1, "ddp"][1])
     assert rows[2, "fsdp"][0] - rows[8, "fsdp"][0] == pytest.approx(16 * P * (1 / 2 - 1 / 8))
     assert rows[1, "ddp"][1] == pytest.approx(0.5 * 989e12 / (6 * P + 12 * 4 * 2048 * 512))
+    _, wide = plan_rows(*shape, "--batch_size=4", "--max_seq_len=512", "--head_dim=128")
+    more = 4 * (2 * 2048 * 2048 + 2 * 2048 * 256)  # heads of 64 become twice as wide
+    assert wide[0][2] - rows[1, "ddp"][0] > 16 * more
+    assert wide[0][3] == pytest.approx(0.4 * 989e12 / (6 * (P + more) + 12 * 4 * 4096 * 512))
     # a step of few tokens over slow wires takes as long as its gradients travel
     _, rows = plan_rows(*shape, "--batch_size=1", "--max_seq_len=8", "--plan_gpu=4090")
     rate = next(r[3] for r in rows if r[:2] == (8, "ddp"))

@@ -319,7 +319,15 @@ SHAPES = {  # every way in which a model can be odd
     "wide": dict(
         dim=288, n_layers=1, n_heads=6, n_kv_heads=1, vocab_size=300, hidden_dim=768, max_seq_len=48
     ),
+    "wide heads": dict(
+        dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=90, max_seq_len=40, head_dim=22
+    ),
+    "narrow heads": dict(
+        dim=60, n_layers=2, n_heads=3, n_kv_heads=1, vocab_size=90, max_seq_len=40, head_dim=2
+    ),
 }
+SHAPES["wide heads"]["hidden_dim"] = SHAPES["narrow heads"]["hidden_dim"] = 20
+ONLY_V3 = ("odd", "wide heads", "narrow heads")  # llama2.c's versions cannot hold them
 
 
 def make(shape, **changes):
@@ -615,12 +623,11 @@ def test_logits_are_pytorchs(lib, build, shape):
     V, n = model.args.vocab_size, model.args.max_seq_len
     ids = np.random.default_rng(3).integers(0, V, n).tolist()
     want = torch_logits(model, ids)
-    # llama2.c's versions cannot say what is not Llama 2's, so only plain models go there
-    for version in (3,) if shape == "odd" else (0, 3):
+    for version in (3,) if shape in ONLY_V3 else (0, 3):
         path = save(model, build / f"{shape}_fp32_{version}.bin", version, "fp32")
         for isa in range(len(lib.isas)):
             assert np.abs(c_logits(lib, path, ids, V, isa) - want).max() < 1e-4
-    for version in (3,) if shape == "odd" else (2, 3):
+    for version in (3,) if shape in ONLY_V3 else (2, 3):
         path = save(model, build / f"{shape}_q8_{version}.bin", version)
         if version == 2:  # repacked with fp16 scales
             group = struct.unpack_from("<i", path.read_bytes(), 37)[0]
@@ -661,7 +668,7 @@ def test_groups_that_straddle_rows(lib, build, group):
 
 
 def test_threads_and_blocks_change_nothing(lib, build):
-    for shape, fmt in (("plain", "q8_0"), ("odd", "q8_0"), ("plain", "fp32"), ("wide", "q8_0")):
+    for shape, fmt in [(s, "q8_0") for s in SHAPES if s != "one"] + [("plain", "fp32")]:
         model = make(shape)
         path = save(model, build / f"same_{shape}_{fmt}.bin", 3, fmt)
         V, n = model.args.vocab_size, model.args.max_seq_len
@@ -1556,6 +1563,7 @@ def mutants(data):
         "tied": 44,
         "bos": 48,
         "eos": 52,
+        "head": 144,
     }.items():
         for value in (-1, 0, 2, 3, 7, 1 << 20, (1 << 31) - 1, -(1 << 31)):
             if value != struct.unpack_from("<i", data, offset)[0]:
@@ -1839,7 +1847,7 @@ def test_sanitizers(build, own, kind):
     call(program, own[0], "-m", "perplexity", "-i", build / "text")
     (build / "own_tok.bin").write_bytes(export.tokenizer_blob(own[1]))
     for shape in SHAPES:
-        for version in (0, 2, 3):
+        for version in (3,) if shape == "wide heads" or shape == "narrow heads" else (0, 2, 3):
             path = save(make(shape, vocab_size=400), build / "sanitize.bin", version)
             call(program, path, "-z", build / "own_tok.bin", "-n", 17, "-i", "balo")
 
