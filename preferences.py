@@ -207,14 +207,15 @@ class RewardModel(Preferences):
             "rm/val/length_correlation": float(both.corrcoef()[0, 1]) if both.std(1).all() else 0.0,
         }
 
-    def sample_text(self):
+    def sample_texts(self):
         """A held-out prompt with its best and worst completion, and the scores of both."""
         ((prompt, completions),) = self.val.batch(0, 1)
         ends = completions[0], completions[-1]
         with torch.no_grad(), self.run.autocast():
             scores = score(self.model, [prompt + c for c in ends]).tolist()
-        text = [f"{s:+.2f} {self.tokenizer.decode(c)}" for s, c in zip(scores, ends)]
-        return printable(f"{self.tokenizer.decode(prompt)}\nbest: {text[0]}\nworst: {text[1]}")
+        texts = [f"{s:+.2f} {self.tokenizer.decode(c)}" for s, c in zip(scores, ends)]
+        texts = map(printable, (self.tokenizer.decode(prompt), *texts))
+        return dict(zip(("prompt", "best", "worst"), texts))
 
     @torch.no_grad()
     def state(self):
@@ -300,9 +301,11 @@ class DPO(Preferences):
             )
         return out | {"dpo/val/kl_ref": float(kl.mean())}
 
-    def sample_text(self):
+    def sample_texts(self):
         """The reply to the first held-out prompt, from the latest evaluation."""
-        return printable(self.tokenizer.decode(self.prompts[0] + self.held_out_replies[0]))
+        texts = self.prompts[0], self.held_out_replies[0]
+        texts = (printable(self.tokenizer.decode(x)) for x in texts)
+        return dict(zip(("prompt", "response"), texts))
 
     def state(self):
         return super().state() | {"dpo": {"reference": self.reference.state_dict()}}

@@ -1,5 +1,6 @@
 """What a run writes for people and programs: log, progress bar, PPO's report, plots."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -9,11 +10,13 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import printable, write_atomic
+from common import note, printable, write_atomic
 from kernels import multiply
 
 
@@ -68,9 +71,9 @@ class Log:
     Biases if their flags are set, and shows a progress bar and lines on the terminal. Only rank 0
     writes."""
 
-    def __init__(self, run, name):
+    def __init__(self, run, prefix):
         args, first = run.args, run.start_iteration
-        self.master, self.path = run.rank == 0, Path(args.out_dir) / name
+        self.master, self.path = run.rank == 0, Path(args.out_dir) / f"{prefix}log.jsonl"
         self.file = self.board = self.wandb = None
         # The number of steps, the time at the end of the last one, mean seconds per step
         self.steps, self.last, self.pace = 0, 0.0, 0.0
@@ -93,12 +96,28 @@ class Log:
                 f.writelines(lines)
         self.file = open(self.path, "a")
         SummaryWriter, wandb = load_boards(args)
+        stage = prefix.rstrip("_") or "pretraining"
         if SummaryWriter:
-            self.board = SummaryWriter(args.out_dir)
-        if wandb:
-            self.wandb = wandb.init(
-                project=args.wandb_project, name=args.wandb_run_name, config=run.config
+            # One folder per stage and run. A resumed run continues the folder of the interrupted
+            # one, and TensorBoard then discards what was logged from the iteration `first` on.
+            boards = Path(args.out_dir) / "tensorboard"
+            runs = [p.name.rpartition("-")[2] for p in boards.glob(f"{stage}-*")]
+            last = max((int(n) for n in runs if n.isdigit()), default=0)
+            same = last and (run.resumed or args.eval_only)
+            number = last if same else last + 1
+            self.board = SummaryWriter(
+                boards / f"{stage}-{number}", purge_step=first if run.resumed else None
             )
+        if wandb:
+            name = args.wandb_run_name
+            self.wandb = wandb.init(
+                project=args.wandb_project,
+                name=name if "wandb_run_name" in args.given else f"{stage}-{name}",
+                group=Path(args.out_dir).name,
+                job_type=stage,
+                config=run.config,
+            )
+            self.table = wandb.Table
 
     def scalars(self, iteration, stats):
         """Logs {name: number}. Raises OSError, which names the log, if it cannot be written."""
@@ -116,10 +135,16 @@ class Log:
         if self.wandb:
             self.wandb.log({"iter": iteration, **stats}, step=iteration)
 
-    def text(self, iteration, name, text):
-        """Logs a text to TensorBoard; other logs have scalars only."""
+    def texts(self, iteration, texts):
+        """Logs a sample, {name: text} such as a prompt, its response and the reward, to TensorBoard
+        as one text, to Weights & Biases as a table with one row."""
         if self.board:
-            self.board.add_text(name, text.replace("\n", "  \n"), iteration)
+            parts = [f"**{k}**\n\n" + v.replace("\n", "  \n") for k, v in texts.items()]
+            self.board.add_text("sample", "\n\n".join(parts), iteration)
+        if self.wandb:
+            row = [str(iteration), *texts.values()]
+            table = self.table(columns=["iteration", *texts], data=[row])
+            self.wandb.log({"sample": table}, step=iteration)
 
     def line(self, text):
         """Prints a line, or several, fitted to the terminal's width; files and pipes get all of it.
@@ -208,53 +233,304 @@ def print_report(found):
 
 
 # ----------------------------------------------------------------------------
-# --plot
+# pictures of the logs: at the end of a run if matplotlib is installed, and with --plot
+
+# Colours of Okabe and Ito, which people with colour blindness can distinguish. In all pictures blue
+# is the model in training, orange is held-out data, green is the best achievable value, and grey is
+# the model before the run.
+BLUE, ORANGE, GREEN, GREY, RED = "#0072B2", "#D55E00", "#009E73", "#8c8c8c", "#CC0000"
+TRAIN, VAL = ("training", BLUE), ("validation", ORANGE)
+# rcParams of all pictures.
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 1.2,
+    "legend.columnspacing": 0.8,
+    "legend.handletextpad": 0.5,
+}
 
 
-def plot(out_dir):
-    """Draws the logs in a run's folder into out_dir/NAME.png, or on the terminal if matplotlib is
-    not installed: losses, PPO's J and J*, and the gradient norm, whose spikes show instabilities.
-    Raises FileNotFoundError if the folder has no log."""
-    drawn = {
-        "log": ("loss, nats per token", ("loss/train", "loss/val")),
-        "sft_log": ("loss, nats per reply token", ("loss/train", "loss/val")),
-        "rm_log": ("loss, nats per pair", ("loss/train", "loss/val")),
-        "dpo_log": ("loss, nats per pair", ("loss/train", "loss/val")),
-        "ppo_log": ("J = reward - beta KL", ("ppo/objective", "ppo/objective_roof")),
-    }
-    names = [n for n in drawn if (Path(out_dir) / f"{n}.jsonl").exists()]
-    if not names:
-        raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
-    for name in names:
-        path, (label, keys) = Path(out_dir) / f"{name}.jsonl", drawn[name]
-        rows = read_log(path)
-        curves = {
-            k: [(r["iter"], r[k]) for r in rows if r.get(k) is not None]
-            for k in (*keys, "grad_norm")
-        }
-        curves = {k: points for k, points in curves.items() if points}
-        if not curves:
-            continue
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            print(f"{path} ({label}; pip install matplotlib for a picture)")
-            for k, points in curves.items():
-                print(f"  {k}\n{textwrap.indent(terminal_curve(points), '    ')}")
-            continue
-        figure = Figure(figsize=(8, 6), layout="constrained")
-        above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-        above.set_ylabel(label)
-        below.set(xlabel="iteration", ylabel="gradient norm")
-        for k, points in curves.items():
-            axes = below if k == "grad_norm" else above
-            axes.plot(*zip(*points), label=k, linewidth=1, marker="." if len(points) < 50 else "")
-        above.legend()
-        for axes in (above, below):
-            axes.grid(alpha=0.3)
+class Panel(NamedTuple):
+    """One diagram of a picture. Panels without any value in the log are left out."""
+
+    title: str
+    unit: str  # label of the y axis
+    curves: dict  # {name in the log: (label, colour)}
+    percent: bool = False  # the values are shares
+    spread: str = ""  # name of the standard deviation of the only curve, drawn as a band
+    low: float = -math.inf  # lower values are cut off
+    noisy: bool = True  # a long curve is drawn as its moving average over the pale values
+
+
+GRADIENT = Panel("gradient norm", "before clipping", {"grad_norm": TRAIN})
+RATE = Panel("learning rate", "of AdamW", {"lr": TRAIN}, noisy=False)
+SPEED = Panel("speed", "tokens per second", {"tokens_per_s": TRAIN})
+
+
+def losses(unit):
+    return Panel("loss", unit, {"loss/train": TRAIN, "loss/val": VAL})
+
+
+def comparisons(stage):
+    """Accuracy and margin of a reward model (stage "rm") or of DPO ("dpo")."""
+    return (
+        Panel(
+            "accuracy",
+            "right order; guessing: 50%",
+            {f"{stage}/accuracy": TRAIN, f"{stage}/val/accuracy": VAL},
+            percent=True,
+        ),
+        Panel(
+            "margin",
+            "better − worse reward",
+            {f"{stage}/margin": TRAIN, f"{stage}/val/margin": VAL},
+        ),
+    )
+
+
+# For each log, {name: (title, panels)}.
+PICTURES = {
+    "log": ("Pretraining", [losses("nats per token"), RATE, SPEED, GRADIENT]),
+    "sft_log": ("SFT", [losses("nats per reply token"), RATE, SPEED, GRADIENT]),
+    "rm_log": ("Reward model", [losses("nats per pair"), *comparisons("rm"), GRADIENT]),
+    "dpo_log": (
+        "DPO",
+        [
+            losses("nats per pair"),
+            *comparisons("dpo"),
+            Panel(
+                "reward",
+                "β log(policy / reference)",
+                {"dpo/better": ("better", BLUE), "dpo/worse": ("worse", GREY)},
+            ),
+            Panel("KL to the reference", "nats per reply", {"dpo/val/kl_ref": VAL}),
+            GRADIENT,
+        ],
+    ),
+    "ppo_log": (
+        "PPO",
+        [
+            Panel(
+                "objective J",
+                "J = reward − β KL; best: J*",
+                {"ppo/objective": ("J", BLUE), "ppo/objective_roof": ("J*", GREEN)},
+            ),
+            Panel("reward", "score per response", {"ppo/reward": TRAIN}),
+            Panel("KL to the reference", "nats per response", {"ppo/kl_ref": TRAIN}),
+            Panel(
+                "length",
+                "tokens, ± standard deviation",
+                {"ppo/length/mean": TRAIN},
+                spread="ppo/length/std",
+            ),
+            Panel(
+                "responses that end", "share of the rollouts", {"ppo/ended": TRAIN}, percent=True
+            ),
+            Panel("entropy", "nats per token", {"ppo/policy/entropy": TRAIN}),
+            Panel("clip fraction", "share of tokens", {"ppo/policy/clipfrac": TRAIN}, percent=True),
+            Panel(
+                "explained variance",
+                "of the critic; 1 is perfect",
+                {"ppo/val/explained_variance": TRAIN},
+                low=-1,
+            ),
+            GRADIENT,
+        ],
+    ),
+}
+
+
+def values_of(rows, name):
+    """The iterations and the values of a name in the records of a log, each (n,). A value that was
+    not finite is NaN."""
+    points = [(r["iter"], math.nan if r[name] is None else r[name]) for r in rows if name in r]
+    return np.array(points, dtype=float).reshape(-1, 2).T
+
+
+def moving_average(values, width):
+    """The mean of up to `width` values around each of the values (n,); NaN does not count."""
+    finite, i = np.isfinite(values), np.arange(len(values))
+    total, count = (np.cumsum(np.append(0, x)) for x in (np.where(finite, values, 0), finite))
+    low, high = (i - width // 2).clip(0), (i + width // 2 + 1).clip(max=len(values))
+    with np.errstate(invalid="ignore"):
+        return (total[high] - total[low]) / (count[high] - count[low])
+
+
+def number(value, percent=False):
+    """A value as pictures show it: 0.0001, 2.345, 51,400, 84%."""
+    text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return (f"{100 * value:.3g}%" if percent else text).replace("-", "−")
+
+
+def draw_panel(axes, panel, rows):
+    """Draws one Panel. A legend beside the title, where it covers nothing, has the last value of
+    each curve, or the first and last value of a single curve. Values that are not finite leave gaps
+    and are marked on the x axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    curves = {k: v for k, v in panel.curves.items() if any(k in r for r in rows)}
+    handles, highest, steps, bad = [], -math.inf, set(), set()
+    for name, (label, colour) in curves.items():
+        x, y = values_of(rows, name)
+        steps |= set(x)
+        bad |= set(x[np.isnan(y)])
+        smooth = moving_average(y, len(x) // 50 * 2 + 1) if panel.noisy and len(x) > 100 else y
+        if smooth is not y:
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.6)
+        marker = "." if len(x) <= 60 and colour != GREEN or len(x) == 1 else ""
+        dashes = "--" if colour == GREEN else "-"
+        (line,) = axes.plot(x, smooth, dashes, color=colour, marker=marker, markersize=4)
+        if panel.spread:
+            std = values_of(rows, panel.spread)[1]
+            axes.fill_between(x, y - std, y + std, color=colour, alpha=0.15, linewidth=0)
+        finite = smooth[np.isfinite(smooth)]
+        if len(finite):
+            ends = [number(v, panel.percent) for v in (finite[0], finite[-1])]
+            many = len(curves) > 1
+            text = f"{label} {ends[1]}" if many else " → ".join(ends[: len(finite)])
+            handles.append((line if many else axes.plot([], [], " ")[0], text))
+            highest = max(highest, finite.max())
+    if bad:
+        edge = axes.get_xaxis_transform()
+        y = [0.03] * len(bad)
+        (line,) = axes.plot(sorted(bad), y, "x", color=RED, markersize=5, transform=edge)
+        handles.append((line, f"{len(bad)} not finite"))
+    axes.legend(
+        *zip(*handles),
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.99),
+        ncols=len(handles),
+        borderaxespad=0,
+    )
+    axes.set_title(panel.title, loc="left", fontweight="bold")
+    axes.set_ylabel(panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, position: number(value, panel.percent))
+    if len(steps) == 1:
+        axes.set_xlim(min(steps) - 1, max(steps) + 1)
+    if axes.get_ylim()[0] < panel.low < highest:
+        axes.set_ylim(panel.low, highest + 0.05 * (highest - panel.low))
+
+
+def log_figure(path):
+    """The picture of a log as a matplotlib Figure; None if the log has no values to draw."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    title, panels = PICTURES[path.stem]
+    rows = read_log(path)
+    panels = [p for p in panels if any(name in r for r in rows for name in p.curves)]
+    if not panels:
+        return None
+    columns = 3 if len(panels) > 4 else min(len(panels), 2)
+    with matplotlib.rc_context(STYLE):
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(4.3 * columns, 2.5 * lines + 0.4), layout="constrained")
+        figure.suptitle(f"{title}: {path.parent}", fontsize=11)
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for panel, place in zip(panels, axes):
+            draw_panel(place, panel, rows)
+        for place in axes[len(panels) :]:
+            place.set_visible(False)
+        for place in axes[max(len(panels) - columns, 0) : len(panels)]:
+            place.set_xlabel("iteration")
+    return figure
+
+
+def report_figure(path):
+    """The picture of ppo_report.json as a matplotlib Figure: histograms of rewards and lengths of
+    the responses to held-out prompts, before and after PPO."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = json.loads(path.read_text())
+    before, after = found["before"], found["after"]
+    # Reports of earlier versions have no scores.
+    kinds = [
+        ("scores", "reward", "score per response"),
+        ("lengths", "length", "tokens of prompt and response"),
+    ]
+    kinds = [kind for kind in kinds if kind[0] in before]
+    n = len(before["lengths"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8 * len(kinds), 3.4), layout="constrained")
+        figure.suptitle(
+            f"PPO on {n} held-out prompts, β = {found['beta']:g}: "
+            f"J {number(before['objective'])} → {number(after['objective'])}, "
+            f"best achievable {number(found['roof'][0])}",
+            fontsize=11,
+        )
+        for axes, (key, title, unit) in zip(
+            figure.subplots(1, len(kinds), squeeze=False)[0], kinds
+        ):
+            low, high = (f(f(before[key]), f(after[key])) for f in (min, max))
+            bins = [low + (high - low) * i / 30 for i in range(31)] if high > low else 1
+            for label, part, colour in (("before", before, GREY), ("after", after, BLUE)):
+                mean = sum(part[key]) / n
+                share = [1 / n] * n
+                axes.hist(part[key], bins, weights=share, color=colour, alpha=0.45)
+                axes.hist(part[key], bins, weights=share, color=colour, histtype="step")
+                axes.axvline(mean, color=colour, linestyle="--", linewidth=1.2)
+                axes.plot([], [], color=colour, linewidth=5, label=f"{label}, mean {number(mean)}")
+            axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=2, borderaxespad=0)
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set(xlabel=unit, ylabel="share of responses")
+            axes.yaxis.set_major_formatter(lambda value, position: number(value, True))
+    return figure
+
+
+def draw(path):
+    """Draws a log, or ppo_report.json, into a PNG file of the same name. Needs matplotlib."""
+    figure = report_figure(path) if path.suffix == ".json" else log_figure(path)
+    if figure:
         with write_atomic(path.with_suffix(".png")) as f:
             figure.savefig(f, format="png", dpi=120)
         print(f"wrote {path.with_suffix('.png')}")
+
+
+def plot(out_dir):
+    """Draws the logs in a run's folder, and PPO's report, into PNG files there; without matplotlib
+    the first panel of each log and the gradient norm, whose spikes show instabilities, are drawn on
+    the terminal. Raises FileNotFoundError if the folder has no log."""
+    paths = [path for name in PICTURES if (path := Path(out_dir) / f"{name}.jsonl").exists()]
+    if not paths:
+        raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        for path in paths:
+            first = PICTURES[path.stem][1][0]
+            rows = read_log(path)
+            print(f"{path} ({first.title}, {first.unit}; pip install matplotlib for a picture)")
+            for name in (*first.curves, "grad_norm"):
+                points = [(r["iter"], r[name]) for r in rows if r.get(name) is not None]
+                if points:
+                    print(f"  {name}\n{textwrap.indent(terminal_curve(points), '    ')}")
+        return
+    report = Path(out_dir) / "ppo_report.json"
+    for path in (*paths, report) if report.exists() else paths:
+        draw(path)
+
+
+def plot_at_end(path):
+    """Draws the log of a run that has ended, and PPO's report, if matplotlib is installed. The run
+    is complete, so that an error here is only a note."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    try:
+        draw(path)
+        report = path.with_name("ppo_report.json")
+        if path.stem == "ppo_log" and report.exists():
+            draw(report)
+    except Exception as e:  # matplotlib does not fit numpy, the disk is full, ...
+        note(f"no picture of {path}: {type(e).__name__}: {e}")
 
 
 def terminal_curve(points, width=72, height=12):

@@ -535,6 +535,7 @@ class RLHF(Stage):
             "ended": float(ended.float().mean()),
             "ref_loss": -float(ref.sum()) / sum(map(len, responses)),
             **({"val_loss": self.text_loss(model)} if self.text else {}),
+            "scores": scores.tolist(),
             "lengths": lengths.int().tolist(),
             "texts": [q + r for q, r in zip(prompts[:64], responses)],
         }
@@ -656,14 +657,14 @@ class RLHF(Stage):
             f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"
         )
 
-    def sample_text(self):
+    def sample_texts(self):
         """The first rollout of the last iteration, and its reward."""
         if self.tokenizer is None or not hasattr(self, "last"):
-            return ""
+            return {}
         query, response, score = self.last
         score = float(torch.as_tensor(score).sum())
         texts = *(printable(self.decode(x)) for x in (query, response)), f"{score:.3f}"
-        return "\n".join(map(": ".join, zip(("prompt", "response", "reward"), texts)))
+        return dict(zip(("prompt", "response", "reward"), texts))
 
     def result(self):
         """The resulting weights: those of the policy, or their average with --averaging, with

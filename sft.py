@@ -318,7 +318,7 @@ class FineTuning(InstructionStage):
     def line(self, iteration, s):
         return super().line(iteration, s).replace(f" | mfu {s['mfu']:5.1%}", "")
 
-    def sample_text(self):
+    def sample_texts(self):
         """The reply to the first held-out prompt, with the same random numbers at every call."""
         ids, mask = self.val.samples.batch(0, 1)[0]
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token of the prompt
@@ -327,8 +327,9 @@ class FineTuning(InstructionStage):
         stops = self.stop_ids()
         with self.run.autocast():
             out = generate(self.model, [prompt], room, 0.7, stop_ids=stops, uniform=uniform)
-        text = f"{self.tokenizer.decode(prompt)} >>> {self.tokenizer.decode(out.responses()[0])}"
-        return "".join(c if c.isprintable() else " " for c in text)
+        texts = self.tokenizer.decode(prompt), self.tokenizer.decode(out.responses()[0])
+        texts = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
+        return dict(zip(("prompt", "response"), texts))
 
     def adapters(self):
         """The content of a file of adapters: hyperparameters and weights ("state")."""

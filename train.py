@@ -62,7 +62,7 @@ from instruct import find_template
 from model import ModelArgs
 from preferences import DPO, RewardModel
 from pretraining import MODEL_FLAGS, Pretraining, Run
-from report import Log, load_boards, plot, terminal_columns
+from report import Log, load_boards, plot, plot_at_end, terminal_columns
 from rlhf import RLHF
 from sample import out_of_memory
 from sft import FineTuning
@@ -109,7 +109,9 @@ class OutputFlags:
         1, "iterations between printed lines; log.jsonl records every iteration"
     )
     always_save_checkpoint: bool = flag(False, "ignored: every evaluation saves ckpt.pt")
-    tensorboard: bool = flag(False, "also log to TensorBoard, in out_dir")
+    tensorboard: bool = flag(
+        False, "also log to TensorBoard: one folder per run in out_dir/tensorboard"
+    )
     wandb_log: bool = flag(
         False, "also log to Weights & Biases (--wandb_project, --wandb_run_name)"
     )
@@ -450,7 +452,7 @@ def train(run):
     if run.rank == 0 and not args.eval_only:
         common.remove_temporaries(args.out_dir)  # left by a run that was killed while writing
     interrupt = Interrupt()
-    log = Log(run, f"{stage.prefix}log.jsonl")
+    log = Log(run, stage.prefix)
 
     def evaluate_and_save():
         nonlocal best_val_loss, saved
@@ -464,11 +466,13 @@ def train(run):
                 f"val loss {losses['loss/val']:.4f}{''.join(others)}"
             )
             log.scalars(iteration, losses)
-        text = stage.sample_text() if run.rank == 0 else ""
-        if text:
+        texts = stage.sample_texts() if run.rank == 0 else {}
+        for name, text in texts.items():
+            text = text if len(texts) == 1 else f"{name}: {text}"
             width = min(96, terminal_columns())
             log.line(textwrap.fill(text, width, initial_indent="  | ", subsequent_indent="  | "))
-            log.text(iteration, "story", text)
+        if texts:
+            log.texts(iteration, texts)
         if not args.eval_only and (iteration > run.start_iteration or improved and run.resumed):
             save(stage, iteration, best_val_loss, improved)
             saved = iteration
@@ -513,6 +517,8 @@ def train(run):
     finally:
         log.close()
     stage.end()
+    if run.rank == 0 and not args.eval_only:
+        plot_at_end(log.path)
 
 
 def main(argv=None):

@@ -53,6 +53,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """A run draws its log at its end, which takes a second; test_report.py tests that."""
+    if "train" in sys.modules:
+        monkeypatch.setattr(sys.modules["train"], "plot_at_end", lambda path: None)
+
+
 @pytest.fixture(params=["few rows", "many rows"])
 def rows(request, monkeypatch):
     """Runs a test as it is, and with the kernels of whole layers, which otherwise take more rows

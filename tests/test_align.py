@@ -619,8 +619,8 @@ def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
     seen = {"scalars": [], "texts": []}
 
     class Writer:
-        def __init__(self, folder):
-            assert Path(folder) == tmp_path
+        def __init__(self, folder, purge_step):
+            assert Path(folder) == tmp_path / "tensorboard/ppo-1" and purge_step is None
 
         def add_scalar(self, name, value, step):
             seen["scalars"].append((name, step, value))
@@ -648,9 +648,9 @@ def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
         assert logged == list(enumerate(records(tmp_path, "ppo_log.jsonl", name))), name
     assert [step for step, _ in seen["texts"]] == [2, 3] and seen["closed"]
     for _, text in seen["texts"]:
-        prompt, reward = text.index("prompt: "), text.index("reward: ")
-        assert prompt < text.index("response: ") < reward
-        assert math.isfinite(float(text[reward + 8 :]))
+        title, *parts = re.split(r"\*\*(\w+)\*\*\n\n", text)
+        assert not title and parts[::2] == ["prompt", "response", "reward"]
+        assert parts[1].strip() and math.isfinite(float(parts[5]))
 
 
 # ----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run shows: its lines, --plot, and --plan against the memory that training takes."""
 
+import importlib.util
 import io
 import json
 import os
@@ -155,24 +156,30 @@ class Letters:
 def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     """Each line but the first has the time left, each evaluation has a text of the model, and
     TensorBoard and Weights & Biases receive the same numbers."""
-    board, logged = {}, []
+    board, logged, tables = {}, [], []
     writer = types.SimpleNamespace(
         add_scalar=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
         add_text=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
         close=lambda: board.update(closed=True),
     )
     wandb = types.SimpleNamespace(
-        init=lambda project, name, config: (
-            logged.append((project, name, config["dim"]))
-            or types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
-        )
+        init=lambda project, name, group, job_type, config: (
+            logged.append((project, name, group, job_type, config["dim"]))
+            or types.SimpleNamespace(
+                log=lambda x, step: (tables if "sample" in x else logged).append((step, x))
+            )
+        ),
+        Table=lambda columns, data: dict(zip(columns, *data)),
     )
-    tensorboard = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    tensorboard = types.SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: board.update(folder=folder) or writer
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(train, "load_tokenizer", lambda *_: (Letters(), "", []))
     for name in ("write_v3", "copy_tokenizer"):
         monkeypatch.setattr(train, name, lambda *_, **__: None)
+    monkeypatch.setattr(train, "plot_at_end", report.plot_at_end)
     (tmp_path / "tok96").mkdir()
     ids = np.random.default_rng(0).integers(3, 96, 9_000).astype("<u2")
     ids.tofile(tmp_path / "tok96/data00.bin")
@@ -210,13 +217,25 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     story = Letters().decode(
         generate(model, [[1]], 31, 0.7, stop_ids=(1, 2), uniform=uniform).responses()[0]
     )
+    pictures = importlib.util.find_spec("matplotlib") is not None
+    if pictures:
+        out = out.removesuffix(f"wrote {tmp_path}/out/log.png\n")
+    assert (tmp_path / "out/log.png").exists() == pictures
     assert story and out.rstrip().endswith("  | " + story.strip())
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").open()]
     assert [step for step, _ in logged[1:]] == [r["iter"] for r in records]
-    assert [scalars for _, scalars in logged[1:]] == records and logged[0] == ("p", "n", 16)
+    assert [scalars for _, scalars in logged[1:]] == records and logged[0] == (
+        "p",
+        "n",
+        "out",
+        "pretraining",
+        16,
+    )
     for key in ("loss/train", "loss/val", "grad_norm"):
         assert board[key] == {r["iter"]: r[key] for r in records if key in r}
-    assert board["story"][4] == story and sorted(board["story"]) == [0, 2, 4] and board["closed"]
+    assert board["sample"][4] == f"**text**\n\n{story}" and sorted(board["sample"]) == [0, 2, 4]
+    assert board["closed"] and board["folder"] == tmp_path / "out/tensorboard/pretraining-1"
+    assert tables[-1] == (4, {"sample": {"iteration": "4", "text": story}}) and len(tables) == 3
 
 
 class Terminal(io.StringIO):
@@ -257,7 +276,7 @@ def test_lines_fit_the_terminal(tmp_path, monkeypatch, columns):
     ]
     numbers = [f"rm/val/number_{i} {i}.123" for i in range(6)]
     lines = [*fields, "step 100: train loss 0.3153, val loss 0.3505, " + ", ".join(numbers)]
-    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "log.jsonl")
+    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "")
     monkeypatch.setenv("COLUMNS", str(columns))
     for kind in (Terminal, io.StringIO):
         monkeypatch.setattr(sys, "stdout", kind())
@@ -297,7 +316,7 @@ def test_the_report_fits_the_terminal(monkeypatch):
 def test_time_left(tmp_path, monkeypatch):
     """From the steps after the first, the late ones more than the early ones, by the clock, so that
     what lies between them counts."""
-    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "log.jsonl")
+    log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "")
     clock = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
 
@@ -369,15 +388,169 @@ def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
     assert curve[0] == " " * 20 + "*" and curve[-1] == "*" * 20 + " " + "*" * 20  # the spike
 
 
+def records(prefix, n, missing=()):
+    """A log of n iterations, with an evaluation every ten, of all names in the stage's picture. The
+    values at the iterations in `missing` are not finite."""
+    names = {k for panel in report.PICTURES[f"{prefix}log"][1] for k in panel.curves}
+    names |= {panel.spread for panel in report.PICTURES[f"{prefix}log"][1]} - {""}
+    for i in range(n):
+        if i % 10 == 0:
+            yield {"iter": i, **{k: 0.5 + i / n for k in names if "val" in k}}
+        row = {k: 0.123456 + (i * 7 % 11) / 13 + i / n for k in names if "/val" not in k}
+        yield {"iter": i} | (dict.fromkeys(row) if i in missing else row)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+PREFIXES = [name.removesuffix("log") for name in report.PICTURES]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_pictures_show_the_values_of_the_log(tmp_path, prefix):
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    rows = list(records(prefix, 30, missing=(4, 21)))
+    figure = report.log_figure(write(tmp_path / f"{prefix}log.jsonl", rows))
+    panels = report.PICTURES[f"{prefix}log"][1]
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title("left") for axes in shown] == [panel.title for panel in panels]
+    for axes, panel in zip(shown, panels):
+        assert axes.get_ylabel() == panel.unit and panel.unit
+        curves = [line for line in axes.lines if len(line.get_xdata()) and line.get_marker() != "x"]
+        assert len(curves) == len(panel.curves)
+        for line, name in zip(curves, panel.curves):
+            own = [r for r in rows if name in r]
+            assert list(line.get_xdata()) == [r["iter"] for r in own]
+            values = np.array([np.nan if r[name] is None else r[name] for r in own])
+            np.testing.assert_array_equal(line.get_ydata(), values)
+        marks = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+        gaps = any(r.get(name, 0) is None for r in rows for name in panel.curves)
+        assert marks == ([[4, 21]] if gaps else [])
+
+
+def texts_of(figure):
+    """(text, its box in pixels) of everything that is written in a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    FigureCanvasAgg(figure).draw()
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            outside = [t for t in axis.get_major_ticks() if not low <= t.get_loc() <= high]
+            hidden |= {id(label) for t in outside for label in (t.label1, t.label2)}
+        hidden |= {id(t) for t in axes.findobj(Text)} if not axes.get_visible() else set()
+    texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+    return [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in hidden]
+
+
+@pytest.mark.parametrize(
+    "prefix, n, missing",
+    [
+        ("", 2, ()),
+        ("ppo_", 1, ()),
+        ("ppo_", 1000, (3, 4)),
+        ("dpo_", 300, (7,)),
+        ("", 20, range(20)),
+    ],
+)
+def test_no_texts_of_a_picture_overlap(tmp_path, prefix, n, missing):
+    """Runs of 1 iteration, of 2 and of many; with some or all values not finite."""
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    rows = records(prefix, n, missing)
+    figure = report.log_figure(write(tmp_path / f"{prefix}log.jsonl", rows))
+    texts = texts_of(figure)
+    assert len(texts) > 20
+    for i, (text, box) in enumerate(texts):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1, text
+        assert box.y1 <= figure.bbox.y1, text
+        for other, other_box in texts[:i]:
+            assert not box.padded(-1).overlaps(other_box.padded(-1)), (text, other)
+
+
+def test_a_panel_without_values_is_left_out(tmp_path):
+    """RLOO and GRPO have no critic, so that there is no explained variance."""
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    rows = [{k: v for k, v in r.items() if "variance" not in k} for r in records("ppo_", 5)]
+    figure = report.log_figure(write(tmp_path / "ppo_log.jsonl", rows))
+    titles = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
+    assert len(titles) == 8 and "explained variance" not in titles
+    assert report.log_figure(write(tmp_path / "ppo_log.jsonl", [{"iter": 3, "ms": 1}])) is None
+
+
+def test_moving_average():
+    values = np.random.default_rng(0).normal(size=50)
+    values[[3, 4, 20]] = np.nan
+    values[30:40] = np.nan
+    for width in (1, 5, 9):
+        near = [values[max(i - width // 2, 0) : i + width // 2 + 1] for i in range(50)]
+        means = [v[v == v].mean() if (v == v).any() else np.nan for v in near]
+        np.testing.assert_allclose(report.moving_average(values, width), means, atol=1e-12)
+
+
+def test_numbers_of_pictures():
+    numbers = [0.0, -0.84391, 2.0, 0.0001, 51234.5, -1e-5]
+    shown = ["0", "−0.8439", "2", "0.0001", "51,234", "−1e−05"]
+    assert [report.number(x) for x in numbers] == shown
+    assert [report.number(x, True) for x in (0.5, 0.98765)] == ["50%", "98.8%"]
+
+
+@pytest.mark.parametrize("lengths", [[190, 210, 200, 300], [7, 7, 7, 7]])
+def test_histograms_before_and_after_ppo(tmp_path, lengths):
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    parts = [
+        {"objective": j, "lengths": lengths, "scores": [j, j + 0.5, j + 0.5, j + 1]}
+        for j in (-1.25, -0.75)
+    ]
+    found = {"beta": 0.2, "roof": [-0.5, 0.01], "before": parts[0], "after": parts[1]}
+    (tmp_path / "ppo_report.json").write_text(json.dumps(found))
+    figure = report.report_figure(tmp_path / "ppo_report.json")
+    assert [axes.get_title("left") for axes in figure.axes] == ["reward", "length"]
+    assert (
+        "4 held-out prompts" in figure.get_suptitle() and "−1.25 → −0.75" in figure.get_suptitle()
+    )
+    texts = texts_of(figure)
+    for i, (text, box) in enumerate(texts):
+        assert not any(box.padded(-1).overlaps(other.padded(-1)) for _, other in texts[:i]), text
+    for axes, key in zip(figure.axes, ("scores", "lengths")):
+        means = [sum(part[key]) / 4 for part in parts]
+        vertical = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        assert vertical == pytest.approx(means)
+        labels = [t.get_text() for t in axes.get_legend().get_texts()]
+        assert labels == [
+            f"{name}, mean {report.number(m)}" for name, m in zip(("before", "after"), means)
+        ]
+        bars = [p.get_height() for p in axes.patches if hasattr(p, "get_height")]
+        assert sum(bars) == pytest.approx(2)  # the shares of each histogram add up to 1
+    for part in parts:  # as earlier versions wrote it
+        del part["scores"]
+    (tmp_path / "ppo_report.json").write_text(json.dumps(found))
+    assert len(report.report_figure(tmp_path / "ppo_report.json").axes) == 1
+
+
 def test_plot_as_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot draws on the terminal without matplotlib")
-    rows = [
-        {"iter": i, "ppo/objective": -1 + i / 9, "ppo/objective_roof": 0.1, "grad_norm": 2 + i % 2}
-        for i in range(9)
-    ]
-    (tmp_path / "ppo_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write(tmp_path / "ppo_log.jsonl", records("ppo_", 9))
     train.main(["--plot", f"--out_dir={tmp_path}"])
     picture = (tmp_path / "ppo_log.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'ppo_log.png'}\n"
     with pytest.raises(FileNotFoundError, match="no log to draw"):
         train.main(["--plot", f"--out_dir={tmp_path / 'empty'}"])
+
+
+def test_a_picture_that_fails_is_a_note(tmp_path, capsys, monkeypatch):
+    """The run is complete: a broken matplotlib must not end it in an error."""
+    write(tmp_path / "log.jsonl", LOG)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.plot_at_end(tmp_path / "log.jsonl")  # not installed
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace())
+    report.plot_at_end(tmp_path / "log.jsonl")
+    text = capsys.readouterr().err
+    assert text.startswith(f"note: no picture of {tmp_path / 'log.jsonl'}: ")
+    assert text.count("\n") == 1 and not (tmp_path / "log.png").exists()

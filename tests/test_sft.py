@@ -154,7 +154,7 @@ def test_each_token_counts_the_same_in_any_split(base, tmp_path):
 def test_it_learns_and_the_loss_shown_is_that_of_the_replies(base, tmp_path, capsys):
     train.main(command(base, tmp_path / "a", max_iters=150, batch_size=16, eval_interval=150))
     out = capsys.readouterr().out
-    assert " samples" in out and ">>>" in out
+    assert " samples" in out and "  | prompt: " in out and "  | response: " in out
     checkpoint = load_checkpoint(tmp_path / "a/sft_ckpt.pt")
     assert checkpoint["template"]["turn"] == TEMPLATES["plain"].turn
     t = Tokenizer(base / "tok290.model")
