@@ -238,7 +238,8 @@ def print_report(found):
 # Colours of Okabe and Ito, which people with colour blindness can distinguish. In all pictures blue
 # is the model in training, orange is held-out data, green is the best achievable value, and grey is
 # the model before the run.
-BLUE, ORANGE, GREEN, GREY, RED = "#0072B2", "#D55E00", "#009E73", "#8c8c8c", "#CC0000"
+BLUE, SKY, ORANGE, GREEN = "#0072B2", "#3394cc", "#D55E00", "#009E73"
+GREY, RED = "#8c8c8c", "#CC0000"
 TRAIN, VAL = ("training", BLUE), ("validation", ORANGE)
 # rcParams of all pictures.
 STYLE = {

@@ -2,19 +2,21 @@
 
     python experiments/frontier.py --checkpoint=stories260K/ckpt.pt  # 30 minutes or more, 2 cores
     python experiments/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=
+    python experiments/frontier.py --draw                            # frontier.png alone, no runs
 
 For the length reward, on held-out prompts:
     optimum     (KL, E[r]) of π* ∝ π_ref exp(r/β) for many β, from weighted reference samples
     best of n   n = 2, 4, 16, 64, from the same samples
     PPO         runs of train.py, per β and seed; RLOO and GRPO with the same rollouts at β = 0.2
-    FullLLM     the published run of the original project
-Each run has a folder in --out_dir with its command. A run that already exists with the same command
-is reused; one with another command is moved aside. The script prints a table and writes
-frontier.csv and, if matplotlib is installed, frontier.png to --assets.
+Other projects are in assets/frontier_peers.csv: the published run of FullLLM, and TRL. Each run has
+a folder in --out_dir with its command. A run that already exists with the same command is reused;
+one with another command is moved aside. The script prints a table and writes frontier.csv and, if
+matplotlib is installed, frontier.png to --assets.
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import subprocess
@@ -22,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +33,11 @@ import rlhf  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
+from report import BLUE, GREEN, GREY, ORANGE, SKY  # noqa: E402
 from tinystories import Prompts  # noqa: E402
 from tokenizer import stop_ids  # noqa: E402
 
-PUBLISHED = dict(kind="FullLLM, 49 x 400", reward=-0.367, kl=7.25)
+PEERS = ROOT / "assets/frontier_peers.csv"
 FLAGS = """--ppo --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3
     --beta2=0.99 --weight_decay=0 --averaging=0.95 --eval_interval=1000 --report_rollouts=6144
     --device=cpu""".split()
@@ -141,30 +145,102 @@ def print_table(rows):
         )
 
 
+def read_rows(path):
+    """The rows of a CSV file as dictionaries without empty fields; numbers are floats."""
+    text = {"kind", "source"}
+    with open(path, newline="", encoding="utf-8") as f:
+        return [
+            {k: v if k in text else float(v) for k, v in row.items() if v}
+            for row in csv.DictReader(f)
+        ]
+
+
+def frontier_figure(rows, peers):
+    """The picture of reward against KL as a matplotlib Figure. A peer without reward and KL is the
+    line of all points with its J = reward - β KL."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 5), layout="constrained")
+    axes = figure.add_subplot()
+    width, bottom = 8.0, -1.08
+    best = [r for r in rows if r["kind"] == "optimum"]
+    x, y = [r["kl"] for r in best], [r["reward"] for r in best]
+    axes.plot(x, y, color=GREEN, linewidth=2)
+    axes.fill_between([0, *x, width], [y[0], *y, y[-1]], 0.05, color=GREEN, alpha=0.1, linewidth=0)
+
+    def write(text, point, place=(8, -4), colour="black", **how):
+        background = dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.8)
+        how = {"xytext": place, "textcoords": "offset points", "color": colour, **how}
+        axes.annotate(text, point, fontsize=9, bbox=background, **how)
+
+    def title(kind, group):
+        objective = sum(r["objective"] for r in group) / len(group)
+        seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
+        return f"{kind}, β = {group[0]['beta']:g}: J = {objective:.3f}{seeds}".replace("-", "−")
+
+    axes.text(2.2, -0.045, "not achievable", color=GREEN, fontsize=9, style="italic")
+    write("best achievable reward\nat each KL (π*)", (x[-1], y[-1]), (8, -26), GREEN)
+    write("model before PPO", (0, -1.01), (8, -3))
+    axes.plot(0, -1.01, "s", color="black", markersize=6, clip_on=False, zorder=3)
+    chosen = [r for r in rows if r["kind"] == "best of n"]
+    axes.plot(*zip(*((r["kl"], r["reward"]) for r in chosen)), "D", color=GREY, markersize=5)
+    for r in chosen:
+        write(f"best of {r['n']:.0f}", (r["kl"], r["reward"]), (8, -5), "#666666")
+    runs = [r for r in rows if r["kind"] == "PPO" and r["beta"]]
+    for beta in dict.fromkeys(r["beta"] for r in runs):
+        group = [r for r in runs if r["beta"] == beta]
+        points = [(r["kl"], r["reward"]) for r in group]
+        axes.plot(*zip(*points), "o", color=BLUE, markersize=6)
+        right = max(kl for kl, _ in points), sum(reward for _, reward in points) / len(points)
+        write(title("PPO", group), right, (8, -3), BLUE, weight="bold")
+    for r in (r for r in rows if r["kind"] in ("RLOO", "GRPO")):
+        axes.plot(r["kl"], r["reward"], "^", color=SKY, markersize=7)
+        write(title(r["kind"], [r]), (r["kl"], r["reward"]), (8, -6), SKY)
+    for r in peers:
+        name = title(r["kind"], [r])
+        if "kl" in r:
+            axes.plot(r["kl"], r["reward"], "X", color=ORANGE, markersize=9)
+            left = r["kl"] > 0.7 * width
+            place = (8, -20) if left else (8, -6)
+            write(name, (r["kl"], r["reward"]), place, ORANGE, ha="right" if left else "left")
+            continue
+        kl = [i / 100 for i in range(241)]
+        line = [r["objective"] + r["beta"] * k for k in kl]
+        below = [(k, v) for k, v in zip(kl, line) if v <= float(np.interp(k, [0, *x], [y[0], *y]))]
+        axes.plot(*zip(*below), "--", color=ORANGE, linewidth=1.2, zorder=0)
+        point = 0.4, r["objective"] + r["beta"] * 0.4
+        leader = dict(arrowstyle="-", color=ORANGE, linewidth=0.8, relpos=(0, 0.5))
+        write(f"{name}, somewhere on this line", point, (60, -22), ORANGE, arrowprops=leader)
+    axes.annotate(
+        "better: more reward, less KL",
+        (5.0, -0.62),
+        xytext=(5.5, -0.8),
+        fontsize=10,
+        arrowprops=dict(arrowstyle="-|>", linewidth=1.8, color="black"),
+    )
+    axes.set(
+        xlabel="KL divergence from the model before PPO, nats per story (less is closer to it)",
+        ylabel="reward per story, −|200 − length in tokens| / 100",
+        xlim=(0, width),
+        ylim=(bottom, 0.05),
+    )
+    axes.set_title(
+        "Reward against KL (stories260K, length reward); J = reward − β KL",
+        loc="left",
+        weight="bold",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def draw(rows, path):
     """Draws the plot, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         print("no plot: pip install matplotlib")
         return
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot()
-    for kind in dict.fromkeys(r["kind"] for r in rows):
-        mine = [r for r in rows if r["kind"] == kind and r["kl"] < 8]
-        style = "-" if kind == "optimum" else "o"
-        axes.plot([r["kl"] for r in mine], [r["reward"] for r in mine], style, label=kind)
-        seen = set()  # of several seeds, one is labelled
-        for r in mine if kind != "optimum" else ():
-            name = f"n={r['n']}" if "n" in r else f"β={r['beta']:g}" if "beta" in r else ""
-            if name in seen:
-                continue
-            seen.add(name)
-            axes.annotate(
-                name, (r["kl"], r["reward"]), fontsize=7, xytext=(3, -8), textcoords="offset points"
-            )
-    axes.set(xlabel="KL to the reference, nats per story", ylabel="reward", xlim=(0, 8))
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
+    frontier_figure(rows, read_rows(PEERS)).savefig(path, dpi=130)
+    print(f"wrote {path}")
 
 
 def main(argv=None):
@@ -188,7 +264,12 @@ def main(argv=None):
     parser.add_argument("--iters", type=int, default=50, help="iterations of 200 rollouts")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for the optimum")
     parser.add_argument("--samples", type=int, default=256, help="reference samples per prompt")
+    parser.add_argument(
+        "--draw", action="store_true", help="draw frontier.png from frontier.csv, and exit"
+    )
     a = parse_args(parser, argv)
+    if a.draw:
+        return draw(read_rows(Path(a.assets) / "frontier.csv"), Path(a.assets) / "frontier.png")
     seeds = range(1, a.seeds + 1)
     each = [beta.partition(":") for beta in a.betas.split(",")]
     each = [(float(beta), int(iters or a.iters)) for beta, _, iters in each]
@@ -201,7 +282,6 @@ def main(argv=None):
         rows.append(dict(kind="optimum", beta=beta) | dict(zip(names, tilted(scores, beta))))
     for n in (2, 4, 16, 64):
         rows.append(dict(kind="best of n", n=n) | dict(zip(names, best_of(scores, n))))
-    rows.append(PUBLISHED)
     out = Path(a.assets)
     with write_atomic(out / "frontier.csv", "w") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))

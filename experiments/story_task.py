@@ -1,7 +1,8 @@
 """The effect of each stage of `make rlhf`, and the over-optimisation of a reward model.
 
     python experiments/story_task.py out/rlhf                     # the table: start, SFT, PPO, DPO
-    python experiments/story_task.py out/rlhf --overoptimise      # gold and proxy against KL
+    python experiments/story_task.py out/rlhf --overoptimise      # gold and proxy rewards
+    python experiments/story_task.py --draw                       # overoptimisation.png alone
 
 The gold reward is the rule of instruct.py's story task; the proxy is the reward model. The second
 command trains reward models on few and on many rankings and optimises against them, by best of n
@@ -10,6 +11,7 @@ and by PPO without a KL penalty (Gao et al., "Scaling laws for reward model over
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import random
@@ -25,8 +27,9 @@ import ppo  # noqa: E402
 import rlhf  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
-from common import parse_args, run_main, write_atomic  # noqa: E402
+from common import parse_args, read_json, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
+from report import BLUE, GREY, ORANGE  # noqa: E402
 from tokenizer import Tokenizer, find_tokenizer, stop_ids  # noqa: E402
 
 
@@ -238,39 +241,79 @@ def overoptimise(lab):
     draw(curves, out / "overoptimisation.png")
 
 
-def draw(curves, path):
-    try:
-        import matplotlib
+def overoptimisation_figure(curves):
+    """The picture of overoptimisation.json as a matplotlib Figure: one diagram per reward model for
+    best of n, and one for PPO. In all of them the proxy reward is orange and gold is blue."""
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
+    ppo = [c for c in curves if c["ppo"]]
+    n = len(curves) + len(ppo)
+    figure = Figure(figsize=(3.1 * n + 0.4, 3.6), layout="constrained")
+    every = figure.subplots(1, n, sharey=True, squeeze=False)[0]
+
+    def draw_pair(axes, x, points, title):
+        for name, colour, style in (("proxy", ORANGE, "--"), ("gold", BLUE, "-")):
+            y = [p[name] for p in points]
+            axes.plot(x, y, style, color=colour, linewidth=1.8)
+            kind = "proxy: the reward model" if name == "proxy" else "gold: the true rule"
+            # Beside the right half of the curve; below it where gold has fallen.
+            right = y[len(y) // 2 :]
+            low = name == "gold" and y[-1] < 0
+            height, side = (min(right) - 0.08, "top") if low else (max(right) + 0.08, "bottom")
+            axes.text(x[-1], height, kind, color=colour, fontsize=9, ha="right", va=side)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+
+    for axes, c in zip(every, curves):
+        points = c["best_of"]
+        title = (
+            f"best of n, {c['rankings'] or 'all'} rankings\n{c['accuracy']:.0%} of new pairs right"
+        )
+        draw_pair(axes, range(len(points)), points, title)
+        axes.set_xticks(range(len(points)), [p["n"] for p in points])
+        axes.set_xlabel("n, samples per prompt")
+    for axes, c in zip(every[len(curves) :], ppo):
+        points = c["ppo"]
+        draw_pair(
+            axes,
+            range(len(points)),
+            points,
+            f"PPO without KL penalty,\nreward model of {c['rankings'] or 'all'} rankings",
+        )
+        best = max(range(len(points)), key=lambda i: points[i]["gold"])
+        for i in sorted({best, len(points) - 1}):
+            axes.plot(i, points[i]["gold"], "o", color=BLUE, markersize=5)
+            axes.annotate(
+                f"KL {points[i]['kl']:.0f} nats",
+                (i, points[i]["gold"]),
+                xytext=(6 if i == best else 0, 6 if i == best else 9),
+                textcoords="offset points",
+                color=BLUE,
+                fontsize=8,
+                ha="left" if i == best else "right",
+            )
+        axes.set_xlabel("PPO iteration")
+    low, high = every[0].get_ylim()
+    every[0].set_ylim(low - 0.25, high + 0.3)  # room for the names of the curves
+    every[0].set_ylabel("score, standard deviations above SFT")
+    return figure
+
+
+def draw(curves, path):
+    if importlib.util.find_spec("matplotlib") is None:
         print("no plot: pip install matplotlib")
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=110)
-    for i, c in enumerate(curves):
-        x = [p["kl"] for p in c["best_of"]]
-        name = f"{c['rankings']} rankings ({c['accuracy']:.0%})"
-        left.plot(x, [p["proxy"] for p in c["best_of"]], f"C{i}--")
-        left.plot(x, [p["gold"] for p in c["best_of"]], f"C{i}-", label=name)
-        if c["ppo"]:
-            x = [math.sqrt(p["kl"]) for p in c["ppo"]]
-            right.plot(x, [p["proxy"] for p in c["ppo"]], f"C{i}--", label="proxy")
-            right.plot(x, [p["gold"] for p in c["ppo"]], f"C{i}-", label="gold")
-            right.set_title(f"PPO, {name}", fontsize=9)
-    left.set_title("best of n; solid: gold, dashed: proxy", fontsize=9)
-    left.set(xlabel="KL to SFT, nats", ylabel="standard deviations above SFT")
-    right.set(xlabel="square root of the KL to SFT, nats per story")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
+    overoptimisation_figure(curves).savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", help="output folder of `make rlhf`")
+    parser.add_argument(
+        "folder", nargs="?", default="out/rlhf", help="output folder of `make rlhf`"
+    )
     parser.add_argument("--task", default="data/task", help="folder of the story task")
     parser.add_argument(
         "--prompts", type=int, default=500, help="maximum number of held-out prompts"
@@ -287,8 +330,15 @@ def main():
         "--samples", type=int, default=64, help="samples of the SFT model per prompt"
     )
     parser.add_argument("--iterations", type=int, default=40, help="PPO iterations")
-    parser.add_argument("--out", default="assets")
-    lab = Lab(parse_args(parser))
+    parser.add_argument("--out", default="assets", help="folder for the results of --overoptimise")
+    parser.add_argument(
+        "--draw", action="store_true", help="draw overoptimisation.png from its .json, and exit"
+    )
+    args = parse_args(parser)
+    if args.draw:
+        found = read_json(Path(args.out) / "overoptimisation.json")
+        return draw(found["curves"], Path(args.out) / "overoptimisation.png")
+    lab = Lab(args)
     torch.set_grad_enabled(lab.args.overoptimise)
     if lab.args.overoptimise:
         return overoptimise(lab)

@@ -18,9 +18,12 @@ import kernels
 import report
 import train
 from checkpoint import load_checkpoint, model_from_checkpoint
+from experiments import frontier, story_task
 from experiments.plan import plan, saved_bytes
 from model import ModelArgs, Transformer, generate
 
+ROOT = Path(report.__file__).parent
+PEERS = frontier.PEERS.stem
 ARGS = ModelArgs(dim=48, n_layers=3, n_heads=2, vocab_size=96, multiple_of=8, max_seq_len=32)
 
 
@@ -444,7 +447,17 @@ def texts_of(figure):
             hidden |= {id(label) for t in outside for label in (t.label1, t.label2)}
         hidden |= {id(t) for t in axes.findobj(Text)} if not axes.get_visible() else set()
     texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
-    return [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in hidden]
+    # Text.get_window_extent leaves the arrow of an annotation out.
+    return [(t.get_text(), Text.get_window_extent(t)) for t in texts if id(t) not in hidden]
+
+
+def disjoint(texts):
+    """Whether no two boxes of `texts_of` overlap."""
+    return not any(
+        box.padded(-1).overlaps(other.padded(-1))
+        for i, (_, box) in enumerate(texts)
+        for _, other in texts[:i]
+    )
 
 
 @pytest.mark.parametrize(
@@ -463,12 +476,9 @@ def test_no_texts_of_a_picture_overlap(tmp_path, prefix, n, missing):
     rows = records(prefix, n, missing)
     figure = report.log_figure(write(tmp_path / f"{prefix}log.jsonl", rows))
     texts = texts_of(figure)
-    assert len(texts) > 20
-    for i, (text, box) in enumerate(texts):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1, text
-        assert box.y1 <= figure.bbox.y1, text
-        for other, other_box in texts[:i]:
-            assert not box.padded(-1).overlaps(other_box.padded(-1)), (text, other)
+    assert len(texts) > 20 and disjoint(texts)
+    whole = figure.bbox
+    assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= whole.x1 and b.y1 <= whole.y1 for _, b in texts)
 
 
 def test_a_panel_without_values_is_left_out(tmp_path):
@@ -513,8 +523,7 @@ def test_histograms_before_and_after_ppo(tmp_path, lengths):
         "4 held-out prompts" in figure.get_suptitle() and "−1.25 → −0.75" in figure.get_suptitle()
     )
     texts = texts_of(figure)
-    for i, (text, box) in enumerate(texts):
-        assert not any(box.padded(-1).overlaps(other.padded(-1)) for _, other in texts[:i]), text
+    assert disjoint(texts)
     for axes, key in zip(figure.axes, ("scores", "lengths")):
         means = [sum(part[key]) / 4 for part in parts]
         vertical = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
@@ -554,3 +563,44 @@ def test_a_picture_that_fails_is_a_note(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().err
     assert text.startswith(f"note: no picture of {tmp_path / 'log.jsonl'}: ")
     assert text.count("\n") == 1 and not (tmp_path / "log.png").exists()
+
+
+def test_the_frontier_is_drawn_from_the_committed_numbers():
+    """A peer with a KL is a point; one of which only J is known is a line below the frontier."""
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    rows, peers = (frontier.read_rows(ROOT / f"assets/{n}.csv") for n in ("frontier", PEERS))
+    assert {"FullLLM", "TRL RLOO"} == {r["kind"] for r in peers}
+    best = [(r["kl"], r["reward"]) for r in rows if r["kind"] == "optimum"]
+    ours = [r for r in rows if r["kind"] != "optimum"]
+    assert len(ours) >= 20
+    figure = frontier.frontier_figure(rows, peers)
+    lines = figure.axes[0].lines
+    points = {tuple(p) for line in lines for p in zip(line.get_xdata(), line.get_ydata())}
+    assert {(r["kl"], r["reward"]) for r in (*ours, peers[0])} <= points
+    assert set(best) <= points
+    (line,) = (x for x in lines if x.get_linestyle() == "--")
+    kl, reward = line.get_data()
+    np.testing.assert_allclose(np.array(reward) - 0.2 * np.array(kl), -0.88, atol=1e-12)
+    assert all(np.interp(kl, *zip((0, best[0][1]), *best)) >= reward) and len(kl) > 100
+    texts = texts_of(figure)
+    assert disjoint(texts) and {"not achievable", "model before PPO"} <= dict(texts).keys()
+    for r in (*peers, *(r for r in ours if r["kind"] in ("RLOO", "GRPO"))):
+        name = f"{r['kind']}, β = 0.2: J = −{-r['objective']:.3f}"
+        assert any(text.startswith(name) for text, _ in texts), name
+    known = [{**r, "kl": 1.3, "reward": -0.62} if r["kind"] == "TRL RLOO" else r for r in peers]
+    lines = frontier.frontier_figure(rows, known).axes[0].lines
+    assert not any(x.get_linestyle() == "--" for x in lines)
+    assert ([1.3], [-0.62]) in [tuple(map(list, x.get_data())) for x in lines]
+
+
+def test_overoptimisation_is_drawn_from_the_committed_numbers():
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    curves = json.loads((ROOT / "assets/overoptimisation.json").read_text())["curves"]
+    figure = story_task.overoptimisation_figure(curves)
+    expected = [c["best_of"] for c in curves] + [c["ppo"] for c in curves if c["ppo"]]
+    assert len(figure.axes) == len(expected) == 4
+    for axes, shown in zip(figure.axes, expected):
+        proxy, gold = axes.lines[:2]
+        assert list(proxy.get_ydata()) == [p["proxy"] for p in shown]
+        assert list(gold.get_ydata()) == [p["gold"] for p in shown]
+    assert disjoint(texts_of(figure))
