@@ -26,6 +26,12 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None
 
+# PyTorch's allocator on CUDA reads this before its first allocation. Batches differ in length, and
+# fixed segments would become too fragmented to hold the next one.
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+    os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
 NEEDED = "torch", "numpy", "sentencepiece", "requests", "tqdm"
 MISSING = [name for name in NEEDED if not importlib.util.find_spec(name)]
 if MISSING:

@@ -417,10 +417,11 @@ class TokenTerms(torch.autograd.Function):
             logits = logits.float().log_softmax(-1)
             p = logits.exp()
             terms[0] = logits.gather(1, target.clamp(min=0)[:, None])[:, 0] * (target >= 0)
-            terms[1] = -torch.linalg.vecdot(p, logits)
-            if ref_logits is not None:
-                ref_logits = ref_logits.float().log_softmax(-1)
-                terms[2] = torch.linalg.vecdot(p, logits - ref_logits)
+            with torch.autocast(p.device.type, enabled=False):  # vecdot would be in half precision
+                terms[1] = -torch.linalg.vecdot(p, logits)
+                if ref_logits is not None:
+                    ref_logits = ref_logits.float().log_softmax(-1)
+                    terms[2] = torch.linalg.vecdot(p, logits - ref_logits)
         ctx.save_for_backward(logits, ref_logits, target, norms, *terms[1:])
         return tuple(terms)
 

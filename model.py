@@ -346,7 +346,7 @@ class Transformer(nn.Module):
 
 class TransformerWithValueHead(Transformer):
     """A Transformer with a scalar head on its final hidden state: PPO's critic, or a reward model.
-    The head starts at zero, so an untrained critic predicts the same value everywhere."""
+    The head starts at zero: the same value everywhere. It computes in fp32, also under autocast."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -354,9 +354,9 @@ class TransformerWithValueHead(Transformer):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def values(self, hidden):
-        """hidden (..., D) -> (...) in fp32"""
-        return self.value_head(hidden).squeeze(-1).float()
+    def values(self, hidden):  # (..., D) -> (...)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
 
 # ----------------------------------------------------------------------------
