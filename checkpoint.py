@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from common import write_atomic
 from kernels import accelerate
@@ -193,6 +194,36 @@ def checkpoint_args(args: ModelArgs):
         if stored[name] == default:
             del stored[name]
     return stored
+
+
+def halve_frozen(models, dtype):
+    """Keeps the frozen weights of linear layers in `dtype`, which autocast would convert at every
+    forward pass, and their fp32 values in CPU memory, as `master` of the layer. The results under
+    autocast in `dtype` are the same to the bit, and state_dict has the fp32 values. `models` may
+    share weights. A weight that is an embedding too is left in fp32, and so is a value head, which
+    computes in fp32. Must be called after add_lora. Does nothing if dtype is fp32."""
+    masters = {}  # by weight
+    for model in models if dtype is not torch.float32 else ():
+        kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
+            if weight is None or weight.requires_grad or id(weight) in kept or name == "value_head":
+                continue
+            if weight not in masters:
+                masters[weight] = weight.data.cpu()
+                weight.data = weight.data.to(dtype)
+            module.master = masters[weight]
+            module.register_state_dict_post_hook(give_master)
+            module.register_load_state_dict_pre_hook(take_master)
+
+
+def give_master(module, state, prefix, metadata):
+    state[f"{prefix}weight"] = module.master
+
+
+def take_master(module, state, prefix, *_):
+    if f"{prefix}weight" in state:
+        module.master.copy_(state[f"{prefix}weight"].detach())
 
 
 def choose_device(name=""):

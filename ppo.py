@@ -623,9 +623,11 @@ class PPOTrainer:
             optimizer.step()
         self.zero_grad()
         if self.average is not None and train_policy:
+            frozen = {k for k, p in self.policy.named_parameters() if not p.requires_grad}
             with torch.no_grad():
                 for k, v in self.policy.state_dict().items():
-                    self.average[k].lerp_(v, 1 - self.config.averaging)
+                    if k not in frozen:
+                        self.average[k].lerp_(v, 1 - self.config.averaging)
         return float(norms.get(self.policy, 0.0))
 
     def zero_grad(self):
@@ -661,7 +663,7 @@ class PPOTrainer:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         if self.average is not None and state["average"] is not None:
-            self.average = {k: v.to(self.device) for k, v in state["average"].items()}
+            self.average = {k: v.to(self.average[k].device) for k, v in state["average"].items()}
         self.kl_controller.value, self.iteration = state["kl_coef"], state["iteration"]
 
 

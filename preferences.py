@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import ppo
-from checkpoint import model_from_checkpoint
+from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag, printable
 from instruct import InstructPrompts, Rankings
 from model import TransformerWithValueHead, generate
@@ -254,6 +254,7 @@ class DPO(Preferences):
         weights = checkpoint["dpo"]["reference"] if "dpo" in checkpoint else checkpoint["model"]
         reference = {"model": weights, "model_args": checkpoint["model_args"]}
         self.reference = model_from_checkpoint(reference, dropout=0.0).requires_grad_(False)
+        halve_frozen([self.reference], self.run.dtype)
         self.reference.to(self.run.device)
         return super().build(checkpoint)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import ppo
-from checkpoint import choose_device, load_checkpoint, model_from_checkpoint
+from checkpoint import choose_device, halve_frozen, load_checkpoint, model_from_checkpoint
 from common import flag, flag_names, printable, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from model import Transformer, TransformerWithValueHead, generate
@@ -82,6 +82,14 @@ def on_device(model, device, offload):
     finally:
         if offload:
             model.to("cpu")
+
+
+def share_weights(model, other):
+    """Makes the parameters of a model those of `other`, which has modules of the same names."""
+    for name, module in model.named_modules():
+        module._parameters.update(
+            {k: other.get_submodule(name)._parameters[k] for k in module._parameters}
+        )
 
 
 # ----------------------------------------------------------------------------
@@ -184,9 +192,10 @@ def load_reward_model(path, policy_args, template):
 class ModelReward:
     """The reward function of a reward model: one score per response."""
 
-    def __init__(self, checkpoint, device, offload, batch_size, autocast):
+    def __init__(self, checkpoint, device, offload, batch_size, autocast, dtype=torch.float32):
         model = model_from_checkpoint(checkpoint, TransformerWithValueHead, dropout=0.0)
-        self.model = model.requires_grad_(False).eval().to("cpu" if offload else device)
+        halve_frozen([model.requires_grad_(False)], dtype)
+        self.model = model.eval().to("cpu" if offload else device)
         self.device, self.offload, self.size, self.autocast = device, offload, batch_size, autocast
 
     @torch.no_grad()
@@ -335,7 +344,7 @@ class RLHF(Stage):
         start = {"model": weights, "model_args": checkpoint["model_args"]}
 
         def build(source, kind):
-            return model_from_checkpoint(source, kind, dropout=0.0).to(run.device)
+            return model_from_checkpoint(source, kind, dropout=0.0)
 
         shared = config.value_model == "shared"
         self.model = build(start, TransformerWithValueHead if shared else Transformer)
@@ -344,10 +353,13 @@ class RLHF(Stage):
             add_lora(self.model, args.lora_rank, args.lora_alpha, 0.0, args.lora_layers)
             if shared:
                 self.model.value_head.requires_grad_(True)
-            frozen = dict(self.model.named_parameters())
-            for name, p in reference.named_parameters():
-                p.data = frozen[name].data  # the reference is the model without its adapters
         self.ref_device = args.ref_device or run.device
+        if args.lora_rank and not args.offload and self.ref_device == run.device:
+            share_weights(reference, self.model)  # the reference is the model without its adapters
+        # In float16 the update, and so the model under the adapters, is in fp32.
+        update_in_fp32 = args.lora_rank and run.dtype == torch.float16
+        halve_frozen([self.model, reference], torch.float32 if update_in_fp32 else run.dtype)
+        self.model.to(run.device)
         reference.to("cpu" if args.offload else self.ref_device)
         self.load_texts(config)
         self.optimizers = [self.make_optimizer(self.model, args.learning_rate)]
@@ -360,7 +372,7 @@ class RLHF(Stage):
                     source = self.load_reward_model(path)
                 else:
                     self.check_tokenizer(path, source)
-            critic = build(source, TransformerWithValueHead)
+            critic = build(source, TransformerWithValueHead).to(run.device)
             if critic.args.vocab_size != self.model.args.vocab_size:
                 raise ValueError(
                     f"--value_model={path} has a vocabulary of {critic.args.vocab_size} tokens, "
@@ -383,7 +395,7 @@ class RLHF(Stage):
             device = args.reward_device or run.device
             checkpoint_of_reward = self.load_reward_model(args.reward)
             self.reward = ModelReward(
-                checkpoint_of_reward, device, args.offload, args.batch_size, run.autocast
+                checkpoint_of_reward, device, args.offload, args.batch_size, run.autocast, run.dtype
             )
         else:
             self.reward = load_reward(args.reward, args.target_len, self.decode)
@@ -548,7 +560,8 @@ class RLHF(Stage):
         for i in range(0, n_samples, 16):
             x, y, *packed = self.text.batch(i, min(16, n_samples - i))
             n = int((y >= 0).sum())
-            total += n * float(model(x.to(device), y.to(device), *packed[:1]))
+            with self.trainer.autocast():
+                total += n * float(model(x.to(device), y.to(device), *packed[:1]))
             count += n
         return total / count
 
@@ -590,8 +603,9 @@ class RLHF(Stage):
         reference. The scores are cached in out_dir/roof.json; the key of the cache has everything
         that they depend on."""
         a, c = self.args, self.trainer.config
-        reference = self.trainer.reference.parameters()
-        weights = float(sum(p.cpu().double().abs().sum() for p in reference))
+        reference, names = self.trainer.reference, dict(self.trainer.reference.named_parameters())
+        full = {k: v for k, v in reference.state_dict().items() if k in names}
+        weights = float(sum(p.cpu().double().abs().sum() for p in full.values()))
         prompts = self.held_out.batch(0, a.roof_prompts)
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import model_from_checkpoint
+from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag
 from instruct import Instructions
 from model import generate
@@ -90,8 +90,9 @@ class LoRALinear(nn.Linear):
         return self.linear.forward(self, x)
 
     def merged(self):
-        """The weight (out, in) with the adapter added."""
-        return self.weight + self.scale * self.lora_b @ self.lora_a
+        """The weight (out, in) with the adapter added, in fp32."""
+        weight = getattr(self, "master", self.weight).to(self.lora_b.device)  # see halve_frozen
+        return weight + self.scale * self.lora_b @ self.lora_a
 
 
 class FourBitProduct(torch.autograd.Function):
@@ -293,6 +294,8 @@ class FineTuning(InstructionStage):
         model = model_from_checkpoint(checkpoint, dropout=a.dropout)
         if a.lora_rank:
             add_lora(model, a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_layers, a.lora_4bit)
+            if not a.fsdp:  # FSDP shards fp32 weights and gathers them in half precision
+                halve_frozen([model], self.run.dtype)
         return model
 
     def data(self, split):
