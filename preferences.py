@@ -12,8 +12,8 @@ from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag, printable
 from instruct import InstructPrompts, Rankings
 from model import TransformerWithValueHead, generate
-from pretraining import TextFlags
-from sft import InstructionFlags, InstructionStage
+from pretraining import MemoryFlags, TextFlags, gathered, place, whole
+from sft import FreezeFlags, InstructionFlags, InstructionStage
 
 # ----------------------------------------------------------------------------
 # flags
@@ -29,15 +29,6 @@ class PreferenceFlags:
         "on replies of the initial model, --dpo estimates its KL on replies of the policy",
     )
     max_gen_len: int = flag(300, "tokens per response, at most")
-
-
-@dataclass
-class RewardModelFlags:
-    """reward model"""
-
-    freeze_layers: int = flag(
-        0, "number of lower layers to freeze, together with the embeddings; 0 trains everything"
-    )
 
 
 @dataclass
@@ -139,7 +130,7 @@ class Preferences(InstructionStage):
         n = min(self.args.max_gen_len, self.model.args.max_seq_len)
         random = torch.Generator().manual_seed(self.args.seed)
         uniform = torch.rand(len(self.prompts), n, generator=random)
-        with self.run.autocast():
+        with self.run.autocast(), whole(model):
             out = generate(model, self.prompts, n, stop_ids=self.stop_ids(), uniform=uniform)
         return out.responses()
 
@@ -151,9 +142,10 @@ class RewardModel(Preferences):
     scores to mean 0 and variance 1 on replies of the initial model."""
 
     prefix = "rm_"
-    flags = TextFlags, InstructionFlags, PreferenceFlags, RewardModelFlags
+    flags = TextFlags, MemoryFlags, InstructionFlags, FreezeFlags, PreferenceFlags
     accepted = ("plot",)
     writes_text = False
+    model_class = TransformerWithValueHead
 
     def __init__(self, run, checkpoint):
         super().__init__(run, checkpoint)
@@ -161,19 +153,6 @@ class RewardModel(Preferences):
             self.samples = checkpoint["reward"]["samples"]
         else:
             self.samples = [q + r for q, r in zip(self.prompts, self.replies(self.model))]
-
-    def build(self, checkpoint):
-        model = model_from_checkpoint(
-            checkpoint, TransformerWithValueHead, dropout=self.args.dropout
-        )
-        n = self.args.freeze_layers
-        if not 0 <= n <= len(model.layers):
-            raise ValueError(f"--freeze_layers={n}: the model has {len(model.layers)} layers")
-        if n:
-            model.tok_embeddings.requires_grad_(False)
-        for layer in model.layers[:n]:
-            layer.requires_grad_(False)
-        return model
 
     def loss(self, model, batch):
         better, worse, weight = (t.to(self.run.device) for t in pairs([len(c) for _, c in batch]))
@@ -209,6 +188,8 @@ class RewardModel(Preferences):
 
     def sample_texts(self):
         """A held-out prompt with its best and worst completion, and the scores of both."""
+        if self.args.fsdp:
+            return {}
         ((prompt, completions),) = self.val.batch(0, 1)
         ends = completions[0], completions[-1]
         with torch.no_grad(), self.run.autocast():
@@ -235,7 +216,7 @@ class DPO(Preferences):
     the policy, β log(policy / reference), is trained on pairs like the scores of a reward model."""
 
     prefix = "dpo_"
-    flags = TextFlags, InstructionFlags, PreferenceFlags, DPOFlags
+    flags = TextFlags, MemoryFlags, InstructionFlags, FreezeFlags, PreferenceFlags, DPOFlags
     accepted = ("plot",)
 
     @classmethod
@@ -254,8 +235,9 @@ class DPO(Preferences):
         weights = checkpoint["dpo"]["reference"] if "dpo" in checkpoint else checkpoint["model"]
         reference = {"model": weights, "model_args": checkpoint["model_args"]}
         self.reference = model_from_checkpoint(reference, dropout=0.0).requires_grad_(False)
-        halve_frozen([self.reference], self.run.dtype)
-        self.reference.to(self.run.device)
+        if not self.args.fsdp:
+            halve_frozen([self.reference], self.run.dtype)
+        place(self.reference, self.run)
         return super().build(checkpoint)
 
     def loss(self, model, batch):
@@ -309,4 +291,5 @@ class DPO(Preferences):
         return dict(zip(("prompt", "response"), texts))
 
     def state(self):
-        return super().state() | {"dpo": {"reference": self.reference.state_dict()}}
+        reference = gathered(self.reference.state_dict(), keep=self.run.rank == 0)
+        return super().state() | {"dpo": {"reference": reference}}

@@ -15,7 +15,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -63,9 +68,6 @@ class PretrainingFlags:
     n_kv_heads: int = flag(0, "key/value heads, shared by query heads; 0 means n_heads")
     head_dim: int = flag(0, "width of a head; 0 means dim / n_heads")
     multiple_of: int = flag(32, "the feed-forward width is rounded up to a multiple of this number")
-    fsdp: bool = flag(
-        False, "shard model, gradients and optimizer over the processes of torchrun (FSDP2)"
-    )
 
 
 @dataclass
@@ -82,6 +84,20 @@ class TextFlags:
     )
     muon_learning_rate: float = flag(0.02, "peak learning rate of Muon")
     warmup_iters: int = flag(1000, "iterations of linear warm-up")
+
+
+@dataclass
+class MemoryFlags:
+    """memory"""
+
+    checkpoint_activations: bool = flag(
+        False,
+        "keep only the input of each layer for the backward pass and compute the rest again: less "
+        "memory, a third more arithmetic; --fsdp always does",
+    )
+    fsdp: bool = flag(
+        False, "shard model, gradients and optimizer over the processes of torchrun (FSDP2)"
+    )
 
 
 @dataclass
@@ -208,20 +224,71 @@ def schedule(step, args, first=0, last=None, warmup=None):
 
 
 # ----------------------------------------------------------------------------
-# --fsdp: each process holds a part of every tensor (FSDP2; Zhao et al., 2023)
+# memory: --checkpoint_activations, and --fsdp, with which each process holds a part of every tensor
+# (FSDP2; Zhao et al., 2023)
+
+
+def checkpoint_activations(model):
+    """Makes the layers of a model keep only their input for the backward pass, which then computes
+    the layer again (Chen et al., 2016), in place. Returns the model."""
+    for layer in model.layers:
+        layer.forward = partial(computed_again, layer.forward)
+    return model
+
+
+def computed_again(forward, x, layout):
+    if not torch.is_grad_enabled():
+        return forward(x, layout)
+    return recompute_in_backward(forward, x, layout, use_reentrant=False)
+
+
+def place(model, run):
+    """Moves a model that is in CPU memory to the device of the run, in place; with --fsdp its part
+    of each parameter alone. Returns the model."""
+    if run.args.checkpoint_activations or run.args.fsdp:
+        checkpoint_activations(model)
+    if not run.args.fsdp:
+        return model.to(run.device)
+    shard(model, run.device, run.dtype)
+    return model
 
 
 def shard(model, device, dtype):
     """Moves a model from CPU memory to the devices, sharded in place, layer by layer: no device
     ever holds more than one complete layer, or the embeddings. The parameters of a layer are
-    gathered when it runs, its activations are recomputed in the backward pass, and matrix products
-    are in dtype."""
+    gathered when it runs, and matrix products are in dtype."""
     mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
-        layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The stages that need hidden states do not call the model itself, but this method. The weights
+    # outside the layers stay gathered until the backward pass, so that model.output can follow.
+    register_fsdp_forward_method(model, "hidden")
+
+
+@contextmanager
+def whole(*models):
+    """A context in which every process holds all parameters of sharded models, so that it can
+    generate text independently of the other processes. All processes must enter it."""
+    parts = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in parts:
+        module.reshard()
+        module.set_reshard_after_forward(module not in models, recurse=False)
+
+
+def load_full(model, state):
+    """load_state_dict with tensors that every process holds in full: a sharded parameter takes its
+    part of them."""
+    current = model.state_dict()
+    for name in current.keys() & state.keys():
+        if isinstance(current[name], DTensor):
+            state = state | {name: shard_like(current[name], state[name])}
+    model.load_state_dict(state)
 
 
 def gathered(x, keep):
@@ -393,7 +460,7 @@ class Pretraining(Stage):
     """Next-token prediction on windows of text. The stages in sft.py and preferences.py override
     `build`, `data`, `loss` and, for further evaluation results, `summary`."""
 
-    flags = PretrainingFlags, TextFlags, CompileFlags, ToolFlags
+    flags = PretrainingFlags, TextFlags, MemoryFlags, CompileFlags, ToolFlags
     from_scratch = True
     compiles = True
     ddp = True  # `loss` calls the whole model, as DistributedDataParallel requires
@@ -406,10 +473,7 @@ class Pretraining(Stage):
         if device == "cpu":
             library()  # compiles kernels.c before the first step, whose time is measured
         self.peak_flops = peak_matmul_flops(device, run.dtype) * run.world
-        if args.fsdp:
-            shard(self.model, device, run.dtype)
-        else:
-            self.model.to(device)
+        place(self.model, run)
         self.train, self.val = self.data("train"), self.data("val")
         self.position = self.tokens = 0  # samples, and tokens, read so far by all processes
         self.ahead = None, None  # the next position, and the batch that was prefetched for it
@@ -435,6 +499,8 @@ class Pretraining(Stage):
             yield ["muon_learning_rate"], "has no effect without --optimizer=muon"
         if not args.decay_lr:
             yield ["warmup_iters"], "has no effect with --decay_lr=False"
+        if args.fsdp:
+            yield ["checkpoint_activations"], "is part of --fsdp"
         if not args.plan:
             yield ["plan_gpu", "plan_mfu"], "has no effect without --plan"
         if not args.lora_rank:
@@ -446,7 +512,7 @@ class Pretraining(Stage):
         super().check(run)
         args, world = run.args, run.world
         if args.fsdp and (world == 1 or run.dtype == torch.float16):
-            raise ValueError("--fsdp is for pretraining with torchrun, in float32 or bfloat16")
+            raise ValueError("--fsdp is for several processes (torchrun), in float32 or bfloat16")
         steps = args.gradient_accumulation_steps
         if steps > 1 and steps % world:
             raise ValueError(
@@ -496,7 +562,7 @@ class Pretraining(Stage):
             loss_sum += loss.detach()
             tokens += n
             logged.append(values)
-        if self.run.world > 1 and not self.ddp:
+        if self.run.world > 1 and not self.ddp and not a.fsdp:
             self.average_gradients()
         for o in self.optimizers:
             self.scaler.unscale_(o)

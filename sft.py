@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag
 from instruct import Instructions
-from model import generate
-from pretraining import CompileFlags, Pretraining, TextFlags
+from model import Transformer, generate
+from pretraining import CompileFlags, MemoryFlags, Pretraining, TextFlags, gathered, load_full
 from tokenizer import stop_ids
 
 # ----------------------------------------------------------------------------
@@ -34,6 +34,17 @@ class InstructionFlags:
         "",
         'chat template: plain, llama2, or a JSON file {"turn": ..., "system": ...}; default: the '
         "checkpoint's, else plain",
+    )
+
+
+@dataclass
+class FreezeFlags:
+    """frozen layers"""
+
+    freeze_layers: int = flag(
+        0,
+        "number of lower layers to freeze, together with the embeddings (and the output layer, if "
+        "it has their weight); 0 trains everything",
     )
 
 
@@ -213,6 +224,18 @@ def load_adapters(model, adapters):
     return model
 
 
+def freeze_layers(model, n):
+    """Freezes the embeddings and the lower n layers of a model, in place; 0 freezes nothing.
+    Returns the model. Raises ValueError if it has fewer layers."""
+    if not 0 <= n <= len(model.layers):
+        raise ValueError(f"--freeze_layers={n}: the model has {len(model.layers)} layers")
+    if n:
+        model.tok_embeddings.requires_grad_(False)
+    for layer in model.layers[:n]:
+        layer.requires_grad_(False)
+    return model
+
+
 # ----------------------------------------------------------------------------
 # data
 
@@ -260,6 +283,7 @@ class InstructionStage(Pretraining):
 
     from_scratch = False
     compiles = False  # the shape differs from batch to batch
+    model_class = Transformer
 
     @staticmethod
     def shard_folders(args):
@@ -268,6 +292,10 @@ class InstructionStage(Pretraining):
     @staticmethod
     def uses_template(args):
         return True
+
+    def build(self, checkpoint):
+        model = model_from_checkpoint(checkpoint, self.model_class, dropout=self.args.dropout)
+        return freeze_layers(model, self.args.freeze_layers)
 
     def samples(self, kind, split, max_len):
         """The samples of a split as `kind`, one of the sample classes of instruct.py."""
@@ -286,12 +314,14 @@ class FineTuning(InstructionStage):
     the adapters alone."""
 
     prefix = "sft_"
-    flags = TextFlags, CompileFlags, InstructionFlags, LoRAFlags, FineTuningFlags
+    flags = (
+        *(TextFlags, MemoryFlags, CompileFlags, InstructionFlags),
+        *(FreezeFlags, LoRAFlags, FineTuningFlags),
+    )
     accepted = ("plot",)
 
     def build(self, checkpoint):
-        a = self.args
-        model = model_from_checkpoint(checkpoint, dropout=a.dropout)
+        a, model = self.args, super().build(checkpoint)
         if a.lora_rank:
             add_lora(model, a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_layers, a.lora_4bit)
             if not a.fsdp:  # FSDP shards fp32 weights and gathers them in half precision
@@ -323,6 +353,8 @@ class FineTuning(InstructionStage):
 
     def sample_texts(self):
         """The reply to the first held-out prompt, with the same random numbers at every call."""
+        if self.args.fsdp:
+            return {}
         ids, mask = self.val.samples.batch(0, 1)[0]
         end = len(ids) - 1 - mask[::-1].index(False)  # the last token of the prompt
         prompt, room = ids[: end + 1], self.model.args.max_seq_len - end - 1
@@ -348,11 +380,14 @@ class FineTuning(InstructionStage):
     def state(self):
         state = super().state()
         if self.args.lora_rank:
-            state |= {
-                "model": merged_state(self.model),
-                "unmerged": self.model.state_dict(),
-                "lora": self.adapters(),
-            }
+            state |= gathered(
+                {
+                    "model": merged_state(self.model),
+                    "unmerged": self.model.state_dict(),
+                    "lora": self.adapters(),
+                },
+                keep=self.run.rank == 0,
+            )
         return state
 
     def load_state(self, checkpoint):
@@ -366,5 +401,5 @@ class FineTuning(InstructionStage):
                 "(--lora_rank, ...)"
             )
         if current:
-            self.model.load_state_dict(checkpoint["unmerged"])
+            load_full(self.model, checkpoint["unmerged"])
         super().load_state(checkpoint)

@@ -271,9 +271,56 @@ def test_resumes_to_the_bit(home, tmp_path, stage):
         assert all(torch.equal(v, start[k]) for k, v in parts["dpo"]["reference"].items())
 
 
-@pytest.mark.parametrize("stage", ["rm", "dpo"])
-def test_two_processes_learn_the_same(home, tmp_path, stage):
-    """Training and the evaluation on held-out rankings equal those of one process."""
+def sft_data(home, folder):
+    """Replies of different lengths, in a file."""
+    folder.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
+    rows = [
+        {"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
+        for i, r in enumerate(rows)
+    ]
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "sft.jsonl"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("extra", [{}, dict(lora_rank=2)], ids=["", "lora"])
+def test_activations_computed_again_change_nothing(home, tmp_path, stage, extra):
+    """The flag reaches each layer in each training step, and in no evaluation."""
+    if extra and stage != "sft":
+        pytest.skip("LoRA is for SFT and PPO")
+    flags = {stage: True, "max_iters": 3, "eval_interval": 3, "dropout": 0.1, **extra}
+    flags["data"] = sft_data(home, tmp_path) if stage == "sft" else home / "rankings.jsonl"
+    calls, found = [], []
+    again = pretraining.recompute_in_backward
+    for activations in False, True:
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(
+                pretraining,
+                "recompute_in_backward",
+                lambda *a, **k: (calls.append(1), again(*a, **k))[1],
+            )
+            run(home, tmp_path / str(activations), checkpoint_activations=activations, **flags)
+        found.append(load_checkpoint(tmp_path / str(activations) / f"{stage}_ckpt.pt"))
+        assert len(calls) == activations * ARGS["n_layers"] * flags["max_iters"]
+    for name, w in found[0]["model"].items():
+        assert torch.equal(w, found[1]["model"][name]), name
+
+
+@pytest.mark.parametrize(
+    "stage, extra, fsdp",
+    [
+        ("rm", {}, False),
+        ("dpo", {}, False),
+        ("sft", {}, True),
+        ("sft", dict(lora_rank=2), True),
+        ("rm", dict(freeze_layers=1), True),
+        ("dpo", dict(optimizer="muon"), True),
+    ],
+)
+def test_two_processes_learn_the_same(home, tmp_path, stage, extra, fsdp):
+    """Training and the evaluation on held-out rankings equal those of one process. What a sharded
+    run has saved is an ordinary checkpoint, which one process can resume."""
     flags = {
         stage: True,
         "max_iters": 6,
@@ -281,20 +328,41 @@ def test_two_processes_learn_the_same(home, tmp_path, stage):
         "batch_size": 4,
         "dropout": 0.0,
         "gradient_accumulation_steps": 2,
-        "data": home / "rankings.jsonl",
+        "decay_lr": False,
+        "learning_rate": 3e-3,
+        "data": sft_data(home, tmp_path) if stage == "sft" else home / "rankings.jsonl",
+        **extra,
     }
+
+    def timeless(folder):
+        timing = "ms", "mfu", "tokens_per_s"
+        lines = [json.loads(line) for line in (tmp_path / folder / f"{stage}_log.jsonl").open()]
+        return [{k: v for k, v in r.items() if k not in timing} for r in lines]
+
+    def same():
+        for a, b in zip(timeless("one"), timeless("two"), strict=True):
+            assert a == pytest.approx(b, abs=2e-5, rel=1e-4)
+        one, two = (load_checkpoint(tmp_path / d / f"{stage}_ckpt.pt") for d in ("one", "two"))
+        assert one.keys() == two.keys() and one["model"].keys() == two["model"].keys()
+        for name, w in one["model"].items():
+            torch.testing.assert_close(two["model"][name], w, atol=2e-4, rtol=1e-3)
+
     run(home, tmp_path / "one", **flags)
-    both = processes(2, argv(home, tmp_path / "two", **flags), tmp_path)
+    both = processes(2, argv(home, tmp_path / "two", fsdp=fsdp, **flags), tmp_path)
     assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
-    one, two = (
-        [json.loads(line) for line in (tmp_path / d / f"{stage}_log.jsonl").open()]
-        for d in ("one", "two")
-    )
-    timing = "ms", "mfu", "tokens_per_s"
-    for a, b in zip(one, two, strict=True):
-        a, b = ({k: v for k, v in r.items() if k not in timing} for r in (a, b))
-        assert a == pytest.approx(b, abs=2e-5, rel=1e-4)
-    assert one[0]["loss/val"] > one[-1]["loss/val"]
+    same()
+    assert timeless("one")[0]["loss/val"] > timeless("one")[-1]["loss/val"]
+    if fsdp:
+        flags |= dict(init_from="resume", max_iters=8)
+        for folder in "one", "two":
+            run(home, tmp_path / folder, **flags)
+        same()
+    if "lora_rank" in extra:  # and back to shards, whose weights are not those of the file
+        flags |= dict(max_iters=9, fsdp=True)
+        both = processes(2, argv(home, tmp_path / "two", **flags), tmp_path)
+        assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
+        run(home, tmp_path / "one", **flags | dict(fsdp=False))
+        same()
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])
@@ -310,13 +378,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
         "warmup_iters": 0,
     }
     if stage == "sft":
-        rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
-        rows = [
-            {"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
-            for i, r in enumerate(rows)
-        ]
-        flags["data"] = tmp_path / "sft.jsonl"
-        flags["data"].write_text("\n".join(map(json.dumps, rows)))
+        flags["data"] = sft_data(home, tmp_path)
     run(home, tmp_path / "run", batch_size=8, **flags)
     flags |= {"init_from": "resume", "eval_only": True}
     found = []
