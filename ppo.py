@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from common import flag
 from kernels import TokenTerms, switched_on
@@ -180,6 +181,11 @@ def all_sum(*values):
         packed = packed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(packed)
     return packed.tolist()
+
+
+def full(x):
+    """A tensor without its shards: with --fsdp each process holds a part of it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def mean_and_variance(x):
@@ -371,7 +377,8 @@ class PPOTrainer:
                 f"{self.world} processes need at least {self.world * c.group_size} rollouts per "
                 f"iteration, a group of {c.group_size} for each, not {c.rollouts}"
             )
-        self.device = self.policy.output.weight.device
+        weight = self.policy.output.weight
+        self.device, self.sharded = weight.device, isinstance(weight, DTensor)
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast
@@ -428,8 +435,8 @@ class PPOTrainer:
     def evaluate(self, rollouts):
         """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs."""
         c, parts = self.config, []
-        for which in torch.arange(len(rollouts.queries)).split(c.mini_batch_size):
-            batch = rollouts.minibatch(which)
+        for which in self.passes(range(len(rollouts.queries))):
+            batch = rollouts.minibatch(which or [0])
             with self.autocast():
                 ref_hidden = self.hidden(self.reference, batch)
                 ref_logits = self.logits(self.reference, ref_hidden)
@@ -439,7 +446,8 @@ class PPOTrainer:
             ref_logprobs, _, _ = logprob_entropy_kl(ref_logits, batch.actions)
             if not c.exact_kl:
                 kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
-            parts.append((logprobs, ref_logprobs, ref_hidden, kl, values))
+            if which:
+                parts.append((logprobs, ref_logprobs, ref_hidden, kl, values))
         logprobs, *rest = (torch.cat(x) for x in zip(*parts))
         rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
         self.checks.sampled_by_policy(rollouts, logprobs)
@@ -447,6 +455,17 @@ class PPOTrainer:
             rollouts.old_logprobs = logprobs
         if self.iteration == 0:
             self.checks.policy_is_reference(rollouts, c.exact_kl)
+
+    def passes(self, which):
+        """The rollouts `which`, indices, of each forward pass. With sharded models all ranks need
+        the same number of passes: a pass of a rank without rollouts left is []."""
+        size = self.config.mini_batch_size
+        n = -(-len(which) // size)
+        if self.sharded:
+            most = torch.tensor(n, device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            n = int(most)
+        return [list(which[i * size : (i + 1) * size]) for i in range(n)]
 
     def hidden(self, model, batch):
         """Hidden states (A, D) at the ends of the states, from which the actions are predicted."""
@@ -536,11 +555,13 @@ class PPOTrainer:
         n_actions, n_rollouts = all_sum(rollouts.counts[which], torch.tensor(len(which)))
         names = ["ppo/loss/total", *POLICY_STATISTICS * train_policy]
         sums = dict.fromkeys([*names, *VALUE_STATISTICS * c.uses_values], 0.0)
-        for i in range(0, len(which), c.mini_batch_size):
-            batch = rollouts.minibatch(which[i : i + c.mini_batch_size])
+        for part in self.passes(which):
+            batch = rollouts.minibatch(part or [0])
             weight = torch.full((len(batch.counts),), 1 / n_actions)
             if c.loss_aggregation == "sequence":
                 weight = 1 / (n_rollouts * batch.counts)
+            if not part:  # of another rank alone
+                weight = torch.zeros_like(weight)
             weight = expand(weight, batch.counts).to(self.device)
             loss, stats = self.loss(batch, weight, rollouts.kl_weight, train_policy)
             loss.backward()
@@ -614,10 +635,12 @@ class PPOTrainer:
             params = [p for p in model.parameters() if p.requires_grad]
             for p in params:  # a rank without rollouts in this step has no gradients
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if dist.is_initialized():
+                if self.sharded:
+                    p.grad *= self.world  # the backward pass has averaged it
+                elif dist.is_initialized():
                     dist.all_reduce(p.grad)
             limit = self.config.max_grad_norm or math.inf
-            norms[model] = torch.nn.utils.clip_grad_norm_(params, limit)
+            norms[model] = full(torch.nn.utils.clip_grad_norm_(params, limit))
             if not torch.isfinite(norms[model]):
                 raise FloatingPointError("a gradient is not finite")
             optimizer.step()
@@ -636,8 +659,11 @@ class PPOTrainer:
 
     def start_values_at(self, scores):
         """If the value head is all 0, sets its bias to the mean score; returns the change."""
-        head = (self.critic or self.policy).value_head
-        if any(bool(p.any()) for p in head.parameters()):
+        model = self.critic or self.policy
+        if self.sharded:
+            model.reshard()
+        head = model.value_head
+        if any(bool(full(p).any()) for p in head.parameters()):
             return 0.0
         total, n_rollouts = all_sum(scores, torch.tensor(len(scores)))
         torch.nn.init.constant_(head.bias, total / n_rollouts)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
-from checkpoint import model_from_checkpoint
+from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag
 from experiments.plan import GPUS
 from instruct import Template
@@ -281,14 +281,14 @@ def whole(*models):
         module.set_reshard_after_forward(module not in models, recurse=False)
 
 
-def load_full(model, state):
-    """load_state_dict with tensors that every process holds in full: a sharded parameter takes its
-    part of them."""
-    current = model.state_dict()
-    for name in current.keys() & state.keys():
-        if isinstance(current[name], DTensor):
-            state = state | {name: shard_like(current[name], state[name])}
-    model.load_state_dict(state)
+def sharded_state(model, state):
+    """A state_dict of a model, with tensors that every process holds in full, as load_state_dict
+    needs it: this process's part of each tensor that is sharded in the model."""
+    return state | {
+        name: shard_like(w, state[name])
+        for name, w in model.state_dict().items()
+        if isinstance(w, DTensor) and name in state
+    }
 
 
 def gathered(x, keep):
@@ -396,6 +396,8 @@ class Stage:
         """Raises ValueError for flags that are invalid, in combination or on this machine."""
         if run.args.vocab_source == "llama2" and run.args.vocab_size != 32000:
             raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
+        if run.args.fsdp and (run.world == 1 or run.dtype == torch.float16):
+            raise ValueError("--fsdp is for several processes (torchrun), in float32 or bfloat16")
 
     @staticmethod
     def shard_folders(args):
@@ -473,6 +475,8 @@ class Pretraining(Stage):
         if device == "cpu":
             library()  # compiles kernels.c before the first step, whose time is measured
         self.peak_flops = peak_matmul_flops(device, run.dtype) * run.world
+        if not args.fsdp:  # which shards fp32 weights and gathers them in half precision
+            halve_frozen([self.model], run.dtype)
         place(self.model, run)
         self.train, self.val = self.data("train"), self.data("val")
         self.position = self.tokens = 0  # samples, and tokens, read so far by all processes
@@ -506,14 +510,13 @@ class Pretraining(Stage):
         if not args.lora_rank:
             names = "lora_alpha", "lora_layers", "lora_dropout", "lora_4bit"
             yield names, "has no effect without --lora_rank"
+        else:
+            yield ["freeze_layers"], "has no effect with --lora_rank: adapters alone are trained"
 
     @classmethod
     def check(cls, run):
         super().check(run)
-        args, world = run.args, run.world
-        if args.fsdp and (world == 1 or run.dtype == torch.float16):
-            raise ValueError("--fsdp is for several processes (torchrun), in float32 or bfloat16")
-        steps = args.gradient_accumulation_steps
+        world, steps = run.world, run.args.gradient_accumulation_steps
         if steps > 1 and steps % world:
             raise ValueError(
                 f"{world} processes cannot share --gradient_accumulation_steps={steps}"

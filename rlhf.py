@@ -14,21 +14,46 @@ import math
 import time
 import traceback
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import ppo
-from checkpoint import choose_device, halve_frozen, load_checkpoint, model_from_checkpoint
+from checkpoint import (
+    checkpoint_args,
+    choose_device,
+    halve_frozen,
+    load_checkpoint,
+    model_from_checkpoint,
+)
 from common import flag, flag_names, printable, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
-from pretraining import MODEL_FLAGS, Stage, flags_decide, schedule
+from pretraining import (
+    MODEL_FLAGS,
+    MemoryFlags,
+    Stage,
+    flags_decide,
+    gathered,
+    place,
+    schedule,
+    sharded,
+    sharded_state,
+    whole,
+)
 from report import print_report
-from sft import InstructionFlags, LoRAFlags, Packed, add_lora, instructions, merged_state
+from sft import (
+    FreezeFlags,
+    InstructionFlags,
+    LoRAFlags,
+    Packed,
+    add_lora,
+    freeze_layers,
+    instructions,
+    merged_state,
+)
 from tinystories import Prompts, Windows
 from tokenizer import check_same_tokenizer, stop_ids
 
@@ -52,7 +77,9 @@ class RLHFFlags:
     reward_device: str = flag("", "device of the reward model; default: --device")
     ref_device: str = flag("", "device of the frozen reference model; default: --device")
     offload: bool = flag(
-        False, "move reference and reward model to CPU memory while they are unused"
+        False,
+        "move reference and reward model to CPU memory while they are unused (with --fsdp the "
+        "reward model alone: the reference is sharded)",
     )
     start_len: int = flag(30, "prompts are BOS and the first 0 to start_len - 1 tokens of a text")
     value_learning_rate: float = flag(
@@ -240,7 +267,7 @@ class RLHF(Stage):
     """PPO against a reward; one training iteration is one iteration of ppo.PPOTrainer."""
 
     prefix = "ppo_"
-    flags = RLHFFlags, ppo.PPOConfig, InstructionFlags, LoRAFlags
+    flags = RLHFFlags, ppo.PPOConfig, MemoryFlags, InstructionFlags, FreezeFlags, LoRAFlags
     # Published commands for PPO contain flags of pretraining. Those that describe the model are
     # compared with the checkpoint; the others are ignored.
     accepted = (
@@ -274,6 +301,11 @@ class RLHF(Stage):
             yield ["whiten_rewards"], "has no effect without --kl_in=reward"
         if not args.lora_rank:
             yield ["lora_alpha", "lora_layers"], "has no effect without --lora_rank"
+        elif args.advantage != "gae" or args.value_model == "shared":
+            yield ["freeze_layers"], "has no effect on adapters, only on a separate critic"
+        if args.fsdp:
+            yield ["checkpoint_activations"], "is part of --fsdp"
+            yield ["ref_device"], "has no effect with --fsdp, which shards the reference"
         critic = (
             "value_model",
             "lam",
@@ -304,6 +336,11 @@ class RLHF(Stage):
         super().check(run)
         for device in run.args.ref_device, run.args.reward_device:
             choose_device(device)
+        if run.args.fsdp and run.args.ptx_coef and run.args.batch_size < 8 * run.world:
+            raise ValueError(
+                f"--ptx_coef with --fsdp on {run.world} processes needs a text for each of them: "
+                f"--batch_size={8 * run.world} or more"
+            )
         if run.args.averaging >= 1:
             raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")
 
@@ -353,14 +390,21 @@ class RLHF(Stage):
             add_lora(self.model, args.lora_rank, args.lora_alpha, 0.0, args.lora_layers)
             if shared:
                 self.model.value_head.requires_grad_(True)
+        else:
+            freeze_layers(self.model, args.freeze_layers)
         self.ref_device = args.ref_device or run.device
-        if args.lora_rank and not args.offload and self.ref_device == run.device:
-            share_weights(reference, self.model)  # the reference is the model without its adapters
-        # In float16 the update, and so the model under the adapters, is in fp32.
-        update_in_fp32 = args.lora_rank and run.dtype == torch.float16
-        halve_frozen([self.model, reference], torch.float32 if update_in_fp32 else run.dtype)
-        self.model.to(run.device)
-        reference.to("cpu" if args.offload else self.ref_device)
+        self.offload = args.offload and not args.fsdp
+        if args.fsdp:
+            place(reference, run)
+        else:
+            if args.lora_rank and not self.offload and self.ref_device == run.device:
+                share_weights(reference, self.model)  # the model without its adapters
+            # In float16 the update, and so the model that is partly frozen, is in fp32.
+            partly_frozen = args.lora_rank or args.freeze_layers
+            update_in_fp32 = partly_frozen and run.dtype == torch.float16
+            halve_frozen([self.model, reference], torch.float32 if update_in_fp32 else run.dtype)
+            reference.to("cpu" if self.offload else self.ref_device)
+        place(self.model, run)
         self.load_texts(config)
         self.optimizers = [self.make_optimizer(self.model, args.learning_rate)]
         critic = None
@@ -372,12 +416,13 @@ class RLHF(Stage):
                     source = self.load_reward_model(path)
                 else:
                     self.check_tokenizer(path, source)
-            critic = build(source, TransformerWithValueHead).to(run.device)
+            critic = freeze_layers(build(source, TransformerWithValueHead), args.freeze_layers)
             if critic.args.vocab_size != self.model.args.vocab_size:
                 raise ValueError(
                     f"--value_model={path} has a vocabulary of {critic.args.vocab_size} tokens, "
                     f"the policy has {self.model.args.vocab_size}"
                 )
+            place(critic, run)
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.make_optimizer(critic, rate))
         self.trainer = ppo.PPOTrainer(
@@ -523,7 +568,7 @@ class RLHF(Stage):
         return torch.tensor([float(torch.as_tensor(s).sum()) for s in scores])
 
     @torch.no_grad()
-    def measure(self, model):
+    def measure(self, model, reference):
         """Statistics of a model for the report. Of its responses to held-out prompts: J, reward,
         exact KL to the reference in nats per response, lengths, the share that ended with an end
         token, and the loss of the reference in nats per token. Of held-out text: the loss of the
@@ -534,7 +579,7 @@ class RLHF(Stage):
         scores = self.scores(prompts, responses, ended)
         with t.autocast():
             kl, ref = ppo.kl_to_reference(
-                model, t.reference, prompts, responses, size, t.config.temperature
+                model, reference, prompts, responses, size, t.config.temperature
             )
         kl = float(kl.mean())
         lengths = torch.tensor([len(q) + len(r) for q, r in zip(prompts, responses)]).float()
@@ -574,16 +619,20 @@ class RLHF(Stage):
                 (Path(self.args.out_dir) / "ppo_report.json").unlink(missing_ok=True)
 
     def end(self):
+        states = gathered([self.trainer.reference.state_dict(), self.result()], self.rank == 0)
         if self.rank == 0:
-            self.report()
+            self.report(*states)
 
-    def report(self):
-        """Measures the reference and the result with the same prompts and random numbers. Writes
-        ppo_report.json and prints it, with the first response that PPO changed."""
-        reference = self.trainer.reference.to(self.ref_device)
-        result = deepcopy(reference)
-        result.load_state_dict(self.result(), strict=False)  # without a shared value head
-        before, after = self.measure(reference), self.measure(result)
+    def report(self, *states):
+        """Measures the reference and the result, of which `states` has the weights, with the same
+        prompts and random numbers. Writes ppo_report.json and prints it, with the first response
+        that PPO changed."""
+        models = []
+        for state in states:
+            state = {k: w for k, w in state.items() if not k.startswith("value_head.")}
+            source = {"model": state, "model_args": checkpoint_args(self.model.args)}
+            models.append(model_from_checkpoint(source, dropout=0.0).eval().to(self.ref_device))
+        before, after = (self.measure(model, models[0]) for model in models)
         pairs = list(zip(before.pop("texts"), after.pop("texts")))
         changed = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
         for measured, ids in zip((before, after), changed):
@@ -604,8 +653,8 @@ class RLHF(Stage):
         that they depend on."""
         a, c = self.args, self.trainer.config
         reference, names = self.trainer.reference, dict(self.trainer.reference.named_parameters())
-        full = {k: v for k, v in reference.state_dict().items() if k in names}
-        weights = float(sum(p.cpu().double().abs().sum() for p in full.values()))
+        full = [ppo.full(p) for k, p in reference.state_dict().items() if k in names]
+        weights = float(sum(p.cpu().double().abs().sum() for p in full))
         prompts = self.held_out.batch(0, a.roof_prompts)
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]
@@ -621,7 +670,8 @@ class RLHF(Stage):
             scores = None
         if scores is None:
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
-            with on_device(self.trainer.reference, self.ref_device, a.offload) as reference:
+            reference = self.trainer.reference
+            with on_device(reference, self.ref_device, self.offload), whole(reference):
                 responses, ended = self.sample(reference, prompts)
             scores = self.scores(prompts, responses, ended).view(a.roof_prompts, a.roof_samples)
             if self.rank == 0:
@@ -638,11 +688,12 @@ class RLHF(Stage):
         n_prompts = c.rollouts // c.group_size
         prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
-        rollouts = self.trainer.rollout(prompts, a.seed + iteration)
+        with whole(self.model):
+            rollouts = self.trainer.rollout(prompts, a.seed + iteration)
         t1 = time.perf_counter()
         scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
         self.last = rollouts.queries[0], rollouts.responses[0], scores[0]
-        with on_device(self.trainer.reference, self.ref_device, a.offload):
+        with on_device(self.trainer.reference, self.ref_device, self.offload):
             stats = self.trainer.step(rollouts, scores)
         t2 = time.perf_counter()
         # Advanced last, so that the prompts are used again after an error of the reward function.
@@ -683,14 +734,10 @@ class RLHF(Stage):
     def result(self):
         """The resulting weights: those of the policy, or their average with --averaging, with
         adapters merged."""
-        if not self.args.lora_rank:
-            return self.trainer.average or self.model.state_dict()
-        result = deepcopy(self.model)
-        result.load_state_dict(self.trainer.average or self.model.state_dict())
-        return merged_state(result)
+        return merged_state(self.model, self.trainer.average)
 
     def state(self):
-        return {
+        state = {
             "model": self.result(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "position": self.position,
@@ -702,13 +749,19 @@ class RLHF(Stage):
                 "first": self.first,
             },
         }
+        return gathered(state, keep=self.rank == 0)
 
     def load_state(self, checkpoint):
-        state = checkpoint["ppo"]
-        self.model.load_state_dict(state["policy"])
-        models = (self.model, self.trainer.critic)
-        for name, model in zip(("optimizer", "critic_optimizer"), models):
-            state[name] = state[name] and two_groups(state[name], model)
+        state, critic = checkpoint["ppo"], self.trainer.critic
+        self.model.load_state_dict(sharded_state(self.model, state["policy"]))
+        if critic is not None:
+            state["critic"] = sharded_state(critic, state["critic"])
+        if self.trainer.average is not None and state["average"] is not None:
+            state["average"] = sharded_state(self.model, state["average"])
+        models = (self.model, critic)
+        names = "optimizer", "critic_optimizer"
+        for name, model, optimizer in zip(names, models, self.optimizers):
+            state[name] = sharded(two_groups(state[name], model), optimizer)
         with flags_decide(self.optimizers, counters=("steps", "scale")):
             self.trainer.load_state_dict(state)
         self.position, self.ptx_position = checkpoint["position"], state["ptx_position"]

@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import halve_frozen, model_from_checkpoint
+from checkpoint import model_from_checkpoint
 from common import flag
 from instruct import Instructions
 from model import Transformer, generate
-from pretraining import CompileFlags, MemoryFlags, Pretraining, TextFlags, gathered, load_full
+from pretraining import CompileFlags, MemoryFlags, Pretraining, TextFlags, gathered, sharded_state
 from tokenizer import stop_ids
 
 # ----------------------------------------------------------------------------
@@ -100,10 +100,15 @@ class LoRALinear(nn.Linear):
     def product(self, x):
         return self.linear.forward(self, x)
 
-    def merged(self):
-        """The weight (out, in) with the adapter added, in fp32."""
-        weight = getattr(self, "master", self.weight).to(self.lora_b.device)  # see halve_frozen
-        return weight + self.scale * self.lora_b @ self.lora_a
+    def frozen(self):
+        """The weight (out, in) without the adapter, in fp32."""
+        return getattr(self, "master", self.weight).to(self.lora_b.device)  # see halve_frozen
+
+    def merged(self, lora_a=None, lora_b=None):
+        """The weight (out, in) with the adapter, or with another one of the same shape, added, in
+        fp32."""
+        a, b = (self.lora_a, self.lora_b) if lora_a is None else (lora_a, lora_b)
+        return self.frozen() + self.scale * b @ a
 
 
 class FourBitProduct(torch.autograd.Function):
@@ -150,8 +155,8 @@ class FourBitLoRALinear(LoRALinear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return FourBitProduct.apply(x, self)
 
-    def merged(self):
-        return self.dequantized() + self.scale * self.lora_b @ self.lora_a
+    def frozen(self):
+        return self.dequantized()
 
 
 def four_bit_library():
@@ -193,14 +198,14 @@ def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False)
     return model
 
 
-def merged_state(model):
-    """The state_dict of a model with its adapters, if there are any, merged into its weights."""
-    state = model.state_dict()
+def merged_state(model, state=None):
+    """The state_dict of a model, or `state`, which is another one of it, with the adapters, if
+    there are any, merged into the weights."""
+    state = dict(model.state_dict() if state is None else state)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            for key in module.state_dict():
-                del state[f"{name}.{key}"]
-            state[f"{name}.weight"] = module.merged().detach()
+            own = {key: state.pop(f"{name}.{key}") for key in module.state_dict()}
+            state[f"{name}.weight"] = module.merged(own["lora_a"], own["lora_b"]).detach()
     return state
 
 
@@ -324,8 +329,6 @@ class FineTuning(InstructionStage):
         a, model = self.args, super().build(checkpoint)
         if a.lora_rank:
             add_lora(model, a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_layers, a.lora_4bit)
-            if not a.fsdp:  # FSDP shards fp32 weights and gathers them in half precision
-                halve_frozen([model], self.run.dtype)
         return model
 
     def data(self, split):
@@ -401,5 +404,5 @@ class FineTuning(InstructionStage):
                 "(--lora_rank, ...)"
             )
         if current:
-            load_full(self.model, checkpoint["unmerged"])
+            self.model.load_state_dict(sharded_state(self.model, checkpoint["unmerged"]))
         super().load_state(checkpoint)

@@ -73,8 +73,9 @@ from tokenizer import check_place, copy_tokenizer, load_tokenizer
 STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": RLHF}
 # Flags that may change when a run is resumed, without making it a different run.
 FREE_FLAGS = {
-    *("out_dir", "init_from", "tokenizer", "device", "compile", "fsdp", "max_iters", "ppo_iters"),
+    *("out_dir", "init_from", "tokenizer", "device", "compile", "max_iters", "ppo_iters"),
     *("eval_interval", "eval_iters", "eval_only", "log_interval", "always_save_checkpoint"),
+    *("fsdp", "checkpoint_activations"),
     *("tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "ppo_debug"),
     *("roof_prompts", "roof_samples", "report_rollouts"),
     *("plot", "plan", "plan_gpu", "plan_mfu"),

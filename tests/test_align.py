@@ -246,10 +246,25 @@ def test_reward_model_learns_and_is_normalised(home, rm):
     assert scores.mean().abs() < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
 
 
-def test_frozen_layers_stay(home, tmp_path):
-    run(home, tmp_path, rm=True, freeze_layers=1, max_iters=4)
+def sft_data(home, folder):
+    """Replies of different lengths, in a file."""
+    folder.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
+    rows = [
+        {"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
+        for i, r in enumerate(rows)
+    ]
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "sft.jsonl"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_frozen_layers_stay(home, tmp_path, stage):
+    """(test_ppo_in_shards tests PPO.)"""
+    data = sft_data(home, tmp_path) if stage == "sft" else home / "pairs.jsonl"
+    run(home, tmp_path, freeze_layers=1, max_iters=4, data=data, **{stage: True})
     before = load_checkpoint(home / "ckpt.pt")["model"]
-    after = load_checkpoint(tmp_path / "rm_ckpt.pt")["model"]
+    after = load_checkpoint(tmp_path / f"{stage}_ckpt.pt")["model"]
     frozen = {k for k in before if torch.equal(before[k], after[k])}
     first = {k for k in before if k.startswith(("layers.0.", "tok_embeddings", "output"))}
     assert frozen == first
@@ -269,18 +284,6 @@ def test_resumes_to_the_bit(home, tmp_path, stage):
     if stage == "dpo":
         start = load_checkpoint(home / "ckpt.pt")["model"]
         assert all(torch.equal(v, start[k]) for k, v in parts["dpo"]["reference"].items())
-
-
-def sft_data(home, folder):
-    """Replies of different lengths, in a file."""
-    folder.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in (home / "pairs.jsonl").open()]
-    rows = [
-        {"prompt": r["prompt"], "response": " ".join(r["completions"] * (i % 3 == 0) + ["it"])}
-        for i, r in enumerate(rows)
-    ]
-    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "sft.jsonl"
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
@@ -363,6 +366,79 @@ def test_two_processes_learn_the_same(home, tmp_path, stage, extra, fsdp):
         assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
         run(home, tmp_path / "one", **flags | dict(fsdp=False))
         same()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(averaging=0.5, freeze_layers=1, ptx_coef=0.1, batch_size=16),
+        dict(value_model="shared", lora_rank=2, averaging=0.5, ppo_epochs=2),
+        dict(advantage="rloo", group_size=3, kl_penalty="kl", kl_in="reward", rollouts=15),
+    ],
+    ids=["critic", "lora", "rloo"],
+)
+def test_ppo_in_shards(home, tmp_path, extra):
+    """PPO of sharded models on two processes has the statistics and the weights of one process,
+    also where one rank has fewer rollouts, and more forward passes, than the other. The checkpoint
+    resumes on one process, and in shards."""
+    flags = {
+        "ppo": True,
+        "ppo_iters": 2,
+        "rollouts": 20,
+        "batch_size": 4,
+        "ppo_warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "decay_lr": False,
+        "roof_prompts": 2,
+        "roof_samples": 2,
+        "report_rollouts": 4,
+        "reward": f"{home}/reward.py:f",
+        **extra,
+    }
+    (home / "reward.py").write_text(
+        "def f(prompts, responses):\n    return [r.count('e') - len(r) / 9 for r in responses]\n"
+    )
+
+    def line(folder, **more):
+        values = argv(home, tmp_path / folder, **flags | more)
+        names = "--max_iters", "--eval_iters", "--warmup_iters"
+        return [v for v in values if not v.startswith(names)]
+
+    def both(**more):
+        two = processes(2, line("two", fsdp=True, **more), tmp_path)
+        assert [finish(p) for p in two] == [0, 0], (tmp_path / "rank0.txt").read_text()
+
+    def same():
+        logs = ([json.loads(x) for x in (tmp_path / d / "ppo_log.jsonl").open()] for d in names)
+        for a, b in zip(*logs, strict=True):
+            a, b = ({k: v for k, v in r.items() if not k.startswith("time/")} for r in (a, b))
+            assert a == pytest.approx(b, abs=1e-4, rel=1e-3)
+        one, two = (load_checkpoint(tmp_path / d / "ppo_ckpt.pt") for d in names)
+        for part in ("model", ("ppo", "critic"), ("ppo", "average"), ("ppo", "reference")):
+            a, b = (x[part] if part == "model" else x[part[0]][part[1]] for x in (one, two))
+            assert (a is None) == (b is None)
+            for name, w in (a or {}).items():
+                torch.testing.assert_close(b[name], w, atol=1e-4, rtol=1e-3)
+        reports = [json.loads((tmp_path / d / "ppo_report.json").read_text()) for d in names]
+        for name in ("objective", "kl", "ref_loss"):
+            found = [r["after"][name] for r in reports]
+            assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+    names = "one", "two"
+    train.main(line("one"))
+    both()
+    same()
+    frozen = "layers.0.attention.wq.weight"
+    start, end = (load_checkpoint(p) for p in (home / "ckpt.pt", tmp_path / "two/ppo_ckpt.pt"))
+    assert torch.equal(start["model"][frozen], end["model"][frozen]) == ("freeze_layers" in extra)
+    more = dict(init_from="resume", ppo_iters=3)
+    for folder in names:
+        train.main(line(folder, **more))
+    same()
+    more["ppo_iters"] = 4
+    train.main(line("one", **more))
+    both(**more)
+    same()
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])

@@ -346,7 +346,7 @@ def test_errors(home, tmp_path, capsys):
         (f"{v512} --n_heads=4 --n_kv_heads=3", 1, "must be a multiple of n_kv_heads"),
         (f"{v512} --dropout=1.5", 1, "dropout must be in"),
         (f"{v512} --device=tpu", 1, "expected cpu, cuda"),
-        (f"{v512} --fsdp", 1, "--fsdp is for pretraining with torchrun"),
+        (f"{v512} --fsdp", 1, "--fsdp is for several processes"),
         (f"{v512} --out_dir={tmp_path / 'good/ckpt.pt'}", 1, "File exists"),
         (f"{v512} --out_dir=/proc/none", 1, "/proc/none: "),
         (
