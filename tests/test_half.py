@@ -15,7 +15,6 @@ import ppo
 import preferences
 import pretraining
 import rlhf
-import sft
 from checkpoint import halve_frozen, model_from_checkpoint
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from preferences import score
@@ -127,6 +126,8 @@ STAGES = {
     "ppo": BASE["--ppo"],
     "ppo, adapters, average": dict(BASE["--ppo"], lora_rank=2, averaging=0.5),
     "ppo, adapters, float16": dict(BASE["--ppo"], lora_rank=2, dtype="float16"),
+    "ppo, frozen layers": dict(BASE["--ppo"], freeze_layers=1),
+    "ppo, frozen layers, float16": dict(BASE["--ppo"], freeze_layers=1, dtype="float16"),
     "ppo, adapters, offload": dict(BASE["--ppo"], lora_rank=2, offload=True),
     "ppo, reward model": dict(BASE["--ppo"], reward="{}/rm_ckpt.pt", data="{}/a.jsonl"),
     "dpo": dict(COMMON, dpo=True, max_iters=2, eval_iters=1, warmup_iters=0, max_gen_len=4)
@@ -148,7 +149,7 @@ def test_runs_are_those_of_weights_in_fp32(home, tmp_path, capsys, monkeypatch, 
     halved = []
 
     def results(halve):
-        for module in (sft, preferences, rlhf):
+        for module in (pretraining, preferences, rlhf):
             monkeypatch.setattr(module, "halve_frozen", halve)
         found = outcome(home, tmp_path / "out", capsys, monkeypatch, **flags)
         assert found["error"] == ""
