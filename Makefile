@@ -122,9 +122,10 @@ run: run.c
 test: .venv/installed .venv/tested run
 	$(PY) -m pytest -q -n auto --maxprocesses=8 --dist=loadfile tests
 
-# Speeds of this project; `bench/bench_run.py --help` says how to measure other projects beside it.
+# Speeds of this project; `--help` of bench_run.py and bench_trl.py says how to measure other projects
+# beside it.
 bench: $(DEMO)/pretrained run
-	for b in bench/bench_*.py; do $(PY) $$b || exit 1; done
+	for b in $(filter-out bench/bench_trl.py,$(wildcard bench/bench_*.py)); do $(PY) $$b || exit 1; done
 
 # Reward against KL for several beta beside the best achievable: experiments/frontier.py.
 frontier: $(DEMO)/pretrained

@@ -140,7 +140,7 @@ def run_ours(a, method, rate):
     with tempfile.TemporaryDirectory() as folder:
         flags = [*OURS, *METHODS[method].split(), f"--ppo_iters={iterations}"]
         flags += [f"--init_from={a.checkpoint}", f"--data={a.data}", f"--out_dir={folder}"]
-        flags += [f"--learning_rate={rate}"] if rate else []
+        flags += [*([f"--learning_rate={rate}"] if rate else []), *a.our_flags.split()]
         with redirect_stdout(StringIO()):
             stage = train.start(train.setup(train.flags(flags)))
         result = model_from_checkpoint(load_checkpoint(a.checkpoint)).requires_grad_(False)
@@ -370,7 +370,7 @@ def their_steps(a, task):
             loss = model(**collate(batches[i])).loss
             loss.backward()
             update(model, optimizer)
-            return float(loss)
+            return loss.item()
 
         return step
     config = trl.DPOConfig(
@@ -390,9 +390,10 @@ def their_steps(a, task):
     optimizer = trainer.create_optimizer()
 
     def step(i):
+        trainer.current_gradient_accumulation_steps = 1
         loss = trainer.training_step(trainer.model, trainer.data_collator(batches[i]))
         update(trainer.model, optimizer)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -500,6 +501,7 @@ def main(argv=None):
         default="",
         help="python of an environment with trl==0.11.4, for trl-ppo (left out without it)",
     )
+    parser.add_argument("--our_flags", default="", help="further flags of train.py for our rows")
     parser.add_argument("--trl_batch", type=int, default=50, help="rollouts per step of TRL")
     parser.add_argument("--steps", default="", help="sft, dpo, or both: time optimizer steps")
     parser.add_argument("--instructions", default="instructions.json", help="the data for sft")

@@ -122,7 +122,8 @@ def test_advantages_and_loss_are_trls(home, tmp_path, kind):  # noqa: F811
     """Two prompts with four responses each, policy and reference apart: TRL's KL estimates (k1 in
     the rewards of RLOO, k3 in the loss of GRPO), advantages, and GRPO's clipped loss."""
     beta, scores = 0.3, torch.randn(8)
-    args = ModelArgs(32, 2, 4, 2, VOCAB, multiple_of=8, max_seq_len=64)
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, max_seq_len=64)
+    args = ModelArgs(vocab_size=VOCAB, **sizes)
     policy, reference = (accelerate(moved(Transformer(args), seed, 0.3)) for seed in (1, 2))
     hf_policy, tokenizer = as_hf(policy, home, tmp_path / "policy")
     as_hf(reference, home, tmp_path / "reference")
