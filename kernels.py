@@ -114,6 +114,8 @@ def compiled(source):
         if is_private(target, stat.S_ISREG):
             return target
     temporary = target.with_suffix(f".{os.getpid()}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("compiling kernels.c; this is done once", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
             [*command, str(source), "-o", str(temporary), "-lm"], capture_output=True

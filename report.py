@@ -215,7 +215,8 @@ def print_report(found):
     gap = best - before["objective"]
     closed = "J was as high before PPO, within both errors"
     if gap > 0:
-        closed = f"{(after['objective'] - before['objective']) / gap:.0%} of the gap closed"
+        share = (after["objective"] - before["objective"]) / gap
+        closed = f"{round(share, 2) + 0:.0%} of the gap closed"  # + 0: no -0%
     print(f"  {'best achievable J (J*), 95 % interval':<40}{best:8.3f} ±{error:.3f}\n  {closed}")
     print("\n  tokens     before" + " " * 26 + "after")
     lengths = before["lengths"] + after["lengths"]

@@ -681,8 +681,8 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
             "to make the missing shards"
         ) from None
     print(
-        f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date; "
-        f"{n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
+        f"{folder}: {len(todo)} shards written, {len(shards) - len(todo)} up to date;\n"
+        f"    {n_stories:,} stories, {n_tokens:,} tokens in {time.time() - start:.1f} s; "
         f"tokenizer {model_path}"
     )
     if len(shards) == 1:

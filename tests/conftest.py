@@ -7,6 +7,7 @@ without it, shared/data in or beside the checkout is tried. Tests that need it s
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # One thread: the models here are too small to share, and tests may run side by side.
@@ -19,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
+
+with suppress(OSError, ValueError):  # so that no test sees the line that announces it
+    kernels.compiled(Path(kernels.__file__).with_name("kernels.c"))
 
 _candidates = [os.environ.get("STORIES_DATA"), ROOT / "shared/data", ROOT.parent / "shared/data"]
 DATA = next((Path(p) for p in _candidates if p and (Path(p) / "stories260K").is_dir()), None)

@@ -316,6 +316,14 @@ def test_the_report_fits_the_terminal(monkeypatch):
     assert len(rows) > 40 and max(map(len, rows)) <= 80, max(rows, key=len)
 
 
+def test_report_without_any_change(capsys):
+    part = dict.fromkeys(("reward", "kl", "length_mean", "length_std", "ended", "ref_loss"), 1.0)
+    part |= {"lengths": [9], "story": ""}
+    before, after = part | {"objective": -1.0}, part | {"objective": -1.001}
+    report.print_report(dict(beta=0.1, roof=(-0.5, 0.01), before=before, after=after))
+    assert " 0% of the gap closed" in capsys.readouterr().out
+
+
 def test_time_left(tmp_path, monkeypatch):
     """From the steps after the first, the late ones more than the early ones, by the clock, so that
     what lies between them counts."""

@@ -70,6 +70,17 @@ def test_library_is_in_a_private_folder(code, tmp_path):
 
 
 @needs_cc
+def test_compilation_is_announced_once(code, monkeypatch, capsys):
+    kernels.compiled(code / "kernels.c")
+    assert capsys.readouterr() == ("", "compiling kernels.c; this is done once\n")
+    kernels.compiled(code / "kernels.c")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another process of torchrun
+    monkeypatch.setenv("CC", "cc -DX")
+    kernels.compiled(code / "kernels.c")
+    assert capsys.readouterr() == ("", "")
+
+
+@needs_cc
 @pytest.mark.parametrize("attack", ["owner", "mode", "link", "file", "file link", "parent"])
 def test_planted_library_is_not_loaded(code, tmp_path, attack, monkeypatch):
     """Another user has put a library under the name of ours: its code must not run."""
@@ -145,7 +156,7 @@ def test_message_without_a_library(code, tmp_path, cc, says, monkeypatch, capsys
     if cc != "no-such-cc" and not shutil.which("cc"):
         pytest.skip("needs a C compiler")
     assert load() is None
-    text = capsys.readouterr().err
+    text = capsys.readouterr().err.removeprefix("compiling kernels.c; this is done once\n")
     assert (
         text.startswith("note: kernels.c is not used: ") and says in text and text.count("\n") == 1
     )
