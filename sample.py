@@ -223,10 +223,10 @@ def main(argv=None):
 
 def run(args):
     device = choose_device(args.device)
-    torch.manual_seed(args.seed)
     checkpoint = load_checkpoint(args.checkpoint)
     check_generates(checkpoint, args.checkpoint)
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(device).eval()
+    torch.manual_seed(args.seed)  # after the model, whose initial weights use random numbers
     tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
     if args.compile:
         model.compile()
