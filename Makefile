@@ -25,7 +25,9 @@ RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=30 --learning_rate=3e-4 \
            --roof_prompts=16 --roof_samples=16 --report_rollouts=200
 DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --eval_iters=25
 
-.PHONY: demo frontier rlhf test bench run clean
+SERVER = 'starlette>=0.40' 'uvicorn>=0.30'
+
+.PHONY: demo chat frontier rlhf test bench run clean
 .DELETE_ON_ERROR:
 
 # PPO prints its report at its end; where PPO had been run before, the report is printed again.
@@ -40,6 +42,10 @@ demo: $(DEMO)/model.bin run
 	@echo '  $(PY) train.py --out_dir=$(DEMO) --plot   # curves of both stages'
 	@echo '  make rlhf                # from a language model to an assistant'
 
+# A page in the browser, with the model that PPO trained beside the one that it started from.
+chat: $(DEMO)/aligned .venv/serves
+	$(PY) serve.py --checkpoint=$(DEMO)/ppo_ckpt.pt --reward=length
+
 rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	$(PY) experiments/story_task.py $(RLHF)
 
@@ -47,6 +53,10 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/serves: | .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check $(SERVER)
 	touch $@
 
 # Libraries that the tests compare the exports with. Tests of a library that cannot be installed are

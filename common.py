@@ -357,6 +357,14 @@ def run_main(main):
         sys.exit(1)
 
 
+class Refused(Exception):
+    """An answer to a request that is not served; `status` is that of HTTP."""
+
+    def __init__(self, status, message, code=None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
 def note(message):
     """Print a line on stderr, in the process of rank 0 only."""
     if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,6 @@
 """
-Formats of other projects: Hugging Face (transformers, PEFT), Meta and GGUF. export.py has the
-commands.
+Formats of other projects: Hugging Face (transformers, PEFT), Meta and GGUF, for which export.py has
+the commands; and OpenAI's API, for serve.py.
 
 The formats have the same tensors under other names; Hugging Face also orders the rows of wq and wk
 differently. An imported model is read in parts of tensors, so that it is in memory only once. A
@@ -17,17 +17,20 @@ import json
 import mmap
 import os
 import re
+import secrets
 import shutil
 import struct
 import tempfile
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
-from common import note, read_json
+from common import Refused, note, read_json
 from instruct import ended
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import (
@@ -1728,3 +1731,120 @@ def gguf_to_json(header, tokens, types, pre):
         vocab=vocab,
         merges=[list(pair) for pair in merges],
     )
+
+
+# -----------------------------------------------------------------------------
+# OpenAI's API, for serve.py
+
+# Parameters: default, of the type that is expected, lowest and highest value
+KINDS = dict(temperature=(1.0, 0, 100), top_k=(0, 0, 2**31), top_p=(1.0, 0, 1), n=(1, 1, 128))
+KINDS |= dict(max_tokens=(0, 1, 2**31), stream=(False, 0, 1), return_token_ids=(False, 0, 1))
+STORY = KINDS | dict(logprobs=(-1, 0, 20))
+CHAT = KINDS | dict(logprobs=(False, 0, 1), top_logprobs=(0, 0, 20))
+CHAT |= dict(max_completion_tokens=(0, 1, 2**31))
+OTHERS = {"model", "prompt", "messages", "seed", "stop", "stream_options"}
+NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Parameters that are accepted with the value that has no effect
+NEUTRAL = dict(best_of=1, echo=False, suffix="", frequency_penalty=0, presence_penalty=0, tools=[])
+NEUTRAL |= dict(logit_bias={}, response_format={"type": "text"}, modalities=["text"])
+
+
+def api_value(body, name, default, low=0, high=1):
+    """The value of a parameter. Raises Refused unless it has the type of `default` and is from
+    `low` to `high`."""
+    x, kind = body.get(name), type(default)
+    if x is None:
+        return default
+    if type(x) not in ((int, float) if kind is float else (kind,)) or not low <= x <= high:
+        number = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
+        raise Refused(400, f"{name} must be {'true or false' if kind is bool else number}")
+    return kind(x)
+
+
+def api_parameters(body, chat):
+    """The parameters of a request as a namespace, checked."""
+    kinds, stop = CHAT if chat else STORY, body.get("stop") or []
+    for name in body.keys() - kinds.keys() - OTHERS - NO_EFFECT:
+        if body[name] is not None and body[name] != NEUTRAL.get(name):
+            raise Refused(400, f"the parameter {name[:40]!r} is not supported")
+    stop, options = [stop] if isinstance(stop, str) else stop, body.get("stream_options") or {}
+    if not isinstance(options, dict) or not isinstance(stop, list) or len(stop) > 4:
+        raise Refused(400, "stream_options must be an object, stop a string or up to 4 strings")
+    if not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
+        raise Refused(400, "stop: expected strings of 1 to 200 characters")
+    p = SimpleNamespace(
+        chat=chat, stop=stop, rows=[], usage=api_value(options, "include_usage", False)
+    )
+    vars(p).update({name: api_value(body, name, *kind) for name, kind in kinds.items()})
+    p.seed = api_value(body, "seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1)
+    if chat:
+        p.logprobs = p.top_logprobs if p.logprobs else -1
+        p.max_tokens = p.max_completion_tokens or p.max_tokens
+    return p
+
+
+def api_error(e):
+    """The answer to a request that is refused, in OpenAI's format."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(e.status)
+    kind = kind or ("server_error" if e.status >= 500 else "invalid_request_error")
+    return {"error": {"message": str(e), "type": kind, "param": None, "code": e.code}}
+
+
+def api_token(text, logprob, top=None):
+    """A token in the log-probabilities of a chat."""
+    made = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return made if top is None else {**made, "top_logprobs": [api_token(*x) for x in top]}
+
+
+def api_usage(p, items):
+    """The usage of a request; `items` has the tokens of each response."""
+    prompt, n = sum(map(len, p.prompts)), sum(map(len, items))
+    return {"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n}
+
+
+def api_choice(p, tokenizer, i, text, items, reason, sent="", first=True):
+    """An element of `choices`: new text of response i and its tokens, (text, id, log-probability,
+    [(id, log-probability) of alternatives]). `sent` is the text that a stream sent earlier, `first`
+    says whether the element is the first of its response."""
+    content, logprobs = {"text": text}, None
+    if p.chat:
+        role = {"role": "assistant"} if first else {}
+        content = {"delta" if p.stream else "message": {**role, "content": text}}
+    if p.logprobs >= 0:
+        words, _, chosen, likely = zip(*items)
+        likely = [[(tokenizer.token_text(t), q) for t, q in top] for top in likely]
+        logprobs = {"content": list(map(api_token, words, chosen, likely))}
+        if not p.chat:
+            offsets = list(itertools.accumulate(map(len, words), initial=len(sent)))[:-1]
+            logprobs = {"tokens": words, "token_logprobs": chosen, "text_offset": offsets}
+            logprobs["top_logprobs"] = list(map(dict, likely))
+    ids = {"token_ids": [x[1] for x in items]} if p.return_token_ids else {}
+    if ids and first:
+        ids["prompt_token_ids"] = p.rows[i].prompt
+    return {"index": i, **content, "logprobs": logprobs, "finish_reason": reason, **ids}
+
+
+def api_head(p):
+    """What all parts of an answer have in common."""
+    kind = "chat.completion" + ".chunk" * p.stream if p.chat else "text_completion"
+    head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
+    return {**head, "model": p.model}
+
+
+async def api_stream(p, tokenizer, pieces):
+    """A streamed answer: server-sent events, from an asynchronous generator of the arguments of
+    api_choice, (i, text, items, reason)."""
+    head, sent, items = api_head(p), [""] * len(p.rows), [[] for _ in p.rows]
+    try:
+        async for i, text, new, reason in pieces:
+            choice = api_choice(p, tokenizer, i, text, new, reason, sent[i], not items[i])
+            sent[i], items[i] = sent[i] + text, items[i] + new
+            yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+        if p.usage:
+            last = {**head, "choices": [], "usage": api_usage(p, items)}
+            yield f"data: {json.dumps(last)}\n\n"
+        yield "data: [DONE]\n\n"
+    except Refused as e:
+        yield f"data: {json.dumps(api_error(e))}\n\n"
+    finally:
+        await pieces.aclose()

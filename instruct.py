@@ -120,6 +120,24 @@ class Template(NamedTuple):
                 return turns[first:]
         return []
 
+    def chat(self, tokenizer, messages, room):
+        """
+        The prompt of `messages` (see read_messages), of which the last is the user's, without the
+        oldest turns if it has more than `room` tokens. Raises ValueError.
+        """
+        messages, system = read_messages(messages, "messages", []), ""
+        if messages and messages[0][0] == "system":
+            system = messages.pop(0)[1]
+        if system and not self.system:
+            raise ValueError(f"the template {self.turn!r} has no place for a system prompt")
+        turns = exchanges(messages, replies=False)
+        if turns[-1][1] is not None:
+            raise ValueError("the last message must be the user's")
+        turns = self.fit(tokenizer, turns, system, room)
+        if not turns:
+            raise ValueError(f"the last message is too long: the prompt may have {room} tokens")
+        return self.prompt(tokenizer, turns, system)
+
     def end(self, tokenizer):
         """The id of the token that ends a reply."""
         return self.sides(tokenizer, self.turn, "")[1][0]

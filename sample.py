@@ -7,9 +7,14 @@ python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="Write short texts
 """
 
 import argparse
+import asyncio
 import sys
 import time
+import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import common  # noqa: F401  first: it reports missing packages
 
@@ -18,9 +23,9 @@ import torch
 
 import kernels
 from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
-from common import boolean, parse_args, printable, run_main
+from common import Refused, boolean, parse_args, printable, run_main
 from instruct import find_template
-from model import generate
+from model import Batch, choose_tokens, generate
 from tokenizer import own_tokenizer, stop_ids
 
 
@@ -113,26 +118,57 @@ def read_prompts(start):
     return prompts
 
 
+class Text:
+    """The text of a growing sequence of tokens that begins with `prompt`, piece by piece. A
+    character is held back until all tokens of its bytes are added. `show` also holds back what may
+    be the beginning of one of the strings `stops`, and cuts the text before the first of them."""
+
+    def __init__(self, tokenizer, prompt, stops=()):
+        self.decode, self.ids = tokenizer.decode, list(prompt)
+        self.start, self.end = 0, len(prompt)  # the text up to `end` has been returned
+        self.stops, self.held, self.stopped = stops, "", False
+
+    def add(self, token):
+        """The text that a token adds, "" if its character is incomplete."""
+        self.ids.append(token)
+        text = self.decode(self.ids[self.start :])
+        return "" if text.endswith("\ufffd") else self.rest()  # the replacement character
+
+    def rest(self):
+        """The text that is held back, which may end in an incomplete character."""
+        text = self.decode(self.ids[self.start :])
+        text = text[len(self.decode(self.ids[self.start : self.end])) :]
+        if text.strip():  # a sequence loses its leading spaces; BOS and EOS decode to nothing
+            self.start = self.end
+        self.end = len(self.ids)
+        return text
+
+    def show(self, text, last):
+        """The text that can be shown after `text` was added, which is the `last` or not."""
+        text = self.held + text
+        found = [(text.index(s) + len(s), text.index(s)) for s in self.stops if s in text]
+        begun = [n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])]
+        n = min(found)[1] if found else len(text) - (0 if last else max(begun, default=0))
+        self.held, self.stopped = text[n:], bool(found)
+        return text[:n]
+
+
 class Stream:
-    """Prints the text of a growing sequence of tokens. The bytes of an incomplete character are
-    held back until the rest of them is generated."""
+    """Prints the text of a growing sequence of tokens."""
 
     def __init__(self, tokenizer, prompt):
-        self.tokenizer, self.tokens, self.shown = tokenizer, list(prompt), ""
+        self.text, self.prompt = Text(tokenizer, prompt), tokenizer.decode(prompt)
 
     def __call__(self, row, token):
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)  # BOS and EOS decode to nothing
-        if not text.endswith("\ufffd"):  # the replacement character: a character is incomplete
-            self.show(text)
+        self.show(self.text.add(token))
 
     def show(self, text):
-        print(printable(text[len(self.shown) :]), end="", flush=True)
-        self.shown = text
+        print(printable(self.prompt + text), end="", flush=True)
+        self.prompt = ""
 
     def close(self):
-        """Prints the rest, which may end in an incomplete character, and ends the line."""
-        self.show(self.tokenizer.decode(self.tokens))
+        """Prints the rest of the text and ends the line."""
+        self.show(self.text.rest())
         print()
 
 
@@ -206,6 +242,231 @@ def chat(model, tokenizer, template, end_ids, args):
             print(f"(cut short: {why})", file=sys.stderr)
         turns = [*fitting[:-1], (user, reply[:-1] if ended else reply)]
     print()
+
+
+# ----------------------------------------------------------------------------
+# requests that share a batch (serve.py)
+
+
+@dataclass
+class Row:
+    """One response that is being generated."""
+
+    index: int  # of the response in its request
+    prompt: list  # token ids
+    uniform: torch.Tensor  # (limit,) a random number in [0, 1) for each token
+    sampling: tuple  # temperature, top_k, top_p
+    alternatives: int  # number of most likely tokens reported with each token; -1: nothing
+    receive: object  # receive((row, new tokens, their log-probabilities, finish reason or None))
+    sent: int = 0  # number of tokens that were passed to `receive`
+    cancelled: bool = False
+
+
+class Lane:
+    """A model and the Batch that requests share: rows join as others end. Slot i holds the row that
+    is the Batch's prompt number i."""
+
+    def __init__(self, model, stops, slots):
+        self.model, self.stops, self.slots, self.waiting = model, stops, [None] * slots, deque()
+        self.device, self.steps = model.output.weight.device, 1
+
+    def busy(self):
+        return bool(self.waiting) or any(self.slots)
+
+    def reset(self):
+        """Empties the batch and the queue; returns their rows."""
+        rows = [row for row in [*self.slots, *self.waiting] if row]
+        self.waiting.clear()
+        n, context = len(self.slots), self.model.args.max_seq_len
+        self.slots, on = [None] * n, dict(device=self.device)
+        ids = torch.zeros(n, dtype=torch.long, **on)
+        self.batch = Batch(
+            cache=self.model.new_cache(n, context),
+            prompt=ids[:0],
+            current=ids[:0],
+            tokens=torch.full((n, context), -1, **on),
+            probabilities=torch.ones(n, context, **on),
+            lengths=ids.clone(),
+            limits=ids.clone(),
+            uniform=torch.zeros(n, context, **on),
+            stop_ids=torch.tensor(sorted(self.stops), dtype=torch.long, **on),
+            sampling=(1.0, 0, 1.0),
+        )
+        return rows
+
+    def admit(self):
+        """Starts waiting rows in free slots, with one forward pass over their prompts."""
+        b, new, size = self.batch, [], 0
+        free = [i for i, row in enumerate(self.slots) if row is None]
+        while self.waiting and free and size < 4096:
+            row = self.waiting.popleft()
+            if row.cancelled:
+                continue
+            i, limit = free.pop(0), len(row.uniform)
+            self.slots[i], b.lengths[i], b.limits[i] = row, 0, limit
+            b.uniform[i, :limit] = row.uniform.clamp(max=1 - 2**-24)  # never 1.0
+            new, size = [*new, i], size + len(row.prompt)
+        if new:
+            prompts, long = [self.slots[i].prompt for i in new], dict(dtype=torch.long)
+            tokens = torch.tensor([t for p in prompts for t in p[:-1]], **long).to(self.device)
+            self.model.hidden(tokens, [len(p) - 1 for p in prompts], b.cache)
+            last = torch.tensor([p[-1] for p in prompts], **long).to(self.device)
+            b.prompt = torch.cat([b.prompt, torch.tensor(new, **long).to(self.device)])
+            b.current = torch.cat([b.current, last])
+
+    def advance(self):
+        """Generates the next tokens of all rows. Returns the arguments of their `receive`."""
+        self.admit()
+        b, slots = self.batch, self.batch.prompt.tolist()
+        rows, events, remaining = [self.slots[i] for i in slots], [], []
+        if not rows:
+            return []
+        if len({row.sampling for row in rows}) == 1 and all(row.alternatives < 0 for row in rows):
+            b.sampling, t0, details = rows[0].sampling, time.perf_counter(), [None] * len(rows)
+            longest = max(len(row.uniform) - row.sent for row in rows)
+            self.model.sample_tokens(b, min(self.steps, longest))
+            seconds = time.perf_counter() - t0  # 15 to 40 ms per call: text appears smoothly
+            factor = 2 if seconds < 0.015 else 0.5 if seconds > 0.04 else 1
+            self.steps = max(1, min(32, int(self.steps * factor)))
+        else:
+            details = self.one_token(rows)
+        lengths = b.lengths.minimum(b.limits)[b.prompt].tolist()  # kernels.c may pass the limits
+        for i, row, length, detail in zip(slots, rows, lengths, details):
+            new, row.sent = b.tokens[i, row.sent : length].tolist(), length
+            reason = "length" if length == len(row.uniform) else None
+            reason = "stop" if new[-1] in self.stops else reason
+            events.append((row, new, detail, reason))
+            remaining.append(not reason and not row.cancelled)
+            self.slots[i] = row if remaining[-1] else None
+        if not all(remaining):
+            order = b.cache.keep(torch.tensor(remaining, device=self.device))
+            b.prompt, b.current = b.prompt[order], b.current[order]
+        return events
+
+    def one_token(self, rows):
+        """Generates one token for each row with the row's own sampling. Returns for each row
+        [(log-probability of the token, [(id, log-probability) of the alternatives])], both under
+        the model itself, at temperature 1."""
+        b, logits = self.batch, self.model(self.batch.current, cache=self.batch.cache)  # (R, V)
+        at, token = (b.prompt, b.lengths[b.prompt]), torch.empty_like(b.current)
+        for sampling in {row.sampling for row in rows}:
+            i = torch.tensor([row.sampling == sampling for row in rows], device=self.device)
+            token[i], _ = choose_tokens(logits[i], b.uniform[at][i], *sampling)
+        b.tokens[at] = b.current = token
+        b.lengths[b.prompt] += 1
+        logprobs = logits.float().log_softmax(-1)
+        chosen = logprobs.gather(1, token[:, None])[:, 0].tolist()
+        most = max(0, *(row.alternatives for row in rows), 0)
+        top = logprobs.topk(min(most, logits.shape[1]))
+        top = [list(zip(*pair)) for pair in zip(top.indices.tolist(), top.values.tolist())]
+        return [[(p, t[: max(0, row.alternatives)])] for row, p, t in zip(rows, chosen, top)]
+
+
+class Engine:
+    """Advances lanes, and calls other functions between their steps, in one thread."""
+
+    def __init__(self, lanes, max_queue, autocast):
+        self.lanes, self.max_queue, self.autocast = lanes, max_queue, autocast
+        self.thread, self.changed = ThreadPoolExecutor(1), asyncio.Event()
+
+    def call(self, function, *args):
+        """The result of a function that the thread calls, as an awaitable."""
+
+        def call():
+            with torch.no_grad(), self.autocast():
+                return function(*args)
+
+        return asyncio.get_running_loop().run_in_executor(self.thread, call)
+
+    def submit(self, lane, rows):
+        """Queues rows for generation. Raises Refused if too many are waiting."""
+        if self.server.should_exit:
+            raise Refused(503, "the server is shutting down")
+        if len(lane.waiting) + len(rows) - lane.slots.count(None) > self.max_queue:
+            raise Refused(429, f"{self.max_queue} responses are waiting already: try again later")
+        lane.waiting.extend(rows)
+        self.changed.set()
+
+    async def run(self):
+        """Generates until the server shuts down."""
+        for lane in self.lanes:
+            await self.call(lane.reset)
+        while not self.server.should_exit:
+            if not any(lane.busy() for lane in self.lanes):
+                self.changed.clear()
+                await self.changed.wait()
+            for lane in self.lanes:
+                try:
+                    events = await self.call(lane.advance)
+                except Exception as e:
+                    if not out_of_memory(e):
+                        traceback.print_exc()
+                    why = "out of memory" if out_of_memory(e) else "internal error"
+                    events = await self.fail(lane, why)
+                for event in events:
+                    event[0].receive(event)
+        for lane in self.lanes:
+            for event in await self.fail(lane, "the server is shutting down"):
+                event[0].receive(event)
+
+    async def fail(self, lane, why):
+        return [(row, [], None, Refused(503, why)) for row in await self.call(lane.reset)]
+
+    async def texts(self, rows, texts, events):
+        """Yields (index of a row, new text, its tokens, finish reason or None) as tokens of `rows`
+        arrive in the queue `events`; a token is (text, id, log-probability, alternatives). `texts`
+        has the Text of each row. Cancels the rows when it is closed. Raises Refused."""
+        remaining = len(rows)
+        try:
+            while remaining:
+                row, tokens, details, reason = await events.get()
+                if isinstance(reason, Refused):
+                    raise reason
+                if row.cancelled:
+                    continue
+                text, items, shown = texts[row.index], [], ""
+                for j, token in enumerate(tokens):
+                    last = bool(reason) and j == len(tokens) - 1
+                    piece = text.add(token) + (text.rest() if last else "")
+                    items.append((piece, token, *(details[j] if details else (None, []))))
+                    shown += text.show(piece, last)
+                    if text.stopped:
+                        reason, row.cancelled = "stop", True
+                        break
+                remaining -= bool(reason)
+                yield row.index, shown, items, reason
+        finally:
+            for row in rows:
+                row.cancelled = True
+
+
+def token_report(models, critic, tokenizer, prompt, response, top=10):
+    """What models, of which the last is the reference, and a critic say of each token of a
+    response, from plain forward passes. One dict per token: the log-probabilities under the models;
+    KL(first || last) of the next-token distributions, in nats; the value of the state before the
+    token; and the most likely tokens under each model, (text, its log-probabilities)."""
+    device = models[0].output.weight.device
+    ids, states = (
+        torch.tensor([prompt + response[:-1]], device=device),
+        slice(len(prompt) - 1, None),
+    )
+    hidden = [m.hidden(ids)[0, states] for m in models]
+    values = critic.values(critic.hidden(ids)[0, states]).tolist() if critic else None
+    report = []
+    for i, token in enumerate(response):
+        p = torch.stack([m.output(h[i]).float() for m, h in zip(models, hidden)]).log_softmax(-1)
+        likely = p.topk(min(top, p.shape[1])).indices.tolist()  # (models, top)
+        report.append(
+            {
+                "id": token,
+                "name": tokenizer.token_text(token),
+                "logprobs": p[:, token].tolist(),
+                "kl": float((p[0].exp() * (p[0] - p[-1])).sum()),
+                "value": values and values[i],
+                "top": [[(tokenizer.token_text(t), *p[:, t].tolist()) for t in x] for x in likely],
+            }
+        )
+    return report
 
 
 def main(argv=None):

@@ -166,6 +166,19 @@ class Tokenizer:
         return self.sp.decode(ids) if self.sp else self.bpe.decode(ids)
 
     @functools.cached_property
+    def control(self):
+        """{id: text} of the control tokens; BOS and EOS without a text are <s> and </s>."""
+        names = {self.bos_id: "<s>", self.eos_id: "</s>"}
+        return names | {i: text for text, i in self.special.items()}
+
+    def token_text(self, i):
+        """The text of one token within a text, or the name of a control token."""
+        if i in self.control or not 0 <= i < self.n_words:
+            return self.control.get(i, f"<{i}>")
+        before = self.encode("a", bos=False, eos=False)
+        return self.decode([*before, i])[len(self.decode(before)) :]
+
+    @functools.cached_property
     def hash(self):
         """
         64 hexadecimal digits that identify the tokenizer. The first 56 are from a SHA-256 of

@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md")), ROOT / "tests/README.md"]
 
 
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
 def names_in(path):
     """The names that a source file defines: functions, classes, methods, fields and attributes."""
     text = path.read_text()
@@ -17,10 +20,10 @@ def names_in(path):
         return set(re.findall(r"\b(\w+)\(", text))
     names = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             names.add(node.name)
             if isinstance(node, ast.ClassDef):
-                body = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+                body = [x for x in node.body if isinstance(x, FUNCTIONS)]
                 names |= {f"{node.name}.{x.name}" for x in body}
                 fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
                 names |= {f"{node.name}.{x.target.id}" for x in fields}

@@ -1,0 +1,343 @@
+"""Serves a checkpoint: a page in the browser, and an API that is compatible with OpenAI's.
+
+python serve.py --checkpoint=out/ppo_ckpt.pt --reward=length
+python serve.py --checkpoint=out/sft_ckpt.pt --reference=out/ckpt.pt --port=8000
+
+The page colors each token by its probability, by what training changed (log policy / reference), or
+by the critic's value, lists the alternatives to a token, and compares both models at the same seed.
+
+GET  /v1/models; POST /v1/completions, /v1/chat/completions    as in OpenAI's API, and top_k
+GET  /info; POST /score    for the page: log-probabilities, KL, values and reward of a response
+
+One thread computes, the event loop does the rest. Requests share a batch (sample.Lane): rows join
+as others end. A seed gives the same text alone, among others, and in sample.py.
+"""
+
+import argparse
+import asyncio
+import functools
+import hmac
+import json
+import socket
+import sys
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import common  # noqa: F401  first: it reports missing packages
+
+# isort: split
+import torch
+
+import kernels
+from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
+from common import Refused, add_flags, flag, parse_args, run_main
+from formats import api_choice, api_error, api_head, api_parameters, api_stream, api_usage
+from instruct import find_template
+from model import Transformer, TransformerWithValueHead
+from rlhf import ModelReward, load_reward, load_reward_model
+from sample import Engine, Lane, Row, Text, encode_prompt, token_report
+from tokenizer import check_same_tokenizer, own_tokenizer, stop_ids
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as e:
+    sys.exit(f"error: serve.py needs: pip install starlette uvicorn ({e})")
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+MAX_BODY, MAX_HEADERS, MAX_CONNECTIONS, SECONDS = 2**20, 2**14, 512, 15
+
+
+@dataclass
+class Flags:
+    "serving"
+
+    checkpoint: str = flag("out/ckpt.pt", "checkpoint (.pt) to serve")
+    reference: str = flag("", "checkpoint to compare with; default: the one that PPO or DPO stored")
+    tokenizer: str = flag("", "tokenizer file; default: the one beside the checkpoint or in data/")
+    template: str = flag("", "chat template: plain, llama2 or a .json file; default: the model's")
+    reward: str = flag("", "reward that the page shows: length, FILE.py:FUNCTION or a reward model")
+    target_len: int = flag(200, "length with the highest --reward=length, in tokens")
+    host: str = flag("127.0.0.1", "address to listen on; one that others can reach needs --token")
+    port: int = flag(8000, "port to listen on; 0: a free one")
+    token: str = flag("", "secret that clients must send as their API key")
+    max_batch: int = flag(16, "responses that are generated at a time, per model")
+    max_queue: int = flag(64, "responses that may wait; further requests are refused")
+    max_prompt: int = flag(0, "tokens per prompt at most; 0: what the context allows")
+    max_new_tokens: int = flag(0, "tokens per response at most; 0: what the context allows")
+    device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the best available")
+    dtype: str = flag("float32", "number type", ("float32", "bfloat16", "float16"))
+
+
+# ----------------------------------------------------------------------------
+# requests
+
+
+class Service:
+    """The models, and the answers to requests."""
+
+    def __init__(self, args):
+        self.args, device, path = args, choose_device(args.device), args.checkpoint
+        checkpoint, name = load_checkpoint(path), Path(path).stem
+        check_generates(checkpoint, path)
+        self.tokenizer = own_tokenizer(checkpoint, path, args.tokenizer)
+        self.bos, template = checkpoint.get("bos", True), checkpoint.get("template")
+        named = args.template or template
+        self.template = named and find_template(args.template, checkpoint, self.tokenizer)
+
+        def load(other_path):
+            other = load_checkpoint(other_path)
+            hashes = checkpoint.get("tokenizer_hash"), other.get("tokenizer_hash")
+            check_same_tokenizer(path, hashes[0], other_path, hashes[1])
+            return other
+
+        def build(weights, kind=Transformer, source=checkpoint):
+            model = model_from_checkpoint({**source, "model": weights}, kind, dropout=0.0)
+            return model.requires_grad_(False).eval().to(device)
+
+        stage = checkpoint.get("ppo") or checkpoint.get("dpo") or {}
+        models = {name: build(checkpoint["model"])}
+        if args.reference:
+            other, label = load(args.reference), Path(args.reference).stem
+            models[label + "-reference" * (label == name)] = build(other["model"], source=other)
+        elif "reference" in stage:
+            models[f"{name}-reference"] = build(stage["reference"])
+        self.models = list(models.values())  # the policy and, if there is one, its reference
+        if len({m.args.vocab_size for m in self.models}) > 1:
+            raise ValueError(f"{args.reference} has another vocabulary than {path}")
+        shared = "value_head.weight" in checkpoint["model"]
+        critic = checkpoint["model"] if shared else stage.get("critic")
+        self.critic = critic and build(critic, TransformerWithValueHead)
+        self.stops = stop_ids(self.tokenizer, self.template or None, checkpoint.get("end_ids"))
+        self.lanes = {name: Lane(m, self.stops, args.max_batch) for name, m in models.items()}
+        self.context = min(m.args.max_seq_len for m in self.models)
+        self.longest = min(args.max_prompt or self.context, self.context - 1)  # prompt
+        self.limit = min(args.max_new_tokens or self.context, self.context)  # response
+        self.vocabulary = min(self.models[0].args.vocab_size, self.tokenizer.n_words)
+        kind, half = (device.partition(":")[0], getattr(torch, args.dtype)), args.dtype != "float32"
+        autocast = functools.partial(torch.autocast, *kind) if half else nullcontext
+        self.engine = Engine(list(self.lanes.values()), args.max_queue, autocast)
+        if args.reward.endswith(".pt"):
+            load(args.reward)
+            judge = load_reward_model(args.reward, self.models[0].args, template)
+            self.reward = ModelReward(judge, device, False, 1, autocast)
+        else:
+            how = args.reward, args.target_len, self.tokenizer.decode
+            self.reward = load_reward(*how) if args.reward else None
+
+    def check_ids(self, ids, most, least=1):
+        right = isinstance(ids, list) and least <= len(ids) <= most
+        if not right or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
+            what = f"{least} to {most} token ids below {self.vocabulary}"
+            raise Refused(400, f"expected text of {what}", "context_length_exceeded")
+        return ids
+
+    def prompts(self, body, chat):
+        """The prompts of a request, as lists of token ids."""
+        x = body.get("messages" if chat else "prompt") or ""
+        if len(json.dumps(x)) > 64 * self.context:  # more would take long to encode
+            raise Refused(400, "the text or chat is too long", "context_length_exceeded")
+        if chat and not self.template:
+            raise Refused(400, "this model has no chat template: see --template")
+        if chat:
+            return [self.template.chat(self.tokenizer, x, self.longest)]
+        xs = x if isinstance(x, list) and isinstance(x[0], (str, list)) else [x]
+        xs = [encode_prompt(self.tokenizer, x, self.bos) if isinstance(x, str) else x for x in xs]
+        return [self.check_ids(x, self.longest) for x in xs]
+
+    def parse(self, body, chat, receive):
+        """The parameters of a request, with its model and rows."""
+        p, names = api_parameters(body, chat), list(self.lanes)
+        p.model = body.get("model") or names[0]
+        if p.model not in names:
+            raise Refused(404, f"there is no such model here, only {names}", "model_not_found")
+        p.prompts = self.prompts(body, chat)
+        n, limit = p.n * len(p.prompts), p.max_tokens or min(256, self.limit)
+        if n > self.args.max_batch or limit > self.limit:
+            limits = f"{self.args.max_batch} responses of {self.limit} tokens"
+            raise Refused(400, f"a request may ask for at most {limits}")
+        uniform = torch.rand(n, limit, generator=torch.Generator().manual_seed(p.seed))
+        how = (p.temperature, p.top_k, p.top_p), p.logprobs, receive
+        for i, u in enumerate(uniform):  # the random numbers of sample.py
+            ids = p.prompts[i // p.n]
+            p.rows.append(Row(i, ids, u[: self.context + 1 - len(ids)], *how))
+        return p
+
+    async def complete(self, request, body, chat=False):
+        events = asyncio.Queue()
+        p = await asyncio.to_thread(self.parse, body, chat, events.put_nowait)
+        texts = [Text(self.tokenizer, [] if chat else row.prompt, p.stop) for row in p.rows]
+        self.engine.submit(self.lanes[p.model], p.rows)
+        pieces = self.engine.texts(p.rows, texts, events)
+        if p.stream:
+            events = api_stream(p, self.tokenizer, pieces)
+            return StreamingResponse(events, media_type="text/event-stream")
+        texts, items, reasons = [""] * len(p.rows), [[] for _ in p.rows], [None] * len(p.rows)
+        async with aclosing(pieces):
+            async for i, text, new, reasons[i] in pieces:
+                texts[i], items[i] = texts[i] + text, items[i] + new
+                if await request.is_disconnected():
+                    raise Refused(400, "the client has gone")
+        done = enumerate(zip(texts, items, reasons))
+        choices = [api_choice(p, self.tokenizer, i, *x) for i, x in done]
+        return JSONResponse({**api_head(p), "choices": choices, "usage": api_usage(p, items)})
+
+    async def list_models(self, request, body):
+        data = [dict(id=x, object="model", created=0, owned_by="fable") for x in self.lanes]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def info(self, request, body):
+        a, t = self.args, self.template
+        shown = dict(models=list(self.lanes), chat=bool(t), system=bool(t and t.system))
+        shown |= dict(critic=bool(self.critic), reward=a.reward, context=self.context)
+        return JSONResponse(shown | dict(max_prompt=self.longest, max_new_tokens=self.limit))
+
+    async def score(self, request, body):
+        ids = [self.check_ids(body.get(x), self.context) for x in ("prompt", "response")]
+        self.check_ids(sum(ids, []), self.context + 1)
+        return JSONResponse(await self.engine.call(self.report, *ids))
+
+    def report(self, prompt, response):
+        tokens = token_report(self.models, self.critic, self.tokenizer, prompt, response)
+        reward = None
+        if self.reward:
+            [reward] = self.reward([prompt], [response], [response[-1] in self.stops])
+            reward = float(torch.as_tensor(reward).sum())  # a function may reward each token
+        return {"tokens": tokens, "kl": sum(x["kl"] for x in tokens), "reward": reward}
+
+
+# ----------------------------------------------------------------------------
+# the server
+
+
+def guard(request, args):
+    """Refuses requests without the token, and those of other sites, also by DNS rebinding."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name, source = urlsplit(f"//{host}").hostname, origin and urlsplit(origin).netloc
+    except ValueError:
+        name = source = ""
+    if args.host in LOOPBACK and name not in LOOPBACK or origin and source != host:
+        raise Refused(403, "this host or origin is not allowed")
+    key = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    if args.token and request.url.path != "/" and not hmac.compare_digest(key, args.token.encode()):
+        raise Refused(401, "the API key must be the server's --token", "invalid_api_key")
+
+
+async def read_body(request):
+    """The JSON object in the body of a request."""
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY:
+            raise Refused(413, f"the body has more than {MAX_BODY} bytes")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise Refused(400, f"the body is not JSON: {e}") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return body
+
+
+def application(service, args):
+    """The ASGI application."""
+    page = (Path(__file__).parent / "assets/serve.html").read_text(encoding="utf-8")
+
+    def refuse(e):
+        return JSONResponse(api_error(e), e.status)
+
+    def route(path, function, method="GET", **options):
+        async def answer(request):
+            try:
+                guard(request, args)
+                body = await read_body(request) if method == "POST" else None
+                return await function(request, body, **options)
+            except Refused as e:
+                return refuse(e)
+            except ValueError as e:
+                return refuse(Refused(400, str(e)))
+
+        return Route(path, answer, methods=[method])
+
+    async def index(request, body):
+        return HTMLResponse(page, headers={"X-Frame-Options": "DENY"})
+
+    async def missing(request, e):
+        return refuse(Refused(404, f"there is no {request.method} {request.url.path[:80]!r} here"))
+
+    routes = [
+        route("/", index),
+        route("/info", service.info),
+        route("/score", service.score, "POST"),
+        route("/v1/models", service.list_models),
+        route("/v1/completions", service.complete, "POST"),
+        route("/v1/chat/completions", service.complete, "POST", chat=True),
+    ]
+    return Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
+
+
+class Connection(H11Protocol):
+    """Closes a connection that waits for its client for SECONDS, or up to twice as long."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        self.check()
+
+    def check(self, before=None):
+        cycle, unsent = self.cycle, self.transport.get_write_buffer_size()
+        waits = not cycle or cycle.response_complete or cycle.more_body or unsent
+        state = (id(cycle), unsent) if waits else None
+        if state and state == before:
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            self.loop.call_later(SECONDS, self.check, state)
+
+
+async def serve(service, listener):
+    options = dict(http=Connection, ws="none", lifespan="off", log_level="error", access_log=False)
+    options |= dict(proxy_headers=False, server_header=False, timeout_graceful_shutdown=5)
+    app = application(service, service.args)
+    server = uvicorn.Server(
+        uvicorn.Config(app, h11_max_incomplete_event_size=MAX_HEADERS, **options)
+    )
+    service.engine.server = server
+    generation = asyncio.create_task(service.engine.run())
+    await server.serve([listener])
+    generation.cancel()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__)
+    add_flags(parser, Flags)
+    args = parse_args(parser, argv)
+    if args.host not in LOOPBACK and not args.token:
+        raise ValueError(f"--host={args.host} is open to other computers: it needs --token=SECRET")
+    if args.max_batch < 1 or min(args.max_queue, args.max_prompt, args.max_new_tokens) < 0:
+        raise ValueError("--max_batch must be at least 1, the other limits must not be negative")
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family, backlog=128)
+    except (OSError, OverflowError) as e:
+        message = f"cannot listen on {args.host}, port {args.port}: {getattr(e, 'strerror', e)}"
+        raise OSError(f"{message}; --port selects another") from None
+    service = Service(args)
+    kernels.library()  # compiles kernels.c on first use
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    print(
+        f"{', '.join(service.lanes)}: {address}{'#SECRET' if args.token else ''} (Ctrl-C ends)",
+        flush=True,
+    )
+    asyncio.run(serve(service, listener))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,913 @@
+"""serve.py: the numbers of sample.py and of plain forward passes, OpenAI's own client, hostile
+requests and slow clients, and the page in a headless browser."""
+
+import argparse
+import asyncio
+import http.client
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import tinystories
+from checkpoint import checkpoint_args, save_checkpoint
+from common import Refused, add_flags, parse_args, printable, run_main
+from formats import api_parameters
+from model import ModelArgs, Transformer, TransformerWithValueHead, generate
+from tokenizer import Tokenizer
+
+pytest.importorskip("starlette", reason="needs starlette: pip install -r tests/requirements.txt")
+pytest.importorskip("uvicorn", reason="needs uvicorn: pip install -r tests/requirements.txt")
+
+import serve  # noqa: E402
+
+ROOT = Path(serve.__file__).parent
+VOCAB, CONTEXT = 320, 128
+ARGS = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=8, max_seq_len=CONTEXT)
+
+
+def make_model(seed, kind=Transformer):
+    torch.manual_seed(seed)
+    net = kind(ModelArgs(vocab_size=VOCAB, **ARGS))
+    with torch.no_grad():
+        net.output.weight.mul_(15)  # some tokens are much more likely than others
+        net.output.weight[1:3] *= 0.7
+        if kind is TransformerWithValueHead:
+            torch.nn.init.normal_(net.value_head.weight)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer, a policy with a critic and its reference, and a model with a chat template."""
+    folder = tmp_path_factory.mktemp("serve")
+    tinystories.synthesize(folder, 60, 1)
+    tinystories.train_vocab(folder, VOCAB)
+    policy, reference = make_model(1), make_model(2)
+    critic = make_model(3, TransformerWithValueHead)
+    parts = {"model": policy.state_dict(), "model_args": checkpoint_args(policy.args)}
+    parts |= {"iter_num": 7, "tokenizer_hash": Tokenizer(folder / f"tok{VOCAB}.model").hash}
+    turns = {"turn": "{bos}{user}\n{reply}{eos}", "system": "{bos}{system}\n{user}\n{reply}{eos}"}
+    save_checkpoint(folder / "chat.pt", {**parts, "template": turns})
+    save_checkpoint(folder / "base.pt", {**parts, "model": reference.state_dict()})
+    ppo = {"reference": reference.state_dict(), "critic": critic.state_dict()}
+    save_checkpoint(folder / "tuned.pt", {**parts, "ppo": ppo})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder / f"tok{VOCAB}.model")
+
+
+def flags(*argv):
+    parser = argparse.ArgumentParser(prog="serve.py")
+    add_flags(parser, serve.Flags)
+    return parse_args(parser, ["--device=cpu", *map(str, argv)])
+
+
+@contextmanager
+def running(*argv):
+    """A server in a thread of this process; a namespace with its service and port."""
+    args = flags(*argv)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        service, server = serve.Service(args), argparse.Namespace()
+        server.service, server.port = service, listener.getsockname()[1]
+        made = []
+
+        async def main():
+            closed = asyncio.Event()
+            made.extend((asyncio.get_running_loop(), closed))
+            task = asyncio.create_task(serve.serve(service, listener))
+            await closed.wait()
+            service.engine.server.should_exit = True
+            await task
+
+        thread = threading.Thread(target=lambda: asyncio.run(main()))
+        thread.start()
+        while not hasattr(service.engine, "server") or not service.engine.server.started:
+            time.sleep(0.01)
+            assert thread.is_alive()
+        yield server
+        made[0].call_soon_threadsafe(made[1].set)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The policy beside its reference, with the length reward."""
+    with running(f"--checkpoint={folder}/tuned.pt", "--reward=length", "--max_queue=300") as s:
+        yield s
+
+
+@pytest.fixture(scope="module")
+def chat_server(folder):
+    with running(f"--checkpoint={folder}/chat.pt", f"--reference={folder}/base.pt") as s:
+        yield s
+
+
+def ask(server, path, body=None, **headers):
+    """The status and the JSON of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if body is None else "POST", path, data, names)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, json.loads(text)
+
+
+def complete(server, **body):
+    status, answer = ask(server, "/v1/completions", body)
+    assert status == 200, answer
+    return answer
+
+
+def expected(seed, prompt, n, sampling=(1.0, 0, 1.0), stops=(1, 2), model=None):
+    """The response of `generate` to one prompt at a seed."""
+    uniform = torch.rand(1, n, generator=torch.Generator().manual_seed(seed))
+    model = model or make_model(1)
+    [ids] = generate(model, [prompt], n, *sampling, stop_ids=stops, uniform=uniform).responses()
+    return ids
+
+
+# ----------------------------------------------------------------------------
+# the same numbers as elsewhere
+
+SAMPLINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.0, 0, 1.0)]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", SAMPLINGS)
+def test_text_is_that_of_sample(server, folder, capsys, temperature, top_k, top_p):
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    words = [f"--{k}={v}" for k, v in sampling.items()]
+    for seed, prompt in (5, "Tom saw a"), (6, ""):
+        more = [f"--start={prompt}", f"--seed={seed}", "--max_new_tokens=70", "--device=cpu"]
+        sample.main([f"--checkpoint={folder}/tuned.pt", *more, *words])
+        out = capsys.readouterr().out
+        answer = complete(server, prompt=prompt, seed=seed, max_tokens=70, **sampling)
+        assert printable(prompt + answer["choices"][0]["text"]) + "\n" == out
+
+
+def test_several_samples_are_those_of_sample(server, folder, capsys):
+    more = ["--start=Tom", "--seed=3", "--num_samples=3", "--max_new_tokens=20", "--device=cpu"]
+    sample.main([f"--checkpoint={folder}/tuned.pt", *more])
+    out = capsys.readouterr().out.split("\n" + "-" * 15 + "\n")[:3]
+    choices = complete(server, prompt="Tom", seed=3, n=3, max_tokens=20)["choices"]
+    assert [printable("Tom" + c["text"]) for c in choices] == out
+    assert [c["index"] for c in choices] == [0, 1, 2]
+
+
+def test_a_request_does_not_depend_on_others(server, tokenizer):
+    """Requests of different lengths and settings that share a batch, more than it has rows, give
+    what each gives alone; log-probabilities in some of them change nothing."""
+    rng, bodies, want = random.Random(1), [], []
+    for seed in range(24):
+        temperature, top_k, top_p = rng.choice(SAMPLINGS)
+        body = dict(prompt="Tom saw a big dog"[: rng.randrange(18)], seed=seed)
+        body |= dict(max_tokens=rng.randrange(1, 60), return_token_ids=True)
+        body |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        bodies.append(body | rng.choice([{}, {"logprobs": 3}]))
+        prompt = tokenizer.encode(body["prompt"], bos=True, eos=False)
+        want.append(expected(seed, prompt, body["max_tokens"], (temperature, top_k, top_p)))
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda body: complete(server, **body), bodies))
+    assert [a["choices"][0]["token_ids"] for a in answers] == want
+    for answer, ids, body in zip(answers, want, bodies):
+        reason = answer["choices"][0]["finish_reason"]
+        assert reason == ("stop" if ids[-1] in (1, 2) else "length")
+        prompt = len(tokenizer.encode(body["prompt"], bos=True, eos=False))
+        assert answer["usage"]["prompt_tokens"] == prompt
+        assert answer["usage"]["completion_tokens"] == len(ids)
+        assert answer["usage"]["total_tokens"] == prompt + len(ids)
+    assert len({len(ids) for ids in want}) > 10  # they ended at different times
+
+
+def test_equal_settings_share_the_fast_path(server, monkeypatch):
+    """Requests with equal settings and without log-probabilities are sampled by sample_tokens,
+    several tokens per call."""
+    calls, advance = [], sample.Lane.advance
+    monkeypatch.setattr(
+        sample.Lane, "advance", lambda lane: calls.append(len(lane.slots)) or advance(lane)
+    )
+    monkeypatch.setattr(sample.Lane, "one_token", None)
+    for lane in server.service.lanes.values():
+        lane.steps = 32
+    answer = complete(server, prompt="", seed=4, max_tokens=96, n=4)
+    assert answer["usage"]["completion_tokens"] > 3 * len(calls)
+
+
+def test_logprobs_are_those_of_a_forward_pass(server, tokenizer):
+    for seed, temperature in (1, 1.0), (2, 0.5):
+        body = dict(prompt="Tom", seed=seed, temperature=temperature, max_tokens=40, logprobs=4)
+        [choice] = complete(server, **body, return_token_ids=True)["choices"]
+        prompt, ids = choice["prompt_token_ids"], choice["token_ids"]
+        with torch.no_grad():
+            logits = make_model(1)(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+        want = torch.log_softmax(logits, -1)
+        got = choice["logprobs"]
+        chosen = want[range(len(ids)), ids]
+        assert torch.allclose(torch.tensor(got["token_logprobs"]), chosen, atol=1e-4)
+        assert "".join(got["tokens"]) == choice["text"]
+        assert got["text_offset"][1:] == [
+            len("".join(got["tokens"][:i])) for i in range(1, len(ids))
+        ]
+        for top, row in zip(got["top_logprobs"], want):
+            values, order = row.topk(4)
+            names = [tokenizer.token_text(int(i)) for i in order]
+            assert list(top) == list(dict.fromkeys(names))
+            if len(set(names)) == 4:
+                assert torch.allclose(torch.tensor(list(top.values())), values, atol=1e-4)
+
+
+def logs(*probabilities):
+    return [math.log(p) for p in probabilities]
+
+
+def test_score(server, tokenizer):
+    """Log-probabilities, KL, values, alternatives and reward against plain forward passes."""
+    models = [make_model(1), make_model(2)]
+    prompt = tokenizer.encode("Tom saw", bos=True, eos=False)
+    response = expected(9, prompt, 60)
+    status, got = ask(server, "/score", {"prompt": prompt, "response": response})
+    assert status == 200
+    with torch.no_grad():
+        tokens = torch.tensor([prompt + response])
+        p, q = (
+            m(tokens)[0, len(prompt) - 1 : -1].double().softmax(-1) for m in models
+        )  # naive: no log_softmax
+        critic = make_model(3, TransformerWithValueHead)
+        values = critic.values(critic.hidden(tokens))[0, len(prompt) - 1 : -1]
+    total = 0
+    for i, (token, x) in enumerate(zip(response, got["tokens"])):
+        assert x["id"] == token
+        assert x["logprobs"] == pytest.approx(logs(p[i, token], q[i, token]), abs=1e-4)
+        kl = sum(float(a) * float((a / b).log()) for a, b in zip(p[i], q[i]))
+        assert x["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        assert x["value"] == pytest.approx(float(values[i]), abs=1e-4)
+        total += kl
+        for probabilities, top in zip((p, q), x["top"]):
+            order = probabilities[i].argsort(descending=True)[:10]
+            assert len(top) == 10
+            for t, (text, a, b) in zip(order, top):
+                assert text == tokenizer.token_text(int(t))
+                assert [a, b] == pytest.approx(logs(p[i, t], q[i, t]), abs=1e-4)
+    assert got["kl"] == pytest.approx(total, rel=1e-3)
+    assert got["reward"] == pytest.approx(-abs(200 - len(prompt) - len(response)) / 100)
+    assert ask(server, "/score", {"prompt": prompt, "response": []})[0] == 400
+    assert ask(server, "/score", {"prompt": prompt, "response": [VOCAB]})[0] == 400
+    assert ask(server, "/score", {"prompt": prompt, "response": [3] * CONTEXT})[0] == 400
+
+
+def test_the_reference_generates_too(server, tokenizer):
+    names = [m["id"] for m in ask(server, "/v1/models")[1]["data"]]
+    assert names == ["tuned", "tuned-reference"] == ask(server, "/info")[1]["models"]
+    texts = []
+    for name, seed in zip(names, (1, 2)):
+        answer = complete(server, model=name, prompt="Tom", seed=8, max_tokens=30)
+        prompt = tokenizer.encode("Tom", bos=True, eos=False)
+        ids = expected(8, prompt, 30, model=make_model(seed))
+        texts.append(answer["choices"][0]["text"])
+        assert "Tom" + texts[-1] == tokenizer.decode(prompt + ids)
+        assert answer["model"] == name
+    assert texts[0] != texts[1]
+
+
+def test_text_of_random_tokens(tokenizer):
+    """Piece by piece, a text is that of all tokens, also where bytes are no characters."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        prompt = [1] * rng.randrange(2) + [rng.randrange(3, VOCAB) for _ in range(rng.randrange(3))]
+        ids = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 12))]
+        if rng.random() < 0.5:
+            letters = "".join(rng.choice("añ €中a b😀 \n") for _ in range(6))
+            ids = tokenizer.encode(letters, bos=False, eos=False)
+        start = tokenizer.decode(prompt)
+        text = sample.Text(tokenizer, prompt)
+        pieces = [text.add(i) for i in ids] + [text.rest()]
+        if not start.endswith("\ufffd"):
+            assert start + "".join(pieces) == tokenizer.decode(prompt + ids)
+    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+def test_stop_strings():
+    """`show` returns the text before the stop string that ends first, whatever the pieces are."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        whole = "".join(rng.choice("ab") for _ in range(rng.randrange(12)))
+        stops = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 5))) for _ in range(2)]
+        text, shown, rest = sample.Text(argparse.Namespace(decode=None), [], stops), "", whole
+        while not text.stopped:
+            n = rng.randrange(1, 4)
+            piece, rest = rest[:n], rest[n:]
+            shown += text.show(piece, not rest)
+            assert whole.startswith(shown)
+            if not rest:
+                break
+        ends = [n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops))]
+        assert text.stopped == bool(ends)
+        starts = [ends[0] - len(s) for s in stops if ends and whole[: ends[0]].endswith(s)]
+        assert shown == whole[: min(starts, default=len(whole))]
+
+
+# ----------------------------------------------------------------------------
+# OpenAI's client
+
+
+@pytest.fixture
+def client(server):
+    openai = pytest.importorskip("openai", reason="needs openai")
+    url = f"http://127.0.0.1:{server.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_completions(client, tokenizer):
+    assert [m.id for m in client.models.list()] == ["tuned", "tuned-reference"]
+    settings = dict(model="tuned", prompt="Tom saw", max_tokens=40, seed=5)
+    whole = client.completions.create(**settings, logprobs=2)
+    prompt = tokenizer.encode("Tom saw", bos=True, eos=False)
+    ids = expected(5, prompt, 40)
+    assert "Tom saw" + whole.choices[0].text == tokenizer.decode(prompt + ids)
+    assert whole.object == "text_completion" and whole.id.startswith("cmpl-")
+    used = whole.usage
+    assert (used.prompt_tokens, used.completion_tokens) == (len(prompt), len(ids))
+    options = dict(stream=True, stream_options={"include_usage": True}, logprobs=2)
+    *parts, last = client.completions.create(**settings, **options)
+    assert "".join(p.choices[0].text for p in parts) == whole.choices[0].text
+    assert [t for p in parts for t in p.choices[0].logprobs.tokens] == (
+        whole.choices[0].logprobs.tokens
+    )
+    offsets = [x for p in parts for x in p.choices[0].logprobs.text_offset]
+    assert offsets == whole.choices[0].logprobs.text_offset
+    assert last.choices == [] and last.usage == used
+    assert [p.choices[0].finish_reason for p in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    several = client.completions.create(**{**settings, "prompt": ["Tom", [1, 300]]}, n=2)
+    assert [c.index for c in several.choices] == [0, 1, 2, 3]
+    assert several.usage.prompt_tokens == len(tokenizer.encode("Tom", bos=True, eos=False)) + 2
+    # without a seed, texts differ
+    texts = {client.completions.create(model="tuned", prompt="T").choices[0].text for _ in "ab"}
+    assert len(texts) == 2
+
+
+def test_openai_stop(client):
+    settings = dict(model="tuned", prompt="Tom saw", max_tokens=60, seed=5)
+    text = client.completions.create(**settings).choices[0].text
+    stop = text[20:24]
+    for more in {"stop": stop}, {"stop": ["never there", stop]}:
+        got = client.completions.create(**settings, **more)
+        assert got.choices[0].text == text[: text.index(stop)]
+        assert got.choices[0].finish_reason == "stop"
+        assert 0 < got.usage.completion_tokens <= 60
+        parts = list(client.completions.create(**settings, **more, stream=True))
+        assert "".join(p.choices[0].text for p in parts) == got.choices[0].text
+        assert parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_openai_chat(chat_server, folder, tokenizer, capsys, monkeypatch):
+    openai = pytest.importorskip("openai", reason="needs openai")
+    url = f"http://127.0.0.1:{chat_server.port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    settings = dict(model="chat", seed=3, max_completion_tokens=40)
+    whole = client.chat.completions.create(
+        messages=messages, **settings, logprobs=True, top_logprobs=3
+    )
+    reply = whole.choices[0].message
+    assert reply.role == "assistant" and whole.object == "chat.completion"
+    prompt = tokenizer.encode("Be kind.\nHello\n", bos=True, eos=False)
+    assert whole.usage.prompt_tokens >= len(prompt) - 2
+    # sample.py --chat has the same reply
+    lines = iter(["Hello"])
+    monkeypatch.setattr(sample, "read_line", lambda prompt: next(lines, None))
+    more = ["--chat", "--system=Be kind.", "--seed=3", "--max_new_tokens=40", "--device=cpu"]
+    sample.main([f"--checkpoint={folder}/chat.pt", *more])
+    assert f"Assistant: {printable(reply.content)}\n" in capsys.readouterr().out
+    content = whole.choices[0].logprobs.content
+    assert "".join(x.token for x in content) == reply.content
+    assert b"".join(bytes(x.bytes) for x in content).decode() == reply.content
+    assert all(len(x.top_logprobs) == 3 for x in content)
+    assert len(content) == whole.usage.completion_tokens
+    parts = list(client.chat.completions.create(messages=messages, **settings, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert all(p.choices[0].delta.role is None for p in parts[1:])
+    assert "".join(p.choices[0].delta.content or "" for p in parts) == reply.content
+    assert parts[0].object == "chat.completion.chunk"
+    # several turns, of which the oldest are dropped where the context is full
+    for n in 1, 40:
+        turns = [
+            {"role": role, "content": "Tom saw a big dog"} for role in ("user", "assistant")
+        ] * n + [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        got = client.chat.completions.create(model="chat", messages=turns, max_tokens=5)
+        assert 10 < got.usage.prompt_tokens < CONTEXT
+
+
+def test_openai_errors(client, chat_server):
+    openai = pytest.importorskip("openai", reason="needs openai")
+    create = client.completions.create
+    with pytest.raises(openai.NotFoundError) as e:
+        create(model="gpt", prompt="x")
+    assert e.value.code == "model_not_found" and "tuned" in e.value.message
+    with pytest.raises(openai.BadRequestError) as e:
+        create(model="tuned", prompt="x " * CONTEXT)
+    assert e.value.code == "context_length_exceeded"
+    assert e.value.type == "invalid_request_error"
+    for more in dict(temperature=-1), dict(echo=True), dict(logit_bias={"5": 2}):
+        with pytest.raises(
+            openai.BadRequestError, match=next(iter(more)) if "n" not in more else ""
+        ):
+            create(model="tuned", prompt="x", **more)
+    with pytest.raises(openai.BadRequestError, match="temprature"):
+        create(model="tuned", prompt="x", extra_body={"temprature": 1})
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": "x"}])
+    url = f"http://127.0.0.1:{chat_server.port}/v1"
+    chat = openai.OpenAI(base_url=url, api_key="none", max_retries=0).chat.completions
+    for messages in (
+        [],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}],
+        [{"role": "user", "content": "x " * CONTEXT}],
+        [{"role": "user"}],
+        [{"role": "tool", "content": "x"}],
+    ):
+        with pytest.raises(openai.BadRequestError):
+            chat.create(model="chat", messages=messages)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": "5"},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"temperature": "hot"},
+        {"temperature": float("nan")},
+        {"temperature": 1e999},
+        {"top_p": 2},
+        {"top_k": -1},
+        {"n": 0},
+        {"seed": 2**64},
+        {"stop": 5},
+        {"stop": ["a"] * 5},
+        {"stop": [""]},
+        {"stop": [5]},
+        {"stream": "yes"},
+        {"stream_options": 5},
+        {"logprobs": 21},
+        {"tools": [{}]},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_wrong_parameters(body):
+    with pytest.raises(Refused) as e:
+        api_parameters(body, False)
+    assert e.value.status == 400
+
+
+def test_neutral_parameters():
+    body = dict(best_of=1, echo=False, presence_penalty=0.0, user="me", seed=None, tools=[])
+    assert api_parameters(body, False).logprobs == -1
+    assert api_parameters({"logprobs": True, "max_completion_tokens": 7}, True).max_tokens == 7
+
+
+# ----------------------------------------------------------------------------
+# safety
+
+
+def test_queue_limit(folder):
+    """What does not fit into the queue is refused with 429, and everything else is answered."""
+    settings = f"--checkpoint={folder}/base.pt", "--max_batch=2", "--max_queue=3"
+    with running(*settings) as s, ThreadPoolExecutor(30) as pool:
+        body = dict(prompt="", max_tokens=100, seed=1, stop=["\x00never"], logprobs=1)
+        done = list(pool.map(lambda _: ask(s, "/v1/completions", body), range(30)))
+        statuses = [status for status, _ in done]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 5
+        texts = {answer["choices"][0]["text"] for status, answer in done if status == 200}
+        assert len(texts) == 1
+        [error] = {a["error"]["message"] for status, a in done if status == 429}
+        assert "3 responses are waiting" in error
+        assert ask(s, "/v1/completions", {"n": 3})[0] == 400  # more than rows
+        assert not s.service.lanes["base"].busy()
+
+
+def test_limits_of_tokens(folder):
+    limits = "--max_prompt=9", "--max_new_tokens=11"
+    with running(f"--checkpoint={folder}/base.pt", *limits) as s:
+        assert ask(s, "/v1/completions", {"prompt": [5] * 10})[0] == 400
+        assert ask(s, "/v1/completions", {"max_tokens": 12})[0] == 400
+        for body in {"prompt": [5] * 9, "max_tokens": 11}, {}:
+            assert complete(s, **body, seed=2)["usage"]["completion_tokens"] <= 11
+        assert ask(s, "/info")[1]["max_new_tokens"] == 11
+
+
+def test_a_full_context_ends_a_response(server):
+    answer = complete(server, prompt=[5] * (CONTEXT - 3), max_tokens=100, seed=1, stop=None)
+    assert answer["usage"]["completion_tokens"] <= 4
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] in ("length", "stop")
+
+
+def test_host_and_origin(server):
+    here = f"127.0.0.1:{server.port}"
+    for host in here, "localhost", "localhost:1234", "[::1]:99":
+        assert ask(server, "/info", Host=host)[0] == 200
+    for host in "evil.com", f"evil.com:{server.port}", "127.0.0.1.evil.com", "", "[::1", "a b":
+        status, answer = ask(server, "/info", Host=host)
+        assert status == 403 and "error" in answer
+    assert ask(server, "/info", Host=here, Origin=f"http://{here}")[0] == 200
+    for origin in "http://evil.com", "null", f"http://localhost:{server.port}", "http://[":
+        assert ask(server, "/v1/completions", {"n": 1}, Host=here, Origin=origin)[0] == 403
+
+
+def test_token(folder):
+    with running(f"--checkpoint={folder}/base.pt", "--token=s3cret") as s:
+        for path in "/info", "/v1/models":
+            status, answer = ask(s, path)
+            assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+            assert ask(s, path, Authorization="Bearer s3cre")[0] == 401
+        assert ask(s, "/info", Authorization="Bearer s3cret")[0] == 200
+        connection = http.client.HTTPConnection("127.0.0.1", s.port)
+        connection.request("GET", "/")  # the page holds no secret; it sends the token
+        answer = connection.getresponse()
+        assert answer.status == 200 and b"sessionStorage" in answer.read()
+        connection.close()
+
+
+def test_no_files_and_limits(server):
+    for path in (
+        "/../serve.py",
+        "/assets/serve.html",
+        "/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/x" * 90,
+    ):
+        status, answer = ask(server, path)
+        assert status == 404 and "error" in answer
+    assert ask(server, "/v1/completions")[0] == 404  # GET
+    assert ask(server, "/info", {})[0] == 404  # POST
+    body = b'{"prompt": "' + b"a" * serve.MAX_BODY + b'"}'
+    assert ask(server, "/v1/completions", body)[0] == 413
+    assert ask(server, "/v1/completions", body[:200_000] + b'"}')[0] == 400
+    for body in b"", b"{", b"[1]", b"\xff", b"[" * 5000, b'{"prompt": "\\ud800"}':
+        status, answer = ask(server, "/v1/completions", body)
+        assert status == 400 and answer["error"]["message"]
+
+
+def raw(server, data, wait=0.0, timeout=10):
+    """What the server sends back to bytes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
+        try:
+            s.sendall(data)
+            time.sleep(wait)
+            s.shutdown(socket.SHUT_WR)
+            out = b""
+            while block := s.recv(65536):
+                out += block
+        except (ConnectionError, TimeoutError):
+            return b"closed"
+        return out
+
+
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**70,
+    1.5,
+    1e308,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    [5],
+    ["a"],
+    [-1],
+]
+NAMES = "model prompt messages max_tokens temperature top_k top_p n seed stop stream".split()
+NAMES += "logprobs top_logprobs stream_options return_token_ids response logit_bias".split()
+
+
+def hostile(rng):
+    """A random request, most of them not valid."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(300))
+    path = rng.choice(["/v1/completions", "/v1/chat/completions", "/score", "/info", "/%00", "*"])
+    body = {rng.choice(NAMES): rng.choice(VALUES) for _ in range(rng.randrange(4))}
+    body.setdefault("max_tokens", 2)
+    if kind == 1:
+        body["prompt"] = [rng.choice(VALUES) for _ in range(rng.randrange(4))]
+        body["messages"] = [{"role": rng.choice(VALUES), "content": rng.choice(VALUES)}]
+    data = json.dumps(body).encode()
+    if kind == 2:
+        data = data[: rng.randrange(len(data))]
+    length = len(data) if kind != 3 else rng.choice([0, len(data) + 5, -1, 10**12, "x"])
+    head = (
+        f"{rng.choice(['POST', 'POST', 'GET', 'HEAD', 'X'])} {path} HTTP/1.1\r\nHost: localhost\r\n"
+    )
+    head += f"Content-Length: {length}\r\nConnection: close\r\n"
+    if kind == 4:
+        head += "X: " + "y" * rng.choice([10, 20_000]) + "\r\n"
+    data = head.encode() + b"\r\n" + data
+    if kind == 5:
+        i = rng.randrange(len(data))
+        data = data[:i] + rng.randbytes(3) + data[i + rng.randrange(3) :]
+    return data
+
+
+def test_hostile_requests(server, capfd):
+    """A thousand random requests: no crash, no internal error, and others are served meanwhile."""
+    rng = random.Random(4)
+    requests = [hostile(rng) for _ in range(1000)]
+    good = dict(prompt="Tom", seed=1, max_tokens=8)
+    want = complete(server, **good)["choices"]
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda data: raw(server, data), requests)
+        served = [complete(server, **good)["choices"] for _ in range(20)]
+        statuses = [a[9:12] for a in answers if a.startswith(b"HTTP/1.1")]
+    assert all(x == want for x in served)
+    assert len(statuses) > 700 and not [s for s in statuses if s.startswith(b"5")]
+    assert {b"200", b"400", b"404"} <= set(statuses)
+    assert complete(server, **good)["choices"] == want
+    assert capfd.readouterr().err == ""
+    wait_until(lambda: not any(lane.busy() for lane in server.service.lanes.values()))
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_slow_clients(folder, monkeypatch):
+    """Clients that do not complete a header or a body, or do not read, keep nobody waiting and are
+    disconnected. A client that reads slowly is served."""
+    monkeypatch.setattr(serve, "SECONDS", 0.4)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    starts = [b"", b"POST /v1", head, head + b"Content-Length: 50\r\n\r\n{"]
+    with running(f"--checkpoint={folder}/base.pt") as s:
+        slow = [socket.create_connection(("127.0.0.1", s.port)) for _ in range(80)]
+        for i, connection in enumerate(slow):
+            connection.sendall(starts[i % len(starts)])
+        t0 = time.monotonic()
+        assert complete(s, prompt="Tom", seed=1, max_tokens=5)
+        assert time.monotonic() - t0 < 3
+        for connection in slow:
+            connection.settimeout(10)
+            try:
+                assert connection.recv(100) == b""
+            except ConnectionError:
+                pass
+            connection.close()
+        # a response that takes longer than SECONDS
+        advance = sample.Lane.advance
+        monkeypatch.setattr(sample.Lane, "advance", lambda lane: time.sleep(0.1) or advance(lane))
+        body = dict(prompt="Tom", seed=1, max_tokens=15, logprobs=1, temperature=0.1)
+        assert len(complete(s, **body)["choices"][0]["logprobs"]["tokens"]) > 8
+
+
+def test_too_many_connections(folder, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 5)
+    with running(f"--checkpoint={folder}/base.pt") as s:
+        waiting = [socket.create_connection(("127.0.0.1", s.port)) for _ in range(5)]
+        time.sleep(0.2)
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            ask(s, "/info")
+        for connection in waiting:
+            connection.close()
+        time.sleep(0.2)
+        assert ask(s, "/info")[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(folder, monkeypatch, stream):
+    advance = sample.Lane.advance
+    monkeypatch.setattr(sample.Lane, "advance", lambda lane: time.sleep(0.02) or advance(lane))
+    with running(f"--checkpoint={folder}/base.pt", "--max_batch=1") as s:
+        lane = s.service.lanes["base"]
+        body = json.dumps(dict(max_tokens=120, stream=stream, seed=1, logprobs=1, temperature=0.1))
+        request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        connection = socket.create_connection(("127.0.0.1", s.port))
+        connection.sendall(f"{request}\r\n\r\n{body}".encode())
+        wait_until(lambda: any(row and row.sent > 2 for row in lane.slots))
+        [row] = lane.slots
+        connection.close()
+        wait_until(lambda: not lane.busy())
+        assert row.sent < 100
+
+
+def test_an_error_while_generating(folder, monkeypatch, capfd):
+    """A failure of the model fails the requests of the batch, and the server goes on."""
+    with running(f"--checkpoint={folder}/base.pt") as s:
+        good = complete(s, prompt="Tom", seed=1, max_tokens=9)["choices"]
+        for error, message in (RuntimeError("broken"), "internal error"), (MemoryError(), "memory"):
+
+            def fail(self, *args, error=error):
+                raise error
+
+            with monkeypatch.context() as m:
+                m.setattr(sample.Lane, "admit", fail)
+                status, answer = ask(s, "/v1/completions", {"prompt": "x"})
+                assert status == 503 and message in answer["error"]["message"]
+                connection = http.client.HTTPConnection("127.0.0.1", s.port)
+                connection.request("POST", "/v1/completions", b'{"stream": true}')
+                assert b'"error"' in connection.getresponse().read()
+                connection.close()
+            assert ("broken" in capfd.readouterr().err) == (message == "internal error")
+        assert complete(s, prompt="Tom", seed=1, max_tokens=9)["choices"] == good
+
+
+def test_many_clients(server, tokenizer):
+    """64 clients at a time, streaming and not: every answer arrives, and is the right one."""
+    models = make_model(1), make_model(2)
+    names = "tuned", "tuned-reference"
+    prompt = tokenizer.encode("Tom", bos=True, eos=False)
+    want = {(k, s): expected(s, prompt, 30, model=models[k]) for k in (0, 1) for s in range(8)}
+
+    def work(i):
+        for j in range(3):
+            k, seed, stream = (i + j) % 2, (i * 3 + j) % 8, i % 3 == 0
+            body = dict(model=names[k], prompt="Tom", seed=seed, max_tokens=30, stream=stream)
+            body |= dict(return_token_ids=True) | ({"logprobs": 1} if i % 16 == 0 else {})
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            text = connection.getresponse().read().decode()
+            connection.close()
+            if stream:
+                lines = [x[6:] for x in text.split("\n\n") if x]
+                assert lines.pop() == "[DONE]"
+                parts = [json.loads(x)["choices"][0] for x in lines]
+            else:
+                parts = json.loads(text)["choices"]
+            assert [t for p in parts for t in p["token_ids"]] == want[k, seed]
+        return 3
+
+    with ThreadPoolExecutor(64) as pool:
+        assert sum(pool.map(work, range(64))) == 192
+    assert not any(lane.busy() for lane in server.service.lanes.values())
+
+
+# ----------------------------------------------------------------------------
+# the command
+
+
+def test_wrong_flags(folder, tmp_path, capsys):
+    def error(*argv):
+        with pytest.raises(SystemExit) as e:
+            run_main(lambda: serve.main([f"--checkpoint={folder}/base.pt", "--port=0", *argv]))
+        text = capsys.readouterr().err.splitlines()
+        assert text[-1].startswith("error: ") and e.value.code in (1, 2)
+        return text[-1]
+
+    assert "--token" in error("--host=0.0.0.0")
+    assert "--max_batch" in error("--max_batch=0")
+    assert "negative" in error("--max_queue=-1")
+    assert "no such checkpoint" in error(f"--reference={tmp_path}/none.pt")
+    assert "--reward=long" in error("--reward=long")
+    assert "--device=tpu" in error("--device=tpu")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in error(f"--port={port}")
+    assert "port 99999" in error("--port=99999")
+
+
+def test_missing_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match="error: serve.py needs: pip install starlette uvicorn"):
+        exec(compile((ROOT / "serve.py").read_text(), "serve.py", "exec"), {"__name__": "other"})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupt(folder):
+    """Ctrl-C ends a stream with an error, and the command within seconds."""
+    command = [sys.executable, ROOT / "serve.py", f"--checkpoint={folder}/base.pt", "--port=0"]
+    process = subprocess.Popen(
+        [*command, "--device=cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("base: http://127.0.0.1:")
+        port = int(line.split(":")[3].split("/")[0])
+        idle = socket.create_connection(("127.0.0.1", port))
+        body = b'{"prompt": "Tom", "stream": true, "seed": 1, "n": 16, "logprobs": 20}'
+        streams = []
+        for _ in range(5):  # some are waiting
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("POST", "/v1/completions", body)
+            streams.append(connection)
+        answers = [c.getresponse() for c in streams]
+        answers[0].readline()
+        process.send_signal(signal.SIGINT)
+        texts = [a.read() for a in answers]
+        assert all(t.endswith(b"[DONE]\n\n") or b"shutting down" in t for t in texts)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in err
+        idle.close()
+    finally:
+        process.kill()
+
+
+# ----------------------------------------------------------------------------
+# the page
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    names = "chromium", "chromium-browser", "google-chrome"
+    binary, driver = (
+        next(filter(None, map(shutil.which, names)), None),
+        shutil.which("chromedriver"),
+    )
+    if not binary or not driver:
+        pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for word in "headless=new", "no-sandbox", "disable-gpu", "window-size=1280,800":
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.chrome.service.Service(driver)
+    with webdriver.Chrome(options=options, service=service) as browser:
+        yield browser
+
+
+def until(browser, condition):
+    wait_until(lambda: browser.execute_script(f"return !!({condition})"), 30)
+
+
+def test_page(server, chat_server, browser, tokenizer):
+    """Open, type, stream, color, inspect, compare, stop, chat; without an error in the console."""
+    run, find = browser.execute_script, lambda name: browser.find_element("id", name)
+    browser.get(f"http://127.0.0.1:{server.port}/")
+    until(browser, "info")
+    find("prompt").clear()
+    find("prompt").send_keys("Tom saw")
+    run("$('seed').value = 5; $('max_tokens').value = 40")
+    find("go").click()
+    until(browser, "shown.length && shown[0].score && !running")
+    ids = expected(5, tokenizer.encode("Tom saw", bos=True, eos=False), 40)
+    assert run("return shown[0].tokens.map(t => t.id)") == ids
+    text = browser.find_element("css selector", ".text").get_property("textContent")
+    assert text.startswith("Tom saw" + run("return shown[0].plain()"))
+    colors = {}
+    for name in "probability", "ratio", "value", "none":
+        browser.find_element("css selector", f"#color [value={name}]").click()
+        colors[name] = run("return shown[0].spans.map(s => s.style.background)")
+        charts = run("return document.querySelectorAll('figure svg').length")
+        assert charts == (name != "none") and len(set(colors[name])) > (name != "none") * 5
+    assert len({tuple(c) for c in colors.values()}) == 4
+    browser.find_element("css selector", "#color [value=ratio]").click()
+    until(browser, "document.querySelector('figcaption').textContent.includes('total')")
+    status, score = ask(
+        server, "/score", {"prompt": run("return shown[0].prompt"), "response": ids}
+    )
+    caption = run("return document.querySelector('figcaption').textContent")
+    assert f"total {score['kl']:.2f}" in caption
+    run("shown[0].spans[3].click()")
+    rows = run("return [...document.querySelectorAll('#inspector table')].map(t => t.rows.length)")
+    assert rows == [10, 10]
+    find("compare").click()
+    until(browser, "shown.length == 2 && shown.every(r => r.score) && !running")
+    verdict = browser.find_element("css selector", ".verdict").text
+    seed = int(find("seed").get_property("value"))
+    prompt = tokenizer.encode("Tom saw", bos=True, eos=False)
+    a, b = (expected(seed, prompt, 40, model=make_model(k)) for k in (1, 2))
+    part = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    assert f"part at token {part + 1}:" in verdict and "rewards" in verdict
+    assert f"Lengths {len(a)} and {len(b)}" in verdict
+    browser.get(f"http://127.0.0.1:{chat_server.port}/")
+    until(browser, "info && mode == 'chat'")
+    for n, word in enumerate(("Hello", "<b>again</b>"), 1):
+        find("prompt").send_keys(word + "\n")
+        until(browser, f"turns.length == {n} && !running")
+    assert [t[0] for t in run("return turns")] == ["Hello", "<b>again</b>"]
+    assert not browser.find_elements("css selector", "#results b b, .user b")
+    find("clear").click()
+    assert run("return turns.length + shown.length") == 0
+    assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
