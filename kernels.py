@@ -15,6 +15,7 @@ code. PyTorch's functions are used without a C compiler, and while torch.compile
     model.Transformer.hidden         FastTransformer: decode_hidden          test_cached_steps_*
     model.Transformer.sample_tokens  FastTransformer: decode_tokens          test_tokens_drawn_*
     model.KVCache                    FastKVCache: different memory layout    test_cached_steps_*
+    model.Transformer.forward        FastTransformer: token_terms            test_large_vocabulary_*
     ppo.logprob_entropy_kl           TokenTerms: token_terms                 test_token_terms_*
     model.Transformer                accelerate: all of these together       test_accelerated_*
 
@@ -34,6 +35,8 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -41,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from model import (
     Attention,
@@ -452,6 +456,122 @@ class TokenTerms(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------
+# large vocabularies: logits exist for a few tokens at a time
+
+# The logits of 15,000 tokens and 32,000 words take 2 GB in fp32, and functions of them copy them.
+LARGE_VOCABULARY = 16384
+CHUNK = 2048  # tokens
+
+
+def in_chunks(function, vocab_size, *inputs):
+    """function(*inputs) for `inputs` (A, ...), tensors or None, where the function computes logits
+    (A, V) and returns tensors (A,). With a large vocabulary it is called for CHUNK tokens at a
+    time, and once more in the backward pass, so that no more logits exist at a time."""
+    if vocab_size < LARGE_VOCABULARY or len(inputs[0]) <= CHUNK or not switched_on():
+        return function(*inputs)
+    parts = zip(*(repeat(None) if x is None else x.split(CHUNK) for x in inputs))
+    # Autocast would convert the output layer's weight once, and add up its gradient in half.
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled():
+            function = partial(recompute_in_backward, function, **options)
+        return tuple(torch.cat(x) for x in zip(*(function(*part) for part in parts)))
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+
+
+def cross_entropy(hidden, weight, targets):
+    """Mean cross-entropy over the targets (N,) that are not -1 of logits hidden @ weight.T, from
+    hidden (N, D) and weight (V, D), in the dtype of autocast."""
+    kind = hidden.device.type
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    needs = [x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight)]
+    total = torch.ops.fable.linear_cross_entropy(hidden, weight, targets, half, *needs)[0]
+    return total / (targets != -1).sum()
+
+
+@torch.library.custom_op("fable::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cross-entropy summed over the targets, and its gradients with respect to hidden (N, D)
+    and weight (V, D), empty if not needed. Products are in dtype, and so are the logits, of which
+    CHUNK x V exist at a time; sums are in fp32 or more. The gradients are computed together with
+    the loss, because the backward pass would have to compute the logits again. The operator is
+    opaque to torch.compile, which would unroll the loop."""
+    total, dh, dw = (
+        x.zero_()
+        for x in linear_cross_entropy_shapes(
+            hidden, weight, targets, dtype, needs_hidden, needs_weight
+        )
+    )
+    w = weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for i in range(0, len(hidden), CHUNK):
+            h, t = hidden[i : i + CHUNK].to(dtype), targets[i : i + CHUNK]
+            fast = len(h) >= MIN_ROWS and plain(h) and torch.backends.mkldnn.is_available()
+            product = onednn if fast else F.linear
+            loss, g = summed_cross_entropy(product(h, w), t, needs_hidden or needs_weight)
+            total += loss
+            if needs_hidden:
+                dh[i : i + CHUNK] = product(g, w.T)
+            if needs_weight:
+                dw += transposed_product(g, h) if fast else g.T @ h
+    return total, dh, dw
+
+
+@linear_cross_entropy.register_fake
+def linear_cross_entropy_shapes(hidden, weight, targets, dtype, needs_hidden, needs_weight):
+    sums = torch.promote_types(dtype, torch.float32)
+    dh = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    shape = weight.shape if needs_weight else 0
+    return hidden.new_empty((), dtype=sums), dh, weight.new_empty(shape, dtype=sums)
+
+
+def save_gradients(ctx, inputs, output):
+    ctx.needs, ctx.dtype = inputs[-2:], inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx, grad, *_):
+    dh, dw = ctx.saved_tensors
+    dh = dh * grad.to(dh.dtype) if ctx.needs[0] else None
+    return dh, (dw * grad).to(ctx.dtype) if ctx.needs[1] else None, None, None, None, None
+
+
+linear_cross_entropy.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+def summed_cross_entropy(logits, targets, gradient):
+    """The cross-entropy of logits (n, V) summed over the targets (n,) that are not -1, and its
+    gradient (n, V) in the dtype of the logits, or None."""
+    n, V = logits.shape
+    if native(logits):
+        (logprob, *others), norms = logits.new_zeros(3, n), logits.new_empty(n, 4)
+        targets, grad = targets.contiguous(), torch.empty_like(logits) if gradient else None
+        call("token_terms", logprob, *others, norms, logits, None, targets, n, V)
+        if gradient:
+            of_terms = logits.new_tensor([-1.0, 0.0, 0.0]).repeat_interleave(n).view(3, n)
+            read = norms, logits, None, targets
+            call("token_terms_backward", grad, *of_terms, *others, *read, n, V)
+        return -logprob.sum(), grad
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    at, known = targets.clamp(min=0)[:, None], (targets != -1)[:, None]
+    total = -(logp.gather(1, at) * known).sum()
+    if not gradient:
+        return total, None
+    grad = logp.exp_().scatter_add_(1, at, logp.new_full((), -1.0).expand(n, 1)).mul_(known)
+    return total, grad.to(logits.dtype)
+
+
+# ----------------------------------------------------------------------------
 # attention
 
 
@@ -578,9 +698,16 @@ class FastKVCache(KVCache):
 
 
 class FastTransformer(Transformer):
-    """Computes the cross-entropy in one pass over the logits, and one or several generation steps
-    in one call: groups of W rows go through all layers and sampling while they stay in the
-    processor's cache."""
+    """Computes the cross-entropy in one pass over the logits, or with a large vocabulary without
+    storing them, and one or several generation steps in one call: groups of W rows go through all
+    layers and sampling while they stay in the processor's cache."""
+
+    def forward(self, tokens, targets=None, lengths=None, cache=None):
+        standard = type(self.output) in (nn.Linear, FastLinear)
+        if targets is None or self.args.vocab_size < LARGE_VOCABULARY or not standard:
+            return super().forward(tokens, targets, lengths, cache)
+        hidden = self.hidden(tokens, lengths, cache).flatten(0, -2)
+        return cross_entropy(hidden, self.output.weight, targets.flatten())
 
     def loss(self, logits, targets):
         if not native(logits):

@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common import flag
-from kernels import TokenTerms, switched_on
+from kernels import TokenTerms, in_chunks, switched_on
 from model import generate
 
 # ----------------------------------------------------------------------------
@@ -301,8 +301,9 @@ def pack(queries, responses, device):
 def logprob_entropy_kl(logits, actions, ref_logits=None):
     """log π(action), the entropy of π, and KL(π ‖ ref), (A,) each in fp32, of the distributions
     π = softmax(logits) and ref = softmax(ref_logits), (A, V) both. The log-probability of an action
-    −1 is 0, and the KL without ref_logits. The fast twin is kernels.TokenTerms."""
-    if switched_on():
+    −1 is 0, and the KL without ref_logits. The fast twin is kernels.TokenTerms, or this function
+    through torch.compile. With a large vocabulary it is called in kernels.in_chunks."""
+    if not torch.compiler.is_compiling() and switched_on():
         return TokenTerms.apply(logits, actions, ref_logits)
     logp = logits.float().log_softmax(-1)
     ref_logp = logp if ref_logits is None else ref_logits.float().log_softmax(-1)
@@ -439,11 +440,11 @@ class PPOTrainer:
             batch = rollouts.minibatch(which or [0])
             with self.autocast():
                 ref_hidden = self.hidden(self.reference, batch)
-                ref_logits = self.logits(self.reference, ref_hidden)
                 hidden = self.hidden(self.policy, batch)
-                logits, values = self.logits(self.policy, hidden), self.values(batch, hidden)
-            logprobs, _, kl = logprob_entropy_kl(logits, batch.actions, ref_logits)
-            ref_logprobs, _, _ = logprob_entropy_kl(ref_logits, batch.actions)
+                values = self.values(batch, hidden)
+                logprobs, kl, ref_logprobs = in_chunks(
+                    self.compare, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
+                )
             if not c.exact_kl:
                 kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
             if which:
@@ -477,6 +478,15 @@ class PPOTrainer:
         logits, temperature = model.output(hidden), self.config.temperature
         logits = logits if temperature == 1 else logits.float() / temperature
         return logits.to(self.device)
+
+    def compare(self, hidden, actions, ref_hidden):
+        """log π, KL(π ‖ ref) and log π_ref (A,) of actions, from the hidden states of both."""
+        logits, ref_logits = (
+            self.logits(model, x)
+            for model, x in ((self.policy, hidden), (self.reference, ref_hidden))
+        )
+        logprobs, _, kl = logprob_entropy_kl(logits, actions, ref_logits)
+        return logprobs, kl, logprob_entropy_kl(ref_logits, actions)[0]
 
     def values(self, batch, hidden):
         """V(state) (A,) of the critic; of a shared one from the policy's hidden states."""
@@ -581,11 +591,12 @@ class PPOTrainer:
             return (x.float() * weight).sum()
 
         if train_policy:
+            ref_hidden = batch.ref_hidden if c.kl_in_loss and c.exact_kl else None
             with self.update_autocast():
                 hidden = self.hidden(self.policy, batch)  # (A, D)
-                logits = self.logits(self.policy, hidden)  # (A, V)
-            ref_logits = self.ref_logits(batch) if c.kl_in_loss and c.exact_kl else None
-            logprobs, entropy, kl = logprob_entropy_kl(logits, batch.actions, ref_logits)  # (A,)
+                logprobs, entropy, kl = in_chunks(  # (A,)
+                    self.terms, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
+                )
             clip = c.cliprange, c.cliprange_high or c.cliprange
             surrogate, clipped = policy_loss(logprobs, batch.old_logprobs, batch.advantages, *clip)
             loss = mean(surrogate) - c.entropy_coef * mean(entropy)
@@ -608,9 +619,14 @@ class PPOTrainer:
         """Indices of the rollouts, of `total`, that this rank has: every world-th group."""
         return [i for i in range(total) if i // self.config.group_size % self.world == self.rank]
 
-    def ref_logits(self, batch):
-        with torch.no_grad(), self.autocast():
-            return self.logits(self.reference, batch.ref_hidden)
+    def terms(self, hidden, actions, ref_hidden):
+        """logprob_entropy_kl of actions, from the hidden states of policy and reference (or None),
+        of which the policy's have a gradient."""
+        logits, ref_logits = self.logits(self.policy, hidden), None  # (A, V)
+        if ref_hidden is not None:
+            with torch.no_grad(), self.autocast():
+                ref_logits = self.logits(self.reference, ref_hidden)
+        return logprob_entropy_kl(logits, actions, ref_logits)
 
     def ptx_backward(self, sums):
         """Adds the gradient of the pretraining loss (PPO-ptx, Ouyang et al., 2022), and its value
@@ -994,14 +1010,18 @@ def kl_to_reference(policy, reference, queries, responses, batch_size, temperatu
     the reference's log-probability of each response, (B,) both."""
     kls, ref_logprobs = [], []
     for i in range(0, len(queries), batch_size):
-        part, logits = slice(i, i + batch_size), []
+        part, states = slice(i, i + batch_size), []
         for model in (reference, policy):
             batch = pack(queries[part], responses[part], model.output.weight.device)
-            hidden = model.hidden(batch.tokens, batch.lengths)[batch.state_ends]
-            logits.append(model.output(hidden).float() / temperature)
-        ref_logits, logits = logits[0].to(logits[1].device), logits[1]
-        kl = logprob_entropy_kl(logits, batch.actions, ref_logits)[2]
-        kls.append(sum_per_rollout(kl, batch.counts))
-        ref = logprob_entropy_kl(ref_logits, batch.actions)[0]
-        ref_logprobs.append(sum_per_rollout(ref, batch.counts))
+            states.append(model.hidden(batch.tokens, batch.lengths)[batch.state_ends])
+
+        def compare(ref_hidden, hidden, actions):
+            logits = policy.output(hidden).float() / temperature
+            ref_logits = (reference.output(ref_hidden).float() / temperature).to(logits.device)
+            ref_logprobs = logprob_entropy_kl(ref_logits, actions)[0]
+            return logprob_entropy_kl(logits, actions, ref_logits)[2], ref_logprobs
+
+        terms = in_chunks(compare, policy.args.vocab_size, *states, batch.actions)
+        for results, x in zip((kls, ref_logprobs), terms):
+            results.append(sum_per_rollout(x, batch.counts))
     return torch.cat(kls), torch.cat(ref_logprobs)

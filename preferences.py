@@ -11,6 +11,7 @@ import ppo
 from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag, printable
 from instruct import InstructPrompts, Rankings
+from kernels import in_chunks
 from model import TransformerWithValueHead, generate
 from pretraining import MemoryFlags, TextFlags, gathered, place, whole
 from sft import FreezeFlags, InstructionFlags, InstructionStage
@@ -78,8 +79,13 @@ def score(model, sequences):
 def response_logprobs(model, queries, responses, device):
     """log p(response | query) for n pairs of lists of token ids: (n,), from one forward pass."""
     p = ppo.pack(queries, responses, device)
-    logits = model.output(model.hidden(p.tokens, p.lengths)[p.state_ends])
-    return ppo.sum_per_rollout(ppo.logprob_entropy_kl(logits, p.actions)[0], p.counts)
+    hidden = model.hidden(p.tokens, p.lengths)[p.state_ends]
+
+    def logprobs(hidden, actions):
+        return (ppo.logprob_entropy_kl(model.output(hidden), actions)[0],)
+
+    (terms,) = in_chunks(logprobs, model.args.vocab_size, hidden, p.actions)
+    return ppo.sum_per_rollout(terms, p.counts)
 
 
 def calibration_error(margins, bins=10):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import accelerate, library
+from kernels import CHUNK, LARGE_VOCABULARY, accelerate, library
 from model import Transformer
 from report import flops_per_token, peak_matmul_flops
 
@@ -79,10 +79,11 @@ def plan(args, model_args):
     )  # run for real, and large enough for the kernels that B uses
     saved = saved_bytes(model_args, few, T, dtype, cpu)
     everything, layer, layer_input = (x * B / few for x in saved)
-    # The backward pass begins with the gradients of log-probabilities and logits, (B, T, V) in
-    # fp32.
+    # The backward pass begins with the gradients of log-probabilities and logits in fp32, (B, T, V)
+    # or, with a large vocabulary, of a few tokens.
     native = cpu and dtype == torch.float32 and library() is not None
-    everything += (4 if native else 8) * B * T * model_args.vocab_size
+    rows = B * T if model_args.vocab_size < LARGE_VOCABULARY else min(B * T, CHUNK)
+    everything += (4 if native else 8) * rows * model_args.vocab_size
     print(
         f"{P:,} parameters, {B} x {T} tokens per card and step, {str(dtype)[6:]}, "
         f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s"
