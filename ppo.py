@@ -808,7 +808,8 @@ class Checks:
             self.half = torch.is_autocast_enabled(device_type)
             dtype = torch.get_autocast_dtype(device_type) if self.half else torch.float32
         self.float16 = dtype is torch.float16
-        precision = "half" if self.half else "float32" if device_type == "cpu" else "tf32"
+        exact = device_type == "cpu" or not torch.backends.cuda.matmul.allow_tf32
+        precision = "half" if self.half else "float32" if exact else "tf32"
         self.far_share, *limits = LIMITS[precision]
         limits = [x / min(temperature, 1.0) for x in limits]  # the logits are over the temperature
         self.token_limit, self.mean_limit, self.bias_limit, self.kl_limit = limits

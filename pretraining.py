@@ -377,6 +377,7 @@ class Stage:
     signed = ()  # flags that may be negative
     from_scratch = False  # whether a run can start without a checkpoint
     compiles = False  # whether torch.compile is the default on cuda
+    fp32_dim = 0  # largest width of a model for which --dtype is float32 by default on cuda
     writes_text = True  # whether its model generates text: ./run can use it, PPO can train it
     continues_count = False  # whether its iterations continue those of the initial checkpoint
     resumes_same_flags_only = False  # whether other flags make --init_from=resume a new run

@@ -323,6 +323,8 @@ class RLHF(Stage):
         if args.advantage in ("rloo", "grpo"):
             yield ["gamma"], f"has no effect with --advantage={args.advantage}"
 
+    # Kernel launches take most of the time of these models, not arithmetic.
+    fp32_dim = 288
     positive = "roof_prompts", "roof_samples", "report_rollouts", "start_len"
     signed = "entropy_coef", "missing_eos_penalty"
     continues_count = True

@@ -162,7 +162,9 @@ class SystemFlags:
 
     device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the fastest available")
     dtype: str = flag(
-        "", "default: bfloat16 on cuda, else float32", ("", "float32", "bfloat16", "float16")
+        "",
+        "default: bfloat16 on cuda, except for PPO of models up to width 288; else float32",
+        ("", "float32", "bfloat16", "float16"),
     )
     seed: int = flag(1337, "random seed of initialization, data order and samples")
 
@@ -306,10 +308,19 @@ def check_fits(args, model_args):
         raise ValueError("the checkpoint does not fit the flags: " + "; ".join(wrong))
 
 
+def with_dtype(run, checkpoint):
+    """The run with the default dtype for the model of a checkpoint: on cuda, float32 for a small
+    model, if the stage has such a default."""
+    largest, given = stage_class(run.args).fp32_dim, run.args.dtype
+    small = checkpoint is not None and checkpoint["model_args"]["dim"] <= largest
+    on_cuda = run.device.partition(":")[0] == "cuda"
+    return replace(run, dtype=torch.float32) if small and on_cuda and not given else run
+
+
 def differences(run, checkpoint):
     """A description of the flags that differ from those of the checkpoint and make this a different
     run; "" if there are none."""
-    saved, current = checkpoint.get("config", {}), run.config
+    saved, current = checkpoint.get("config", {}), with_dtype(run, checkpoint).config
     names = current.keys() & saved.keys() - FREE_FLAGS - unused(run.args).keys()
     names = [k for k in names if current[k] != saved[k]]
     return ", ".join(f"{k} was {saved[k]}, is {current[k]}" for k in sorted(names))
@@ -332,6 +343,13 @@ def start(run):
     args, kind = run.args, stage_class(run.args)
     checkpoint, resumed = starting_point(run, kind, differences)
     start_iteration, best_val_loss, vocab_size = 0, 1e9, args.vocab_size
+    default, run = run.dtype, with_dtype(run, checkpoint)
+    if run.dtype is not default:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        width = checkpoint["model_args"]["dim"]
+        note(
+            f"a model of width {width} runs in float32 without TF32; --dtype=bfloat16 changes this"
+        )
     if checkpoint is not None:
         check_fits(args, checkpoint["model_args"])
         start_iteration = checkpoint.setdefault("iter_num", 0)

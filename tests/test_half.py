@@ -15,6 +15,7 @@ import ppo
 import preferences
 import pretraining
 import rlhf
+import train
 from checkpoint import halve_frozen, model_from_checkpoint
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from preferences import score
@@ -161,3 +162,30 @@ def test_runs_are_those_of_weights_in_fp32(home, tmp_path, capsys, monkeypatch, 
 
     assert results(lambda *_: None) == results(halve)
     assert bool(halved) == ("float16" not in stage)  # there the update is in fp32
+
+
+@pytest.mark.parametrize(
+    "flags, device, dim, dtype",
+    [
+        ("--ppo", "cuda", 288, "float32"),
+        ("--ppo", "cuda:1", 64, "float32"),
+        ("--ppo", "cuda", 512, "bfloat16"),
+        ("--ppo --dtype=bfloat16", "cuda", 64, "bfloat16"),
+        ("--ppo --dtype=float16", "cuda", 64, "float16"),
+        ("--sft", "cuda", 64, "bfloat16"),
+        ("", "cuda", 64, "bfloat16"),
+        ("--ppo", "cpu", 64, "float32"),
+        ("--ppo --dtype=bfloat16", "cpu", 64, "bfloat16"),
+    ],
+)
+def test_dtype_by_default(flags, device, dim, dtype, monkeypatch):
+    """PPO of a small model is in float32 on cuda, which a resumed run knows before it compares its
+    flags with those of the checkpoint."""
+    monkeypatch.setattr(train, "choose_device", lambda name: device)
+    run = train.setup(train.flags(flags.split()))
+    saved = {"model_args": {"dim": dim}}
+    current = train.with_dtype(run, saved)
+    assert str(current.dtype) == f"torch.{dtype}"
+    assert train.differences(run, saved | {"config": current.config}) == ""
+    other = current.config | {"dtype": "other"}
+    assert train.differences(run, saved | {"config": other}) == f"dtype was other, is {dtype}"
