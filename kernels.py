@@ -254,6 +254,13 @@ def native(x, multiple=16):
     return plain(x) and x.shape[-1] % multiple == 0 and library() is not None
 
 
+def to_device(x, device):
+    """Copies a tensor to a device. A copy from the CPU to a GPU goes through pinned memory, so that
+    Python does not wait for it."""
+    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+
+
 # ----------------------------------------------------------------------------
 # products
 

@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common import flag
-from kernels import TokenTerms, in_chunks, switched_on
+from kernels import TokenTerms, in_chunks, switched_on, to_device
 from model import generate
 
 # ----------------------------------------------------------------------------
@@ -175,8 +175,10 @@ class PPOConfig:
 
 def all_sum(*values):
     """The sum of each tensor's elements on all processes, as floats."""
-    # On the CPU first: MPS has no float64.
-    packed = torch.stack([torch.as_tensor(v).detach().cpu().double().sum() for v in values])
+    values = [torch.as_tensor(v).detach() for v in values]
+    sums = [(v if v.is_cuda else v.cpu()).double().sum() for v in values]  # MPS has no float64
+    device = next((s.device for s in sums if s.is_cuda), "cpu")
+    packed = torch.stack([to_device(s, device) for s in sums])  # one copy from a GPU, not many
     if dist.is_initialized():
         packed = packed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(packed)
@@ -190,8 +192,27 @@ def full(x):
 
 def mean_and_variance(x):
     """Mean and variance of a tensor's elements on all processes, as floats."""
+    x = x if x.is_cuda else x.cpu()
     n, total = all_sum(torch.tensor(x.numel()), x)
-    return total / n, all_sum((x.cpu().double() - total / n).square())[0] / n
+    return total / n, all_sum((x.double() - total / n).square())[0] / n
+
+
+BUCKET = 2**24  # numbers per all_reduce, 64 MB in fp32, except for a larger tensor
+
+
+def add_up_over_ranks(tensors):
+    """Adds up each tensor over all processes, in place, with one all_reduce for many of them."""
+    start, size = 0, 0
+    for i, x in enumerate(tensors):
+        size += x.numel()
+        if size < BUCKET and i + 1 < len(tensors):
+            continue
+        part = tensors[start : i + 1]
+        flat = torch.cat([t.flatten() for t in part])
+        dist.all_reduce(flat)
+        pieces = flat.split([t.numel() for t in part])
+        torch._foreach_copy_(part, [p.view_as(t) for p, t in zip(pieces, part)])
+        start, size = i + 1, 0
 
 
 def whiten(x, shift_mean=True):
@@ -203,7 +224,14 @@ def whiten(x, shift_mean=True):
 
 def expand(x, counts):
     """One number per rollout (B,) -> one per action (A,): [5, 7], counts [2, 1] -> [5, 5, 7]."""
-    return x.repeat_interleave(counts.to(x.device))
+    size = int(counts.sum())  # which a GPU would make Python wait for
+    return x.repeat_interleave(to_device(counts, x.device), output_size=size)
+
+
+def spans(starts, counts):
+    """The indices start, start + 1, ... of spans of different lengths: [0, 7], [3, 2] ->
+    [0, 1, 2, 7, 8]."""
+    return torch.arange(int(counts.sum())) + expand(starts - counts.cumsum(0) + counts, counts)
 
 
 def sum_per_rollout(x, counts):
@@ -247,19 +275,19 @@ class Rollouts:
 
     def __post_init__(self):
         self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
-        actions = [token for r in self.responses for token in r]
-        self.actions = torch.tensor(actions, device=self.old_logprobs.device)  # (A,) token ids
+        self.actions = torch.tensor([token for r in self.responses for token in r])  # (A,) ids
 
     def minibatch(self, which):
         """The rollouts with the indices `which`, as a Minibatch."""
         queries, responses = ([x[i] for i in which] for x in (self.queries, self.responses))
-        batch = pack(queries, responses, self.actions.device)
-        ends = self.counts.cumsum(0)
-        span = torch.cat([torch.arange(ends[i] - self.counts[i], ends[i]) for i in which])
+        batch, starts = pack(queries, responses, "cpu"), self.counts.cumsum(0) - self.counts
+        span = spans(starts[which], self.counts[which])
         check_actions(batch, self.actions[span])
+        for name in "tokens state_ends actions".split():
+            setattr(batch, name, to_device(getattr(batch, name), self.old_logprobs.device))
         for name in "old_logprobs ref_logprobs ref_hidden values advantages returns".split():
             x = getattr(self, name)
-            setattr(batch, name, None if x is None else x[span])
+            setattr(batch, name, None if x is None else x[to_device(span, x.device)])
         return batch
 
 
@@ -283,15 +311,15 @@ class Minibatch:
 
 def pack(queries, responses, device):
     """B prompts and B responses, lists of token ids, as a Minibatch."""
-    tokens, lengths, state_ends, actions = [], [], [], []
-    for query, response in zip(queries, responses):
-        first = len(tokens) + len(query) - 1  # the prompt's last token predicts the first action
-        state_ends += range(first, first + len(response))
-        actions += response
-        tokens += query + response[:-1]
-        lengths.append(len(query) + len(response) - 1)
-    tensors = (torch.tensor(x, device=device) for x in (tokens, state_ends, actions))
-    return Minibatch(*tensors, lengths, torch.tensor([len(r) for r in responses]))
+    text = torch.tensor([token for pair in zip(queries, responses) for x in pair for token in x])
+    counts, asked = (torch.tensor([len(x) for x in xs]) for xs in (responses, queries))
+    ends = (counts + asked).cumsum(0)
+    at = spans(ends - counts, counts)  # (A,) index of the actions in the text
+    inputs = torch.ones(len(text), dtype=torch.bool).index_fill(0, ends - 1, False)
+    state_ends = at - 1 - expand(torch.arange(len(counts)), counts)  # without these last tokens
+    tensors = (to_device(x, device) for x in (text[inputs], state_ends, text[at]))
+    lengths = (counts + asked - 1).tolist()
+    return Minibatch(*tensors, lengths, counts)
 
 
 # ----------------------------------------------------------------------------
@@ -653,8 +681,8 @@ class PPOTrainer:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 if self.sharded:
                     p.grad *= self.world  # the backward pass has averaged it
-                elif dist.is_initialized():
-                    dist.all_reduce(p.grad)
+            if dist.is_initialized() and not self.sharded:
+                add_up_over_ranks([p.grad for p in params])
             limit = self.config.max_grad_norm or math.inf
             norms[model] = full(torch.nn.utils.clip_grad_norm_(params, limit))
             if not torch.isfinite(norms[model]):

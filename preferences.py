@@ -11,7 +11,7 @@ import ppo
 from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag, printable
 from instruct import InstructPrompts, Rankings
-from kernels import in_chunks
+from kernels import in_chunks, to_device
 from model import TransformerWithValueHead, generate
 from pretraining import MemoryFlags, TextFlags, gathered, place, whole
 from sft import FreezeFlags, InstructionFlags, InstructionStage
@@ -71,8 +71,8 @@ def score(model, sequences):
     ignored; a reply that fills the context exceeds it by one token."""
     sequences = [s[: model.args.max_seq_len] for s in sequences]
     device, lengths = model.value_head.weight.device, [len(s) for s in sequences]
-    tokens = torch.tensor([t for s in sequences for t in s], device=device)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    tokens = to_device(torch.tensor([t for s in sequences for t in s]), device)
+    last = to_device(torch.tensor(lengths).cumsum(0) - 1, device)
     return model.values(model.hidden(tokens, lengths)[last])
 
 
@@ -161,7 +161,8 @@ class RewardModel(Preferences):
             self.samples = [q + r for q, r in zip(self.prompts, self.replies(self.model))]
 
     def loss(self, model, batch):
-        better, worse, weight = (t.to(self.run.device) for t in pairs([len(c) for _, c in batch]))
+        sizes, device = [len(c) for _, c in batch], self.run.device
+        better, worse, weight = (to_device(t, device) for t in pairs(sizes))
         sequences = [prompt + c for prompt, completions in batch for c in completions]
         scores = score(self.model, sequences)
         margins = scores[better] - scores[worse]
@@ -248,7 +249,8 @@ class DPO(Preferences):
 
     def loss(self, model, batch):
         a = self.args
-        better, worse, weight = (t.to(self.run.device) for t in pairs([len(c) for _, c in batch]))
+        sizes, device = [len(c) for _, c in batch], self.run.device
+        better, worse, weight = (to_device(t, device) for t in pairs(sizes))
         queries = [prompt for prompt, completions in batch for _ in completions]
         responses = [c for _, completions in batch for c in completions]
         rewards = response_logprobs(self.model, queries, responses, self.run.device)

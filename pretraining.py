@@ -30,7 +30,7 @@ from checkpoint import halve_frozen, model_from_checkpoint
 from common import flag
 from experiments.plan import GPUS
 from instruct import Template
-from kernels import accelerate, library, native_attention
+from kernels import accelerate, library, native_attention, to_device
 from model import ModelArgs, Transformer, generate
 from report import flops_per_token, peak_matmul_flops
 from tinystories import Windows
@@ -610,10 +610,7 @@ class Pretraining(Stage):
             n, device = self.args.batch_size, self.run.device
             batch = self.train.batch(position + self.run.rank * n, n)
             if device.startswith("cuda"):
-                batch = [
-                    t.pin_memory().to(device, non_blocking=True) if torch.is_tensor(t) else t
-                    for t in batch
-                ]
+                batch = [to_device(t, device) if torch.is_tensor(t) else t for t in batch]
         return batch
 
     def synchronised(self, last):
@@ -625,10 +622,9 @@ class Pretraining(Stage):
 
     def average_gradients(self):
         """Averages the gradients over the processes for stages without DistributedDataParallel."""
-        for p in self.model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= self.run.world
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        ppo.add_up_over_ranks(grads)
+        torch._foreach_div_(grads, self.run.world)
 
     def line(self, iteration, s):
         bad = "" if not s["bad_steps"] else f" | not finite, skipped ({s['bad_steps']} in a row)"

@@ -268,14 +268,15 @@ class Packed:
         return len(self.samples)
 
     def batch(self, position, n):
-        """n samples from `position` on: tokens (N,), targets (N,), the lengths of the samples, and
-        the expected number of targets in a batch of n samples."""
+        """n samples from `position` on: tokens (N,), targets (N,), the lengths of the samples, the
+        expected number of targets in a batch of n samples, and their number in this one."""
         tokens, targets, lengths = [], [], []
         for ids, mask in self.samples.batch(position, n):
             tokens += ids[:-1]
             targets += [i if learn else -1 for i, learn in zip(ids[1:], mask[1:])]
             lengths.append(len(ids) - 1)
-        return torch.tensor(tokens), torch.tensor(targets), lengths, n * self.mean_targets
+        tokens, targets = torch.tensor(tokens), torch.tensor(targets)
+        return tokens, targets, lengths, n * self.mean_targets, int((targets >= 0).sum())
 
 
 # ----------------------------------------------------------------------------
@@ -341,15 +342,15 @@ class FineTuning(InstructionStage):
         """The loss for training is the sum over the targets of the batch, divided by their expected
         number, so that each token has the same weight however the samples are split into batches
         and processes. The logged loss is the mean over the targets of the batch."""
-        tokens, targets, lengths, expected = batch
+        tokens, targets, lengths, expected, count = batch
         tokens, targets = tokens.to(self.run.device), targets.to(self.run.device)
-        mean, count = model(tokens, targets, lengths=lengths), int((targets >= 0).sum())
+        mean = model(tokens, targets, lengths=lengths)
         share = count / expected if self.model.training else 1
         return mean * share, len(tokens), {"loss/train": mean.detach().expand(count)}
 
     def weight(self, batch, rows):
         """The number of targets, over which the loss is the mean."""
-        return int((batch[1] >= 0).sum()) if rows else 0
+        return batch[-1] if rows else 0
 
     def line(self, iteration, s):
         return super().line(iteration, s).replace(f" | mfu {s['mfu']:5.1%}", "")

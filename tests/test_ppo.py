@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import random
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -247,6 +248,46 @@ def test_mistakes_in_a_reward_are_one_line(tmp_path, body, says):
     with pytest.raises(ValueError) as error:
         load_reward(f"{file}:f", 0, str)([[1], [1]], [[3, 4], [5]], None)
     assert str(error.value).startswith(f"--reward={file}:f") and says in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_is_the_loop_over_rollouts(seed):
+    """A minibatch of rollouts against a loop, token by token."""
+    g = random.Random(seed)
+    texts = [[g.randrange(3, 50) for _ in range(g.randint(1, 6))] for _ in range(18)]
+    rollouts = ppo.Rollouts(texts[:9], texts[9:], torch.ones(9), torch.empty(0))
+    rollouts.old_logprobs = torch.arange(float(len(rollouts.actions)))
+    rollouts.ref_hidden = torch.randn(len(rollouts.actions), 3)
+    which = g.sample(range(9), 5)
+    tokens, state_ends, actions, lengths, numbers = [], [], [], [], []
+    for i in which:
+        query, response = texts[i], texts[9 + i]
+        for t, token in enumerate([*query, *response]):
+            if t >= len(query):
+                state_ends.append(len(tokens) - 1)
+                actions.append(token)
+                numbers.append(sum(map(len, texts[9 : 9 + i])) + t - len(query))
+            if t < len(query) + len(response) - 1:
+                tokens.append(token)
+        lengths.append(len(query) + len(response) - 1)
+    batch = rollouts.minibatch(which)
+    assert batch.tokens.tolist() == tokens and batch.state_ends.tolist() == state_ends
+    assert batch.actions.tolist() == actions and batch.lengths == lengths
+    assert batch.counts.tolist() == [len(texts[9 + i]) for i in which]
+    assert batch.old_logprobs.tolist() == numbers and batch.values is None
+    assert torch.equal(batch.ref_hidden, rollouts.ref_hidden[numbers])
+
+
+@pytest.mark.parametrize("sizes, calls", [([3, 4, 5, 90], 1), ([99, 3, 1, 120, 4, 60, 70], 3)])
+def test_few_reductions_add_up_many_tensors(sizes, calls, monkeypatch):
+    """At most as many as there are buckets, of 100 numbers or of one larger tensor."""
+    reduced = []
+    monkeypatch.setattr(ppo, "BUCKET", 100)
+    monkeypatch.setattr(ppo.dist, "all_reduce", lambda x: reduced.append(x.mul_(3)))
+    tensors = [torch.randn(n, 1) for n in sizes]
+    want = [3 * x for x in tensors]
+    ppo.add_up_over_ranks(tensors)
+    assert all(map(torch.equal, tensors, want)) and len(reduced) == calls
 
 
 def test_scores_become_token_rewards():
