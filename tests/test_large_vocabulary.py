@@ -4,7 +4,9 @@ functions, and the logits of all tokens are never stored."""
 import pytest
 import torch
 import torch.nn.functional as F
+from test_accelerate import one_process
 from test_flags import BASE, COMMON, home, outcome  # noqa: F401
+from torch.distributed.tensor import DTensor
 
 import kernels
 import pretraining
@@ -189,3 +191,25 @@ def test_large_vocabulary_stages(home, tmp_path, capsys, monkeypatch, stage):  #
         for k in a:
             assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-4), k
     assert len(chunks) > 4
+
+
+def test_large_vocabulary_with_fsdp(tiny_chunks, tmp_path):
+    """The output layer is used outside of the sharded model's forward pass, also when the backward
+    pass computes the logits again."""
+    tokens = torch.randint(48, (3, 20))
+
+    def results(model):
+        hidden = model.hidden(tokens).flatten(0, 1)
+        terms = kernels.in_chunks(
+            lambda h, a: logprob_entropy_kl(model.output(h), a), 48, hidden, tokens.flatten()
+        )
+        loss = model(tokens, tokens) + torch.stack(terms).sum()
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        return [loss, *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)]
+
+    want, sharded = results(model_of(48)), accelerate(model_of(48))
+    with one_process(tmp_path):
+        pretraining.shard(sharded, "cpu", torch.float32)
+        for x, y in zip(results(sharded), want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
