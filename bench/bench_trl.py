@@ -123,7 +123,8 @@ class Meter:
 
     def write(self):
         with write_atomic(self.path, "w") as f:
-            json.dump({"row": self.a.row, "peak_mib": round(self.peak), "curve": self.curve}, f)
+            named = {"row": self.a.row, "our_flags": self.a.our_flags}
+            json.dump(named | {"peak_mib": round(self.peak), "curve": self.curve}, f)
 
 
 def train_prompts(a, first, n, group):
@@ -479,6 +480,7 @@ def summary(found):
     reached = next((x["seconds"] for x in curve if x["objective"] >= ENOUGH), None)
     return {
         "row": found["row"],
+        "our_flags": found["our_flags"],
         **last,
         "seconds_per_iteration": last["seconds"] / last["rollouts"] * PER_ITERATION,
         "seconds_to_enough": "never" if reached is None else reached,
