@@ -512,7 +512,8 @@ def linear_cross_entropy(
     and weight (V, D), empty if not needed. Products are in dtype, and so are the logits, of which
     CHUNK x V exist at a time; sums are in fp32 or more. The gradients are computed together with
     the loss, because the backward pass would have to compute the logits again. The operator is
-    opaque to torch.compile, which would unroll the loop."""
+    opaque to torch.compile, which would unroll the loop. On a CPU, tokens without a target, such as
+    those of prompts, have no logits; a GPU would have to wait for their number."""
     total, dh, dw = (
         x.zero_()
         for x in linear_cross_entropy_shapes(
@@ -520,15 +521,19 @@ def linear_cross_entropy(
         )
     )
     w = weight.to(dtype)
+    if targets.is_cpu and (targets == -1).any():
+        parts = (targets != -1).nonzero()[:, 0].split(CHUNK)
+    else:
+        parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
     with torch.autocast(hidden.device.type, enabled=False):
-        for i in range(0, len(hidden), CHUNK):
-            h, t = hidden[i : i + CHUNK].to(dtype), targets[i : i + CHUNK]
+        for part in parts:
+            h, t = hidden[part].to(dtype), targets[part]
             fast = len(h) >= MIN_ROWS and plain(h) and torch.backends.mkldnn.is_available()
             product = onednn if fast else F.linear
             loss, g = summed_cross_entropy(product(h, w), t, needs_hidden or needs_weight)
             total += loss
             if needs_hidden:
-                dh[i : i + CHUNK] = product(g, w.T)
+                dh[part] = product(g, w.T).to(dh.dtype)
             if needs_weight:
                 dw += transposed_product(g, h) if fast else g.T @ h
     return total, dh, dw

@@ -54,6 +54,26 @@ def test_large_vocabulary_loss_is_that_of_pytorch(tiny_chunks, monkeypatch, nati
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
 
 
+def test_large_vocabulary_has_no_logits_of_tokens_without_a_target(tiny_chunks, monkeypatch):
+    sizes, summed = [], kernels.summed_cross_entropy
+
+    def watched(logits, targets, gradient):
+        sizes.append(len(logits))
+        return summed(logits, targets, gradient)
+
+    monkeypatch.setattr(kernels, "summed_cross_entropy", watched)
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(48, 16)
+    targets = torch.full((50,), -1)
+    targets[[0, *range(7, 45, 2)]] = 5
+    loss = kernels.cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert sizes == [16, 4]
+    learned = targets != -1
+    assert hidden.grad[learned].any(1).all() and not hidden.grad[~learned].any()
+    expected = F.cross_entropy(hidden[learned] @ weight.T, targets[learned])
+    torch.testing.assert_close(loss, expected)
+
+
 def test_large_vocabulary_gradients_by_finite_differences(tiny_chunks):
     hidden, weight = torch.randn(20, 4).double(), torch.randn(9, 4).double()
     ref, targets = torch.randn(20, 9).double(), torch.randint(-1, 9, (20,))
