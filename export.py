@@ -71,7 +71,7 @@ from formats import (
     write_json,
 )
 from instruct import Template
-from model import LLAMA3_SCALING, ModelArgs
+from model import LLAMA3_SCALING, ModelArgs, Transformer
 from sft import load_adapters, merged_state
 from tokenizer import (
     Tokenizer,
@@ -152,6 +152,85 @@ def quantize(w, group, dtype):
     return q, scale
 
 
+PROBES = 8, 16  # sequences and random tokens of each, which show how large the inputs are
+POWERS = [(a, b) for a in (0, 0.25, 0.5) for b in (0, 0.5, 1)]  # of the column scales to try
+
+
+def plain_layers(args, weights):
+    """Yields {"wq": array, ..., "attention_norm": array} of each layer, in fp32."""
+    for i in range(args.n_layers):
+        names = (*MATRICES, "attention_norm", "ffn_norm")
+        yield {n.split(".")[-1]: floats(weights[f"layers.{i}.{n}.weight"]) for n in names}
+
+
+def column_scales(w, squares, group, heads=None):
+    """Scales c (cols,) for the columns of w (rows, cols), whose int8 form in groups then has the
+    least error in the output: scales of the form x^a / s^b, where x is the input's root mean
+    square, from `squares` (cols,), and s that of a column. An input that is divided by c takes
+    1 / c^2 of the rounding error of its column, and a group's error grows with the largest
+    c |w|. With `heads`, (K, H / K, E), the H / K heads that share a kv head have the same scales.
+    Ones if nothing is better, or if a number is not finite."""
+    w = np.abs(w[:: max(1, len(w) // 512)])  # a sample of the rows
+    s, squares = np.sqrt(np.square(w).mean(0)) + 1e-8, squares + np.float32(1e-12)
+    best, scales = np.inf, np.ones(w.shape[1], np.float32)
+    for a, b in POWERS:
+        log = a / 2 * np.log(squares) - b * np.log(s)
+        if heads:
+            log = np.broadcast_to(log.reshape(heads).mean(1, keepdims=True), heads).reshape(-1)
+        c = np.exp(np.clip(log - log.mean(), -4, 4)).astype(np.float32)
+        wide, rest = pad(w * c, 1, group), pad((squares / np.square(c))[None], 1, group)
+        largest = wide.reshape(len(w), -1, group).max(2)
+        error = (np.square(largest).sum(0) * rest.reshape(-1, group).sum(1)).sum()
+        if error < best and np.isfinite(c).all():
+            best, scales = error, c
+    return scales
+
+
+@torch.no_grad()
+def balanced_layers(args, weights, group):
+    """
+    plain_layers of a model that computes the same and loses less by int8. Columns of a matrix are
+    multiplied by column_scales, and the norm or the rows that produce its input are divided by
+    them (activation-aware scaling: Lin et al., 2023; cross-layer equalization: Nagel et al., 2019).
+    The sizes of the inputs come from random tokens, so that no data is needed: what matters most
+    are the few activations that are very large in every text, above all at its first token.
+    """
+    rows, length = PROBES[0], min(PROBES[1], args.max_seq_len)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(args.vocab_size, (rows, length), generator=generator)
+    one = Transformer(replace(args, n_layers=1, vocab_size=1, max_seq_len=length, dropout=0.0))
+    block, layout, seen = one.layers[0], one.layout(tokens, None, None), {}
+    long = {n.split(".")[-1]: n for n in (*MATRICES, "attention_norm", "ffn_norm")}
+    for name in ("wq", "wo", "w1", "w2"):
+        block.get_submodule(long[name]).register_forward_pre_hook(
+            lambda _, x, name=name: seen.update({name: x[0].square().mean(0).numpy()})
+        )
+    x = torch.from_numpy(floats(weights["tok_embeddings.weight"][tokens.flatten()]))
+    heads = args.n_kv_heads, args.n_heads // args.n_kv_heads, args.head_dim
+    for w in plain_layers(args, weights):
+        state = {f"{long[name]}.weight": torch.from_numpy(array) for name, array in w.items()}
+        block.load_state_dict(state, assign=True)
+        x = block(x, layout)
+        qkv, gates = (
+            np.concatenate([w[n] for n in n3]) for n3 in (("wq", "wk", "wv"), ("w1", "w3"))
+        )
+        c, c_ffn = column_scales(qkv, seen["wq"], group), column_scales(gates, seen["w1"], group)
+        c_out = column_scales(w["wo"], seen["wo"], group, heads)
+        c_down = column_scales(w["w2"], seen["w2"], group)
+        c_v = c_out.reshape(heads)[:, 0].reshape(-1, 1)  # (K * E, 1), of the rows of wv
+        yield {
+            "attention_norm": w["attention_norm"] / c,
+            "wq": w["wq"] * c,
+            "wk": w["wk"] * c,
+            "wv": w["wv"] * c / c_v,
+            "wo": w["wo"] * c_out,
+            "ffn_norm": w["ffn_norm"] / c_ffn,
+            "w1": w["w1"] * c_ffn,
+            "w3": w["w3"] * c_ffn / c_down[:, None],
+            "w2": w["w2"] * c_down,
+        }
+
+
 def pad(w, rows, cols):
     """w zero-padded, so that its sizes are multiples of rows and cols."""
     return np.pad(w, ((0, -w.shape[0] % rows), (0, -w.shape[1] % cols)))
@@ -198,14 +277,14 @@ def interleave(w1, w3):
     return np.stack([w1, w3], 1).reshape(-1, w1.shape[-1])
 
 
-def tensors_v3(args, weights):
-    """Yields the tensors in file order, as numpy arrays: norms (D,), matrices (rows, cols)."""
+def tensors_v3(args, weights, group=None):
+    """
+    Yields the tensors in file order, as numpy arrays: norms (D,), matrices (rows, cols). For int8
+    in groups of `group`, layers are balanced.
+    """
     yield floats(weights["tok_embeddings.weight"])
-    for layer in range(args.n_layers):
-        w = {
-            name.split(".")[-1]: floats(weights[f"layers.{layer}.{name}.weight"])
-            for name in (*MATRICES, "attention_norm", "ffn_norm")
-        }
+    layers = balanced_layers(args, weights, group) if group else plain_layers(args, weights)
+    for w in layers:
         yield w["attention_norm"]
         yield np.concatenate([w["wq"], w["wk"], w["wv"]])
         yield w["wo"]
@@ -251,7 +330,9 @@ def write_v3(
     """
     group = best_group(args)
     f.write(bytes(256))
-    for w in tensors_v3(args, weights):
+    # Small models have groups of 16, which need no balance, and no such large activations.
+    balance = group if fmt == "q8_0" and group > 16 else None
+    for w in tensors_v3(args, weights, balance):
         for blob in [w.tobytes()] if w.ndim == 1 else matrix_blobs(w, fmt, group):
             f.write(bytes(-f.tell() % 64))
             f.write(blob)

@@ -146,13 +146,60 @@ def test_version_3_holds_the_model(tmp_path, changes):
         )
         assert abs(h["eps"] - a.norm_eps) < 1e-12 and h["seq"] == a.max_seq_len
         assert h["head_dim"] == changes.get("head_dim", 0)  # so that most files stay as they were
+        rounded = fmt == "q8_0" and h["group"] > 16
+        state = balanced(model, h["group"]) if rounded else model.state_dict()
         for name, w in got.items():
-            want = model.state_dict()[f"{name}.weight"].numpy()
+            want = state[f"{name}.weight"].numpy()
             if fmt == "fp32" or w.ndim == 1:
                 assert np.array_equal(w, want), name
             else:  # half a step of the coarsest scale, and what the search trades at the edges
                 assert np.abs(w - want).max() < 0.07 * np.abs(want).max(), name
                 assert np.square(w - want).mean() ** 0.5 < 0.004 * np.abs(want).max(), name
+
+
+def balanced(model, group):
+    """The state dict with balanced layers, which int8 files with groups above 16 hold, rounded."""
+    state = {name: w.clone() for name, w in model.state_dict().items()}
+    for i, layer in enumerate(export.balanced_layers(model.args, state, group)):
+        for name in state:
+            if name.startswith(f"layers.{i}."):
+                state[name] = torch.from_numpy(layer[name.split(".")[-2]])
+    return state
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 10, "hidden_dim": 41}, {"max_seq_len": 3}])
+def test_a_balanced_model_computes_the_same(tmp_path, changes):
+    """It loses less by int8 where a few inputs of each matrix are much larger than the others."""
+    model = checkpoint(tmp_path / "c.pt", **changes).eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            for norm in layer.attention_norm, layer.ffn_norm:
+                norm.weight[::11] *= 12
+            layer.attention.wv.weight[::7] *= 8
+            layer.feed_forward.w3.weight[::9] *= 8
+    n = min(40, model.args.max_seq_len)
+    want, group, error = logits(model, n, 77), export.best_group(model.args), {}
+    twin = Transformer(model.args).eval()
+    for name, state in ("plain", model.state_dict()), ("balanced", balanced(model, group)):
+        twin.load_state_dict(state)
+        assert (logits(twin, n, 77) - want).abs().max() < 1e-4 * want.abs().max()
+        for key, w in state.items():
+            if key.startswith("layers") and w.ndim == 2:
+                q, scale = export.quantize(export.pad(w.numpy(), 1, group), group, "<f2")
+                q = q.reshape(len(q), -1, group) * scale.astype(np.float32)[..., None]
+                w = torch.from_numpy(q.reshape(len(q), -1)[:, : w.shape[1]])
+            twin.state_dict()[key].copy_(w)
+        error[name] = (logits(twin, n, 77) - want).square().mean()
+    assert error["balanced"] < 0.7 * error["plain"]
+
+
+def test_a_model_that_is_not_finite_is_not_balanced(tmp_path):
+    model = checkpoint(tmp_path / "c.pt")
+    with torch.no_grad():
+        model.layers[0].feed_forward.w2.weight[3, 5] = float("nan")
+    state = balanced(model, 16)
+    assert torch.equal(state["layers.1.attention.wo.weight"], model.layers[1].attention.wo.weight)
+    assert state["layers.0.feed_forward.w2.weight"].isnan().sum() == 1
 
 
 def test_quantize_is_no_worse_than_the_largest_weights_scale():

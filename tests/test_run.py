@@ -19,6 +19,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_export import balanced
+
 import export
 from checkpoint import checkpoint_args
 from model import ModelArgs, Transformer
@@ -350,9 +352,11 @@ def save(model, path, version, fmt="q8_0", tokenizer=None):
 
 def dequantized(model, group, dtype):
     """The model with the weights that the int8 file really holds."""
-    twin = Transformer(model.args).eval()
+    twin, source = Transformer(model.args).eval(), Transformer(model.args)
+    version_3 = dtype == "<f2" and group > 16
+    source.load_state_dict(balanced(model, group) if version_3 else model.state_dict())
     with torch.no_grad():
-        for p, q in zip(model.parameters(), twin.parameters()):
+        for p, q in zip(source.parameters(), twin.parameters()):
             if p.ndim == 1:
                 q.copy_(p)
                 continue
