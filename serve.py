@@ -178,11 +178,13 @@ class Service:
             events = api_stream(p, self.tokenizer, pieces)
             return StreamingResponse(events, media_type="text/event-stream")
         texts, items, reasons = [""] * len(p.rows), [[] for _ in p.rows], [None] * len(p.rows)
+        gone = asyncio.ensure_future(request.receive())  # ends when the client disconnects
         async with aclosing(pieces):
             async for i, text, new, reasons[i] in pieces:
                 texts[i], items[i] = texts[i] + text, items[i] + new
-                if await request.is_disconnected():
+                if gone.done():
                     raise Refused(400, "the client has gone")
+        gone.cancel()
         done = enumerate(zip(texts, items, reasons))
         choices = [api_choice(p, self.tokenizer, i, *x) for i, x in done]
         return JSONResponse({**api_head(p), "choices": choices, "usage": api_usage(p, items)})
@@ -336,6 +338,7 @@ def main(argv=None):
         f"{', '.join(service.lanes)}: {address}{'#SECRET' if args.token else ''} (Ctrl-C ends)",
         flush=True,
     )
+    sys.setswitchinterval(0.0005)  # the thread that computes waits less for the event loop
     asyncio.run(serve(service, listener))
 
 

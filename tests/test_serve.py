@@ -300,9 +300,12 @@ def test_text_of_random_tokens(tokenizer):
             ids = tokenizer.encode(letters, bos=False, eos=False)
         start = tokenizer.decode(prompt)
         text = sample.Text(tokenizer, prompt)
-        pieces = [text.add(i) for i in ids] + [text.rest()]
+        pieces = [text.add(i) for i in ids] + [text.add(last=True)]
+        text, n = sample.Text(tokenizer, prompt), rng.randrange(len(ids))
+        at_once = text.add(*ids[:n]), text.add(*ids[n:], last=True)
         if not start.endswith("\ufffd"):
             assert start + "".join(pieces) == tokenizer.decode(prompt + ids)
+            assert "".join(at_once) == "".join(pieces)
     assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
 
 
