@@ -13,7 +13,7 @@ from common import flag, printable
 from instruct import InstructPrompts, Rankings
 from kernels import in_chunks, to_device
 from model import TransformerWithValueHead, generate
-from pretraining import MemoryFlags, TextFlags, gathered, place, whole
+from pretraining import MemoryFlags, MemoryPlanFlags, TextFlags, ToolFlags, gathered, place, whole
 from sft import FreezeFlags, InstructionFlags, InstructionStage
 
 # ----------------------------------------------------------------------------
@@ -76,16 +76,20 @@ def score(model, sequences):
     return model.values(model.hidden(tokens, lengths)[last])
 
 
-def response_logprobs(model, queries, responses, device):
-    """log p(response | query) for n pairs of lists of token ids: (n,), from one forward pass."""
-    p = ppo.pack(queries, responses, device)
-    hidden = model.hidden(p.tokens, p.lengths)[p.state_ends]
+def token_logprobs(model, batch):
+    """log p of each token of the responses of a ppo.Minibatch: (A,)."""
+    hidden = model.hidden(batch.tokens, batch.lengths)[batch.state_ends]
 
     def logprobs(hidden, actions):
         return (ppo.logprob_entropy_kl(model.output(hidden), actions)[0],)
 
-    (terms,) = in_chunks(logprobs, model.args.vocab_size, hidden, p.actions)
-    return ppo.sum_per_rollout(terms, p.counts)
+    return in_chunks(logprobs, model.args.vocab_size, hidden, batch.actions)[0]
+
+
+def response_logprobs(model, queries, responses, device):
+    """log p(response | query) for n pairs of lists of token ids: (n,), from one forward pass."""
+    batch = ppo.pack(queries, responses, device)
+    return ppo.sum_per_rollout(token_logprobs(model, batch), batch.counts)
 
 
 def calibration_error(margins, bins=10):
@@ -148,8 +152,15 @@ class RewardModel(Preferences):
     scores to mean 0 and variance 1 on replies of the initial model."""
 
     prefix = "rm_"
-    flags = TextFlags, MemoryFlags, InstructionFlags, FreezeFlags, PreferenceFlags
-    accepted = ("plot",)
+    flags = (
+        TextFlags,
+        MemoryFlags,
+        InstructionFlags,
+        FreezeFlags,
+        PreferenceFlags,
+        MemoryPlanFlags,
+        ToolFlags,
+    )
     writes_text = False
     model_class = TransformerWithValueHead
 
@@ -223,8 +234,16 @@ class DPO(Preferences):
     the policy, β log(policy / reference), is trained on pairs like the scores of a reward model."""
 
     prefix = "dpo_"
-    flags = TextFlags, MemoryFlags, InstructionFlags, FreezeFlags, PreferenceFlags, DPOFlags
-    accepted = ("plot",)
+    flags = (
+        TextFlags,
+        MemoryFlags,
+        InstructionFlags,
+        FreezeFlags,
+        PreferenceFlags,
+        DPOFlags,
+        MemoryPlanFlags,
+        ToolFlags,
+    )
 
     @classmethod
     def check(cls, run):

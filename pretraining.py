@@ -6,6 +6,7 @@ sft.py, preferences.py and rlhf.py.
 
 import argparse
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -26,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
-from checkpoint import halve_frozen, model_from_checkpoint
+from checkpoint import halve_frozen, load_checkpoint, model_from_checkpoint
 from common import flag
-from experiments.plan import GPUS
+from experiments.plan import GPUS, MODELS, plan, plan_stage
 from instruct import Template
 from kernels import accelerate, library, native_attention, to_device
 from model import ModelArgs, Transformer, generate
@@ -116,12 +117,31 @@ class ToolFlags:
     plot: bool = flag(False, "plot the logs in out_dir, and exit")
     plan: bool = flag(
         False,
-        "print memory, tokens/s and hours of this run on GPUs (--plan_gpu, --plan_mfu), and exit",
+        "print the memory that this run needs on GPUs (for pretraining also tokens/s and hours), "
+        "and exit",
     )
+
+
+@dataclass
+class SpeedPlanFlags:
+    """plan"""
+
     plan_gpu: str = flag("h100", "GPU to plan for; cpu means this machine", tuple(GPUS))
     plan_mfu: float = flag(
         0.4,
         "assumed MFU, the share of the GPU's peak FLOP/s; a training log records the measured one",
+    )
+
+
+@dataclass
+class MemoryPlanFlags:
+    """plan"""
+
+    plan_model: str = flag(
+        "", f"published model to plan for: {', '.join(MODELS)}; default: the checkpoint"
+    )
+    plan_len: int = flag(
+        0, "tokens per sample, for PPO of prompt and response; 0 means the context of the model"
     )
 
 
@@ -363,6 +383,26 @@ class Run:
         }
 
 
+def unused_plan_flags(args):
+    """See Stage.unused."""
+    if not args.plan:
+        names = "plan_gpu", "plan_mfu", "plan_model", "plan_len"
+        yield names, "has no effect without --plan"
+
+
+def planned_model(args):
+    """The ModelArgs for which a stage after pretraining is planned."""
+    if args.plan_model:
+        if args.plan_model not in MODELS:
+            raise ValueError(f"--plan_model must be one of {', '.join(MODELS)}")
+        return ModelArgs(**MODELS[args.plan_model])
+    named = args.init_from not in ("scratch", "resume")
+    path = args.init_from if named else os.path.join(args.out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--plan needs --plan_model, or a checkpoint: there is no {path}")
+    return ModelArgs(**load_checkpoint(path)["model_args"])
+
+
 class Stage:
     """The interface of a training stage: the methods that the loop in train.py calls. A stage owns
     its model, data and optimizers. Subclasses set `run`, `model` and `tokenizer`.
@@ -404,6 +444,11 @@ class Stage:
     def shard_folders(args):
         """The data folders whose shards the stage reads, in the format of --data."""
         return ()
+
+    @staticmethod
+    def plan(args):
+        """Prints what a run with these flags would need, for --plan."""
+        plan_stage(args, planned_model(args))
 
     @staticmethod
     def uses_template(args):
@@ -463,7 +508,7 @@ class Pretraining(Stage):
     """Next-token prediction on windows of text. The stages in sft.py and preferences.py override
     `build`, `data`, `loss` and, for further evaluation results, `summary`."""
 
-    flags = PretrainingFlags, TextFlags, MemoryFlags, CompileFlags, ToolFlags
+    flags = PretrainingFlags, TextFlags, MemoryFlags, CompileFlags, ToolFlags, SpeedPlanFlags
     from_scratch = True
     compiles = True
     ddp = True  # `loss` calls the whole model, as DistributedDataParallel requires
@@ -506,8 +551,7 @@ class Pretraining(Stage):
             yield ["warmup_iters"], "has no effect with --decay_lr=False"
         if args.fsdp:
             yield ["checkpoint_activations"], "is part of --fsdp"
-        if not args.plan:
-            yield ["plan_gpu", "plan_mfu"], "has no effect without --plan"
+        yield from unused_plan_flags(args)
         if not args.lora_rank:
             names = "lora_alpha", "lora_layers", "lora_dropout", "lora_4bit"
             yield names, "has no effect without --lora_rank"
@@ -522,6 +566,10 @@ class Pretraining(Stage):
             raise ValueError(
                 f"{world} processes cannot share --gradient_accumulation_steps={steps}"
             )
+
+    @staticmethod
+    def plan(args):
+        plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
 
     @staticmethod
     def shard_folders(args):

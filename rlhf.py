@@ -34,13 +34,16 @@ from preferences import score
 from pretraining import (
     MODEL_FLAGS,
     MemoryFlags,
+    MemoryPlanFlags,
     Stage,
+    ToolFlags,
     flags_decide,
     gathered,
     place,
     schedule,
     sharded,
     sharded_state,
+    unused_plan_flags,
     whole,
 )
 from report import print_report
@@ -267,7 +270,16 @@ class RLHF(Stage):
     """PPO against a reward; one training iteration is one iteration of ppo.PPOTrainer."""
 
     prefix = "ppo_"
-    flags = RLHFFlags, ppo.PPOConfig, MemoryFlags, InstructionFlags, FreezeFlags, LoRAFlags
+    flags = (
+        RLHFFlags,
+        ppo.PPOConfig,
+        MemoryFlags,
+        InstructionFlags,
+        FreezeFlags,
+        LoRAFlags,
+        MemoryPlanFlags,
+        ToolFlags,
+    )
     # Published commands for PPO contain flags of pretraining. Those that describe the model are
     # compared with the checkpoint; the others are ignored.
     accepted = (
@@ -277,11 +289,11 @@ class RLHF(Stage):
         "warmup_iters",
         "eval_iters",
         "compile",
-        "plot",
     )
 
     @staticmethod
     def unused(args):
+        yield from unused_plan_flags(args)
         from_file, ptx_file = (
             is_instruction_file(d) for d in (args.data, args.ptx_data or args.data)
         )

@@ -18,7 +18,17 @@ from checkpoint import model_from_checkpoint
 from common import flag
 from instruct import Instructions
 from model import Transformer, generate
-from pretraining import CompileFlags, MemoryFlags, Pretraining, TextFlags, gathered, sharded_state
+from pretraining import (
+    CompileFlags,
+    MemoryFlags,
+    MemoryPlanFlags,
+    Pretraining,
+    Stage,
+    TextFlags,
+    ToolFlags,
+    gathered,
+    sharded_state,
+)
 from tokenizer import stop_ids
 
 # ----------------------------------------------------------------------------
@@ -291,6 +301,8 @@ class InstructionStage(Pretraining):
     compiles = False  # the shape differs from batch to batch
     model_class = Transformer
 
+    plan = Stage.plan  # of the memory alone
+
     @staticmethod
     def shard_folders(args):
         return ()
@@ -322,9 +334,8 @@ class FineTuning(InstructionStage):
     prefix = "sft_"
     flags = (
         *(TextFlags, MemoryFlags, CompileFlags, InstructionFlags),
-        *(FreezeFlags, LoRAFlags, FineTuningFlags),
+        *(FreezeFlags, LoRAFlags, FineTuningFlags, MemoryPlanFlags, ToolFlags),
     )
-    accepted = ("plot",)
 
     def build(self, checkpoint):
         a, model = self.args, super().build(checkpoint)

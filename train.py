@@ -56,10 +56,8 @@ from common import (
     run_main,
     write_atomic,
 )
-from experiments.plan import plan
 from export import write_v3
 from instruct import find_template
-from model import ModelArgs
 from preferences import DPO, RewardModel
 from pretraining import MODEL_FLAGS, Pretraining, Run
 from report import Log, load_boards, plot, plot_at_end, terminal_columns
@@ -545,7 +543,7 @@ def main(argv=None):
     if args.plot:
         return plot(args.out_dir)
     if args.plan:
-        plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        stage_class(args).plan(args)
         return None
     load_boards(args)  # reports a missing package before the run starts
     run = setup(args)

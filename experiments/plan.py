@@ -6,14 +6,17 @@ are the makers' figures, or for --plan_gpu=cpu those measured on this machine.
 
 import math
 import os
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import CHUNK, LARGE_VOCABULARY, accelerate, library
-from model import Transformer
+from model import Transformer, TransformerWithValueHead
 from report import flops_per_token, peak_matmul_flops
 
 GPUS = {  # the makers' figures: dense bf16 FLOP/s, bytes of memory, bytes/s between GPUs
@@ -114,5 +117,191 @@ def plan(args, model_args):
             print(
                 f"{cards:6d}{'':4}{kind:4}{card_bytes / 1e9:10.2f}{room / 1e9:5.0f}{rate:14,.0f}"
                 f"{waits:>11}{1e9 / rate / 3600:25.2f}{fits}"
+            )
+    return rows
+
+
+# ----------------------------------------------------------------------------
+# the other stages: memory alone
+
+
+MODELS = {  # the shapes of published models
+    "260k": dict(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, hidden_dim=172)
+    | dict(max_seq_len=512),
+    "15m": dict(dim=288, n_layers=6, n_heads=6, hidden_dim=768, max_seq_len=256),
+    "110m": dict(dim=768, n_layers=12, n_heads=12, hidden_dim=2048, max_seq_len=1024),
+    "smollm2-135m": dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152)
+    | dict(hidden_dim=1536, max_seq_len=2048),
+    "tinyllama-1.1b": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632)
+    | dict(max_seq_len=2048, tied=False),
+    "llama2-7b": dict(dim=4096, n_layers=32, n_heads=32, hidden_dim=11008, max_seq_len=4096)
+    | dict(tied=False),
+    "llama3-8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256)
+    | dict(hidden_dim=14336, max_seq_len=8192, tied=False),
+}
+
+
+class Bytes(TorchDispatchMode):
+    """A context that counts the bytes of the tensors that were created in it: those that exist
+    (`now`) and the most that have existed at a time (`peak`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return out
+
+    def freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def count(model, trained=True):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def stage_bytes(args, model_args, dtype, fsdp):
+    """Peak bytes of fine-tuning, reward model, DPO or PPO: {phase: (on each card, divided among the
+    cards)}. The optimizer step is counted in a forward and backward pass of the stage on tensors
+    without memory. PPO also has the phase in which it generates the rollouts."""
+    import ppo
+    from preferences import token_logprobs
+    from pretraining import checkpoint_activations
+    from sft import add_lora, freeze_layers
+
+    T = min(args.plan_len or model_args.max_seq_len, model_args.max_seq_len)
+    prompt = max(T - args.max_gen_len, 1) if args.ppo or args.dpo else 1
+    half, V = dtype.itemsize, model_args.vocab_size
+    shared = args.ppo and (args.value_model == "shared")
+
+    def build(kind):
+        return accelerate(kind(model_args))
+
+    with FakeTensorMode(), Bytes() as memory:
+        policy = build(TransformerWithValueHead if args.rm or shared else Transformer)
+        if args.lora_rank:
+            add_lora(policy, args.lora_rank, args.lora_alpha, 0.0, args.lora_layers)
+        else:
+            freeze_layers(policy, args.freeze_layers)
+        critic = reference = reward = None
+        if args.ppo and args.advantage == "gae" and not shared:
+            critic = freeze_layers(build(TransformerWithValueHead), args.freeze_layers)
+        if args.ppo or args.dpo:
+            reference = build(Transformer).requires_grad_(False)
+        if args.ppo and args.reward.endswith(".pt"):
+            reward = build(TransformerWithValueHead).requires_grad_(False)
+        models = [m for m in (policy, critic, reference, reward) if m is not None]
+        state = {}  # of each model: bytes of weights and optimizer state
+        for model in models:
+            embedding = model.tok_embeddings.weight
+            bytes_of = 12 * count(model)  # fp32 weight, AdamW's two moments; gradients are below
+            for p in model.parameters():
+                if not p.requires_grad:  # halve_frozen
+                    fp32 = p.dim() < 2 or p is embedding or fsdp and model is not reward
+                    bytes_of += p.numel() * (4 if fp32 else half)
+                    p.data = p.data if fp32 or fsdp else p.data.to(dtype)
+            state[model] = bytes_of
+        if args.lora_rank and args.ppo and not (fsdp or args.offload or args.ref_device):
+            state[reference] = 0  # it is the policy without its adapters
+        elif args.ppo and args.ref_device and not fsdp:
+            state[reference] = 0  # it is on another card
+        if args.lora_rank and args.sft and args.lora_4bit:
+            adapted = [m.weight for m in policy.modules() if hasattr(m, "lora_a")]
+            saved = sum(w.numel() for w in adapted) * (half - 0.5 - 4 / 64)
+            state[policy] -= saved - half * max(w.numel() for w in adapted)  # one is dequantized
+        if args.checkpoint_activations or fsdp:
+            for model in filter(None, (policy, critic)):
+                checkpoint_activations(model)
+        gathered = 0
+        if fsdp:  # of each sharded model the embeddings and two layers are whole, and no gradients
+            for model in (m for m in models if m is not reward):
+                outside = count(model, False) - model_args.n_layers * count(model.layers[0], False)
+                gathered += half * (outside + 2 * count(model.layers[0], False))
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        before = memory.peak = memory.now
+
+        def autocast():
+            return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+        B = args.batch_size * (2 if args.rm or args.dpo else 1)
+        A = B * (T - prompt)  # tokens of the responses
+        batch = ppo.Minibatch(
+            torch.ones(B * (T - 1), dtype=torch.long),
+            *torch.ones(2, A, dtype=torch.long),
+            lengths=[T - 1] * B,
+            counts=torch.full((B,), T - prompt),
+        )
+        if args.ppo:
+            config = ppo.PPOConfig(advantage=args.advantage, value_model=args.value_model)
+            trainer = ppo.PPOTrainer(
+                config, policy, reference, critic, None, None, autocast, stop_ids=()
+            )
+            batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
+            for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
+                setattr(batch, name, torch.zeros(A))
+            loss, _ = trainer.loss(batch, torch.ones(A), 0.1, train_policy=True)
+        else:
+            with autocast():
+                if args.rm:
+                    hidden = policy.hidden(batch.tokens, batch.lengths)
+                    loss = policy.values(hidden[batch.state_ends[:B]]).sum()
+                elif args.dpo or V >= LARGE_VOCABULARY:  # the chunks are those of SFT
+                    if args.dpo:
+                        with torch.no_grad():
+                            token_logprobs(reference, batch)
+                    loss = token_logprobs(policy, batch).sum()
+                else:
+                    loss = policy(batch.tokens, batch.tokens, batch.lengths)
+        loss.backward()
+    parts = [model for model in models if fsdp and model is not reward]  # sharded
+    whole = [model for model in models if model not in parts]
+    unused = [reward] if args.offload else []  # in CPU memory during an optimizer step
+    shards = sum(state[m] for m in parts)
+    step = sum(state[m] for m in whole if m not in unused) + gathered + memory.peak - before
+    peaks = {"an optimizer step": (step, shards)}
+    if args.ppo:
+        unused += [reference] if args.offload and not fsdp else []
+        rows = min(512, args.rollouts or 8 * args.batch_size)
+        a, held = model_args, sum(state[m] for m in whole if m not in unused)
+        held += 2 * a.n_layers * rows * T * a.n_kv_heads * a.head_dim * half  # KV cache
+        held += rows * V * (half + 4 * 3)  # logits, probabilities and their sums
+        held += half * count(policy, trained=False) if fsdp else 0  # gathered
+        peaks["the rollouts"] = held, shards
+    return peaks
+
+
+def plan_stage(args, model_args):
+    """Prints the memory per card that a stage other than pretraining needs, for 1 to 8 cards, and
+    the GPUs that have it. All samples have --plan_len tokens, the most that they can have by
+    default. Returns rows (cards, "ddp" or "fsdp", bytes per card)."""
+    dtype = getattr(torch, args.dtype or "bfloat16")
+    with FakeTensorMode():
+        P = count(Transformer(model_args), trained=False)
+    T = min(args.plan_len or model_args.max_seq_len, model_args.max_seq_len)
+    print(f"{P:,} parameters, {args.batch_size} x {T} tokens per forward pass, {str(dtype)[6:]}")
+    print(f"{'cards':>6}{'':4}{'':4}{'GB/card':>10}  {'most in':18}  fits")
+    rows, sizes = [], {gpu: figures[1] for gpu, figures in GPUS.items() if figures}
+    for kind, numbers in ("ddp", [1]), ("fsdp", [2, 4, 8]):
+        peaks = stage_bytes(args, model_args, dtype, kind == "fsdp")
+        for cards in numbers:
+            size, phase = max(
+                (whole + parts / cards, name) for name, (whole, parts) in peaks.items()
+            )
+            fits = [f"{gpu} ({n / 1e9:.0f})" for gpu, n in sizes.items() if size < 0.92 * n]
+            rows.append((cards, kind, size))
+            print(
+                f"{cards:6d}{'':4}{kind:4}{size / 1e9:10.2f}  {phase:18}  "
+                f"{', '.join(fits) or 'none'}"
             )
     return rows

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import kernels
 import report
+import tinystories
 import train
-from checkpoint import load_checkpoint, model_from_checkpoint
+from checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from experiments import frontier, story_task
-from experiments.plan import plan, saved_bytes
+from experiments.plan import MODELS, Bytes, plan, plan_stage, saved_bytes
 from model import ModelArgs, Transformer, generate
 
 ROOT = Path(report.__file__).parent
@@ -145,6 +147,112 @@ def test_plan_of_many_cards(capsys):
     assert re.search(r" 8 +ddp .* network", capsys.readouterr().out)
     _, rows = plan_rows("--dim=8192", "--n_layers=80", "--n_heads=64", "--n_kv_heads=8")
     assert "does not fit" in capsys.readouterr().out.splitlines()[2]  # a 70B model on one card
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer with 320 tokens."""
+    folder = tmp_path_factory.mktemp("words")
+    tinystories.synthesize(folder, 100, 1)
+    tinystories.train_vocab(folder, 320)
+    return folder / "tok320.model"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(sft=True),
+        dict(sft=True, dtype="bfloat16", checkpoint_activations=True),
+        dict(sft=True, dtype="bfloat16", lora_rank=4),
+        dict(rm=True, freeze_layers=2),
+        dict(dpo=True, dtype="bfloat16"),
+        dict(ppo=True),
+        dict(ppo=True, dtype="bfloat16", value_model="shared", checkpoint_activations=True),
+    ],
+    ids=lambda flags: ", ".join(flags),
+)
+def test_plan_of_a_stage_is_what_its_step_takes(words, tmp_path, monkeypatch, flags, capsys):
+    """The planned bytes are those of the models and the optimizer, and of the tensors that exist at
+    a time in a real step with samples of one length."""
+    monkeypatch.setattr(checkpoint, "accelerate", lambda model: model)  # as on a GPU
+    shape = dict(dim=64, n_layers=5, n_heads=4, vocab_size=320, multiple_of=8, max_seq_len=96)
+    model = Transformer(ModelArgs(**shape))
+    parts = {"model": model.state_dict(), "model_args": shape, "iter_num": 0}
+    save_checkpoint(tmp_path / "ckpt.pt", parts)
+    reply = {"response": "it is so " * 8}
+    if flags.keys() & {"rm", "dpo"}:
+        reply = {"completions": ["it is so " * 8, "so is it " * 8]}
+    records = [json.dumps({"prompt": f"say it {i} times", **reply}) for i in range(10, 50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(records))
+    more = dict(max_iters=9, warmup_iters=1, eval_iters=1)
+    if flags.get("ppo"):
+        more = dict(rollouts=8, max_gen_len=60, roof_prompts=1, roof_samples=1, ppo_iters=9)
+    if flags.get("rm") or flags.get("dpo"):
+        more |= dict(reference_samples=1, max_gen_len=60)
+    more |= dict(batch_size=8, device="cpu", data=tmp_path / "a.jsonl", out_dir=tmp_path)
+    more |= dict(init_from=tmp_path / "ckpt.pt", tokenizer=words, **flags)
+    args = train.flags([f"--{k}={v}" for k, v in more.items()])
+    stage = train.start(train.setup(args))
+    stage.step(0)  # after which AdamW has its state
+    if flags.get("ppo"):
+        stage.trainer.stop_ids = (999,)  # so that all responses have the same length
+        with Bytes() as step:
+            rollouts = stage.trainer.rollout(stage.prompts.batch(0, 8), 1)
+            stage.trainer.step(rollouts, [1.0, -1.0] * 4)
+        lengths = [len(q) + len(r) for q, r in zip(rollouts.queries, rollouts.responses)]
+        models = [stage.model, stage.trainer.critic, stage.trainer.reference]
+    else:
+        with Bytes() as step:
+            stage.step(1)
+        lengths = [len(ids) for ids, *_ in stage.train.samples.samples] if flags.get("sft") else []
+        for prompt, completions in stage.train.samples if not lengths else ():
+            lengths += [len(prompt) + len(c) for c in completions]
+        models = [stage.model, *([stage.reference] if flags.get("dpo") else [])]
+    weights = {id(p): p for m in models if m is not None for p in m.parameters()}.values()
+    moments = [t for o in stage.optimizers for s in o.state.values() for t in s.values()]
+    held = sum(t.numel() * t.element_size() for t in [*weights, *moments])
+    length = round(sum(lengths) / len(lengths))
+    more = dict(dtype="float32", plan=True, plan_len=length) | more
+    args = train.flags([f"--{k}={v}" for k, v in more.items()])
+    capsys.readouterr()
+    rows = plan_stage(args, ModelArgs(**shape))
+    assert rows[0][:2] == (1, "ddp") and [row[0] for row in rows] == [1, 2, 4, 8]
+    assert rows[0][2] == pytest.approx(held + step.peak, rel=0.1)
+    assert rows[0][2] > rows[1][2] > rows[2][2] > rows[3][2]
+    assert "most in" in capsys.readouterr().out
+
+
+def test_plan_of_large_models(capsys):
+    """7B in bfloat16: two bytes per frozen weight, 16 per trained one, divided by FSDP."""
+
+    def rows(*flags):
+        args = train.flags([*flags, "--plan", "--batch_size=1", "--plan_len=64"])
+        shape = MODELS["llama2-7b"] | dict(n_layers=3)  # quicker
+        return plan_stage(args, ModelArgs(**shape)), ModelArgs(**shape)
+
+    full, shape = rows("--sft")
+    with torch.device("meta"):
+        model = Transformer(shape)
+    P, embedding = sum(p.numel() for p in model.parameters()), model.tok_embeddings.weight.numel()
+    assert 16 * P < full[0][2] < 20 * P
+    assert full[2][2] - full[3][2] == pytest.approx(12 * P * (1 / 4 - 1 / 8), rel=1e-3)
+    lora, _ = rows("--sft", "--lora_rank=8")
+    assert 2 * P + 2 * embedding < lora[0][2] < 2.5 * P + 2 * embedding
+    four = rows("--ppo", "--reward=x.pt")[0]
+    assert four[0][2] - 2 * full[0][2] == pytest.approx(2 * (2 * P + 2 * embedding), rel=0.2)
+    offload = rows("--ppo", "--reward=x.pt", "--offload")[0]
+    assert four[0][2] - offload[0][2] == pytest.approx(2 * P + 2 * embedding, rel=0.01)
+
+
+def test_plan_needs_a_model(tmp_path, capsys):
+    for flags, message in (
+        (["--sft"], "needs --plan_model, or a checkpoint"),
+        (["--dpo", "--plan_model=9b"], "must be one of 260k, "),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            train.main([*flags, "--plan", f"--out_dir={tmp_path}"])
+    train.main(["--rm", "--plan", "--plan_model=260k", "--batch_size=2"])
+    assert "h100 (80)" in capsys.readouterr().out
 
 
 class Letters:
