@@ -18,7 +18,7 @@ import torch
 
 import kernels
 import ppo
-from experiments import frontier
+from experiments import endings, frontier
 from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from ppo import Mismatch, PPOConfig, PPOTrainer, Rollouts
@@ -1229,6 +1229,38 @@ def test_best_of_n_against_all_draws():
     assert reward == pytest.approx(sum(v * q for v, q in p.items()))
     ref = {0.0: 1 / 4, 1.0: 1 / 2, 3.0: 1 / 4}
     assert kl == pytest.approx(sum(q * math.log(q / ref[v]) for v, q in p.items()))
+
+
+def test_end_probability_against_counting_tokens():
+    """Every token of every story is visited one by one; some stories are truncated."""
+    random = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 40, (200,), generator=random)
+    ended = torch.rand(200, generator=random) < 0.7
+    weights = torch.rand(200, generator=random).double()
+    edges = [5, 10, 12, 30]
+    ends, tokens = [0.0] * 3, [0.0] * 3
+    for n, has_end, weight in zip(lengths.tolist(), ended.tolist(), weights.tolist()):
+        for position in range(1, n + 1):
+            for i in range(3):
+                if edges[i] <= position < edges[i + 1]:
+                    tokens[i] += weight
+                    ends[i] += weight * (has_end and position == n)
+    expected = [e / t for e, t in zip(ends, tokens)]
+    assert endings.end_probability(lengths, ended, weights, edges) == pytest.approx(expected)
+
+
+def test_optimum_weights_against_the_closed_form():
+    """A sample holds each of four stories as often as the policy's probability says."""
+    policy = torch.tensor([1, 2, 3, 4]).double() / 10
+    reference = torch.tensor([0.4, 0.1, 0.3, 0.2]).double()
+    scores, beta = torch.tensor([-1.0, 0.0, -0.3, -2.0]).double(), 0.5
+    story = torch.arange(4).repeat_interleave((20 * policy).round().int())
+    log_ratio = (policy / reference).log()
+    weights, log_sums = endings.optimum_weights(scores[story][None], log_ratio[story][None], beta)
+    expected = reference * (scores / beta).exp()
+    found = torch.zeros(4).double().index_add(0, story, weights[0])
+    torch.testing.assert_close(found, expected / expected.sum())
+    assert float(log_sums[0]) == pytest.approx(math.log(20 * float(expected.sum())))
 
 
 def test_frontier_keeps_the_runs_of_its_command(tmp_path, monkeypatch):

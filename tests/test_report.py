@@ -1,5 +1,6 @@
 """What a run shows: its lines, --plot, and --plan against the memory that training takes."""
 
+import csv
 import importlib.util
 import io
 import json
@@ -20,7 +21,7 @@ import report
 import tinystories
 import train
 from checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
-from experiments import frontier, story_task
+from experiments import endings, frontier, story_task
 from experiments.plan import MODELS, Bytes, plan, plan_stage, saved_bytes
 from model import ModelArgs, Transformer, generate
 
@@ -707,6 +708,17 @@ def test_the_frontier_is_drawn_from_the_committed_numbers():
     lines = frontier.frontier_figure(rows, known).axes[0].lines
     assert not any(x.get_linestyle() == "--" for x in lines)
     assert ([1.3], [-0.62]) in [tuple(map(list, x.get_data())) for x in lines]
+
+
+def test_endings_are_drawn_from_the_committed_numbers():
+    pytest.importorskip("matplotlib", reason="draws pictures")
+    with open(ROOT / "assets/endings.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 20
+    lines = endings.endings_figure(rows).axes[0].lines[:3]
+    for line, (kind, *_) in zip(lines, endings.LINES, strict=True):
+        assert list(line.get_xdata()) == [float(r["position"]) for r in rows]
+        assert list(line.get_ydata()) == [float(r[kind]) for r in rows]
 
 
 def test_overoptimisation_is_drawn_from_the_committed_numbers():
