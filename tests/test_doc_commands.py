@@ -38,6 +38,7 @@ NOT_RUN = {
     "python tinystories.py pretokenize --vocab_size=4096": "needs that vocabulary",
     "python experiments/frontier.py --checkpoint": "hours; test_ppo.py runs it with fake runs",
     "python experiments/frontier.py --draw": "test_report.py draws this picture",
+    "python experiments/endings.py": "needs a trained policy; test_ppo.py tests its numbers",
     "python experiments/story_task.py": "needs `make rlhf`; test_align.py runs a tiny chain",
     "python experiments/preference_data.py": "minutes; its stages are the commands of the README",
     "python experiments/lifted.py": "needs a model of 1.1B parameters",
