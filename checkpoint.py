@@ -102,7 +102,9 @@ def load_checkpoint(path, device="cpu", mmap=False):
         hint = ": import it with export.py ckpt.pt --hf" if (path / "config.json").exists() else ""
         raise ValueError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*ckpt.pt"))[:8])
+        hint = f"{path.parent} has {others}" if others else "train a model first (train.py)"
+        raise FileNotFoundError(f"{path}: there is no such checkpoint; {hint}")
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)

@@ -32,6 +32,8 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
     os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
+if sys.version_info < (3, 10):
+    sys.exit(f"error: this is Python {platform.python_version()}; 3.10 or later is needed")
 NEEDED = "torch", "numpy", "sentencepiece", "requests", "tqdm"
 MISSING = [name for name in NEEDED if not importlib.util.find_spec(name)]
 if MISSING:
@@ -272,6 +274,8 @@ def parse_args(parser, argv=None, unused=None):
     """
 
     def error(message):
+        if "arguments are required" in message and positionals and positionals[0].choices:
+            message += f", one of {', '.join(positionals[0].choices)}"
         parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
 
     parser.allow_abbrev, parser.formatter_class, parser.error = False, HelpFormatter, error

@@ -303,7 +303,9 @@ def read(path, replies=True, lenient=False):
     Raises ValueError that names file and line, and OSError.
     """
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: name a JSON or JSONL file of instructions")
+        raise ValueError(
+            f"{path} is a folder: name a JSON or JSONL file of instructions with --data"
+        )
 
     def parse(position, item, lenient):
         try:

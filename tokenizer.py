@@ -794,6 +794,11 @@ def main(argv=None):
         help="SentencePiece model; the .bin file is written to the same folder",
     )
     args = parse_args(parser, argv)
+    if not os.path.exists(args.tokenizer_model):
+        raise ValueError(
+            f"{args.tokenizer_model}: there is no such file; name a SentencePiece model with "
+            "--tokenizer-model"
+        )
     tokenizer = Tokenizer(args.tokenizer_model)
     path = os.path.splitext(args.tokenizer_model)[0] + ".bin"
     if path == args.tokenizer_model:

@@ -11,12 +11,14 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import torch  # noqa: E402
+
 import ppo  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
 from model import Transformer, TransformerWithValueHead  # noqa: E402
 from rlhf import LengthReward  # noqa: E402
 from tinystories import Prompts  # noqa: E402

@@ -23,13 +23,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import export  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
 #            dim, layers, heads, kv heads, vocabulary, hidden, context, threads

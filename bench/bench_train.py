@@ -16,13 +16,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import train  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
 
 SMALL = "--dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --vocab_size=512"
 LARGE = "--dim=288 --n_layers=6 --n_heads=6 --n_kv_heads=6 --vocab_size=32000"

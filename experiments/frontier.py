@@ -24,14 +24,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import rlhf  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
-from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
 from report import BLUE, GREEN, GREY, ORANGE, SKY  # noqa: E402
 from tinystories import Prompts  # noqa: E402
@@ -115,8 +117,10 @@ def run(a, beta, iters, seed, kind="PPO"):
         saved.write_text(line)
         print(f"{folder}: {iters} iterations, see {folder / 'output.txt'}", flush=True)
         with open(folder / "output.txt", "w") as f:
-            if subprocess.run(command, stdout=f, stderr=f).returncode:
-                raise ValueError(f"the run failed, {folder / 'output.txt'} says why")
+            failed = subprocess.run(command, stdout=f, stderr=f).returncode
+        if failed:
+            *_, last = ["", *(folder / "output.txt").read_text().splitlines()]
+            raise ValueError(f"the run failed, see {folder / 'output.txt'}: {last}")
     found = json.loads(report.read_text())
     done = len((folder / "ppo_log.jsonl").read_text().splitlines())
     row = dict(

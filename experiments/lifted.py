@@ -37,12 +37,14 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import torch  # noqa: E402
+
 import export  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, hidden_dim=5632)

@@ -16,12 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import torch  # noqa: E402
+
 import instruct  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
 
 
 def words(text):

@@ -19,15 +19,17 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import parse_args, read_json, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import torch  # noqa: E402
+
 import instruct  # noqa: E402
 import ppo  # noqa: E402
 import rlhf  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
-from common import parse_args, read_json, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
 from report import BLUE, GREY, ORANGE  # noqa: E402
 from tokenizer import Tokenizer, find_tokenizer, stop_ids  # noqa: E402

@@ -310,7 +310,12 @@ def test_errors(home, tmp_path, capsys):
             "n_layers is 1 in the checkpoint, --n_layers=2 on the command line",
         ),
         (f"{v512} --init_from=none.pt", 1, "none.pt: there is no such checkpoint"),
-        (f"{v512} --ppo --out_dir={tmp_path / 'nothing'}", 1, "there is no such checkpoint"),
+        (
+            f"{v512} --ppo --out_dir={tmp_path / 'nothing'}",
+            1,
+            "there is no such checkpoint; train a model first (train.py)",
+        ),
+        (f"{v512} --init_from={tmp_path / 'good/x.pt'}", 1, f"; {tmp_path / 'good'} has ckpt.pt"),
         (f"{v512} --data={tmp_path / 'nothing'}", 1, "no .bin shards in"),
         (f"{v512} --data=nowhere", 1, "no .bin shards in"),
         (
@@ -385,3 +390,19 @@ def test_help_of_scripts(folder):
     for script in scripts:
         done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage:" in done.stdout, (script, done.stderr)
+
+
+def test_an_environment_that_is_not_active_is_one_line():
+    """Every program, started with a Python that has no packages (-S)."""
+    scripts = [p for f in (".", "bench", "experiments") for p in (ROOT / f).glob("*.py")]
+    scripts = [p for p in scripts if "\n    run_main(main)\n" in p.read_text()]
+    assert len(scripts) > 10
+    for script in scripts:
+        done = subprocess.run([sys.executable, "-S", script], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, (script, done.stderr)
+        assert "has no torch and no numpy" in done.stderr and "activate the env" in done.stderr
+    code = "import sys; sys.version_info = (3, 9, 6); import common"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.endswith("3.10 or later is needed\n")
