@@ -38,9 +38,9 @@ demo: $(DEMO)/model.bin run
 	./run $(DEMO)/model.bin -t 0.8 -s 1 -n 0
 	@echo
 	@echo 'Try next:'
-	@echo '  ./run $(DEMO)/model.bin -i "One day, Lily"       # another story, in C'
-	@echo '  $(PY) train.py --out_dir=$(DEMO) --plot   # curves of both stages'
-	@echo '  make rlhf                # from a language model to an assistant'
+	@echo '  make chat     # the model in the browser, token by token'
+	@echo '  make rlhf     # from a language model to an assistant'
+	@echo '  $(PY) train.py --out_dir=$(DEMO) --plot   # its curves'
 
 # A page in the browser, with the model that PPO trained beside the one that it started from.
 chat: $(DEMO)/aligned .venv/serves

@@ -629,6 +629,13 @@ class RLHF(Stage):
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
             print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
+            scores = self.reference_scores
+            if scores.numel() >= 16 and scores.min() == scores.max():
+                print(
+                    f"note: the reward of all {scores.numel()} samples is {scores[0, 0]:g}, so "
+                    "that PPO has nothing to learn\n    from; choose a reward that differs between "
+                    "samples of this model"
+                )
             if not self.run.resumed:
                 (Path(self.args.out_dir) / "ppo_report.json").unlink(missing_ok=True)
 

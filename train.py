@@ -485,6 +485,7 @@ def train(run):
             log.scalars(iteration, losses)
         texts = stage.sample_texts() if run.rank == 0 else {}
         for name, text in texts.items():
+            text = text.strip() or "(empty)"
             text = text if len(texts) == 1 else f"{name}: {text}"
             width = min(96, terminal_columns())
             log.line(textwrap.fill(text, width, initial_indent="  | ", subsequent_indent="  | "))

@@ -753,6 +753,15 @@ def test_line_of_an_iteration(home, rm, tmp_path):
     assert "entropy nan | clip  nan% | EV  0.79 | norm nan |" in stage.line(17, stats)
 
 
+def test_a_reward_that_is_always_the_same_is_named(home, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def same(prompts, responses):\n    return [2] * len(prompts)\n")
+    many = PPO | {"ppo_iters": 1, "roof_prompts": 4, "roof_samples": 8}
+    run(home, tmp_path / "out", **many | {"reward": f"{tmp_path / 'r.py'}:same"})
+    assert "is 2, so that PPO has nothing to learn" in capsys.readouterr().out
+    run(home, tmp_path / "length", **many)
+    assert "nothing to learn" not in capsys.readouterr().out
+
+
 def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
     seen = {"scalars": [], "texts": []}
 

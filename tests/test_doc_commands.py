@@ -100,14 +100,6 @@ def is_run(words):
 COMMANDS = {page.name: commands_of(page.read_text()) for page in PAGES}
 
 
-def next_commands():
-    """The commands that `make demo` proposes at its end."""
-    if shutil.which("make") is None:
-        pytest.skip("needs make")
-    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
-    return [shlex.split(line, comments=True) for line in re.findall(r"echo '  (.*)'", shown)]
-
-
 def test_every_page_has_its_commands():
     """And each reason in NOT_RUN belongs to a command."""
     every = [" ".join(words) for commands in COMMANDS.values() for words in commands]
@@ -189,6 +181,8 @@ def home(tmp_path_factory):
     Path("instructions.json").write_text(json.dumps(rows))
     rows = [{"prompt": x, "chosen": "please: " + x, "rejected": "No."} for x in asked]
     Path("preferences.json").write_text(json.dumps(rows))
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    Path(re.match(r"def (\w+)", code)[1] + ".py").write_text(code)
     yield folder
     os.chdir(before)
 
@@ -259,15 +253,6 @@ def test_commands_of_the_readme_run(readme):
     assert Path("mymodel/tok1024.model").exists() and Path("model.bin").exists()
 
 
-def test_a_reward_as_in_the_readme_works(readme, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    name = re.match(r"def (\w+)", code)[1]
-    Path("myreward.py").write_text(code)
-    line = "python train.py --ppo --data=preferences.json --init_from=out/sft_ckpt.pt"
-    run([*line.split(), f"--reward=myreward.py:{name}"], monkeypatch)
-    assert Path("out/ppo_ckpt.pt").exists()
-
-
 @pytest.mark.parametrize("page, n", [("rlhf.md", 10), ("formats.md", 4), ("run.md", 2)])
 def test_commands_of_a_page_run(readme, page, n, monkeypatch):
     assert run_page(page, monkeypatch) >= n
@@ -279,6 +264,14 @@ def test_commands_for_people_from_other_projects_run(readme, monkeypatch):
     Path("FILE.jsonl").write_text("\n".join(map(json.dumps, records)))
     shutil.copytree("path/to/SmolLM2-135M-Instruct", "FOLDER", dirs_exist_ok=True)
     assert run_page("coming-from.md", monkeypatch) >= 8
+
+
+def next_commands():
+    """The commands that `make demo` proposes at its end."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+    return [shlex.split(line, comments=True) for line in re.findall(r"echo '  (.*)'", shown)]
 
 
 def test_what_make_demo_proposes_works(readme, monkeypatch):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,32 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     assert board["sample"][4] == f"**text**\n\n{story}" and sorted(board["sample"]) == [0, 2, 4]
     assert board["closed"] and board["folder"] == tmp_path / "out/tensorboard/pretraining-1"
     assert tables[-1] == (4, {"sample": {"iteration": "4", "text": story}}) and len(tables) == 3
+
+
+def test_every_run_has_its_own_tensorboard_folder(tmp_path, monkeypatch):
+    """A new run has a new number, a resumed one continues its folder, and stages are apart."""
+    opened = []
+
+    def writer(folder, purge_step):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened.append((folder.name, purge_step))
+        return types.SimpleNamespace(close=lambda: None)
+
+    tensorboard = types.SimpleNamespace(SummaryWriter=writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    new = train.setup(train.flags([f"--out_dir={tmp_path}", "--tensorboard"]))
+    look = train.setup(train.flags([f"--out_dir={tmp_path}", "--tensorboard", "--eval_only"]))
+    again = replace(new, resumed=True, start_iteration=7)
+    for run, prefix in [(new, ""), (again, ""), (new, "ppo_"), (new, ""), (again, ""), (look, "")]:
+        report.Log(run, prefix).close()
+    assert opened == [
+        ("pretraining-1", None),
+        ("pretraining-1", 7),
+        ("ppo-1", None),
+        ("pretraining-2", None),
+        ("pretraining-2", 7),
+        ("pretraining-2", None),
+    ]
 
 
 class Terminal(io.StringIO):
