@@ -134,7 +134,10 @@ def test_command_writes_bin_next_to_the_model(made):
     assert run(f"--tokenizer-model={made}").returncode == 0
     assert os.path.getsize(made.replace(".model", ".bin")) > 4000
     r = run("--tokenizer-model=missing.model")
-    assert (r.returncode, r.stderr) == (1, "error: missing.model: No such file or directory\n")
+    assert r.returncode == 1 and r.stderr == (
+        "error: missing.model: there is no such file; name a SentencePiece model with "
+        "--tokenizer-model\n"
+    )
     r = run("--tokeniser-model=x")
     assert r.returncode == 2 and "did you mean --tokenizer" in r.stderr
     assert r.stderr.count("\n") == 1
