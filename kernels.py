@@ -1,4 +1,4 @@
-"""Faster CPU versions of the modules of model.py; `accelerate(model)` replaces the modules.
+"""Faster versions of the modules of model.py; `accelerate(model)` replaces the modules.
 
 kernels.c is compiled on first use and called through ctypes; large matrix products go to oneDNN.
 Both compute in fp32 without autocast. Each fast class is a subclass of the plain one and has the
@@ -19,6 +19,10 @@ code. PyTorch's functions are used without a C compiler, and while torch.compile
     ppo.logprob_entropy_kl           TokenTerms: token_terms                 test_token_terms_*
     model.Transformer                accelerate: all of these together       test_accelerated_*
 
+On a GPU there are no kernels of our own. Generation has fixed shapes, so that torch.compile can
+replay it (StaticKVCache), packed attention is PyTorch's varlen_attn (varlen_attention), and fewer
+kernels are launched (attend_on_gpu); test_decoding.py compares them with the plain versions.
+
 NATIVE_KERNELS=0 in the environment turns `accelerate` and all kernels off. CC names the compiler.
 The letters in shapes are those of model.py.
 """
@@ -35,9 +39,12 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Optional
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -48,8 +55,10 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from model import (
     Attention,
+    Batch,
     FeedForward,
     KVCache,
+    Layout,
     RMSNorm,
     Transformer,
     TransformerBlock,
@@ -270,8 +279,10 @@ MIN_ROWS = 256
 
 def multiply(x, w):
     """x (..., K) times the transpose of w (N, K): (..., N)."""
+    if not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
+        return F.linear(x, w)
     rows = x.numel() // x.shape[-1]
-    if rows < MIN_ROWS or not plain(x) or not plain(w) or not torch.backends.mkldnn.is_available():
+    if rows < MIN_ROWS:
         return F.linear(x, w)
     flat = x.reshape(rows, -1)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
@@ -350,8 +361,9 @@ class FusedRMSNorm(torch.autograd.Function):
 def native_layer(x, *weights):
     """Whether FusedFeedForward and FusedQKV support x (..., D) and are faster: x has enough rows
     for many tiles, and the weights are narrow enough to leave room for a tile in the cache."""
-    rows = x.numel() // x.shape[-1]
-    return rows >= MIN_ROWS and x.shape[-1] <= 288 and native(x) and all(plain(w) for w in weights)
+    if x.shape[-1] > 288 or not native(x) or not all(plain(w) for w in weights):
+        return False
+    return x.numel() // x.shape[-1] >= MIN_ROWS  # last: torch.compile would make a graph for each
 
 
 FF_INPUTS = "x", "norm", "w1", "w2", "w3"
@@ -619,6 +631,186 @@ class FusedAttention(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------
+# on a GPU
+
+MULTIPLE = 64  # attention on a GPU is compiled or planned per shape: lengths are rounded up to this
+WINDOW = 32  # tokens per row between two looks at which rows have ended
+SMALLEST = 64  # rows of the smallest batch of a generation step, if the cache has as many
+
+
+def on_gpu(x):
+    return x.device.type == "cuda"
+
+
+@functools.cache
+def has_varlen(device):
+    """Whether PyTorch's varlen_attn has a kernel here."""
+    built = torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def takes_varlen(q):
+    """Whether that kernel takes q (N, H, E): half precision, and E not above 256."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def varlen_attention(q, k, v, layout):
+    """Layout.attention without padding."""
+    from torch.nn.attention import varlen  # imports torch.compile, which takes seconds
+
+    ends = (
+        layout.starts32,
+        layout.starts32,
+        layout.width,
+        layout.width,
+    )  # width: at least the longest
+    gqa = q.shape[1] != k.shape[1]
+    return varlen.varlen_attn(q, k, v, *ends, window_size=(-1, 0), enable_gqa=gqa)  # causal
+
+
+def rotate(x, cosine, sine):
+    """model.apply_rope in three kernels, with tables in which each number is there for both halves
+    of a pair: x (N, heads, E), cosine (N, 1, E), sine (N, 1, E) with alternating signs."""
+    turned = x.float().unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cosine, turned, sine).type_as(x)
+
+
+def cast_once(x):
+    """x in autocast's type where no gradient is needed: on a GPU each of the products that follow
+    would launch a kernel to convert it."""
+    kind = x.device.type
+    if on_gpu(x) and torch.is_autocast_enabled(kind) and not x.requires_grad:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+@dataclass
+class GPULayout(Layout):
+    """A Layout with what all layers of a forward pass on a GPU share."""
+
+    cosine: torch.Tensor = None  # (N, 1, E), see `rotate`
+    sine: torch.Tensor = None
+    starts32: Optional[torch.Tensor] = None  # (S + 1,) for varlen_attn, if it can be used
+
+
+def attend_on_gpu(attention, q, k, v, layout):
+    """Attention.attend with few kernels: queries and keys are rotated together."""
+    E, H = attention.head_dim, q.shape[-1] // attention.head_dim
+    qk = torch.cat([q, k], -1).unflatten(-1, (-1, E))
+    q, k = rotate(qk, layout.cosine, layout.sine).tensor_split([H], 1)
+    v = v.unflatten(-1, (-1, E))
+    if layout.cache is not None:
+        layout.cache.append(attention.layer, layout, k, v)
+    if layout.mask is not None:
+        out = layout.cache.attention(attention.layer, layout, q)
+    elif layout.starts32 is not None and takes_varlen(q):
+        out = varlen_attention(q, k, v, layout)
+    else:
+        out = layout.attention(q, k, v)
+    return attention.wo(out.flatten(1))
+
+
+class StaticKVCache(KVCache):
+    """A KVCache on a GPU that generates with fixed shapes. A generation step launches hundreds of
+    kernels, which takes Python longer than the GPU. torch.compile fuses most of them and replays
+    the step as one CUDA graph, if all tensors keep their shapes and addresses. So R rows are
+    generated as a batch of the next power of two; the batch has its own tensors, with a row for
+    each row of the cache instead of each prompt; and positions are rounded up to MULTIPLE."""
+
+    kept = WeakKeyDictionary()  # the cache of each model with compiled decoding, for its next batch
+
+    def __init__(self, model, batch, max_len, dtype):
+        super().__init__(model.args, batch, max_len, dtype, model.output.weight.device)
+        self.compiled, self.batches = model.compiled_decoding, {}
+        self.fixed(self.k, self.v, self.length)
+
+    @classmethod
+    def of(cls, model, batch, max_len, dtype):
+        """An empty cache: with compiled decoding the previous one, if it has the same size."""
+        max_len = -(-max_len // MULTIPLE) * MULTIPLE
+        cache = cls.kept.get(model)
+        new = batch, max_len, dtype, model.output.weight.device
+        if cache is None or new != (*cache.k.shape[1::2], cache.k.dtype, cache.k.device):
+            cls.kept.pop(model, None)
+            cache = cls(model, batch, max_len, dtype)
+        if model.compiled_decoding:
+            cls.kept[model] = cache
+        cache.rows = 0
+        for x in (cache.k, cache.v, cache.length):
+            x.zero_()
+        return cache
+
+    def fixed(self, *tensors):
+        """Promises torch.compile that these tensors keep their addresses."""
+        if self.compiled:
+            for x in tensors:
+                torch._dynamo.mark_static_address(x)
+
+    def batch(self, b):
+        """The Batch for the rows of b, with space for WINDOW tokens, and a bool for each row."""
+        device, stops = self.length.device, len(b.stop_ids)
+        P = min(max(1 << (len(b.prompt) - 1).bit_length(), SMALLEST), len(self.length))
+        if (P, stops) not in self.batches:
+            shapes = (P,), (P,), (P, WINDOW), (P, WINDOW), (P,), (P,), (P, WINDOW), (stops,), (P,)
+            kinds = [torch.long] * 3 + [torch.float] + [torch.long] * 2 + [torch.float, torch.long]
+            kinds = zip(shapes, [*kinds, torch.bool])
+            tensors = [torch.zeros(shape, dtype=kind, device=device) for shape, kind in kinds]
+            tensors[0] += torch.arange(P, device=device)  # row r is its own prompt
+            self.fixed(*tensors)
+            self.batches[P, stops] = tensors
+        *tensors, active = self.batches[P, stops]
+        return Batch(self, *tensors, b.sampling), active
+
+    def sample_tokens(self, model, b, steps):
+        """Transformer.sample_tokens: copies the state of each row of the Batch b into a batch of
+        fixed size, makes at most WINDOW steps with it, and copies the results back."""
+        row, R, steps = b.prompt, len(b.prompt), min(steps, WINDOW, b.tokens.shape[1])
+        fixed, active = self.batch(b)
+        before = b.lengths[row, None]  # (R, 1)
+        window = torch.arange(WINDOW, device=row.device)
+        last = b.tokens.shape[1] - 1
+        fixed.uniform[:R] = b.uniform[row].gather(1, (before + window).clamp_max(last))
+        fixed.limits[:R] = b.limits[row] - b.lengths[row]
+        fixed.current[:R] = b.current
+        fixed.lengths.zero_()
+        fixed.stop_ids.copy_(b.stop_ids)
+        active.copy_(fixed.prompt < R)
+        self.length[R : len(active)].clamp_(min=1)  # a row that is not in use attends to something
+        for _ in range(steps):
+            self.step(model, fixed, active)
+        at = torch.arange(last + 1, device=row.device) - before  # (R, max_new_tokens)
+        new = (at >= 0) & (at < fixed.lengths[:R, None])
+        at = at.clamp(0, WINDOW - 1)
+        for x, y in (b.tokens, fixed.tokens), (b.probabilities, fixed.probabilities):
+            x[row] = torch.where(new, y[:R].gather(1, at), x[row])
+        b.lengths[row] += fixed.lengths[:R]
+        b.current = fixed.current[:R].clone()
+
+    def step(self, model, batch, active):
+        """Transformer.sample_step, compiled if the model wants that and it succeeds."""
+        if not self.compiled:
+            return model.sample_step(batch, active)
+        try:
+            if on_gpu(active):
+                torch.compiler.cudagraph_mark_step_begin()
+            compiled_step()(model, batch, active)
+        except torch._dynamo.exc.TorchDynamoException as e:  # before anything has been changed
+            reason = " ".join(str(e).split())[:200]
+            print(f"note: generation is not compiled: {reason}", file=sys.stderr)
+            self.compiled = model.compiled_decoding = False
+            model.sample_step(batch, active)
+
+
+@functools.cache
+def compiled_step():
+    how = dict(mode="reduce-overhead", dynamic=False)  # one graph for each size of the batch
+    return torch.compile(
+        Transformer.sample_step, **how, isolate_recompiles=True, recompile_limit=64
+    )
+
+
+# ----------------------------------------------------------------------------
 # the modules
 
 
@@ -635,17 +827,18 @@ class FastRMSNorm(RMSNorm):
 
 
 class FastAttention(Attention):
-    """Attention of packed sequences in one kernel, which includes the rotary embedding."""
+    """Attention of packed sequences in one kernel, on a CPU with the rotary embedding."""
 
     def attend(self, q, k, v, layout):
+        if isinstance(layout, GPULayout):
+            return attend_on_gpu(self, q, k, v, layout)
         heads = [x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v)]
-        if layout.lengths is None or not native_attention(heads[0]):
+        if layout.mask is not None or not native_attention(heads[0]):
             return super().attend(q, k, v, layout)
         q, k, v = heads
         if layout.cache is not None:
             layout.cache.append(self.layer, layout, apply_rope(k, layout.cos, layout.sin), v)
-        starts = torch.tensor([0, *layout.lengths]).cumsum(0)
-        out = FusedAttention.apply(q, k, v, starts, layout.cos, layout.sin)
+        out = FusedAttention.apply(q, k, v, layout.starts, layout.cos, layout.sin)
         return self.wo(out.flatten(1))
 
 
@@ -658,12 +851,12 @@ class FastTransformerBlock(TransformerBlock):
             qkv = apply_fused(FusedQKV, x, self.attention_norm, a.wq, a.wk, a.wv)
             out = a.attend(*qkv, layout)
         else:
-            out = a(self.attention_norm(x), layout)
+            out = a(cast_once(self.attention_norm(x)), layout)
         x = x + self.dropout(out)
         if fusible(x, self.ffn_norm, f.w1, f.w2, f.w3):
             out = apply_fused(FusedFeedForward, x, self.ffn_norm, f.w1, f.w2, f.w3)
         else:
-            out = f(self.ffn_norm(x))
+            out = f(cast_once(self.ffn_norm(x)))
         return x + self.dropout(out)
 
 
@@ -711,8 +904,11 @@ class FastKVCache(KVCache):
 
 class FastTransformer(Transformer):
     """Computes the cross-entropy in one pass over the logits, or with a large vocabulary without
-    storing them, and one or several generation steps in one call: groups of W rows go through all
-    layers and sampling while they stay in the processor's cache."""
+    storing them, and one or several generation steps in one call. On a CPU, groups of W rows go
+    through all layers and sampling while they stay in the processor's cache. On a GPU, the steps
+    have fixed shapes (`StaticKVCache`)."""
+
+    compiled_decoding = False  # whether generation on a GPU goes through torch.compile
 
     def forward(self, tokens, targets=None, lengths=None, cache=None):
         standard = type(self.output) in (nn.Linear, FastLinear)
@@ -731,7 +927,19 @@ class FastTransformer(Transformer):
         one_head = self.output.weight.new_empty(0, a.head_dim)
         if native_attention(one_head) and standard and a.n_heads * a.head_dim == a.dim:
             return FastKVCache(self, batch, max_len)
-        return super().new_cache(batch, max_len)
+        cache = super().new_cache(batch, max_len)
+        return StaticKVCache.of(self, batch, max_len, cache.k.dtype) if on_gpu(cache.k) else cache
+
+    def layout(self, tokens, lengths=None, cache=None, multiple=1):
+        if not on_gpu(tokens):
+            return super().layout(tokens, lengths, cache, multiple)
+        plain = super().layout(tokens, lengths, cache, MULTIPLE)
+        cosine = torch.stack([plain.cos, plain.cos], -1).flatten(-2).unsqueeze(1)
+        sine = torch.stack([-plain.sin, plain.sin], -1).flatten(-2).unsqueeze(1)
+        varlen = plain.padded is not None and has_varlen(tokens.device)
+        return GPULayout(
+            **vars(plain), cosine=cosine, sine=sine, starts32=plain.starts.int() if varlen else None
+        )
 
     def hidden(self, tokens, lengths=None, cache=None):
         if lengths is not None or not isinstance(cache, FastKVCache):
@@ -747,6 +955,8 @@ class FastTransformer(Transformer):
         restricted = 0 < top_k < V or 0 < top_p < 1
         standard = isinstance(self.norm, FastRMSNorm) and type(self.output) is FastLinear
         fast = standard and isinstance(cache, FastKVCache)
+        if isinstance(cache, StaticKVCache):
+            return cache.sample_tokens(self, batch, min(steps, WINDOW))
         if temperature == 0 or restricted or not fast:
             return super().sample_tokens(batch, steps)
         call(

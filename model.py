@@ -1,8 +1,8 @@
 """The Llama language model in plain PyTorch, and text generation with it.
 
 Parameter names, shapes and mathematics are those of llama2.c: its published checkpoints load here,
-and ours load there. This file needs nothing but PyTorch and can be copied alone. It has no fast
-paths: `kernels.accelerate(model)` replaces the modules by faster ones with the same parameters.
+and ours load there. This file needs nothing but PyTorch and can be copied alone. For speed,
+`kernels.accelerate(model)` replaces the modules by faster ones with the same parameters.
 
 There is one forward pass, `Transformer.hidden`. Its N tokens are those of S sequences, packed one
 after the other without padding, as a `Layout` describes: a (B, T) batch is B sequences of equal
@@ -121,21 +121,22 @@ def apply_rope(x, cos, sin):
 class Layout:
     """Where the N tokens of one forward pass lie: in S sequences, one after the other."""
 
-    lengths: Optional[list]  # tokens per sequence, sum N; None: one token for each cache row
     positions: torch.Tensor  # (N,) of each token in its sequence
     cos: torch.Tensor  # (N, E/2) RoPE angles of these positions
     sin: torch.Tensor
-    padded: Optional[torch.Tensor] = None  # (N,) index in a (S, max(lengths)) grid, if ragged
+    starts: Optional[torch.Tensor] = None  # (S + 1,) 0, then where each sequence ends
+    width: int = 0  # T: tokens per sequence, or at least those of the longest if padded
+    padded: Optional[torch.Tensor] = None  # (N,) index in a (S, T) grid, if lengths differ
     cache: Optional["KVCache"] = None  # where keys and values are appended
-    rows: Optional[torch.Tensor] = None  # (N,) cache row of each token
+    rows: Optional[torch.Tensor] = None  # (N,) sequence, or cache row, of each token
+    mask: Optional[torch.Tensor] = None  # (R, 1, 1, T) in a generation step: 0, or -inf beyond it
 
     def attention(self, q, k, v):
         """Causal attention within each sequence: q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
-        S, T, i = len(self.lengths), max([0, *self.lengths]), self.padded
+        S, T, i, gqa = len(self.starts) - 1, self.width, self.padded, q.shape[1] != k.shape[1]
         if i is not None:  # padding comes after every token, so it changes no result
             q, k, v = (x.new_zeros(S * T, *x.shape[1:]).index_copy(0, i, x) for x in (q, k, v))
         q, k, v = (x.unflatten(0, (S, T)).transpose(1, 2) for x in (q, k, v))  # (S, heads, T, E)
-        gqa = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         out = out.transpose(1, 2).flatten(0, 1)
         return out if i is None else out[i]
@@ -157,21 +158,20 @@ class KVCache:
 
     def attention(self, layer, layout, q):
         """The newest token of each row attends to the whole row: q (R, H, E) -> (R, H, E)."""
-        k, v = self.k[layer, : len(q)], self.v[layer, : len(q)]
-        mask = torch.arange(k.shape[2], device=q.device) <= layout.positions[:, None]  # (R, T)
-        mask, gqa = mask[:, None, None], q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, mask, enable_gqa=gqa).squeeze(2)
+        k, v = self.k[layer, : len(q)], self.v[layer, : len(q)]  # (R, K, T, E)
+        q = q.unflatten(1, (k.shape[1], -1))  # the H/K query heads of a key head, as H/K queries
+        return F.scaled_dot_product_attention(q, k, v, layout.mask).flatten(1, 2)
 
     def keep(self, remaining):
         """Drops all rows but `remaining` (R,); returns the previous index of each row in use."""
-        n = int(remaining.sum())
+        n, R = int(remaining.sum()), len(remaining)  # the only number that the CPU waits for
         order = torch.arange(n, device=remaining.device)
-        gaps = (~remaining[:n]).nonzero().squeeze(1)
-        moved = n + remaining[n:].nonzero().squeeze(1)
+        gaps = remaining[:n].argsort(stable=True)[: R - n]  # first those that must be filled
+        moved = n + remaining[n:].argsort(stable=True, descending=True)[:n]
+        moved = torch.where(remaining[moved], moved, gaps)  # the others stay where they are
         order[gaps] = moved
-        for x in (self.k, self.v):
+        for x in (self.k, self.v, self.length[None]):
             x[:, gaps] = x[:, moved]
-        self.length[gaps] = self.length[moved]
         self.rows = n
         return order
 
@@ -212,11 +212,9 @@ class Attention(nn.Module):
         q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
         if layout.cache is not None:
             layout.cache.append(self.layer, layout, k, v)
-        if layout.lengths is None:
-            out = layout.cache.attention(self.layer, layout, q)
-        else:
-            out = layout.attention(q, k, v)  # (N, H, E)
-        return self.wo(out.flatten(1))
+        step = layout.mask is not None
+        out = layout.cache.attention(self.layer, layout, q) if step else layout.attention(q, k, v)
+        return self.wo(out.flatten(1))  # out (N, H, E)
 
 
 class FeedForward(nn.Module):
@@ -275,41 +273,44 @@ class Transformer(nn.Module):
         """The forward pass up to the final norm: the input of the output layer and the value head.
 
         tokens   (B, T); or packed (N,) with `lengths`; or the next token (R,) of each cache row
-        lengths  number of tokens of each packed sequence, a list with sum N
+        lengths  number of tokens of each packed sequence, a list with sum N; or its Layout
         cache    a KVCache; with `lengths` the sequences fill new rows of it
         Returns (B, T, D), (N, D) or (R, D). Raises ValueError if a sequence exceeds max_seq_len.
         """
-        layout = self.layout(tokens, lengths, cache)
+        layout = lengths if isinstance(lengths, Layout) else self.layout(tokens, lengths, cache)
         x = self.dropout(self.tok_embeddings(tokens.flatten()))  # (N, D)
         for layer in self.layers:
             x = layer(x, layout)
         return self.norm(x).view(*tokens.shape, self.args.dim)
 
-    def layout(self, tokens, lengths, cache):
-        """The Layout of a forward pass. The rows of `cache` grow by the new tokens."""
-        device, limit, padded, rows = tokens.device, self.args.max_seq_len, None, None
+    def layout(self, tokens, lengths=None, cache=None, multiple=1):
+        """The Layout of a forward pass, which models with equal rotary embeddings can share. The
+        rows of `cache` grow. Sequences of unequal lengths are padded to a `multiple` of tokens."""
+        device, N, limit = tokens.device, tokens.numel(), self.args.max_seq_len
+        T, ragged, starts, padded, rows, mask = 0, False, None, None, None, None
         if lengths is None and cache is not None:  # a generation step
-            rows = torch.arange(len(tokens), device=device)
-            positions = cache.length[: len(tokens)].clone()
-            cache.length[: len(tokens)] += 1
-        else:
-            if lengths is None:
-                lengths = [tokens.shape[1]] * tokens.shape[0]
-            S, T = len(lengths), max([0, *lengths])
-            if T > limit:
-                raise ValueError(f"a sequence of {T} tokens does not fit the model's {limit}")
-            positions = torch.arange(T, device=device).repeat(S)  # (S T,)
-            if tokens.numel() < S * T:
-                padded = torch.cat([torch.arange(n) + i * T for i, n in enumerate(lengths)])
-                padded = padded.to(device)
-                positions = positions[padded]
+            positions, rows = cache.length[:N].clone(), torch.arange(N, device=device)
+            cache.length[:N] += 1
+            seen = torch.arange(cache.k.shape[3], device=device) <= positions[:, None]  # (R, T)
+            mask = torch.where(seen, 0.0, -math.inf).to(cache.k.dtype)[:, None, None]
+        elif (T := tokens.shape[-1] if lengths is None else max([0, *lengths])) > limit:
+            raise ValueError(f"a sequence of {T} tokens does not fit the model's {limit}")
+        elif lengths is None:
+            positions = torch.arange(T, device=device).repeat(len(tokens))
+            starts = T * torch.arange(len(tokens) + 1, device=device)
+        else:  # computed on the CPU, where the lengths are, and copied at once
+            S, starts = len(lengths), torch.tensor([0, *lengths]).cumsum(0)
+            rows = torch.arange(S).repeat_interleave(starts.diff(), output_size=N)
+            positions, ragged = torch.arange(N) - starts[rows], N < S * T
+            T = -(-T // multiple) * multiple if ragged else T
+            parts = torch.cat([starts, positions, rows, positions + T * rows]).to(device)
+            starts, positions, rows, padded = parts.split([S + 1, N, N, N])
             if cache is not None:
-                new = torch.tensor(lengths, device=device)
-                rows = cache.rows + torch.arange(S, device=device).repeat_interleave(new)
-                cache.length[cache.rows : cache.rows + S] = new
+                rows = rows + cache.rows
+                cache.length[cache.rows : cache.rows + S] = starts.diff()
                 cache.rows += S
         cos, sin = self.freqs_cos[positions], self.freqs_sin[positions]
-        return Layout(lengths, positions, cos, sin, padded, cache, rows)
+        return Layout(positions, cos, sin, starts, T, padded if ragged else None, cache, rows, mask)
 
     def forward(self, tokens, targets=None, lengths=None, cache=None):
         logits = self.output(self.hidden(tokens, lengths, cache))
@@ -326,22 +327,24 @@ class Transformer(nn.Module):
         return KVCache(self.args, batch, max_len, dtype, weight.device)
 
     def sample_tokens(self, batch, steps):
-        """Samples up to `steps` tokens for each row of a Batch, in place. A row that has ended
-        repeats its last position until the call returns: on a CPU as soon as any row has ended, on
-        a GPU after all steps, because to look at the rows would make Python wait for the GPU."""
-        b, active = batch, torch.ones_like(batch.prompt, dtype=torch.bool)  # (R,)
+        """Samples up to `steps` tokens per row of a Batch, in place; on a CPU until a row ends."""
+        active = torch.ones_like(batch.prompt, dtype=torch.bool)  # (R,)
         for _ in range(steps):
-            b.cache.length[: len(active)] -= (~active).long()
-            logits = self(b.current, cache=b.cache)  # (R, V)
-            at = b.prompt, b.lengths[b.prompt].clamp_max(b.tokens.shape[1] - 1)
-            token, probability = choose_tokens(logits, b.uniform[at], *b.sampling)
-            b.tokens[at] = torch.where(active, token, b.tokens[at])
-            b.probabilities[at] = torch.where(active, probability, b.probabilities[at])
-            b.lengths[b.prompt] += active
-            b.current = torch.where(active, token, b.current)
-            active &= ~b.ended()
-            if active.is_cpu and not active.all():
+            self.sample_step(batch, active)
+            if active.is_cpu and not active.all():  # Python would wait for a GPU to know this
                 break
+
+    def sample_step(self, b, active):
+        """Samples a token for each `active` row (R,) of a Batch, in place and with fixed shapes."""
+        b.cache.length[: len(active)] -= (~active).long()
+        logits = self(b.current, cache=b.cache)  # (R, V)
+        at = b.prompt, b.lengths[b.prompt].clamp_max(b.tokens.shape[1] - 1)
+        token, probability = choose_tokens(logits, b.uniform[at], *b.sampling)
+        b.tokens[at] = torch.where(active, token, b.tokens[at])
+        b.probabilities[at] = torch.where(active, probability, b.probabilities[at])
+        b.lengths[b.prompt] += active
+        b.current.copy_(torch.where(active, token, b.current))
+        active &= ~b.ended()
 
 
 class TransformerWithValueHead(Transformer):
@@ -475,8 +478,7 @@ def generate(
         sampling=(temperature, top_k, top_p),
     )
     ended = torch.zeros(n, dtype=torch.bool, device=device)
-    begun = 0  # number of prompts that have been started
-    was_training = model.training
+    begun, was_training = 0, model.training  # begun: number of prompts that have been started
     model.eval()
     while max_new_tokens and (len(batch.prompt) or begun < n):
         free = max_batch - len(batch.prompt)
@@ -492,9 +494,7 @@ def generate(
             for row, token in zip(batch.prompt.tolist(), batch.current.tolist()):
                 on_token(row, token)
         ended[batch.prompt] = batch.stopped()
-        remaining = ~batch.ended()
-        if not remaining.all():
-            order = batch.cache.keep(remaining)
-            batch.prompt, batch.current = batch.prompt[order], batch.current[order]
+        order = batch.cache.keep(~batch.ended())
+        batch.prompt, batch.current = batch.prompt[order], batch.current[order]
     model.train(was_training)
     return Generation(batch.tokens, batch.lengths, batch.probabilities.log(), ended)
