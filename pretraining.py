@@ -106,7 +106,9 @@ class CompileFlags:
     """compilation"""
 
     compile: bool = flag(
-        None, "use torch.compile; default: true for pretraining on cuda, else false"
+        None,
+        "use torch.compile, in PPO for rollouts on cuda alone; default: true for pretraining and "
+        "PPO on cuda, else false",
     )
 
 

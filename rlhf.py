@@ -33,6 +33,7 @@ from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
 from pretraining import (
     MODEL_FLAGS,
+    CompileFlags,
     MemoryFlags,
     MemoryPlanFlags,
     Stage,
@@ -274,12 +275,14 @@ class RLHF(Stage):
         RLHFFlags,
         ppo.PPOConfig,
         MemoryFlags,
+        CompileFlags,
         InstructionFlags,
         FreezeFlags,
         LoRAFlags,
         MemoryPlanFlags,
         ToolFlags,
     )
+    compiles = True  # of the training loop, generation alone
     # Published commands for PPO contain flags of pretraining. Those that describe the model are
     # compared with the checkpoint; the others are ignored.
     accepted = (
@@ -288,7 +291,6 @@ class RLHF(Stage):
         "dropout",
         "warmup_iters",
         "eval_iters",
-        "compile",
     )
 
     @staticmethod
@@ -355,6 +357,8 @@ class RLHF(Stage):
                 f"--ptx_coef with --fsdp on {run.world} processes needs a text for each of them: "
                 f"--batch_size={8 * run.world} or more"
             )
+        if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
+            print("note: --compile is ignored: PPO compiles rollouts, on cuda and without --fsdp")
         if run.args.averaging >= 1:
             raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")
 
@@ -709,8 +713,12 @@ class RLHF(Stage):
         n_prompts = c.rollouts // c.group_size
         prompts = self.prompts.batch(self.position, n_prompts)
         prompts = [p for p in prompts for _ in range(c.group_size)]
+        policy = self.trainer.policy
+        # Only here: the batch has the same size in each iteration. FSDP moves the weights.
+        policy.compiled_decoding = self.run.compile and not a.fsdp
         with whole(self.model):
             rollouts = self.trainer.rollout(prompts, a.seed + iteration)
+        policy.compiled_decoding = False
         t1 = time.perf_counter()
         scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
         self.last = rollouts.queries[0], rollouts.responses[0], scores[0]

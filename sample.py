@@ -490,7 +490,9 @@ def run(args):
     model = model_from_checkpoint(checkpoint, dropout=0.0).to(device).eval()
     torch.manual_seed(args.seed)  # after the model, whose initial weights use random numbers
     tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
-    if args.compile:
+    if args.compile and device.startswith("cuda") and isinstance(model, kernels.FastTransformer):
+        model.compiled_decoding = True
+    elif args.compile:
         model.compile()
     dtype = getattr(torch, args.dtype)
     half = dtype is not torch.float32

@@ -390,7 +390,7 @@ PPO_EFFECTS = (
 TOOLS = {"plot", "plan", "plan_model", "plan_len"}
 ELSEWHERE = {
     "--sft": {"out_dir", "sft", "compile", "checkpoint_activations"} | TOOLS,
-    "--ppo": {"out_dir", "ppo", "offload", "checkpoint_activations"} | TOOLS,
+    "--ppo": {"out_dir", "ppo", "compile", "offload", "checkpoint_activations"} | TOOLS,
 }
 
 
