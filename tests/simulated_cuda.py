@@ -88,6 +88,7 @@ def compiled_guard():
 
 if "torch" not in sys.modules:  # test_cuda.py only asks whether the device is unavailable
     ctypes.CDLL(str(compiled_guard()))  # before PyTorch, which asks once for the hooks
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # it runs the functions as they are
 
 import torch  # noqa: E402
 import torch.nn.attention.varlen  # noqa: E402
@@ -583,6 +584,7 @@ def install():
     cuda._is_in_bad_fork = lambda: False
     cuda.is_bf16_supported = lambda *args, **kwargs: True
     cuda.get_device_capability = lambda device=None: (8, 0)
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     cuda.get_device_name = lambda device=None: "simulated device"
     cuda.synchronize = lambda device=None: counters.wait("synchronize")
     cuda.max_memory_allocated = lambda device=None: counters.peak

@@ -105,3 +105,27 @@ def test_pretraining(card, home, tmp_path):
 def test_ppo(card, home, tmp_path):
     card("train.py", **flags(home, tmp_path, **PPO))
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 2
+
+
+@pytest.mark.parametrize("dtype,most", [("float32", 20), ("bfloat16", 24)])
+def test_decoding(card, home, tmp_path, dtype, most):
+    """Kernels per layer and token of generation, without torch.compile; one wait per 32 tokens;
+    not the math kernel of attention, which copies keys and values for each head."""
+    runs = {}
+    for layers, tokens in (1, 4), (1, 8), (2, 4), (2, 8), (1, 32), (1, 64):
+        torch.manual_seed(1)
+        net = Transformer(ModelArgs(vocab_size=VOCAB, **SHAPE | dict(n_layers=layers)))
+        torch.nn.init.zeros_(net.output.weight)  # the most likely token is 0, which ends no text
+        parts = {"model": net.state_dict(), "model_args": checkpoint_args(net.args)}
+        save_checkpoint(tmp_path / "ckpt.pt", parts)
+        how = dict(checkpoint=tmp_path / "ckpt.pt", tokenizer=home / f"tok{VOCAB}.model")
+        how |= dict(temperature=0, dtype=dtype, num_samples=4, max_new_tokens=tokens)
+        runs[layers, tokens] = card("sample.py", **how)
+        assert f"{4 * tokens} tokens" in runs[layers, tokens].output
+    kernels, waits = (
+        {k: getattr(run, name).total() for k, run in runs.items()} for name in ("kernels", "waits")
+    )
+    one, two = (kernels[layers, 8] - kernels[layers, 4] for layers in (1, 2))
+    assert two - one == 4 * most and one - 4 * most <= 4 * 50
+    assert waits[1, 64] - waits[1, 32] == 1 and waits[1, 8] == waits[1, 4]
+    assert not any(name.startswith("math") for run in runs.values() for name in run.attention)
