@@ -779,6 +779,69 @@ def test_many_clients(server, tokenizer):
 # the command
 
 
+def test_rewards_critics_and_references(folder, tokenizer, tmp_path):
+    """A reward model, a function as reward, a critic that shares the policy's trunk, and models
+    that do not fit each other."""
+    prompt = tokenizer.encode("Tom", bos=True, eos=False)
+    response = expected(3, prompt, 20)
+    args = checkpoint_args(make_model(1).args)
+    parts = {"model_args": args, "iter_num": 1, "tokenizer_hash": tokenizer.hash}
+    shared = make_model(4, TransformerWithValueHead)
+    (tmp_path / f"tok{VOCAB}.model").write_bytes(tokenizer.data)
+    save_checkpoint(tmp_path / "policy.pt", {**parts, "model": shared.state_dict()})
+    judge = {"model": shared.state_dict(), "reward": {"gain": 2.0, "bias": 0.5}}
+    save_checkpoint(tmp_path / "judge.pt", {**parts, **judge})
+    (tmp_path / "mine.py").write_text(
+        "def letters(prompts, responses):\n    return map(len, responses)"
+    )
+    with torch.no_grad():
+        values = shared.values(shared.hidden(torch.tensor([prompt + response])))[0]
+    policy = f"--checkpoint={tmp_path}/policy.pt"
+
+    def report(*argv):
+        with torch.no_grad():
+            return serve.Service(flags(*argv)).report(prompt, response)
+
+    got = report(policy, f"--reward={tmp_path}/judge.pt")
+    assert got["reward"] == pytest.approx(2 * float(values[-1]) + 0.5, abs=1e-4)
+    assert [x["value"] for x in got["tokens"]] == pytest.approx(
+        values[len(prompt) - 1 : -1].tolist(), abs=1e-4
+    )
+    assert got["kl"] == 0 and len(got["tokens"][0]["logprobs"]) == 1  # no reference
+    got = report(policy, f"--reference={folder}/base.pt", f"--reward={tmp_path}/mine.py:letters")
+    assert got["reward"] == len(tokenizer.decode(response)) and got["kl"] > 0
+    same = serve.Service(flags(policy, f"--reference={tmp_path}/policy.pt"))
+    assert list(same.lanes) == ["policy", "policy-reference"]
+    save_checkpoint(tmp_path / "other.pt", {**parts, **judge, "tokenizer_hash": "f" * 64})
+    for word in f"--reference={tmp_path}/other.pt", f"--reward={tmp_path}/other.pt":
+        with pytest.raises(ValueError, match="tokenizer"):
+            report(policy, word)
+    with pytest.raises(ValueError, match="reward model"):
+        report(f"--checkpoint={tmp_path}/judge.pt")
+
+
+@pytest.mark.parametrize("how", ["plain", "bfloat16"])
+def test_other_arithmetic(folder, tokenizer, monkeypatch, how):
+    """Without kernels.c, and with autocast in the thread that computes."""
+    if how == "plain":
+        monkeypatch.setenv("NATIVE_KERNELS", "0")
+    dtype = "float32" if how == "plain" else how
+    prompt = tokenizer.encode("Tom", bos=True, eos=False)
+    with running(f"--checkpoint={folder}/base.pt", f"--dtype={dtype}") as s:
+        bodies = [
+            dict(prompt="Tom", seed=i, max_tokens=30, return_token_ids=True) for i in range(6)
+        ]
+        bodies[3]["logprobs"] = 2
+        with ThreadPoolExecutor(6) as pool:
+            got = list(pool.map(lambda body: complete(s, **body), bodies))
+        ids = [x["choices"][0]["token_ids"] for x in got]
+        if how == "plain":
+            assert ids == [expected(i, prompt, 30, model=make_model(2)) for i in range(6)]
+        else:
+            assert s.service.lanes["base"].batch.cache.k.dtype is torch.bfloat16
+            assert all(len(x) >= 1 for x in ids)
+
+
 def test_wrong_flags(folder, tmp_path, capsys):
     def error(*argv):
         with pytest.raises(SystemExit) as e:
