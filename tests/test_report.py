@@ -557,7 +557,7 @@ PREFIXES = [name.removesuffix("log") for name in report.PICTURES]
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_pictures_show_the_values_of_the_log(tmp_path, prefix):
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     rows = list(records(prefix, 30, missing=(4, 21)))
     figure = report.log_figure(write(tmp_path / f"{prefix}log.jsonl", rows))
     panels = report.PICTURES[f"{prefix}log"][1]
@@ -616,7 +616,7 @@ def disjoint(texts):
 )
 def test_no_texts_of_a_picture_overlap(tmp_path, prefix, n, missing):
     """Runs of 1 iteration, of 2 and of many; with some or all values not finite."""
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     rows = records(prefix, n, missing)
     figure = report.log_figure(write(tmp_path / f"{prefix}log.jsonl", rows))
     texts = texts_of(figure)
@@ -627,7 +627,7 @@ def test_no_texts_of_a_picture_overlap(tmp_path, prefix, n, missing):
 
 def test_a_panel_without_values_is_left_out(tmp_path):
     """RLOO and GRPO have no critic, so that there is no explained variance."""
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     rows = [{k: v for k, v in r.items() if "variance" not in k} for r in records("ppo_", 5)]
     figure = report.log_figure(write(tmp_path / "ppo_log.jsonl", rows))
     titles = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
@@ -654,7 +654,7 @@ def test_numbers_of_pictures():
 
 @pytest.mark.parametrize("lengths", [[190, 210, 200, 300], [7, 7, 7, 7]])
 def test_histograms_before_and_after_ppo(tmp_path, lengths):
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     parts = [
         {"objective": j, "lengths": lengths, "scores": [j, j + 0.5, j + 0.5, j + 1]}
         for j in (-1.25, -0.75)
@@ -711,7 +711,7 @@ def test_a_picture_that_fails_is_a_note(tmp_path, capsys, monkeypatch):
 
 def test_the_frontier_is_drawn_from_the_committed_numbers():
     """A peer with a KL is a point; one of which only J is known is a line below the frontier."""
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     rows, peers = (frontier.read_rows(ROOT / f"assets/{n}.csv") for n in ("frontier", PEERS))
     assert {"FullLLM", "TRL RLOO"} == {r["kind"] for r in peers}
     best = [(r["kl"], r["reward"]) for r in rows if r["kind"] == "optimum"]
@@ -738,7 +738,7 @@ def test_the_frontier_is_drawn_from_the_committed_numbers():
 
 
 def test_endings_are_drawn_from_the_committed_numbers():
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     with open(ROOT / "assets/endings.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 20
@@ -749,7 +749,7 @@ def test_endings_are_drawn_from_the_committed_numbers():
 
 
 def test_overoptimisation_is_drawn_from_the_committed_numbers():
-    pytest.importorskip("matplotlib", reason="draws pictures")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     curves = json.loads((ROOT / "assets/overoptimisation.json").read_text())["curves"]
     figure = story_task.overoptimisation_figure(curves)
     expected = [c["best_of"] for c in curves] + [c["ppo"] for c in curves if c["ppo"]]
