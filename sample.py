@@ -454,19 +454,18 @@ def token_report(models, critic, tokenizer, prompt, response, top=10):
     hidden = [m.hidden(ids)[0, states] for m in models]
     values = critic.values(critic.hidden(ids)[0, states]).tolist() if critic else None
     report = []
-    for i, token in enumerate(response):
-        p = torch.stack([m.output(h[i]).float() for m, h in zip(models, hidden)]).log_softmax(-1)
-        likely = p.topk(min(top, p.shape[1])).indices.tolist()  # (models, top)
-        report.append(
-            {
-                "id": token,
-                "name": tokenizer.token_text(token),
-                "logprobs": p[:, token].tolist(),
-                "kl": float((p[0].exp() * (p[0] - p[-1])).sum()),
-                "value": values and values[i],
-                "top": [[(tokenizer.token_text(t), *p[:, t].tolist()) for t in x] for x in likely],
-            }
-        )
+    for n in range(0, len(response), 32):  # logits of few tokens at a time
+        logits = [m.output(h[n : n + 32]).float() for m, h in zip(models, hidden)]
+        p = torch.stack(logits, 1).log_softmax(-1)  # (tokens, models, V)
+        kl = (p[:, 0].exp() * (p[:, 0] - p[:, -1])).sum(-1).tolist()
+        likely = p.topk(min(top, p.shape[2])).indices.tolist()
+        for i, token in enumerate(response[n : n + 32]):
+            likely[i] = [
+                [(tokenizer.token_text(t), *p[i, :, t].tolist()) for t in x] for x in likely[i]
+            ]
+            report.append({"id": token, "name": tokenizer.token_text(token), "kl": kl[i]})
+            report[-1] |= {"logprobs": p[i, :, token].tolist(), "top": likely[i]}
+            report[-1]["value"] = values and values[n + i]
     return report
 
 

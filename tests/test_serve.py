@@ -25,7 +25,7 @@ import torch
 import sample
 import tinystories
 from checkpoint import checkpoint_args, save_checkpoint
-from common import Refused, add_flags, parse_args, printable, run_main
+from common import Refused, add_flags, flag_names, parse_args, printable, run_main
 from formats import api_parameters
 from model import ModelArgs, Transformer, TransformerWithValueHead, generate
 from tokenizer import Tokenizer
@@ -273,6 +273,51 @@ def test_score(server, tokenizer):
     assert ask(server, "/score", {"prompt": prompt, "response": []})[0] == 400
     assert ask(server, "/score", {"prompt": prompt, "response": [VOCAB]})[0] == 400
     assert ask(server, "/score", {"prompt": prompt, "response": [3] * CONTEXT})[0] == 400
+
+
+ON_A_GPU = """
+import json, sys
+import simulated_cuda
+simulated_cuda.install()
+import argparse, torch, common, sample, serve
+parser = argparse.ArgumentParser()
+common.add_flags(parser, serve.Flags)
+service = serve.Service(common.parse_args(parser, ["--device=cuda", "--checkpoint=" + sys.argv[1]]))
+lane, got = service.lanes["tuned"], [[] for _ in range(6)]
+with torch.inference_mode():
+    lane.reset()
+    for i in range(6):
+        uniform = torch.rand(30, generator=torch.Generator().manual_seed(i))
+        how = ((0.7, 5, 1.0) if i == 4 else (1.0, 0, 1.0)), (2 if i == 4 else -1)
+        lane.waiting.append(sample.Row(i, [1, 300, 301][: 1 + i % 3], uniform, *how, None))
+        while i > 3 and lane.busy():
+            for row, new, *_ in lane.advance():
+                got[row.index] += new
+    report = service.report([1, 300], got[0])
+print(json.dumps([got, report["kl"]]))
+"""
+
+
+def test_on_a_gpu(folder):
+    """The shared batch and the report are those of a CPU, on a simulated CUDA device."""
+    import simulated_cuda
+
+    if reason := simulated_cuda.unavailable():
+        pytest.skip(reason)
+    command = [sys.executable, "-c", ON_A_GPU, f"{folder}/tuned.pt"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    got, kl = json.loads(done.stdout.splitlines()[-1])
+    for i, ids in enumerate(got):
+        sampling = (0.7, 5, 1.0) if i == 4 else (1.0, 0, 1.0)
+        assert ids == expected(i, [1, 300, 301][: 1 + i % 3], 30, sampling)
+    tokens = torch.tensor([[1, 300, *got[0]]])
+    with torch.no_grad():
+        p, q = (make_model(k)(tokens)[0, 1:-1].softmax(-1) for k in (1, 2))
+    assert kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3)
 
 
 def test_the_reference_generates_too(server, tokenizer):
@@ -850,6 +895,10 @@ def test_wrong_flags(folder, tmp_path, capsys):
         assert text[-1].startswith("error: ") and e.value.code in (1, 2)
         return text[-1]
 
+    with pytest.raises(SystemExit) as e:
+        serve.main(["--help"])
+    text = capsys.readouterr().out
+    assert not e.value.code and all(f"--{name} " in text for name in flag_names(serve.Flags))
     assert "--token" in error("--host=0.0.0.0")
     assert "--max_batch" in error("--max_batch=0")
     assert "negative" in error("--max_queue=-1")
