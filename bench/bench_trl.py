@@ -262,7 +262,7 @@ def run_trl_ppo(a, method, rate):
         mini_batch_size=a.trl_batch,
         accelerator_kwargs={"cpu": True},
     )
-    trainer = trl.PPOTrainer(config, load(hf), load(hf), tokenizer)
+    trainer = trl.PPOTrainer(config, load(str(hf)), load(str(hf)), tokenizer)
     options = dict(max_new_tokens=MAX_NEW, do_sample=True, top_k=0, top_p=1.0)
     options |= dict(eos_token_id=list(stop_ids(None)), pad_token_id=tokenizer.pad_token_id)
     meter = Meter(a)
