@@ -15,7 +15,7 @@ A row is METHOD or METHOD:LEARNING_RATE. Each row runs in a process of its own w
 time is the processor time (user and system) of the training iterations, without imports, J* and
 measurements, because the clock means nothing on a shared machine. Its result is a JSON file in
 --out_dir; a row that is complete is not run again, and a row of TRL with more --rollouts continues
-from its last checkpoint. The script prints a table and writes trl.csv.
+from its last checkpoint. The script prints a table and writes all measurements to trl.csv.
 
 With --steps, it times optimizer steps instead: SFT with LoRA beside transformers and peft, and DPO
 beside TRL's DPOTrainer, on the same batches. Each side is a process of its own; the two take turns.
@@ -26,6 +26,7 @@ beside TRL's DPOTrainer, on the same batches. Each side is a process of its own;
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import resource
@@ -464,7 +465,8 @@ def run_row(a, row):
 
     def complete():
         found = json.loads(path.read_text())
-        return found["curve"] and found["curve"][-1]["rollouts"] >= a.rollouts and found
+        same = row.startswith("trl") or found["our_flags"] == a.our_flags
+        return same and found["curve"] and found["curve"][-1]["rollouts"] >= a.rollouts
 
     if not (path.exists() and complete()):
         python = a.trl_ppo_python if row.startswith("trl-ppo") else sys.executable
@@ -475,18 +477,17 @@ def run_row(a, row):
     return json.loads(path.read_text())
 
 
-def summary(found):
-    """A row of the table: the last measurement, and the first with J of at least ENOUGH."""
+def print_row(found):
+    """Prints the last measurement of a row, and when J first was at least ENOUGH."""
     curve, last = found["curve"], found["curve"][-1]
-    reached = next((x["seconds"] for x in curve if x["objective"] >= ENOUGH), None)
-    return {
-        "row": found["row"],
-        "our_flags": found["our_flags"],
-        **last,
-        "seconds_per_iteration": last["seconds"] / last["rollouts"] * PER_ITERATION,
-        "seconds_to_enough": "never" if reached is None else reached,
-        "peak_mib": found["peak_mib"],
-    }
+    reached = next((f"{x['seconds']:.0f} s" for x in curve if x["objective"] >= ENOUGH), "never")
+    print(
+        f"{found['row']:<18}{last['rollouts']:7,} rollouts | J {last['objective']:.3f} "
+        f"± {last['error']:.3f} | reward {last['reward']:.3f} | KL {last['kl']:.2f} | "
+        f"{last['seconds'] / last['rollouts'] * PER_ITERATION:.2f} s/iteration | "
+        f"J >= {ENOUGH} after: {reached} | {found['peak_mib']:,} MiB",
+        flush=True,
+    )
 
 
 def main(argv=None):
@@ -537,23 +538,21 @@ def main(argv=None):
     rows = []
     for row in a.rows.split(","):
         method, _, rate = row.partition(":")
-        if method == "trl-ppo" and not a.trl_ppo_python:
-            continue
         if method not in METHODS:
             raise ValueError(f"--rows: {method} is not one of {', '.join(METHODS)}")
+        if method == "trl-ppo" and not a.trl_ppo_python:
+            print("trl-ppo is left out: --trl_ppo_python names an environment with trl==0.11.4")
+            continue
+        if method in ("trl-rloo", "trl-grpo") and not importlib.util.find_spec("trl"):
+            raise ValueError(f"{method} needs: pip install trl==1.16.0")
         if method.startswith("trl") and not rate:
             row += f":{METHODS[method]}"
-        rows.append(summary(run_row(a, row)))
-        r = rows[-1]
-        print(
-            f"{r['row']:<18}{r['rollouts']:7,} rollouts | J {r['objective']:.3f} "
-            f"± {r['error']:.3f} | reward {r['reward']:.3f} | KL {r['kl']:.2f} | "
-            f"{r['seconds_per_iteration']:.2f} s/iteration | J >= {ENOUGH} after "
-            f"{r['seconds_to_enough']} s | {r['peak_mib']:,} MiB",
-            flush=True,
-        )
+        found = run_row(a, row)
+        print_row(found)
+        rest = {k: found[k] for k in ("row", "our_flags", "peak_mib")}
+        rows += [rest | measured for measured in found["curve"]]
     with write_atomic(Path(a.out_dir) / "trl.csv", "w") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+        writer = csv.DictWriter(f, list(rows[0]) if rows else ["row"])
         writer.writeheader()
         for r in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()})
