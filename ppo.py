@@ -192,7 +192,7 @@ def full(x):
 
 def mean_and_variance(x):
     """Mean and variance of a tensor's elements on all processes, as floats."""
-    x = x if x.is_cuda else x.cpu()
+    x = x.detach().cpu()  # one transfer from a GPU, not one per sum; MPS has no float64
     n, total = all_sum(torch.tensor(x.numel()), x)
     return total / n, all_sum((x.double() - total / n).square())[0] / n
 
@@ -600,7 +600,7 @@ class PPOTrainer:
                 weight = 1 / (n_rollouts * batch.counts)
             if not part:  # of another rank alone
                 weight = torch.zeros_like(weight)
-            weight = expand(weight, batch.counts).to(self.device)
+            weight = to_device(expand(weight, batch.counts), self.device)
             loss, stats = self.loss(batch, weight, rollouts.kl_weight, train_policy)
             loss.backward()
             for name, x in stats.items():
@@ -666,8 +666,8 @@ class PPOTrainer:
                 with self.update_autocast():
                     loss = weight / c.gradient_accumulation_steps * self.policy(*text)
                 (c.ptx_coef * loss).backward()
-                sums["ppo/loss/ptx"] += loss.item()
-                sums["ppo/loss/total"] += c.ptx_coef * loss.item()
+                sums["ppo/loss/ptx"] += loss.detach()
+                sums["ppo/loss/total"] += c.ptx_coef * loss.detach()
 
     def optimizer_step(self, train_policy):
         """Sums the gradients over all ranks, clips those of policy and critic separately, and takes
@@ -675,7 +675,7 @@ class PPOTrainer:
         models = [(self.policy, self.optimizer)] * train_policy
         models += [(self.critic, self.critic_optimizer)] * (self.critic is not None)
         norms = {}
-        for model, optimizer in models:
+        for model, _ in models:
             params = [p for p in model.parameters() if p.requires_grad]
             for p in params:  # a rank without rollouts in this step has no gradients
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -685,8 +685,11 @@ class PPOTrainer:
                 add_up_over_ranks([p.grad for p in params])
             limit = self.config.max_grad_norm or math.inf
             norms[model] = full(torch.nn.utils.clip_grad_norm_(params, limit))
-            if not torch.isfinite(norms[model]):
-                raise FloatingPointError("a gradient is not finite")
+        # One transfer for both models, because each makes Python wait for a GPU.
+        norms = dict(zip(norms, torch.stack([*norms.values()]).tolist()))
+        if not all(map(math.isfinite, norms.values())):
+            raise FloatingPointError("a gradient is not finite")
+        for _, optimizer in models:
             optimizer.step()
         self.zero_grad()
         if self.average is not None and train_policy:
@@ -695,7 +698,7 @@ class PPOTrainer:
                 for k, v in self.policy.state_dict().items():
                     if k not in frozen:
                         self.average[k].lerp_(v, 1 - self.config.averaging)
-        return float(norms.get(self.policy, 0.0))
+        return norms.get(self.policy, 0.0)
 
     def zero_grad(self):
         for optimizer in filter(None, (self.optimizer, self.critic_optimizer)):

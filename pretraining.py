@@ -372,6 +372,11 @@ class Run:
         half = self.dtype is not torch.float32
         return torch.autocast(self.device.partition(":")[0], self.dtype) if half else nullcontext()
 
+    def dtype_on(self, device):
+        """The dtype of matrix products on a device: `autocast` does not act on other types."""
+        same = torch.device(device).type == torch.device(self.device).type
+        return self.dtype if same else torch.float32
+
     @property
     def config(self):
         """The flags as checkpoints and Weights & Biases record them. Flags that leave a choice open
@@ -621,9 +626,14 @@ class Pretraining(Stage):
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        loss, tokens = ppo.all_sum(loss_sum, torch.tensor(tokens))
-        loss /= self.run.world
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # All numbers of the step at once, because each transfer makes Python wait for a GPU.
+        values = [torch.cat([x[k] for x in logged]) for k in logged[0]]
+        counts = [torch.tensor(x.numel()) for x in values]
+        tokens = torch.tensor(tokens)
+        loss, norm, tokens, *sums = ppo.all_sum(loss_sum, norm, tokens, *values, *counts)
+        loss, norm = loss / self.run.world, norm / self.run.world
+        means = [x / n for x, n in zip(sums, sums[len(values) :])]
         self.bad_steps = 0 if math.isfinite(norm + loss) else self.bad_steps + 1
         for o in self.optimizers:
             if not self.bad_steps:
@@ -642,7 +652,7 @@ class Pretraining(Stage):
         self.peak_flops = max(self.peak_flops, rate)
         return {
             "loss/train": loss,
-            **{k: ppo.mean_and_variance(torch.cat([x[k] for x in logged]))[0] for k in logged[0]},
+            **dict(zip(logged[0], means)),
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": norm,
             "bad_steps": self.bad_steps,

@@ -29,6 +29,7 @@ from checkpoint import (
 )
 from common import flag, flag_names, printable, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
+from kernels import to_device
 from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
 from pretraining import (
@@ -100,6 +101,16 @@ class RLHFFlags:
 def is_instruction_file(data):
     """Whether --data names a file of instructions, not a folder of text."""
     return data.partition(",")[0].endswith((".json", ".jsonl"))
+
+
+def ppo_config(args):
+    """The PPOConfig of a command line. Raises ValueError for values that do not fit together."""
+    return ppo.PPOConfig(
+        mini_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_grad_norm=args.grad_clip,
+        **{name: getattr(args, name) for name in flag_names(ppo.PPOConfig)},
+    )
 
 
 @contextmanager
@@ -389,12 +400,7 @@ class RLHF(Stage):
         args = run.args
         self.run, self.args, self.tokenizer = run, args, run.tokenizer
         self.rank, self.world = run.rank, run.world
-        config = ppo.PPOConfig(
-            mini_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            max_grad_norm=args.grad_clip,
-            **{name: getattr(args, name) for name in flag_names(ppo.PPOConfig)},
-        )
+        config = ppo_config(args)
         weights = checkpoint["ppo"]["reference"] if "ppo" in checkpoint else checkpoint["model"]
         start = {"model": weights, "model_args": checkpoint["model_args"]}
 
@@ -420,7 +426,10 @@ class RLHF(Stage):
             # In float16 the update, and so the model that is partly frozen, is in fp32.
             partly_frozen = args.lora_rank or args.freeze_layers
             update_in_fp32 = partly_frozen and run.dtype == torch.float16
-            halve_frozen([self.model, reference], torch.float32 if update_in_fp32 else run.dtype)
+            half = [self.model]
+            if run.dtype_on(self.ref_device) == run.dtype:
+                half.append(reference)
+            halve_frozen(half, torch.float32 if update_in_fp32 else run.dtype)
             reference.to("cpu" if self.offload else self.ref_device)
         place(self.model, run)
         self.load_texts(config)
@@ -457,9 +466,8 @@ class RLHF(Stage):
         if args.reward.endswith(".pt"):
             device = args.reward_device or run.device
             checkpoint_of_reward = self.load_reward_model(args.reward)
-            self.reward = ModelReward(
-                checkpoint_of_reward, device, args.offload, args.batch_size, run.autocast, run.dtype
-            )
+            options = args.offload, args.batch_size, run.autocast, run.dtype_on(device)
+            self.reward = ModelReward(checkpoint_of_reward, device, *options)
         else:
             self.reward = load_reward(args.reward, args.target_len, self.decode)
         self.position = self.ptx_position = 0
@@ -531,7 +539,7 @@ class RLHF(Stage):
         expected = (packed[1] if packed else y.numel()) * n / (last - first)
         weight = int((y >= 0).sum()) / expected
         lengths = packed[:1]
-        return weight, x.to(device), y.to(device), *lengths
+        return weight, to_device(x, device), to_device(y, device), *lengths
 
     def make_optimizer(self, model, rate):
         """AdamW with weight decay on matrices only and a linear warm-up of the learning rate. The

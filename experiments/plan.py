@@ -176,6 +176,7 @@ def stage_bytes(args, model_args, dtype, fsdp):
     import ppo
     from preferences import token_logprobs
     from pretraining import checkpoint_activations
+    from rlhf import ppo_config
     from sft import add_lora, freeze_layers
 
     T = min(args.plan_len or model_args.max_seq_len, model_args.max_seq_len)
@@ -243,10 +244,8 @@ def stage_bytes(args, model_args, dtype, fsdp):
             counts=torch.full((B,), T - prompt),
         )
         if args.ppo:
-            config = ppo.PPOConfig(advantage=args.advantage, value_model=args.value_model)
-            trainer = ppo.PPOTrainer(
-                config, policy, reference, critic, None, None, autocast, stop_ids=()
-            )
+            config, three = ppo_config(args), (policy, reference, critic)
+            trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=())
             batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
             for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
                 setattr(batch, name, torch.zeros(A))
