@@ -15,6 +15,8 @@ are counted, for the line of the program that causes them:
     peak        bytes of the tensors on the device at the peak, without the temporary memory of an
                 operation
 
+step_waits and step_peak are those within the functions `step` of training stages.
+
 Not simulated: time, limits of CUDA's kernels (shapes, rounding, non-determinism), torch.compile,
 CUDA graphs, streams, NCCL and several devices. The module must be imported before torch, which
 needs to be a CPU build on Linux; the first use compiles simulated_cuda.cpp in 15 s. With --serve,
@@ -34,6 +36,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import weakref
 from pathlib import Path
@@ -94,13 +97,15 @@ import torch  # noqa: E402
 import torch.nn.attention.varlen  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils._foreach_utils import _foreach_supported_types  # noqa: E402
-from torch.utils._pytree import tree_iter, tree_map  # noqa: E402
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 aten, varlen = torch.ops.aten, torch.ops.torch_attn
 
 # ----------------------------------------------------------------------------
 # counters
+
+
+COUNTS = "kernels", "waits", "step_waits", "attention"
 
 
 class Counters:
@@ -112,19 +117,23 @@ class Counters:
         self.reset()
 
     def reset(self):
-        self.kernels, self.waits, self.attention = (collections.Counter() for _ in range(3))
-        self.base = self.peak = self.now
+        for name in COUNTS:
+            setattr(self, name, collections.Counter())
+        self.base = self.peak = self.step_peak = self.now
         self.peak_line = ""
 
     def wait(self, kind):
-        self.waits[f"{line()}: {kind}"] += 1
+        place = f"{line()}: {kind}"
+        self.waits[place] += 1
+        self.step_waits[place] += in_step()
 
     def allocate(self, key, size):
         with self.lock:
             if not self.storages[key]:
                 self.now += size
-                if self.now > self.peak:
-                    self.peak, self.peak_line = self.now, line()
+                self.peak = max(self.peak, self.now)
+                if self.now > self.step_peak and in_step():
+                    self.step_peak, self.peak_line = self.now, line()
             self.storages[key] += 1
 
     def free(self, key, size):
@@ -136,26 +145,33 @@ class Counters:
 
     def report(self):
         """The counts since the last reset, and the memory beyond what was there at the reset."""
-        counts = {name: dict(getattr(self, name)) for name in ("kernels", "waits", "attention")}
-        return counts | {"peak": self.peak - self.base, "peak_line": self.peak_line}
+        counts = {name: dict(getattr(self, name)) for name in COUNTS}
+        peaks = {name: getattr(self, name) - self.base for name in ("peak", "step_peak")}
+        return counts | peaks | {"peak_line": self.peak_line}
+
+
+def program_frames():
+    """The frames of the program that is being executed, innermost first, without libraries."""
+    frame = sys._getframe(1)
+    while frame:
+        path = frame.f_code.co_filename
+        if path[0] == "/" and path != __file__ and "/lib/python" not in path:
+            yield frame
+        frame = frame.f_back
 
 
 def line():
     """The innermost line of the program that is being executed, as file:line function; "backward"
     where autograd runs its own code."""
-    frame = sys._getframe(1)
-    while frame:
-        path = frame.f_code.co_filename
-        if (
-            path != __file__
-            and "site-packages" not in path
-            and path.endswith(".py")
-            and path[0] == "/"
-        ):
-            if "/lib/python" not in path:
-                return f"{os.path.basename(path)}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
+    for f in program_frames():
+        return f"{os.path.basename(f.f_code.co_filename)}:{f.f_lineno} {f.f_code.co_name}"
     return "backward"
+
+
+def in_step():
+    """Whether the program is within a function `step`, or autograd is at work."""
+    names = [f.f_code.co_name for f in program_frames()]
+    return not names or "step" in names
 
 
 counters = Counters()
@@ -268,14 +284,32 @@ ALLOCATIONS = (
 )
 
 
+def leaves(*values):
+    """The values in nested lists, tuples and dicts (torch.utils._pytree takes 10 times as long)."""
+    for x in values:
+        if isinstance(x, (list, tuple)):
+            yield from leaves(*x)
+        elif isinstance(x, dict):
+            yield from leaves(*x.values())
+        else:
+            yield x
+
+
+def convert(x, function):
+    """x with `function` applied to its leaves."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([convert(y, function) for y in x])
+    return function(x)
+
+
 def execute(func, args, kwargs):
     """Runs an operation of the device on the CPU tensors inside, checks it and counts it."""
     if func is torch.ops.prim.device.default:
         return CUDA
-    check_devices(func, args, kwargs)
+    tensors = [x for x in leaves(args, kwargs) if isinstance(x, torch.Tensor)]
+    check_devices(func, args, tensors)
     target = kwargs.get("device")
-    leaves = list(tree_iter((args, kwargs)))
-    on_device = any(isinstance(x, CudaTensor) for x in leaves)
+    on_device = any(isinstance(x, CudaTensor) for x in tensors)
     if target is not None:
         on_device = torch.device(target).type == "cuda"
     reason = why_python_waits(func, args, kwargs, on_device)
@@ -283,7 +317,7 @@ def execute(func, args, kwargs):
         counters.wait(reason)
     if not is_free(func):
         counters.kernels[f"{line()}: {func.name().removeprefix('aten::')}"] += 1
-    same = {id(x.held): x for x in leaves if isinstance(x, CudaTensor)}  # operations in place
+    same = {id(x.held): x for x in tensors if isinstance(x, CudaTensor)}  # operations in place
 
     def unwrap(x):
         if isinstance(x, CudaTensor):
@@ -293,41 +327,36 @@ def execute(func, args, kwargs):
     def wrap(x):
         if not isinstance(x, torch.Tensor) or isinstance(x, CudaTensor):
             return x
-        return same[id(x)] if id(x) in same else CudaTensor(x)
+        if id(x) not in same:
+            return CudaTensor(x)
+        assert same[id(x)].shape == x.shape, f"{func} resizes a tensor: not simulated"
+        return same[id(x)]
 
-    inner = tree_map(unwrap, kwargs)
+    inner = {name: convert(x, unwrap) for name, x in kwargs.items()}
     if inner.get("pin_memory"):
         inner["pin_memory"] = False
-    out = SPECIAL.get(func, func)(*tree_map(unwrap, args), **inner)
+    out = SPECIAL.get(func, func)(*convert(args, unwrap), **inner)
     if func is aten.copy_.default and not isinstance(args[0], CudaTensor):
         return args[0]
-    if not on_device:
-        return out
-    out = tree_map(wrap, out)
-    for x in tree_iter(out):
-        assert not isinstance(x, CudaTensor) or x.shape == x.held.shape, (
-            f"{func} resizes a tensor: not simulated"
-        )
-    return out
+    return convert(out, wrap) if on_device else out
 
 
-def check_devices(func, args, kwargs):
+def check_devices(func, args, tensors):
     """Raises RuntimeError for a tensor of the CPU beside one of the device, except a scalar."""
-    if func in COPIES:
+    others = [x for x in tensors if not isinstance(x, CudaTensor) and x.dim()]
+    if not others or len(others) == len(tensors) or func in COPIES:
         return
-    indices = args[1] if func in INDEXING else ()
     if func in INDEXING:
-        if not isinstance(args[0], CudaTensor) and any(isinstance(x, CudaTensor) for x in indices):
+        if not isinstance(args[0], CudaTensor):
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
-        args = args[:1] + args[2:]
-    for x in tree_iter((args, kwargs)):
-        if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor) and x.dim():
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"cuda:0 and {x.device}! ({func}, a tensor {tuple(x.shape)})"
-            )
+        others = [x for x in others if not any(x is y for y in args[1])]
+    if others:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"cuda:0 and {others[0].device}! ({func}, a tensor {tuple(others[0].shape)})"
+        )
 
 
 def why_python_waits(func, args, kwargs, on_device):
@@ -465,11 +494,16 @@ def varlen_backward(
 def matrix_product(a, b):
     """Products that are large enough to measure a GPU's speed are not computed."""
     huge = a.shape[0] * a.shape[1] * b.shape[1] > 1e10
-    return a.new_zeros(a.shape[0], b.shape[1]) if huge else aten.mm.default(a, b)
+    return a.new_empty(a.shape[0], b.shape[1]) if huge else aten.mm.default(a, b)
+
+
+def normal_(x, *args, **kwargs):
+    return x if x.numel() > 1e7 else aten.normal_.default(x, *args, **kwargs)
 
 
 SPECIAL = {
     aten.mm.default: matrix_product,
+    aten.normal_.default: normal_,
     aten._fused_rms_norm.default: rms_norm,
     aten._fused_rms_norm_backward.default: rms_norm_backward,
     aten._scaled_dot_product_flash_attention_for_cpu.default: flash,
@@ -613,6 +647,7 @@ def serve():
     for request in requests:
         gc.collect()
         counters.reset()
+        start = time.process_time()
         argv, text_in = json.loads(request)
         sys.stdin, text = io.StringIO(text_in), io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
@@ -622,6 +657,7 @@ def serve():
                 traceback.print_exc()
                 status = "traceback"
         answer = counters.report() | {"status": status, "output": text.getvalue()}
+        answer["seconds"] = time.process_time() - start
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -633,11 +669,12 @@ def main():
     sys.path[0] = str(Path(sys.argv[1]).resolve().parent)
     status = run(sys.argv[1:])
     report = counters.report()
-    for name in ("kernels", "waits", "attention"):
+    for name in COUNTS:
         print(f"{name}: {sum(report[name].values()):,}", file=sys.stderr)
         for place, n in collections.Counter(report[name]).most_common(20):
             print(f"  {n:8,d}  {place}", file=sys.stderr)
-    print(f"peak: {report['peak'] / 1e6:.1f} MB at {report['peak_line']}", file=sys.stderr)
+    step = f"{report['step_peak'] / 1e6:.1f} MB in a step, at {report['peak_line']}"
+    print(f"peak: {report['peak'] / 1e6:.1f} MB; {step}", file=sys.stderr)
     return status
 
 
