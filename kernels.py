@@ -707,6 +707,8 @@ def attend_on_gpu(attention, q, k, v, layout):
     elif layout.starts32 is not None and takes_varlen(q):
         out = varlen_attention(q, k, v, layout)
     else:
+        if q.dtype == torch.float32:  # in which PyTorch's fused kernels do not share key heads
+            k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
         out = layout.attention(q, k, v)
     return attention.wo(out.flatten(1))
 

@@ -244,7 +244,7 @@ def stage_bytes(args, model_args, dtype, fsdp):
             counts=torch.full((B,), T - prompt),
         )
         if args.ppo:
-            config, three = ppo_config(args), (policy, reference, critic)
+            config, three = replace(ppo_config(args), ptx_coef=0), (policy, reference, critic)
             trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=())
             batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
             for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
