@@ -172,7 +172,7 @@ def measure(shape, prefix, options):
     )
     found = re.search(
         r"bandwidth ([\d.]+).*?prompt.*?: ([\d.]+).*?decode.*?: ([\d.]+) tokens/s, "
-        r"([\d.]+) GB/s.*?([\d.]+) us a token, ([\d.]+) %",
+        r"([\d.]+) GB/s.*?([\d.]+) us per token, ([\d.]+) %",
         text,
         re.S,
     )
