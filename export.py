@@ -163,6 +163,7 @@ def plain_layers(args, weights):
         yield {n.split(".")[-1]: floats(weights[f"layers.{i}.{n}.weight"]) for n in names}
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of a model that is not finite
 def column_scales(w, squares, group, heads=None):
     """Scales c (cols,) for the columns of w (rows, cols), whose int8 form in groups then has the
     least error in the output: scales of the form x^a / s^b, where x is the input's root mean
