@@ -13,14 +13,15 @@ Without llama-cpp-python, run.c alone is measured. Losses are in nats per token 
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,19 +35,29 @@ PROMPT = "Gravity is a force that pulls things together. " * 12
 LONG, SHORT = 48, 1  # tokens of a reply
 
 
+def memory(name, pid="self"):
+    """A number of /proc/PID/status in bytes, 0 where there is none."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{name}:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
 def child(command):
     """(output, processor seconds, wall seconds, peak bytes) of a program."""
-    read, write = os.pipe()
-    start = time.perf_counter()
-    with open(read, "rb") as out:
-        process = subprocess.Popen([str(c) for c in command], stdout=write, stderr=write)
-        os.close(write)
+    start, peak, done = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=out)
+        while not done:  # rusage has the peak of this process as well, so /proc is read
+            peak = max(peak, memory("VmHWM", process.pid))
+            time.sleep(0.01)
+            done, status, used = os.wait4(process.pid, os.WNOHANG)
+        process.returncode, wall = status, time.perf_counter() - start
+        out.seek(0)
         text = out.read().decode(errors="replace")
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = status
     if status:
         raise ValueError(f"{' '.join(map(str, command))}: {text[-300:]}")
-    return text, used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss * 1024
+    return text, used.ru_utime + used.ru_stime, wall, peak
 
 
 def llama(path, text=""):
@@ -54,7 +65,7 @@ def llama(path, text=""):
     import llama_cpp
     import numpy as np
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), memory("VmRSS")
     model = llama_cpp.Llama(
         path, n_ctx=2048, n_threads=1, n_threads_batch=1, logits_all=bool(text), verbose=False
     )
@@ -79,7 +90,7 @@ def llama(path, text=""):
         model.eval([token])
         token = model.sample(temp=0)
     decode = (time.process_time() - cpu) / LONG
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM") - before  # without Python and its modules
     print(f"result {1 / decode} {len(ids) / prompt} {first} {peak}")
 
 
@@ -87,6 +98,7 @@ def ours(program, path, count):
     """(decode tokens/s, prompt tokens/s, seconds to the first token, peak bytes) of run.c,
     for a prompt of `count` tokens."""
     base = [program, path, "-t", 0, "-j", 1, "-i"]
+    child([*base, PROMPT, "-n", 3])  # brings the file into memory
     one = child([*base, "G", "-n", 3])  # the start alone
     short = child([*base, PROMPT, "-n", count + SHORT])
     long = child([*base, PROMPT, "-n", count + LONG])

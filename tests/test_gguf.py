@@ -762,7 +762,7 @@ def test_smollm2_is_transformers_in_c(smollm2, greedy_replies, program, tmp_path
         chat = i < len(PROMPTS)
         if not chat and i % 3:  # every third one as plain text, since each reads the whole file
             continue
-        how = ["-m", "chat", "-n", str(NEW)] if chat else ["-n", str(len(ids) + NEW)]
+        how = ["-m", "chat", "-n", str(NEW)] if chat else ["-n", str(len(ids) + NEW - 1)]
         done = subprocess.run(
             [str(program), str(tmp_path / "m.bin"), "-t", "0", *how, "-i", text],
             capture_output=True,
