@@ -98,7 +98,7 @@ def ours(program, path, count):
     """(decode tokens/s, prompt tokens/s, seconds to the first token, peak bytes) of run.c,
     for a prompt of `count` tokens."""
     base = [program, path, "-t", 0, "-j", 1, "-i"]
-    child([*base, PROMPT, "-n", 3])  # brings the file into memory
+    child([*base, PROMPT, "-n", count + SHORT])  # brings the file into memory
     one = child([*base, "G", "-n", 3])  # the start alone
     short = child([*base, PROMPT, "-n", count + SHORT])
     long = child([*base, PROMPT, "-n", count + LONG])
