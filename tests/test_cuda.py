@@ -224,6 +224,17 @@ def test_decoding(card, home, tmp_path, dtype, per_layer):
     assert not any(name.startswith("math") for run in runs.values() for name in run.attention)
 
 
+def test_packed_attention(card, home, tmp_path):
+    """In half precision varlen_attn, and neither padding nor the math kernel."""
+    sft = flags(home, tmp_path, sft=True, data=home / "sft.jsonl", dtype="bfloat16")
+    run = card("train.py", **sft)
+    kinds = Counter()
+    for name, n in run.attention.items():
+        kinds[name.split()[0]] += n
+    assert kinds["varlen"] > 0 and kinds["math"] == 0, run.attention
+    assert not any("index_copy" in name for name in run.kernels)
+
+
 def test_the_plan_is_close_where_batches_are_large(card, home, tmp_path):
     options = stage_flags(home, tmp_path, "pretraining", 2, batch_size=32)
     run, planned = card("train.py", **options), planned_bytes(options)
