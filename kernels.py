@@ -723,23 +723,31 @@ class StaticKVCache(KVCache):
     kept = WeakKeyDictionary()  # the cache of each model with compiled decoding, for its next batch
 
     def __init__(self, model, batch, max_len, dtype):
-        super().__init__(model.args, batch, max_len, dtype, model.output.weight.device)
+        device = model.output.weight.device
+        super().__init__(model.args, 0, max_len, dtype, device)
+        # A tensor for each layer: torch.compile would copy the layer's part of a common one.
+        shape = batch, *self.k.shape[2:]
+        layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in (*self.k, *self.v)]
+        self.k, self.v = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        self.all = [x[None] for x in layers]
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.compiled, self.batches = model.compiled_decoding, {}
-        self.fixed(self.k, self.v, self.length)
+        self.fixed(*layers, self.length)
 
     @classmethod
     def of(cls, model, batch, max_len, dtype):
         """An empty cache: with compiled decoding the previous one, if it has the same size."""
         max_len = -(-max_len // MULTIPLE) * MULTIPLE
+        if not model.compiled_decoding:
+            return cls(model, batch, max_len, dtype)
         cache = cls.kept.get(model)
-        new = batch, max_len, dtype, model.output.weight.device
-        if cache is None or new != (*cache.k.shape[1::2], cache.k.dtype, cache.k.device):
-            cls.kept.pop(model, None)
-            cache = cls(model, batch, max_len, dtype)
-        if model.compiled_decoding:
-            cls.kept[model] = cache
+        size = batch, max_len, dtype, model.output.weight.device
+        if cache is None or size != cache.size:
+            cls.kept.pop(model, None)  # before there is another
+            cache = cls.kept[model] = cls(model, batch, max_len, dtype)
+            cache.size = size
         cache.rows = 0
-        for x in (cache.k, cache.v, cache.length):
+        for x in (*cache.all, cache.length):
             x.zero_()
         return cache
 
@@ -929,8 +937,10 @@ class FastTransformer(Transformer):
         one_head = self.output.weight.new_empty(0, a.head_dim)
         if native_attention(one_head) and standard and a.n_heads * a.head_dim == a.dim:
             return FastKVCache(self, batch, max_len)
-        cache = super().new_cache(batch, max_len)
-        return StaticKVCache.of(self, batch, max_len, cache.k.dtype) if on_gpu(cache.k) else cache
+        dtype = super().new_cache(0, 0).k.dtype
+        if on_gpu(one_head):
+            return StaticKVCache.of(self, batch, max_len, dtype)
+        return super().new_cache(batch, max_len)
 
     def layout(self, tokens, lengths=None, cache=None, multiple=1):
         if not on_gpu(tokens):

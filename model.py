@@ -147,18 +147,18 @@ class KVCache:
 
     def __init__(self, args, batch, max_len, dtype, device):
         shape = args.n_layers, batch, args.n_kv_heads, max_len, args.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.k, self.v = self.all = [torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"]
         self.length = torch.zeros(batch, dtype=torch.long, device=device)  # tokens in each row
         self.rows = 0  # R: rows 0 to R - 1 are in use
 
     def append(self, layer, layout, k, v):
         """Stores the keys and values (N, K, E) of one layer."""
-        self.k[layer][layout.rows, :, layout.positions] = k.to(self.k.dtype)
-        self.v[layer][layout.rows, :, layout.positions] = v.to(self.v.dtype)
+        self.k[layer][layout.rows, :, layout.positions] = k.to(self.k[0].dtype)
+        self.v[layer][layout.rows, :, layout.positions] = v.to(self.v[0].dtype)
 
     def attention(self, layer, layout, q):
         """The newest token of each row attends to the whole row: q (R, H, E) -> (R, H, E)."""
-        k, v = self.k[layer, : len(q)], self.v[layer, : len(q)]  # (R, K, T, E)
+        k, v = self.k[layer][: len(q)], self.v[layer][: len(q)]  # (R, K, T, E)
         q = q.unflatten(1, (k.shape[1], -1))  # the H/K query heads of a key head, as H/K queries
         return F.scaled_dot_product_attention(q, k, v, layout.mask).flatten(1, 2)
 
@@ -170,7 +170,7 @@ class KVCache:
         moved = n + remaining[n:].argsort(stable=True, descending=True)[:n]
         moved = torch.where(remaining[moved], moved, gaps)  # the others stay where they are
         order[gaps] = moved
-        for x in (self.k, self.v, self.length[None]):
+        for x in (*self.all, self.length[None]):
             x[:, gaps] = x[:, moved]
         self.rows = n
         return order
@@ -291,8 +291,8 @@ class Transformer(nn.Module):
         if lengths is None and cache is not None:  # a generation step
             positions, rows = cache.length[:N].clone(), torch.arange(N, device=device)
             cache.length[:N] += 1
-            seen = torch.arange(cache.k.shape[3], device=device) <= positions[:, None]  # (R, T)
-            mask = torch.where(seen, 0.0, -math.inf).to(cache.k.dtype)[:, None, None]
+            seen = torch.arange(cache.k[0].shape[2], device=device) <= positions[:, None]  # (R, T)
+            mask = torch.where(seen, 0.0, -math.inf).to(cache.k[0].dtype)[:, None, None]
         elif (T := tokens.shape[-1] if lengths is None else max([0, *lengths])) > limit:
             raise ValueError(f"a sequence of {T} tokens does not fit the model's {limit}")
         elif lengths is None:

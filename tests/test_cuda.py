@@ -226,8 +226,7 @@ def test_decoding(card, home, tmp_path, dtype, per_layer):
 
 def test_packed_attention(card, home, tmp_path):
     """In half precision varlen_attn, and neither padding nor the math kernel."""
-    sft = flags(home, tmp_path, sft=True, data=home / "sft.jsonl", dtype="bfloat16")
-    run = card("train.py", **sft)
+    run = card("train.py", **stage_flags(home, tmp_path, "SFT", 1, dtype="bfloat16"))
     kinds = Counter()
     for name, n in run.attention.items():
         kinds[name.split()[0]] += n

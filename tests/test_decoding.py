@@ -3,11 +3,13 @@ attention, and a stand-in for varlen_attn; the number of graphs that torch.compi
 
 import inspect
 import math
+import shutil
 
 import pytest
 import torch
 from test_model import END, small
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import varlen
 
 import kernels
@@ -77,7 +79,7 @@ def test_the_batch_shrinks_in_powers_of_two(gpu, monkeypatch):
         unused = batch.cache.length[len(active) :]
         assert bool((batch.cache.length[: len(active)] >= 0).all()) and bool((unused >= 0).all())
         step(self, batch, active)
-        assert not batch.cache.k.isnan().any()
+        assert not any(x.isnan().any() for x in batch.cache.all)
 
     monkeypatch.setattr(Transformer, "sample_step", spy)
     generate(model, [[1]] * 50, 63, stop_ids=(2,), uniform=torch.rand(50, 63))
@@ -110,10 +112,25 @@ def greedy(gpu, model, prompts):
     return generate(model, prompts[:9], 45, stop_ids=(), temperature=0)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
+def test_a_step_compiled_by_inductor_copies_no_cache(gpu, monkeypatch):
+    """Keys and values are written in place: no buffer has the size of a layer's cache."""
+    step = compile_with("inductor", monkeypatch)
+    model, options = small(n_layers=1), dict(uniform=torch.rand(3, 5), stop_ids=END)
+    plain = generate(model, [[1]] * 3, 5, **options)
+    gpu(True)
+    model.compiled_decoding = True
+    out, [code] = run_and_get_code(generate, model, [[1]] * 3, 5, **options)
+    agree(out, plain)
+    assert model.compiled_decoding and step is kernels.compiled_step()
+    assert "(3, 2, 64, 8)" in code and "empty_strided_cpu((3, 2, 64, 8)" not in code
+
+
 def compile_with(backend, monkeypatch):
     how = dict(dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
     step = torch.compile(Transformer.sample_step, backend=backend, **how)
     monkeypatch.setattr(kernels, "compiled_step", lambda: step)
+    return step
 
 
 def test_a_step_that_cannot_be_compiled_runs_as_it_is(gpu, monkeypatch, capsys):
