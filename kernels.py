@@ -820,6 +820,28 @@ def compiled_step():
     )
 
 
+@functools.cache
+def compiled_specification():
+    """Transformer.hidden through torch.compile. Models share the code, so the limit of graphs is
+    high; each needs a graph for sequences of equal and of unequal lengths, with and without
+    gradients."""
+    how = dict(dynamic=True, isolate_recompiles=True, recompile_limit=64)
+    return torch.compile(Transformer.hidden, **how)
+
+
+def compiled_pass(model, tokens, lengths):
+    """Transformer.hidden without a cache, compiled if that succeeds. The Layout is made outside,
+    because the lengths differ from batch to batch, and a graph cannot depend on them."""
+    layout = lengths if isinstance(lengths, Layout) else model.layout(tokens, lengths)
+    try:
+        return compiled_specification()(model, tokens, layout)
+    except torch._dynamo.exc.TorchDynamoException as e:
+        reason = " ".join(str(e).split())[:200]
+        print(f"note: the forward pass is not compiled: {reason}", file=sys.stderr)
+        model.compiled_hidden = False
+        return model.hidden(tokens, layout)
+
+
 # ----------------------------------------------------------------------------
 # the modules
 
@@ -919,6 +941,7 @@ class FastTransformer(Transformer):
     have fixed shapes (`StaticKVCache`)."""
 
     compiled_decoding = False  # whether generation on a GPU goes through torch.compile
+    compiled_hidden = False  # whether `hidden` does, except in generation
 
     def forward(self, tokens, targets=None, lengths=None, cache=None):
         standard = type(self.output) in (nn.Linear, FastLinear)
@@ -954,6 +977,8 @@ class FastTransformer(Transformer):
         )
 
     def hidden(self, tokens, lengths=None, cache=None):
+        if self.compiled_hidden and cache is None and not torch.compiler.is_compiling():
+            return compiled_pass(self, tokens, lengths)
         if lengths is not None or not isinstance(cache, FastKVCache):
             return super().hidden(tokens, lengths, cache)
         x = self.dropout(self.tok_embeddings(tokens)).clone(memory_format=torch.contiguous_format)

@@ -24,6 +24,7 @@ Letters in shapes: B rollouts, each a prompt and its response; A actions, which 
 tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabulary; D dim.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -340,6 +341,16 @@ def logprob_entropy_kl(logits, actions, ref_logits=None):
     return logprobs, entropy, (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
+@functools.cache
+def compiled_terms():
+    return torch.compile(logprob_entropy_kl, dynamic=True)
+
+
+def terms_of(model):
+    """logprob_entropy_kl, compiled if the forward pass of the model is."""
+    return compiled_terms() if getattr(model, "compiled_hidden", False) else logprob_entropy_kl
+
+
 def gae(rewards, values, counts, gamma, lam):
     """Generalized advantage estimation (Schulman et al., 2016, equation 16) of episodes that end
     with their last action: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
@@ -513,8 +524,9 @@ class PPOTrainer:
             self.logits(model, x)
             for model, x in ((self.policy, hidden), (self.reference, ref_hidden))
         )
-        logprobs, _, kl = logprob_entropy_kl(logits, actions, ref_logits)
-        return logprobs, kl, logprob_entropy_kl(ref_logits, actions)[0]
+        terms = terms_of(self.policy)
+        logprobs, _, kl = terms(logits, actions, ref_logits)
+        return logprobs, kl, terms(ref_logits, actions)[0]
 
     def values(self, batch, hidden):
         """V(state) (A,) of the critic; of a shared one from the policy's hidden states."""
@@ -654,7 +666,7 @@ class PPOTrainer:
         if ref_hidden is not None:
             with torch.no_grad(), self.autocast():
                 ref_logits = self.logits(self.reference, ref_hidden)
-        return logprob_entropy_kl(logits, actions, ref_logits)
+        return terms_of(self.policy)(logits, actions, ref_logits)
 
     def ptx_backward(self, sums):
         """Adds the gradient of the pretraining loss (PPO-ptx, Ouyang et al., 2022), and its value

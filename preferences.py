@@ -13,7 +13,16 @@ from common import flag, printable
 from instruct import InstructPrompts, Rankings
 from kernels import in_chunks, to_device
 from model import TransformerWithValueHead, generate
-from pretraining import MemoryFlags, MemoryPlanFlags, TextFlags, ToolFlags, gathered, place, whole
+from pretraining import (
+    CompileFlags,
+    MemoryFlags,
+    MemoryPlanFlags,
+    TextFlags,
+    ToolFlags,
+    gathered,
+    place,
+    whole,
+)
 from sft import FreezeFlags, InstructionFlags, InstructionStage
 
 # ----------------------------------------------------------------------------
@@ -81,7 +90,7 @@ def token_logprobs(model, batch):
     hidden = model.hidden(batch.tokens, batch.lengths)[batch.state_ends]
 
     def logprobs(hidden, actions):
-        return (ppo.logprob_entropy_kl(model.output(hidden), actions)[0],)
+        return (ppo.terms_of(model)(model.output(hidden), actions)[0],)
 
     return in_chunks(logprobs, model.args.vocab_size, hidden, batch.actions)[0]
 
@@ -127,6 +136,8 @@ class Preferences(InstructionStage):
         room = context - min(run.args.max_gen_len, context // 2)
         prompts = self.samples(InstructPrompts, "val", room)
         self.prompts = prompts.batch(0, min(run.args.reference_samples, len(prompts)))
+        if hasattr(self, "reference"):
+            self.reference.compiled_hidden = self.model.compiled_hidden
 
     def data(self, split):
         samples = self.samples(Rankings, split, self.model.args.max_seq_len)
@@ -155,6 +166,7 @@ class RewardModel(Preferences):
     flags = (
         TextFlags,
         MemoryFlags,
+        CompileFlags,
         InstructionFlags,
         FreezeFlags,
         PreferenceFlags,
@@ -237,6 +249,7 @@ class DPO(Preferences):
     flags = (
         TextFlags,
         MemoryFlags,
+        CompileFlags,
         InstructionFlags,
         FreezeFlags,
         PreferenceFlags,

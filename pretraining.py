@@ -107,8 +107,7 @@ class CompileFlags:
 
     compile: bool = flag(
         None,
-        "use torch.compile, in PPO for rollouts on cuda alone; default: true for pretraining and "
-        "PPO on cuda, else false",
+        "use torch.compile (with --ppo on cuda alone); default: true on cuda, else false",
     )
 
 
@@ -423,7 +422,6 @@ class Stage:
     positive = ()  # flags that must be at least 1
     signed = ()  # flags that may be negative
     from_scratch = False  # whether a run can start without a checkpoint
-    compiles = False  # whether torch.compile is the default on cuda
     fp32_dim = 0  # largest width of a model for which --dtype is float32 by default on cuda
     writes_text = True  # whether its model generates text: ./run can use it, PPO can train it
     continues_count = False  # whether its iterations continue those of the initial checkpoint
@@ -517,7 +515,7 @@ class Pretraining(Stage):
 
     flags = PretrainingFlags, TextFlags, MemoryFlags, CompileFlags, ToolFlags, SpeedPlanFlags
     from_scratch = True
-    compiles = True
+    packed = False  # whether the length differs from sample to sample, and from batch to batch
     ddp = True  # `loss` calls the whole model, as DistributedDataParallel requires
 
     def __init__(self, run, checkpoint):
@@ -544,11 +542,18 @@ class Pretraining(Stage):
             native = native_attention(head)
         if run.compile and native and run.rank == 0:
             print("note: --compile is ignored: kernels.c is faster than torch.compile on this CPU")
+        elif run.compile and args.fsdp and self.packed and args.compile and run.rank == 0:
+            print("note: --compile is ignored: of the stages with --fsdp only pretraining compiles")
         compiled = run.compile and not native
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.forward = self.replicas = self.model
         if run.world > 1 and self.ddp and not args.fsdp:
             # The only buffers are the tables of rotary angles, which never change.
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.replicas = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.forward = self.replicas
+        if compiled and not self.packed:  # around DDP: it splits the graph at DDP's reductions
+            self.forward = torch.compile(self.forward)
+        elif compiled and not args.fsdp:
+            self.model.compiled_hidden = True
 
     @staticmethod
     def unused(args):
@@ -677,8 +682,8 @@ class Pretraining(Stage):
         """The context of a backward pass. Gradients are reduced in the `last` one of a step."""
         if self.args.fsdp:
             self.model.set_requires_gradient_sync(last)
-        ddp = isinstance(self.forward, DistributedDataParallel)
-        return self.forward.no_sync() if ddp and not last else nullcontext()
+        ddp = isinstance(self.replicas, DistributedDataParallel)
+        return self.replicas.no_sync() if ddp and not last else nullcontext()
 
     def average_gradients(self):
         """Averages the gradients over the processes for stages without DistributedDataParallel."""

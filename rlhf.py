@@ -293,7 +293,6 @@ class RLHF(Stage):
         MemoryPlanFlags,
         ToolFlags,
     )
-    compiles = True  # of the training loop, generation alone
     # Published commands for PPO contain flags of pretraining. Those that describe the model are
     # compared with the checkpoint; the others are ignored.
     accepted = (
@@ -369,7 +368,7 @@ class RLHF(Stage):
                 f"--batch_size={8 * run.world} or more"
             )
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
-            print("note: --compile is ignored: PPO compiles rollouts, on cuda and without --fsdp")
+            print("note: --compile is ignored: PPO compiles on cuda alone, and not with --fsdp")
         if run.args.averaging >= 1:
             raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")
 
@@ -470,6 +469,10 @@ class RLHF(Stage):
             self.reward = ModelReward(checkpoint_of_reward, device, *options)
         else:
             self.reward = load_reward(args.reward, args.target_len, self.decode)
+        if run.compile and not args.fsdp and run.device.startswith("cuda"):
+            models = self.model, reference, critic, getattr(self.reward, "model", None)
+            for model in filter(None, models):
+                model.compiled_hidden = True
         self.position = self.ptx_position = 0
         self.first, self.j_star = checkpoint["iter_num"], None
 

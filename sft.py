@@ -298,7 +298,7 @@ class InstructionStage(Pretraining):
     and need its tokenizer and template."""
 
     from_scratch = False
-    compiles = False  # the shape differs from batch to batch
+    packed = True
     model_class = Transformer
 
     plan = Stage.plan  # of the memory alone

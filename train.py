@@ -240,7 +240,7 @@ def setup(args):
     if cuda and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    compile = cuda and stage.compiles if args.compile is None else args.compile
+    compile = cuda if args.compile is None else args.compile
     run = Run(args, rank, world, device, dtype, compile)
     stage.check(run)
     if world > 1:
