@@ -1,6 +1,8 @@
 """torch.compile in the stages after pretraining: one graph without breaks, few graphs for batches
 of many lengths, and the numbers of the plain functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_flags import BASE, COMMON, home, outcome  # noqa: F401
@@ -9,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import kernels
 import ppo
 import pretraining
+import train
 from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from sft import add_lora
@@ -135,3 +138,16 @@ def test_compiled_stages(home, tmp_path, capsys, monkeypatch, graphs, stage):  #
         for k in a:
             assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-4), k
     assert graphs.frame_count >= 1
+
+
+def test_ddp_is_inside_of_the_compiled_function(home, monkeypatch):  # noqa: F811
+    """Around DDP torch.compile splits the graph where DDP reduces gradients."""
+    monkeypatch.setattr(pretraining, "peak_matmul_flops", lambda *_: 1e12)
+    monkeypatch.setattr(pretraining, "DistributedDataParallel", lambda model, **_: ["ddp", model])
+    monkeypatch.setattr(torch, "compile", lambda function: ["compiled", function])
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    flags = f"--data={home} --vocab_source=custom --vocab_size=320 --dim=16 --n_layers=1"
+    flags += " --n_heads=2 --max_seq_len=32 --device=cpu --compile"
+    run = train.setup(train.flags(flags.split()))
+    stage = train.Pretraining(replace(run, world=2), None)
+    assert stage.forward == ["compiled", ["ddp", stage.model]]
