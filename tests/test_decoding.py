@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 
 import kernels
 from kernels import StaticKVCache
-from model import KVCache, Layout, Transformer, apply_rope, generate
+from model import Batch, KVCache, Layout, Transformer, apply_rope, generate
 from sft import add_lora
 
 SHAPES = [(4, 2, 8), (6, 2, 4), (8, 1, 16), (3, 3, 6), (2, 1, 20)]  # heads, kv heads, head dim
@@ -76,8 +76,7 @@ def test_the_batch_shrinks_in_powers_of_two(gpu, monkeypatch):
 
     def spy(self, batch, active):
         sizes.append(len(active))
-        unused = batch.cache.length[len(active) :]
-        assert bool((batch.cache.length[: len(active)] >= 0).all()) and bool((unused >= 0).all())
+        assert (batch.cache.length[: len(active)] + active >= 1).all()  # all attend to something
         step(self, batch, active)
         assert not any(x.isnan().any() for x in batch.cache.all)
 
@@ -87,6 +86,22 @@ def test_the_batch_shrinks_in_powers_of_two(gpu, monkeypatch):
     sizes.clear()
     out = generate(model, [[1]] * 50, 63, stop_ids=(2, 3, 4), uniform=torch.rand(50, 63))
     assert set(sizes) == {50, 16} and len(sizes) == 2 * kernels.WINDOW and out.ended.any()
+
+
+def test_rows_that_were_never_used(gpu):
+    """As in serve.py, whose cache is larger than the batch: no row attends to nothing, which gives
+    NaN on some devices."""
+    model, zero = small(), torch.zeros(1, dtype=torch.long)
+    expected = generate(model, [[1]], 4, temperature=0, stop_ids=())
+    gpu(True)
+    cache, zeros = model.new_cache(8, 20), torch.zeros(1, 4)
+    with torch.no_grad():
+        model.hidden(zero[:0], [0], cache)
+        state = zero, zero + 1, zeros.long(), zeros + 1, zero.clone(), zero + 4, zeros, zero[:0]
+        batch = Batch(cache, *state, (0, 0, 1.0))
+        model.sample_tokens(batch, 4)
+    assert torch.equal(batch.tokens, expected.tokens) and batch.lengths.item() == 4
+    assert cache.length.tolist() == [4] + [1] * 7
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -262,8 +277,8 @@ def test_packed_attention_elsewhere_is_padded(gpu, stand_in):
 
 
 def test_compiled_graphs_do_not_multiply(gpu):
-    """50 packed batches of different lengths, whose layouts are made outside: at most two graphs,
-    and no graph break; the same logits as without torch.compile."""
+    """50 packed batches of different lengths, whose layouts are made outside: one graph, and no
+    graph break; the same logits as without torch.compile."""
     gpu(True)
     model, counter = small(n_layers=1, max_seq_len=200), CompileCounter()
     how = dict(backend=counter, fullgraph=True, dynamic=True)
@@ -277,4 +292,4 @@ def test_compiled_graphs_do_not_multiply(gpu):
         if i % 16 == 0:
             expected = model(tokens, lengths=lengths)
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
-    assert counter.frame_count <= 2, counter.frame_count
+    assert counter.frame_count == 1
