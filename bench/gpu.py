@@ -61,6 +61,13 @@ def build(options, context, cls=Transformer):
     return accelerate(cls(model_args(options, context)))
 
 
+def compiled(options, model, decoding=False):
+    """Sets what a run compiles by default on cuda: forward passes, and generation if `decoding`."""
+    on = options.device != "cpu" and options.compile != "False"
+    model.compiled_hidden, model.compiled_decoding = on, on and decoding
+    return model
+
+
 def autocast(options):
     """That of a run with the default --dtype: PPO of small models is in float32."""
     small = SHAPES[options.shape]["dim"] <= 288 or options.device == "cpu"
@@ -148,7 +155,7 @@ def rollouts(options):
         halve_frozen(
             [model], torch.bfloat16 if SHAPES[options.shape]["dim"] > 288 else torch.float32
         )
-    model.to(options.device).eval()
+    compiled(options, model.to(options.device).eval(), decoding=True)
     for _ in range(2):  # the first compiles
         start = clock(options)
         with autocast(options):
@@ -168,6 +175,8 @@ def ppo_iteration(options):
     critic = build(options, 512, TransformerWithValueHead).to(options.device)
     config = ppo.PPOConfig(rollouts=n, ppo_epochs=4, early_stopping=False, max_gen_len=length)
     config.mini_batch_size = min(50, n)
+    for model in policy, reference, critic:
+        compiled(options, model, decoding=model is policy)
     optimizers = (torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) for m in (policy, critic))
     models = policy, reference.requires_grad_(False), critic, *optimizers
     trainer = ppo.PPOTrainer(config, *models, lambda: autocast(options), stop_ids=(1, 2))
@@ -189,7 +198,7 @@ def lora(options):
     model = add_lora(build(options, 512), 8)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     halve_frozen([model], dtype)
-    model.to(options.device).train()
+    compiled(options, model.to(options.device).train())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     lengths = [T - i % 8 for i in range(S)]
