@@ -392,7 +392,7 @@ def test_fsdp_with_activations_computed_again(calls, tmp_path):
     plain, fast = both()
     want = results(plain, text(8, 40))
     with one_process(tmp_path):
-        pretraining.shard(fast, "cpu", torch.float32)
+        pretraining.shard(pretraining.checkpoint_activations(fast), "cpu", torch.float32)
         found = {
             n: v.full_tensor() if hasattr(v, "full_tensor") else v
             for n, v in results(fast, text(8, 40)).items()
