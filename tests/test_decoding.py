@@ -293,3 +293,16 @@ def test_compiled_graphs_do_not_multiply(gpu):
             expected = model(tokens, lengths=lengths)
             torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_training_has_no_graph_break(gpu, force):
+    """The loss of windows, and of packed text, with the layout made inside of the function; in half
+    precision, for which a GPU has its own attention, and with the paths of a CPU."""
+    gpu(force)
+    model, tokens = small(n_layers=2).train(), torch.randint(0, 48, (2, 30))
+    for arguments in (tokens, tokens), (tokens.flatten(), tokens.flatten(), [7, 33, 20]):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch._dynamo.explain(model)(*arguments)
+        assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
