@@ -137,7 +137,7 @@ class Preferences(InstructionStage):
         prompts = self.samples(InstructPrompts, "val", room)
         self.prompts = prompts.batch(0, min(run.args.reference_samples, len(prompts)))
         if hasattr(self, "reference"):
-            self.reference.compiled_hidden = self.model.compiled_hidden
+            self.reference.compiled_hidden = getattr(self.model, "compiled_hidden", False)
 
     def data(self, split):
         samples = self.samples(Rankings, split, self.model.args.max_seq_len)

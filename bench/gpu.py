@@ -21,14 +21,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from common import parse_args, run_main  # noqa: E402  imported before torch
 
 # isort: split
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bench_train import measure  # noqa: E402
 

@@ -476,7 +476,7 @@ def outcome(home, out, capsys, monkeypatch, **flags):
     except (Exception, SystemExit) as e:
         error = repr(e)
     text = re.sub(
-        r" *(?:\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|left \S+)|\"time.*", "", capsys.readouterr().out
+        r" *(?:\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|mfu +[\d.]+%|left \S+)|\"time.*", "", capsys.readouterr().out
     )
     found = {"error": error, "text": text.replace(str(out), "")}
     for path in sorted(out.glob("*")):
