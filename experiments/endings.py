@@ -16,14 +16,16 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
+
+# isort: split
+import torch  # noqa: E402
+
 import ppo  # noqa: E402
 import rlhf  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
-from common import parse_args, run_main, write_atomic  # noqa: E402
 from model import generate  # noqa: E402
 from report import BLUE, GREEN, GREY  # noqa: E402
 from tinystories import Prompts  # noqa: E402

@@ -475,9 +475,8 @@ def outcome(home, out, capsys, monkeypatch, **flags):
         error = ""
     except (Exception, SystemExit) as e:
         error = repr(e)
-    text = re.sub(
-        r" *(?:\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|mfu +[\d.]+%|left \S+)|\"time.*", "", capsys.readouterr().out
-    )
+    times = r" *(?:\d+\.\d+ s\b|[\d.]+ ms|[\d,]+ tok/s|mfu +[\d.]+%|left \S+)|\"time.*"
+    text = re.sub(times, "", capsys.readouterr().out)
     found = {"error": error, "text": text.replace(str(out), "")}
     for path in sorted(out.glob("*")):
         if path.name.endswith("ckpt.pt"):
