@@ -25,7 +25,7 @@ RLHF_PPO = --batch_size=50 --rollouts=200 --ppo_iters=30 --learning_rate=3e-4 \
            --roof_prompts=16 --roof_samples=16 --report_rollouts=200
 DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --eval_iters=25
 
-SERVER = 'starlette>=0.40' 'uvicorn>=0.30'
+SERVER = 'starlette>=0.40,<2' 'uvicorn>=0.30,<1'
 
 .PHONY: demo chat frontier rlhf test bench run clean
 .DELETE_ON_ERROR:
@@ -59,8 +59,8 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	.venv/bin/pip install --quiet --disable-pip-version-check $(SERVER)
 	touch $@
 
-# Libraries that the tests compare the exports with. Tests of a library that cannot be installed are
-# skipped with a reason.
+# Libraries that the tests compare with. If one of them cannot be installed, none is, and their tests
+# are skipped with a reason.
 .venv/tested: tests/requirements.txt | .venv/installed
 	.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r $< && touch $@ \
 		|| echo "some libraries are missing: tests of them are skipped"
@@ -139,10 +139,11 @@ run: run.c
 test: .venv/installed .venv/tested run
 	$(PY) -m pytest -q -n auto --maxprocesses=8 --dist=loadfile tests
 
-# Speeds of this project; `--help` of bench_run.py and bench_trl.py says how to measure other projects
-# beside it.
+# Speeds of this project; `--help` of bench_run.py, bench_trl.py and bench_smollm2.py says how to
+# measure other projects beside it.
+PEERS = bench/bench_trl.py bench/bench_smollm2.py
 bench: $(DEMO)/pretrained run
-	for b in $(filter-out bench/bench_trl.py,$(wildcard bench/bench_*.py)); do $(PY) $$b || exit 1; done
+	for b in $(filter-out $(PEERS),$(wildcard bench/bench_*.py)); do $(PY) $$b || exit 1; done
 
 # Reward against KL for several beta beside the best achievable: experiments/frontier.py.
 frontier: $(DEMO)/pretrained

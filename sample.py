@@ -276,6 +276,7 @@ class Lane:
         rows = [row for row in [*self.slots, *self.waiting] if row]
         self.waiting.clear()
         n, context = len(self.slots), self.model.args.max_seq_len
+        self.batch = None  # frees the old cache before the new one is allocated
         self.slots, on = [None] * n, dict(device=self.device)
         ids = torch.zeros(n, dtype=torch.long, **on)
         self.batch = Batch(
@@ -354,7 +355,7 @@ class Lane:
         b.lengths[b.prompt] += 1
         logprobs = logits.float().log_softmax(-1)
         chosen = logprobs.gather(1, token[:, None])[:, 0].tolist()
-        most = max(0, *(row.alternatives for row in rows), 0)
+        most = max(0, *(row.alternatives for row in rows))
         top = logprobs.topk(min(most, logits.shape[1]))
         top = [list(zip(*pair)) for pair in zip(top.indices.tolist(), top.values.tolist())]
         return [[(p, t[: max(0, row.alternatives)])] for row, p, t in zip(rows, chosen, top)]
@@ -366,6 +367,7 @@ class Engine:
     def __init__(self, lanes, max_queue, autocast):
         self.lanes, self.max_queue, self.autocast = lanes, max_queue, autocast
         self.thread, self.changed = ThreadPoolExecutor(1), asyncio.Event()
+        self.scoring = 0  # calls of `score` that have not ended
 
     def call(self, function, *args):
         """The result of a function that the thread calls, as an awaitable."""
@@ -375,6 +377,16 @@ class Engine:
                 return function(*args)
 
         return asyncio.get_running_loop().run_in_executor(self.thread, call)
+
+    async def score(self, function, *args):
+        """`call` for a request that is not generated. Raises Refused if too many are waiting."""
+        if self.scoring > self.max_queue:
+            raise Refused(429, f"{self.scoring} texts are being scored: try again later")
+        self.scoring += 1
+        try:
+            return await self.call(function, *args)
+        finally:
+            self.scoring -= 1
 
     def submit(self, lane, rows):
         """Queues rows for generation. Raises Refused if too many are waiting."""

@@ -20,7 +20,7 @@ import hmac
 import json
 import socket
 import sys
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -202,7 +202,7 @@ class Service:
     async def score(self, request, body):
         ids = [self.check_ids(body.get(x), self.context) for x in ("prompt", "response")]
         self.check_ids(sum(ids, []), self.context + 1)
-        return JSONResponse(await self.engine.call(self.report, *ids))
+        return JSONResponse(await self.engine.score(self.report, *ids))
 
     def report(self, prompt, response):
         tokens = token_report(self.models, self.critic, self.tokenizer, prompt, response)
@@ -312,8 +312,11 @@ async def serve(service, listener):
     )
     service.engine.server = server
     generation = asyncio.create_task(service.engine.run())
+    generation.add_done_callback(lambda task: setattr(server, "should_exit", True))
     await server.serve([listener])
     generation.cancel()
+    with suppress(asyncio.CancelledError):
+        await generation  # raises the error that ended it
 
 
 def main(argv=None):

@@ -14,8 +14,9 @@ prompts. TRL's policy is saved, and imported with export.py --hf.
 A row is METHOD or METHOD:LEARNING_RATE. Each row runs in a process of its own with one thread. Its
 time is the processor time (user and system) of the training iterations, without imports, J* and
 measurements, because the clock means nothing on a shared machine. Its result is a JSON file in
---out_dir; a row that is complete is not run again, and a row of TRL with more --rollouts continues
-from its last checkpoint. The script prints a table and writes all measurements to trl.csv.
+--out_dir; a row that is complete is not run again (delete it if flags other than --rollouts
+change), and a row of TRL with more --rollouts continues from its last checkpoint (trl-ppo starts
+anew). The script prints a table and writes all measurements to trl.csv.
 
 With --steps, it times optimizer steps instead: SFT with LoRA beside transformers and peft, and DPO
 beside TRL's DPOTrainer, on the same batches. Each side is a process of its own; the two take turns.

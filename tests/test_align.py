@@ -328,7 +328,7 @@ def test_two_processes_learn_the_same(home, tmp_path, stage, extra, fsdp):
         stage: True,
         "max_iters": 6,
         "eval_interval": 3,
-        "batch_size": 4,
+        "batch_size": 16 if fsdp else 4,  # 16: rows enough for the kernels of whole layers
         "dropout": 0.0,
         "gradient_accumulation_steps": 2,
         "decay_lr": False,
@@ -344,7 +344,8 @@ def test_two_processes_learn_the_same(home, tmp_path, stage, extra, fsdp):
 
     def same():
         for a, b in zip(timeless("one"), timeless("two"), strict=True):
-            assert a == pytest.approx(b, abs=2e-5, rel=1e-4)
+            # Muon's iteration is in bfloat16, which enlarges differences.
+            assert a == pytest.approx(b, abs=2e-5, rel=1e-3 if extra.get("optimizer") else 1e-4)
         one, two = (load_checkpoint(tmp_path / d / f"{stage}_ckpt.pt") for d in ("one", "two"))
         assert one.keys() == two.keys() and one["model"].keys() == two["model"].keys()
         for name, w in one["model"].items():

@@ -558,6 +558,26 @@ def test_queue_limit(folder):
         assert not s.service.lanes["base"].busy()
 
 
+def test_score_has_the_queue_limit(folder):
+    """Scores wait in the queue too: more of them than --max_queue are refused with 429."""
+    with (
+        running(f"--checkpoint={folder}/base.pt", "--max_queue=1") as s,
+        ThreadPoolExecutor(20) as p,
+    ):
+        body = dict(prompt=[1] * 20, response=[5] * 20)
+        statuses = list(p.map(lambda _: ask(s, "/score", body)[0], range(40)))
+        assert set(statuses) == {200, 429}
+        assert ask(s, "/score", body)[0] == 200 and s.service.engine.scoring == 0
+
+
+def test_an_engine_that_cannot_start_ends_the_server(folder, monkeypatch):
+    """Without a batch no request would ever be answered."""
+    monkeypatch.setattr(sample.Lane, "reset", lambda lane: 1 / 0)
+    service = serve.Service(flags(f"--checkpoint={folder}/base.pt"))
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(serve.serve(service, listener), 20))
+
+
 def test_no_request_is_queued_at_shutdown():
     engine = sample.Engine([], 5, None)
     engine.server = argparse.Namespace(should_exit=True)
