@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -282,6 +283,10 @@ def shard(model, device, dtype):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "value_head"):  # it computes in fp32
+        fully_shard(model.value_head, mesh=mesh)
+    # Nothing writes into the view that `hidden` returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     fully_shard(model, mesh=mesh, mp_policy=policy)
     # The stages that need hidden states do not call the model itself, but this method. The weights
     # outside the layers stay gathered until the backward pass, so that model.output can follow.
@@ -501,6 +506,10 @@ class Stage:
         interrupted."""
         raise NotImplementedError
 
+    def saves_alone(self):
+        """Whether a process can save after an error that the other processes may not have."""
+        return not self.args.fsdp
+
     def end(self):
         """Called after the last iteration, or after the evaluation of --eval_only."""
 
@@ -547,8 +556,8 @@ class Pretraining(Stage):
         compiled = run.compile and not native
         self.forward = self.replicas = self.model
         if run.world > 1 and self.ddp and not args.fsdp:
-            # The only buffers are the tables of rotary angles, which never change.
-            self.replicas = DistributedDataParallel(self.model, broadcast_buffers=False)
+            # Buffers never change: the tables of rotary angles, 4-bit weights.
+            self.replicas = DistributedDataParallel(self.model, forward_sync_buffers=False)
             self.forward = self.replicas
         if compiled and not self.packed:  # around DDP: it splits the graph at DDP's reductions
             self.forward = torch.compile(self.forward)

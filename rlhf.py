@@ -448,6 +448,8 @@ class RLHF(Stage):
                     f"--value_model={path} has a vocabulary of {critic.args.vocab_size} tokens, "
                     f"the policy has {self.model.args.vocab_size}"
                 )
+            if not args.fsdp and run.dtype != torch.float16:  # in which the update is in fp32
+                halve_frozen([critic], run.dtype)
             place(critic, run)
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.make_optimizer(critic, rate))
@@ -667,7 +669,9 @@ class RLHF(Stage):
         for state in states:
             state = {k: w for k, w in state.items() if not k.startswith("value_head.")}
             source = {"model": state, "model_args": checkpoint_args(self.model.args)}
-            models.append(model_from_checkpoint(source, dropout=0.0).eval().to(self.ref_device))
+            model = model_from_checkpoint(source, dropout=0.0).requires_grad_(False).eval()
+            halve_frozen([model], self.run.dtype_on(self.ref_device))
+            models.append(model.to(self.ref_device))
         before, after = (self.measure(model, models[0]) for model in models)
         pairs = list(zip(before.pop("texts"), after.pop("texts")))
         changed = next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])

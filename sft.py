@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from checkpoint import model_from_checkpoint
 from common import flag
@@ -27,6 +28,7 @@ from pretraining import (
     TextFlags,
     ToolFlags,
     gathered,
+    shard_like,
     sharded_state,
 )
 from tokenizer import stop_ids
@@ -166,7 +168,8 @@ class FourBitLoRALinear(LoRALinear):
         return FourBitProduct.apply(x, self)
 
     def frozen(self):
-        return self.dequantized()
+        weight = self.dequantized()
+        return shard_like(self.lora_b, weight) if isinstance(self.lora_b, DTensor) else weight
 
 
 def four_bit_library():
@@ -215,7 +218,9 @@ def merged_state(model, state=None):
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             own = {key: state.pop(f"{name}.{key}") for key in module.state_dict()}
-            state[f"{name}.weight"] = module.merged(own["lora_a"], own["lora_b"]).detach()
+            merged = module.merged(own["lora_a"], own["lora_b"]).detach()
+            # A GPU has no room for the fp32 weights of all matrices.
+            state[f"{name}.weight"] = merged if isinstance(merged, DTensor) else merged.cpu()
     return state
 
 

@@ -527,7 +527,11 @@ def train(run):
         evaluate_and_save()
     except (FloatingPointError, *stage.check_errors) as e:
         unchanged = isinstance(e, stage.check_errors)
-        if unchanged and iteration > (run.start_iteration if saved is None else saved):
+        if (
+            unchanged
+            and stage.saves_alone()
+            and iteration > (run.start_iteration if saved is None else saved)
+        ):
             save(stage, iteration, best_val_loss, False)
             saved = iteration
         where = f"{path} has iteration {saved}" if saved else "none"

@@ -125,7 +125,7 @@ def llama2c(options, folder, flags, tokens):
         (Path(folder) / path.name).symlink_to(path)
     gpu, steps = options.device != "cpu", 8 if options.quick else 60
     flags = [*flags, f"--device={options.device}", f"--dtype={'bfloat16' if gpu else 'float32'}"]
-    flags += [f"--compile={gpu and options.compile is not False}", f"--max_iters={steps}"]
+    flags += [f"--compile={gpu and options.compile != 'False'}", f"--max_iters={steps}"]
     flags += ["--out_dir=peer", "--eval_interval=100000", "--log_interval=1"]
     flags += ["--gradient_accumulation_steps=1", "--always_save_checkpoint=False"]
     done = subprocess.run(

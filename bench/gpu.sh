@@ -9,6 +9,7 @@
 # section runs, and its figures mean nothing. A section that fails or takes longer than LIMIT
 # seconds (90) leaves a line in the table, and the others run. PYTHON names the interpreter.
 
+[ "$LLAMA2C" ] && LLAMA2C=$(cd "$LLAMA2C" && pwd) && export LLAMA2C
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-.venv/bin/python}
 LIMIT=${LIMIT:-90}

@@ -273,7 +273,10 @@ def stage_bytes(args, model_args, dtype, fsdp):
         unused += [reference] if args.offload and not fsdp else []
         rows = min(512, args.rollouts or 8 * args.batch_size)
         a, held = model_args, sum(state[m] for m in whole if m not in unused)
-        held += 2 * a.n_layers * rows * T * a.n_kv_heads * a.head_dim * half  # KV cache
+        cache = 2 * a.n_layers * rows * T * a.n_kv_heads * a.head_dim * half
+        held += cache
+        if args.compile is not False and not fsdp:  # compiled generation keeps its cache
+            peaks["an optimizer step"] = step + cache, shards
         held += rows * V * (half + 4 * 3)  # logits, probabilities and their sums
         held += half * count(policy, trained=False) if fsdp else 0  # gathered
         peaks["the rollouts"] = held, shards
