@@ -203,10 +203,10 @@ def frontier_figure(rows, peers):
     for r in peers:
         name = title(r["kind"], [r])
         if "kl" in r:
-            axes.plot(r["kl"], r["reward"], "X", color=ORANGE, markersize=9)
+            axes.plot(r["kl"], r["reward"], "X", color=ORANGE, markersize=8, zorder=1)
             left = r["kl"] > 0.7 * width
-            place = (8, -20) if left else (8, -6)
-            write(name, (r["kl"], r["reward"]), place, ORANGE, ha="right" if left else "left")
+            how = dict(ha="right" if left else "left")
+            write(name, (r["kl"], r["reward"]), (8, -20), ORANGE, **how)  # below our own labels
             continue
         kl = [i / 100 for i in range(241)]
         line = [r["objective"] + r["beta"] * k for k in kl]
