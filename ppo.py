@@ -610,7 +610,7 @@ class PPOTrainer:
             weight = torch.full((len(batch.counts),), 1 / n_actions)
             if c.loss_aggregation == "sequence":
                 weight = 1 / (n_rollouts * batch.counts)
-            if not part:  # of another rank alone
+            if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
             weight = to_device(expand(weight, batch.counts), self.device)
             loss, stats = self.loss(batch, weight, rollouts.kl_weight, train_policy)

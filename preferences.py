@@ -127,6 +127,16 @@ class Preferences(InstructionStage):
     """Base class of reward model and DPO: the data are rankings, and replies to held-out prompts
     are sampled."""
 
+    flags = (
+        TextFlags,
+        MemoryFlags,
+        CompileFlags,
+        InstructionFlags,
+        FreezeFlags,
+        PreferenceFlags,
+        MemoryPlanFlags,
+        ToolFlags,
+    )
     ddp = False
     positive = ("reference_samples",)
 
@@ -163,16 +173,6 @@ class RewardModel(Preferences):
     scores to mean 0 and variance 1 on replies of the initial model."""
 
     prefix = "rm_"
-    flags = (
-        TextFlags,
-        MemoryFlags,
-        CompileFlags,
-        InstructionFlags,
-        FreezeFlags,
-        PreferenceFlags,
-        MemoryPlanFlags,
-        ToolFlags,
-    )
     writes_text = False
     model_class = TransformerWithValueHead
 
@@ -246,17 +246,7 @@ class DPO(Preferences):
     the policy, β log(policy / reference), is trained on pairs like the scores of a reward model."""
 
     prefix = "dpo_"
-    flags = (
-        TextFlags,
-        MemoryFlags,
-        CompileFlags,
-        InstructionFlags,
-        FreezeFlags,
-        PreferenceFlags,
-        DPOFlags,
-        MemoryPlanFlags,
-        ToolFlags,
-    )
+    flags = (*Preferences.flags, DPOFlags)
 
     @classmethod
     def check(cls, run):

@@ -71,7 +71,7 @@ class Flags:
     max_prompt: int = flag(0, "tokens per prompt at most; 0: what the context allows")
     max_new_tokens: int = flag(0, "tokens per response at most; 0: what the context allows")
     device: str = flag("", "cpu, cuda, cuda:1 or mps; default: the best available")
-    dtype: str = flag("float32", "number type", ("float32", "bfloat16", "float16"))
+    dtype: str = flag("float32", "dtype of matrix products", ("float32", "bfloat16", "float16"))
 
 
 # ----------------------------------------------------------------------------

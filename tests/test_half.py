@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import test_accelerate
 import torch
 from conftest import ROOT
 from test_flags import BASE, COMMON, flat, home, outcome  # noqa: F401
@@ -17,17 +18,13 @@ import pretraining
 import rlhf
 import train
 from checkpoint import halve_frozen, model_from_checkpoint
-from model import ModelArgs, Transformer, TransformerWithValueHead
+from model import Transformer, TransformerWithValueHead
 from preferences import score
 from sft import add_lora, merged_state
 
 
 def small(cls=Transformer, **changes):
-    torch.manual_seed(0)
-    args = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=48, max_seq_len=64)
-    model = cls(ModelArgs(**{**args, "multiple_of": 4, **changes}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.25)
+    model = test_accelerate.small(cls, **changes)
     return model_from_checkpoint({"model": model.state_dict(), "model_args": vars(model.args)}, cls)
 
 
