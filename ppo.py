@@ -266,6 +266,7 @@ class Rollouts:
     ref_hidden: torch.Tensor = None  # (A, D) the reference's hidden states, which give its logits
     kl: torch.Tensor = None  # (A,) KL penalty in nats
     values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
+    graph: tuple = None  # what PPOTrainer.forward returns, if the update is this one forward pass
     # step 3
     scores: torch.Tensor = None  # (B,) the reward of each response before scaling and penalties
     rewards: torch.Tensor = None  # (A,) the reward of each action, KL penalty included
@@ -471,30 +472,42 @@ class PPOTrainer:
 
     # ---- step 2
 
-    @torch.no_grad()
     def evaluate(self, rollouts):
-        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs."""
+        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. If the update is one
+        forward pass over the same rollouts, its graph is kept, and the update needs none."""
         c, parts = self.config, []
-        for which in self.passes(range(len(rollouts.queries))):
+        passes = self.passes(range(len(rollouts.queries)))
+        keep_graph = self.single_update(len(rollouts.queries)) and len(passes) == 1
+        for which in passes:
             batch = rollouts.minibatch(which or [0])
-            with self.autocast():
+            with self.autocast(), torch.set_grad_enabled(keep_graph):
                 ref_hidden = self.hidden(self.reference, batch)
                 hidden = self.hidden(self.policy, batch)
                 values = self.values(batch, hidden)
-                logprobs, kl, ref_logprobs = in_chunks(
+                *terms, ref_logprobs = in_chunks(
                     self.compare, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
                 )
+            if keep_graph:
+                rollouts.graph = *terms, values
+            logprobs, _, kl = terms
             if not c.exact_kl:
                 kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
             if which:
                 parts.append((logprobs, ref_logprobs, ref_hidden, kl, values))
-        logprobs, *rest = (torch.cat(x) for x in zip(*parts))
+        logprobs, *rest = (torch.cat(x).detach() for x in zip(*parts))
         rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
         self.checks.sampled_by_policy(rollouts, logprobs)
         if self.checks.half:  # sampling rounds differently, by as much as an optimizer step changes
             rollouts.old_logprobs = logprobs
         if self.iteration == 0:
             self.checks.policy_is_reference(rollouts, c.exact_kl)
+
+    def single_update(self, n):
+        """Whether the update of an iteration with n rollouts of this rank is one optimizer step
+        with the forward passes of `evaluate`. The first iteration changes the critic's bias."""
+        c, total = self.config, int(all_sum(torch.tensor(n))[0])
+        one_step = c.ppo_epochs == 1 and total <= c.mini_batch_size * c.gradient_accumulation_steps
+        return one_step and self.iteration > 0 and not (self.sharded or self.checks.float16)
 
     def passes(self, which):
         """The rollouts `which`, indices, of each forward pass. With sharded models all ranks need
@@ -519,14 +532,13 @@ class PPOTrainer:
         return logits.to(self.device)
 
     def compare(self, hidden, actions, ref_hidden):
-        """log π, KL(π ‖ ref) and log π_ref (A,) of actions, from the hidden states of both."""
+        """logprob_entropy_kl and log π_ref (A,) of actions, from the hidden states of both."""
         logits, ref_logits = (
             self.logits(model, x)
             for model, x in ((self.policy, hidden), (self.reference, ref_hidden))
         )
         terms = terms_of(self.policy)
-        logprobs, _, kl = terms(logits, actions, ref_logits)
-        return logprobs, kl, terms(ref_logits, actions)[0]
+        return *terms(logits, actions, ref_logits), terms(ref_logits, actions)[0]
 
     def values(self, batch, hidden):
         """V(state) (A,) of the critic; of a shared one from the policy's hidden states."""
@@ -582,6 +594,8 @@ class PPOTrainer:
         history, skipped = [], 0
         for epoch in range(c.critic_warmup if warmup else c.ppo_epochs):
             order = torch.randperm(total, generator=generator).tolist()
+            if rollouts.graph:
+                order.sort()
             for first in range(0, total, per_step):
                 which = [local[i] for i in order[first : first + per_step] if i in local]
                 stats = self.backward(rollouts, which, train_policy=not warmup)
@@ -613,7 +627,8 @@ class PPOTrainer:
             if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
             weight = to_device(expand(weight, batch.counts), self.device)
-            loss, stats = self.loss(batch, weight, rollouts.kl_weight, train_policy)
+            rest = rollouts.kl_weight, train_policy, rollouts.graph
+            loss, stats = self.loss(batch, weight, *rest)
             loss.backward()
             for name, x in stats.items():
                 sums[name] = sums[name] + x.detach()
@@ -621,22 +636,31 @@ class PPOTrainer:
             self.ptx_backward(sums)
         return dict(zip(sums, all_sum(*sums.values())))
 
-    def loss(self, batch, weight, kl_weight, train_policy):
+    def forward(self, batch, train_policy):
+        """logprob_entropy_kl of the policy, which are None if train_policy is False, and values,
+        (A,) each, with their graph."""
+        c, hidden, terms = self.config, None, (None, None, None)
+        ref_hidden = batch.ref_hidden if c.kl_in_loss and c.exact_kl else None
+        with self.update_autocast():
+            if train_policy:
+                hidden = self.hidden(self.policy, batch)  # (A, D)
+                terms = in_chunks(
+                    self.terms, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
+                )
+            return *terms, self.values(batch, hidden)
+
+    def loss(self, batch, weight, kl_weight, train_policy, graph=None):
         """The loss of a minibatch, and statistics. weight (A,): of each action in the mean over the
         whole optimizer step, so that the sum over minibatches and ranks does not depend on the
-        split. If train_policy is False, it is the critic's part alone."""
-        c, loss, hidden, stats = self.config, 0.0, None, {}
+        split. If train_policy is False, it is the critic's part alone. graph: what `forward`
+        returned, if it was called."""
+        c, loss, stats = self.config, 0.0, {}
+        logprobs, entropy, kl, values = graph or self.forward(batch, train_policy)
 
         def mean(x):
             return (x.float() * weight).sum()
 
         if train_policy:
-            ref_hidden = batch.ref_hidden if c.kl_in_loss and c.exact_kl else None
-            with self.update_autocast():
-                hidden = self.hidden(self.policy, batch)  # (A, D)
-                logprobs, entropy, kl = in_chunks(  # (A,)
-                    self.terms, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
-                )
             clip = c.cliprange, c.cliprange_high or c.cliprange
             surrogate, clipped = policy_loss(logprobs, batch.old_logprobs, batch.advantages, *clip)
             loss = mean(surrogate) - c.entropy_coef * mean(entropy)
@@ -648,8 +672,6 @@ class PPOTrainer:
             stats |= policy_statistics(mean, surrogate, entropy, clipped, log_ratio)
             stats |= self.checks.ratio_sums(log_ratio, clipped)
         if c.uses_values:
-            with self.update_autocast():
-                values = self.values(batch, hidden)  # (A,)
             squares, clipped = value_loss(values, batch.values, batch.returns, c.cliprange_value)
             loss = loss + (c.vf_coef if self.critic is None else 1.0) * mean(squares)
             stats |= value_statistics(mean, squares, clipped, values, batch.returns)
