@@ -205,8 +205,10 @@ def frontier_figure(rows, peers):
         if "kl" in r:
             axes.plot(r["kl"], r["reward"], "X", color=ORANGE, markersize=8, zorder=1)
             left = r["kl"] > 0.7 * width
-            how = dict(ha="right" if left else "left")
-            write(name, (r["kl"], r["reward"]), (8, -20), ORANGE, **how)  # below our own labels
+            leader = dict(arrowstyle="-", color=ORANGE, linewidth=0.8, relpos=(0, 1))
+            how = dict(ha="right") if left else dict(arrowprops=leader)
+            below = (8, -20 if left else -34)  # our own labels
+            write(name, (r["kl"], r["reward"]), below, ORANGE, **how)
             continue
         kl = [i / 100 for i in range(241)]
         line = [r["objective"] + r["beta"] * k for k in kl]
