@@ -683,9 +683,16 @@ def test_smollm2_answers_in_python(smollm2):
     assert greedy(model, tokenizer, prompt, 20) == "The capital of France is Paris."
 
 
-def test_smollm2_answers_in_c(smollm2, program, tmp_path):  # noqa: F811
-    run(tmp_path / "m.bin", f"--checkpoint={smollm2[0]}", "--format=fp32")
-    command = [str(program), str(tmp_path / "m.bin"), "-t", "0"]
+@pytest.fixture(scope="module")
+def smollm2_bin(smollm2):
+    """The model in fp32 for run.c."""
+    path = smollm2[0].with_name("m.bin")
+    run(path, f"--checkpoint={smollm2[0]}", "--format=fp32")
+    return path
+
+
+def test_smollm2_answers_in_c(smollm2_bin, program):  # noqa: F811
+    command = [str(program), str(smollm2_bin), "-t", "0"]
     plain = [*command, "-n", "7", "-i", "Gravity is"]
     done = subprocess.run(plain, capture_output=True, text=True)
     assert done.stdout.strip() == "Gravity is a fundamental concept in physics"
@@ -769,15 +776,14 @@ def test_smollm2_is_transformers_on_prompts_of_all_kinds(smollm2, greedy_replies
     assert len({tuple(new) for _, _, new in greedy_replies}) > 15
 
 
-def test_smollm2_is_transformers_in_c(smollm2, greedy_replies, program, tmp_path):  # noqa: F811
-    run(tmp_path / "m.bin", f"--checkpoint={smollm2[0]}", "--format=fp32")
+def test_smollm2_is_transformers_in_c(smollm2, smollm2_bin, greedy_replies, program):  # noqa: F811
     for i, (text, ids, new) in enumerate(greedy_replies):
         chat = i < len(PROMPTS)
         if not chat and i % 3:  # every third one as plain text, since each reads the whole file
             continue
         how = ["-m", "chat", "-n", str(NEW)] if chat else ["-n", str(len(ids) + NEW - 1)]
         done = subprocess.run(
-            [str(program), str(tmp_path / "m.bin"), "-t", "0", *how, "-i", text],
+            [str(program), str(smollm2_bin), "-t", "0", *how, "-i", text],
             capture_output=True,
             input=b"",
         )
