@@ -848,7 +848,7 @@ typedef struct {
     const float *cosine, *sine; /* (positions, E / 2) */
     float *keys, *values;    /* (L, capacity, K, T / LANES, E, LANES) */
     int64_t *positions;      /* (B) the position of the newest token of each row */
-    float *x;                /* (B, D) for decode_hidden: embeddings, which become hidden states */
+    float *x;                /* (steps, B, D) for decode_hidden: embeddings, then hidden states */
     /* The rest of the pointers is for decode_tokens, with N prompts. */
     const float *embedding;  /* (V, D) */
     const float *norm;       /* (D) the last norm */
@@ -862,7 +862,8 @@ typedef struct {
     const int64_t *stop_ids; /* (n_stops) tokens that end a text */
     int B, capacity;         /* rows of the batch, rows that the cache has room for */
     int L, F, H, K, E, T;    /* D = H E */
-    int V, steps, max_new, n_stops, context; /* for decode_tokens */
+    int steps;               /* tokens per row */
+    int V, max_new, n_stops, context; /* for decode_tokens */
     float eps, temperature;
 } Decoding;
 
@@ -1029,13 +1030,13 @@ static Work new_work(const Decoding *s, int V) {
     return w;
 }
 
-/* One token of each row, the first B rows of the cache: x goes through all layers, which write its
- * keys and values to the cache. Returns 0, NO_MEMORY or CACHE_FULL. */
+/* `steps` tokens of each row, the first B rows of the cache: x goes through all layers, which write
+ * its keys and values to the cache. Returns 0, NO_MEMORY or CACHE_FULL. */
 int decode_hidden(const Decoding *s) {
     const int B = s->B, E = s->E, D = s->H * E;
     int failed = 0;
     for (int b = 0; b < B; b++)
-        if (s->positions[b] < 0 || s->positions[b] >= s->T) return CACHE_FULL;
+        if (s->positions[b] < 0 || s->positions[b] > s->T - s->steps) return CACHE_FULL;
     #pragma omp parallel if (B > LANES)
     {
         Work w = new_work(s, 0);
@@ -1043,11 +1044,15 @@ int decode_hidden(const Decoding *s) {
         #pragma omp for schedule(dynamic)
         for (int b = 0; b < B; b += LANES) {
             const int rows = B - b < LANES ? B - b : LANES;
-            float *to = s->x + (int64_t)b * D;
-            if (!w.x) continue;
-            for (int d = 0; d < D; d += E) load_tile(w.x + d, to + d, D, rows, E);
-            stack_tile(s, &w, b, s->positions + b, rows);
-            for (int d = 0; d < D; d += E) store_tile(to + d, w.x + d, D, rows, E);
+            int64_t at[LANES];
+            for (int r = 0; r < rows; r++) at[r] = s->positions[b + r];
+            for (int step = 0; step < s->steps && w.x; step++) {
+                float *to = s->x + ((int64_t)step * B + b) * D;
+                for (int d = 0; d < D; d += E) load_tile(w.x + d, to + d, D, rows, E);
+                stack_tile(s, &w, b, at, rows);
+                for (int d = 0; d < D; d += E) store_tile(to + d, w.x + d, D, rows, E);
+                for (int r = 0; r < rows; r++) at[r]++;
+            }
         }
         free(w.x);
     }

@@ -9,12 +9,13 @@ python sample.py --checkpoint=out/sft_ckpt.pt --chat --system="Write short texts
 import argparse
 import asyncio
 import sys
+import threading
 import time
 import traceback
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import common  # noqa: F401  first: it reports missing packages
 
@@ -255,8 +256,12 @@ class Row:
     uniform: torch.Tensor  # (limit,) a random number in [0, 1) for each token
     sampling: tuple  # temperature, top_k, top_p
     alternatives: int  # number of most likely tokens reported with each token; -1: nothing
-    receive: object  # receive((row, new tokens, their log-probabilities, finish reason or None))
+    receive: object  # receive((row, new tokens, their details, finish reason or None))
+    pause: float = 0.0  # seconds between two calls of `receive` at least, except for the last one
+    length: int = 0  # number of tokens so far
     sent: int = 0  # number of tokens that were passed to `receive`
+    details: list = field(default_factory=list)  # of the tokens that were not passed yet
+    due: float = 0.0  # when the pause is over
     cancelled: bool = False
 
 
@@ -266,20 +271,22 @@ class Lane:
 
     def __init__(self, model, stops, slots):
         self.model, self.stops, self.slots, self.waiting = model, stops, [None] * slots, deque()
-        self.device, self.steps = model.output.weight.device, 1
+        self.device, self.steps, self.batch = model.output.weight.device, 1, None
 
     def busy(self):
         return bool(self.waiting) or any(self.slots)
 
-    def reset(self):
-        """Empties the batch and the queue; returns their rows."""
-        rows = [row for row in [*self.slots, *self.waiting] if row]
-        self.waiting.clear()
-        n, context = len(self.slots), self.model.args.max_seq_len
-        self.batch = None  # frees the old cache before the new one is allocated
-        self.slots, on = [None] * n, dict(device=self.device)
+    def fail(self, why):
+        """Drops the batch and the queue. Returns the arguments of the rows' `receive`."""
+        rows = [row for row in self.slots if row]
+        rows += [self.waiting.popleft() for _ in range(len(self.waiting))]
+        self.slots, self.batch = [None] * len(self.slots), None
+        return [(row, [], [], Refused(503, why)) for row in rows]
+
+    def new_batch(self):
+        n, context, on = len(self.slots), self.model.args.max_seq_len, dict(device=self.device)
         ids = torch.zeros(n, dtype=torch.long, **on)
-        self.batch = Batch(
+        return Batch(
             cache=self.model.new_cache(n, context),
             prompt=ids[:0],
             current=ids[:0],
@@ -291,27 +298,26 @@ class Lane:
             stop_ids=torch.tensor(sorted(self.stops), dtype=torch.long, **on),
             sampling=(1.0, 0, 1.0),
         )
-        return rows
 
     def admit(self):
         """Starts waiting rows in free slots, with one forward pass over their prompts."""
-        b, new, size = self.batch, [], 0
-        free = [i for i, row in enumerate(self.slots) if row is None]
-        while self.waiting and free and size < 4096:
+        self.batch = b = self.batch or self.new_batch()
+        free, new, size = [i for i, row in enumerate(self.slots) if row is None], [], 0
+        while self.waiting and len(new) < len(free) and size < 4096:
             row = self.waiting.popleft()
-            if row.cancelled:
-                continue
-            i, limit = free.pop(0), len(row.uniform)
-            self.slots[i], b.lengths[i], b.limits[i] = row, 0, limit
-            b.uniform[i, :limit] = row.uniform.clamp(max=1 - 2**-24)  # never 1.0
-            new, size = [*new, i], size + len(row.prompt)
+            if not row.cancelled:
+                new, size = [*new, row], size + len(row.prompt)
         if new:
-            prompts, long = [self.slots[i].prompt for i in new], dict(dtype=torch.long)
-            tokens = torch.tensor([t for p in prompts for t in p[:-1]], **long).to(self.device)
+            prompts, ends = [row.prompt for row in new], [len(row.uniform) for row in new]
+            for i, row in zip(free, new):
+                self.slots[i], b.uniform[i, : len(row.uniform)] = row, row.uniform
+            on = dict(dtype=torch.long, device=self.device)
+            slots, last = torch.tensor(free[: len(new)], **on), [p[-1] for p in prompts]
+            b.lengths[slots], b.limits[slots] = 0, torch.tensor(ends, **on)
+            tokens = torch.tensor([t for p in prompts for t in p[:-1]], **on)
             self.model.hidden(tokens, [len(p) - 1 for p in prompts], b.cache)
-            last = torch.tensor([p[-1] for p in prompts], **long).to(self.device)
-            b.prompt = torch.cat([b.prompt, torch.tensor(new, **long).to(self.device)])
-            b.current = torch.cat([b.current, last])
+            b.prompt = torch.cat([b.prompt, slots])
+            b.current = torch.cat([b.current, torch.tensor(last, **on)])
 
     def advance(self):
         """Generates the next tokens of all rows. Returns the arguments of their `receive`."""
@@ -320,21 +326,24 @@ class Lane:
         rows, events, remaining = [self.slots[i] for i in slots], [], []
         if not rows:
             return []
+        t0, details = time.perf_counter(), [[]] * len(rows)
         if len({row.sampling for row in rows}) == 1 and all(row.alternatives < 0 for row in rows):
-            b.sampling, t0, details = rows[0].sampling, time.perf_counter(), [None] * len(rows)
-            longest = max(len(row.uniform) - row.sent for row in rows)
-            self.model.sample_tokens(b, min(self.steps, longest))
+            b.sampling, first = rows[0].sampling, min(len(r.uniform) - r.length for r in rows)
+            self.model.sample_tokens(b, min(self.steps, first))
             seconds = time.perf_counter() - t0  # 20 to 80 ms per call: text appears smoothly
             factor = 2 if seconds < 0.02 else 0.5 if seconds > 0.08 else 1
-            self.steps = max(1, min(32, int(self.steps * factor)))
+            self.steps = max(1, min(128, int(self.steps * factor)))
         else:
             details = self.one_token(rows)
-        lengths = b.lengths.minimum(b.limits)[b.prompt].tolist()  # kernels.c may pass the limits
-        for i, row, length, detail in zip(slots, rows, lengths, details):
-            new, row.sent = b.tokens[i, row.sent : length].tolist(), length
-            reason = "length" if length == len(row.uniform) else None
-            reason = "stop" if new[-1] in self.stops else reason
-            events.append((row, new, detail, reason))
+        now, lengths, newest = time.perf_counter(), b.lengths.tolist(), b.current.tolist()
+        for i, row, token, detail in zip(slots, rows, newest, details):
+            row.length, row.details = lengths[i], row.details + detail
+            reason = "length" if row.length == len(row.uniform) else None
+            reason = "stop" if token in self.stops else reason
+            if reason or now >= row.due:
+                new = b.tokens[i, row.sent : row.length].tolist()
+                events.append((row, new, row.details, reason))
+                row.sent, row.details, row.due = row.length, [], now + row.pause
             remaining.append(not reason and not row.cancelled)
             self.slots[i] = row if remaining[-1] else None
         if not all(remaining):
@@ -358,69 +367,85 @@ class Lane:
         most = max(0, *(row.alternatives for row in rows))
         top = logprobs.topk(min(most, logits.shape[1]))
         top = [list(zip(*pair)) for pair in zip(top.indices.tolist(), top.values.tolist())]
-        return [[(p, t[: max(0, row.alternatives)])] for row, p, t in zip(rows, chosen, top)]
+        k = [row.alternatives for row in rows]
+        return [[(p, t[:n])] if n >= 0 else [] for n, p, t in zip(k, chosen, top)]
 
 
 class Engine:
-    """Advances lanes, and calls other functions between their steps, in one thread."""
+    """Advances lanes, and calls other functions between their steps, in a thread of its own. It and
+    the event loop, from which `score` and `submit` are called, do not wait for each other."""
 
     def __init__(self, lanes, max_queue, autocast):
         self.lanes, self.max_queue, self.autocast = lanes, max_queue, autocast
-        self.thread, self.changed = ThreadPoolExecutor(1), asyncio.Event()
-        self.scoring = 0  # calls of `score` that have not ended
+        self.calls, self.changed = deque(), threading.Event()  # set when there is something to do
 
-    def call(self, function, *args):
-        """The result of a function that the thread calls, as an awaitable."""
-
-        def call():
-            with torch.inference_mode(), self.autocast():
-                return function(*args)
-
-        return asyncio.get_running_loop().run_in_executor(self.thread, call)
+    def check(self, waiting):
+        if self.server.should_exit:
+            raise Refused(503, "the server is shutting down")
+        if waiting > self.max_queue:
+            raise Refused(429, f"{self.max_queue} responses are waiting already: try again later")
 
     async def score(self, function, *args):
-        """`call` for a request that is not generated. Raises Refused if too many are waiting."""
-        if self.scoring > self.max_queue:
-            raise Refused(429, f"{self.scoring} texts are being scored: try again later")
-        self.scoring += 1
-        try:
-            return await self.call(function, *args)
-        finally:
-            self.scoring -= 1
+        """The result of a function that the thread calls. Raises Refused if too many wait."""
+        self.check(len(self.calls))
+        self.calls.append((future := Future(), function, args))
+        self.changed.set()
+        return await asyncio.shield(asyncio.wrap_future(future))  # never cancelled
 
     def submit(self, lane, rows):
         """Queues rows for generation. Raises Refused if too many are waiting."""
-        if self.server.should_exit:
-            raise Refused(503, "the server is shutting down")
-        if len(lane.waiting) + len(rows) - lane.slots.count(None) > self.max_queue:
-            raise Refused(429, f"{self.max_queue} responses are waiting already: try again later")
+        self.check(len(lane.waiting) + len(rows) - lane.slots.count(None))
         lane.waiting.extend(rows)
         self.changed.set()
 
-    async def run(self):
-        """Generates until the server shuts down."""
-        for lane in self.lanes:
-            await self.call(lane.reset)
-        while not self.server.should_exit:
-            if not any(lane.busy() for lane in self.lanes):
-                self.changed.clear()
-                await self.changed.wait()
-            for lane in self.lanes:
-                try:
-                    events = await self.call(lane.advance)
-                except Exception as e:
-                    if not out_of_memory(e):
-                        traceback.print_exc()
-                    why = "out of memory" if out_of_memory(e) else "internal error"
-                    events = await self.fail(lane, why)
-                for event in events:
-                    event[0].receive(event)
-        for lane in self.lanes:
-            for event in await self.fail(lane, "the server is shutting down"):
-                event[0].receive(event)
+    def run(self):
+        """Computes until the server shuts down, which it does after an error here."""
+        try:
+            with torch.inference_mode(), self.autocast():
+                for lane in self.lanes:
+                    lane.admit()  # allocates the memory of its batch
+                caches = [lane.batch.cache for lane in self.lanes]
+                if all(len(c.length) <= getattr(c, "width", 0) for c in caches):  # kernels.c
+                    torch.set_num_threads(1)  # more would only take time from the event loop
+                while not self.server.should_exit:
+                    self.changed.wait()
+                    self.changed.clear()
+                    while not self.server.should_exit and self.step():
+                        pass
+        finally:
+            self.server.should_exit = True
+            self.loop.call_soon_threadsafe(self.close)
 
-    async def fail(self, lane, why):
-        return [(row, [], None, Refused(503, why)) for row in await self.call(lane.reset)]
+    def step(self):
+        """Makes the calls and advances the lanes. Returns whether there is more to do."""
+        while self.calls:
+            future, function, args = self.calls.popleft()
+            try:
+                future.set_result(function(*args))
+            except Exception as e:
+                future.set_exception(e)
+        events = []
+        for lane in self.lanes:
+            try:
+                events += lane.advance()
+            except Exception as e:
+                if not out_of_memory(e):
+                    traceback.print_exc()
+                events += lane.fail("out of memory" if out_of_memory(e) else "internal error")
+        if events:
+            self.loop.call_soon_threadsafe(self.deliver, events)
+        return any(lane.busy() for lane in self.lanes)
+
+    def deliver(self, events):
+        for event in events:
+            event[0].receive(event)
+
+    def close(self):
+        """Fails what is waiting, when the thread has ended."""
+        for lane in self.lanes:
+            self.deliver(lane.fail("the server is shutting down"))
+        for future, *_ in self.calls:
+            future.set_exception(Refused(503, "the server is shutting down"))
 
     async def texts(self, rows, texts, events):
         """Yields (index of a row, new text, its tokens, finish reason or None) as tokens of `rows`

@@ -20,7 +20,7 @@ import hmac
 import json
 import socket
 import sys
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,6 +51,7 @@ except ImportError as e:
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 MAX_BODY, MAX_HEADERS, MAX_CONNECTIONS, SECONDS = 2**20, 2**14, 512, 15
+PAUSE = 0.02  # seconds between two parts of a stream, at least
 
 
 @dataclass
@@ -162,7 +163,9 @@ class Service:
             limits = f"{self.args.max_batch} responses of {self.limit} tokens"
             raise Refused(400, f"a request may ask for at most {limits}")
         uniform = torch.rand(n, limit, generator=torch.Generator().manual_seed(p.seed))
-        how = (p.temperature, p.top_k, p.top_p), p.logprobs, receive
+        uniform = uniform.clamp(max=1 - 2**-24)  # never 1.0
+        pause = PAUSE if p.stream or p.stop else float("inf")
+        how = (p.temperature, p.top_k, p.top_p), p.logprobs, receive, pause
         for i, u in enumerate(uniform):  # the random numbers of sample.py
             ids = p.prompts[i // p.n]
             p.rows.append(Row(i, ids, u[: self.context + 1 - len(ids)], *how))
@@ -178,12 +181,12 @@ class Service:
             events = api_stream(p, self.tokenizer, pieces)
             return StreamingResponse(events, media_type="text/event-stream")
         texts, items, reasons = [""] * len(p.rows), [[] for _ in p.rows], [None] * len(p.rows)
+        left = None, [], [], Refused(400, "the client has gone")
         gone = asyncio.ensure_future(request.receive())  # ends when the client disconnects
+        gone.add_done_callback(lambda _: events.put_nowait(left))
         async with aclosing(pieces):
             async for i, text, new, reasons[i] in pieces:
                 texts[i], items[i] = texts[i] + text, items[i] + new
-                if gone.done():
-                    raise Refused(400, "the client has gone")
         gone.cancel()
         done = enumerate(zip(texts, items, reasons))
         choices = [api_choice(p, self.tokenizer, i, *x) for i, x in done]
@@ -289,6 +292,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        # Else a body waits for the acknowledgement of its header, which takes 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         self.check()
@@ -306,17 +311,17 @@ class Connection(H11Protocol):
 async def serve(service, listener):
     options = dict(http=Connection, ws="none", lifespan="off", log_level="error", access_log=False)
     options |= dict(proxy_headers=False, server_header=False, timeout_graceful_shutdown=5)
-    app = application(service, service.args)
-    server = uvicorn.Server(
-        uvicorn.Config(app, h11_max_incomplete_event_size=MAX_HEADERS, **options)
-    )
-    service.engine.server = server
-    generation = asyncio.create_task(service.engine.run())
-    generation.add_done_callback(lambda task: setattr(server, "should_exit", True))
-    await server.serve([listener])
-    generation.cancel()
-    with suppress(asyncio.CancelledError):
-        await generation  # raises the error that ended it
+    options |= dict(h11_max_incomplete_event_size=MAX_HEADERS)
+    server = uvicorn.Server(uvicorn.Config(application(service, service.args), **options))
+    engine = service.engine
+    engine.server, engine.loop = server, asyncio.get_running_loop()
+    generation = engine.loop.run_in_executor(None, engine.run)
+    try:
+        await server.serve([listener])
+    finally:
+        server.should_exit = True
+        engine.changed.set()
+    await generation  # raises the error that ended it
 
 
 def main(argv=None):
@@ -336,12 +341,8 @@ def main(argv=None):
     service = Service(args)
     kernels.library()  # compiles kernels.c on first use
     host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    print(
-        f"{', '.join(service.lanes)}: {address}{'#SECRET' if args.token else ''} (Ctrl-C ends)",
-        flush=True,
-    )
-    sys.setswitchinterval(0.0005)  # the thread that computes waits less for the event loop
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/{'#SECRET' * bool(args.token)}"
+    print(f"{', '.join(service.lanes)}: {address} (Ctrl-C ends)", flush=True)
     asyncio.run(serve(service, listener))
 
 

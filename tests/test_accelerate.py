@@ -183,6 +183,26 @@ def test_accelerated_prefill_and_decode(calls):
     assert all(c.length.tolist() == [n + 10 for n in RAGGED] for c in caches)
 
 
+@pytest.mark.parametrize("lengths", [[3], [1, 0, 5, 2], [0], [2] * 20, [kernels.FEW_STEPS]])
+def test_few_short_prompts_are_cached_in_steps(calls, lengths):
+    """One call of kernels.c, after rows that are in use, with the numbers of the plain pass."""
+    plain, fast = both(max_seq_len=80)
+    caches = [model.eval().new_cache(2 + len(lengths), 40) for model in (plain, fast)]
+    tokens, results = text(sum(lengths)), []
+    with torch.no_grad():
+        for model, cache in zip((plain, fast), caches):
+            model.hidden(text(6), [4, 2], cache)
+            calls.clear()
+            hidden = [model.hidden(tokens, lengths, cache)]
+            names = list(calls)
+            for token in text(3 * len(cache.length)).view(3, -1):
+                hidden.append(model.hidden(token, None, cache))
+            results.append(torch.cat(hidden))
+        assert names == ["decode_hidden", "rms_norm_forward"]
+    assert_same({"": results[1]}, {"": results[0]})
+    assert all(c.length.tolist() == [n + 3 for n in [4, 2, *lengths]] for c in caches)
+
+
 PROMPTS = [[1] + text(n).tolist() for n in range(40)]
 
 

@@ -285,7 +285,6 @@ common.add_flags(parser, serve.Flags)
 service = serve.Service(common.parse_args(parser, ["--device=cuda", "--checkpoint=" + sys.argv[1]]))
 lane, got = service.lanes["tuned"], [[] for _ in range(6)]
 with torch.inference_mode():
-    lane.reset()
     for i in range(6):
         uniform = torch.rand(30, generator=torch.Generator().manual_seed(i))
         how = ((0.7, 5, 1.0) if i == 4 else (1.0, 0, 1.0)), (2 if i == 4 else -1)
@@ -567,12 +566,12 @@ def test_score_has_the_queue_limit(folder):
         body = dict(prompt=[1] * 20, response=[5] * 20)
         statuses = list(p.map(lambda _: ask(s, "/score", body)[0], range(40)))
         assert set(statuses) == {200, 429}
-        assert ask(s, "/score", body)[0] == 200 and s.service.engine.scoring == 0
+        assert ask(s, "/score", body)[0] == 200 and not s.service.engine.calls
 
 
 def test_an_engine_that_cannot_start_ends_the_server(folder, monkeypatch):
     """Without a batch no request would ever be answered."""
-    monkeypatch.setattr(sample.Lane, "reset", lambda lane: 1 / 0)
+    monkeypatch.setattr(sample.Lane, "new_batch", lambda lane: 1 / 0)
     service = serve.Service(flags(f"--checkpoint={folder}/base.pt"))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ZeroDivisionError):
         asyncio.run(asyncio.wait_for(serve.serve(service, listener), 20))
@@ -790,11 +789,11 @@ def test_a_client_that_leaves_frees_its_row(folder, monkeypatch, stream):
         request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
         connection = socket.create_connection(("127.0.0.1", s.port))
         connection.sendall(f"{request}\r\n\r\n{body}".encode())
-        wait_until(lambda: any(row and row.sent > 2 for row in lane.slots))
+        wait_until(lambda: any(row and row.length > 2 for row in lane.slots))
         [row] = lane.slots
         connection.close()
         wait_until(lambda: not lane.busy())
-        assert row.sent < 100
+        assert row.length < 100
 
 
 def test_an_error_while_generating(folder, monkeypatch, capfd):
