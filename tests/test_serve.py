@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -1060,3 +1061,31 @@ def test_page(server, chat_server, browser, tokenizer):
     find("clear").click()
     assert run("return turns.length + shown.length") == 0
     assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
+
+
+def test_stop_and_leaving_the_page(folder, browser):
+    """Stop ends a response and frees its row, so that the next one starts; leaving the page too."""
+    advance, run = sample.Lane.advance, browser.execute_script
+    with running(f"--checkpoint={folder}/base.pt", "--max_batch=1") as s:
+        lane = s.service.lanes["base"]
+        slow = patch.object(sample.Lane, "advance", lambda lane: time.sleep(0.1) or advance(lane))
+        for leave in False, True:
+            browser.get(f"http://127.0.0.1:{s.port}/")
+            until(browser, "info")
+            run("$('seed').value = 1; $('temperature').value = 0.1; $('max_tokens').value = 120")
+            with slow:
+                run("$('go').click()")
+                until(browser, "shown.length && shown[0].tokens.length > 2")
+                [row] = lane.slots
+                if leave:
+                    browser.get("about:blank")
+                else:
+                    run("$('stop').click()")
+                    until(browser, "!running && shown[0].reason == 'stopped' && $('stop').disabled")
+                wait_until(lambda: not lane.busy())
+            assert row.cancelled and 2 < row.length < 100
+            if not leave:
+                n = run("return shown[0].tokens.length")
+                assert 2 < n <= row.length
+                run("$('max_tokens').value = 9; $('go').click()")
+                until(browser, "!running && shown[0].tokens.length == 9")
