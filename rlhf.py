@@ -390,10 +390,14 @@ class RLHF(Stage):
 
     @staticmethod
     def show_report(run):
-        path = Path(run.args.out_dir) / "ppo_report.json"
-        if path.exists() and run.rank == 0:
-            print_report(json.loads(path.read_text()))
-        return path.exists()
+        """Prints the report of a run. Returns False if there is none with --report_rollouts."""
+        args, path = run.args, Path(run.args.out_dir) / "ppo_report.json"
+        report = json.loads(path.read_text()) if path.exists() else None
+        if report and "report_rollouts" in getattr(args, "given", ()):
+            report = report if len(report["before"]["lengths"]) == args.report_rollouts else None
+        if report and run.rank == 0:
+            print_report(report)
+        return bool(report)
 
     def __init__(self, run, checkpoint):
         args = run.args

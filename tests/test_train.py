@@ -315,31 +315,25 @@ def test_ppo_raises_the_objective(data, tmp_path):
             warmup_iters=10,
         )
     )
-    train.main(
-        command(
-            data,
-            tmp_path,
-            **PPO
-            | dict(
-                ppo_iters=25,
-                rollouts=64,
-                batch_size=32,
-                max_gen_len=24,
-                target_len=4,
-                init_kl_coef=0.005,
-                report_rollouts=256,
-                learning_rate=5e-3,
-                averaging=0,
-                ptx_coef=0,
-                eval_interval=50,
-                target_kl=1.0,
-                roof_prompts=16,
-                roof_samples=64,
-                dim=32,
-                n_layers=1,
-            ),
-        )
+    flags = PPO | dict(
+        ppo_iters=25,
+        rollouts=64,
+        batch_size=32,
+        max_gen_len=24,
+        target_len=4,
+        init_kl_coef=0.005,
+        report_rollouts=256,
+        learning_rate=5e-3,
+        averaging=0,
+        ptx_coef=0,
+        eval_interval=50,
+        target_kl=1.0,
+        roof_prompts=16,
+        roof_samples=64,
+        dim=32,
+        n_layers=1,
     )
+    train.main(command(data, tmp_path, **flags))
     report = json.loads((tmp_path / "ppo_report.json").read_text())
     before, after, j_star = report["before"], report["after"], report["roof"][0]
     assert before["kl"] == pytest.approx(0, abs=1e-6)
@@ -351,6 +345,11 @@ def test_ppo_raises_the_objective(data, tmp_path):
     closed = (after["objective"] - before["objective"]) / (j_star - before["objective"])
     assert 0.33 < closed < 1.2
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 150 + 25
+    for n in 256, 16:  # the report of the run is printed; with another number it is measured again
+        look = dict(init_from="resume", eval_only=True, report_rollouts=n)
+        train.main(command(data, tmp_path, **flags | look))
+        again = json.loads((tmp_path / "ppo_report.json").read_text())
+        assert len(again["before"]["lengths"]) == n and (again == report) == (n == 256)
 
 
 def test_schedule():
