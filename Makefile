@@ -142,7 +142,7 @@ test: .venv/installed .venv/tested run
 # Speeds of this project; `--help` of bench_run.py, bench_trl.py and bench_smollm2.py says how to
 # measure other projects beside it.
 PEERS = bench/bench_trl.py bench/bench_smollm2.py
-bench: $(DEMO)/pretrained run
+bench: $(DEMO)/pretrained run .venv/serves
 	for b in $(filter-out $(PEERS),$(wildcard bench/bench_*.py)); do $(PY) $$b || exit 1; done
 
 # Reward against KL for several beta beside the best achievable: experiments/frontier.py.

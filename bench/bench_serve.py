@@ -102,7 +102,7 @@ class Server:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", default="stories260K/ckpt.pt")
+    parser.add_argument("--checkpoint", default="out/demo/ckpt.pt")
     parser.add_argument("--clients", type=int, default=16, help="clients at a time")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens per request at most")
     parser.add_argument("--repeat", type=int, default=7, help="measurements of each")
