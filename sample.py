@@ -404,9 +404,6 @@ class Engine:
             with torch.inference_mode(), self.autocast():
                 for lane in self.lanes:
                     lane.admit()  # allocates the memory of its batch
-                caches = [lane.batch.cache for lane in self.lanes]
-                if all(len(c.length) <= getattr(c, "width", 0) for c in caches):  # kernels.c
-                    torch.set_num_threads(1)  # more would only take time from the event loop
                 while not self.server.should_exit:
                     self.changed.wait()
                     self.changed.clear()

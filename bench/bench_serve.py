@@ -2,11 +2,11 @@
 
     python bench/bench_serve.py --checkpoint=stories260K/ckpt.pt
 
-`generate` continues the same prompt in as many rows as there are clients, again and again; the
-server gets it from clients that each send their next request when they have a response, first
-whole responses, then streams. The three take turns, --repeat times, with all threads of PyTorch.
-The tokens are those of `generate`, because seeds are used, so that work is equal. CPU seconds are
-those of the process that computes, with all of its threads. The table has medians.
+`generate` continues one prompt in as many rows as there are clients. The server receives the same
+prompt from clients in this process; each client sends its next request when it has the response to
+the last one. The server is measured with whole responses and with streams. The three measurements
+take turns, --repeat times. Equal seeds give equal tokens, so that all three do the same work. CPU
+time is that of all threads of the process that generates. The table has medians.
 """
 
 import argparse
@@ -49,23 +49,14 @@ class Generate:
         n = 0
         for i in range(REQUESTS):
             seeds = range(i * len(self.prompts), (i + 1) * len(self.prompts))
-            rows = [torch.rand(self.tokens, generator=seeded(seed)) for seed in seeds]
-            out = generate(
-                self.model,
-                self.prompts,
-                self.tokens,
-                stop_ids=self.stops,
-                uniform=torch.stack(rows),
-            )
-            n += int(out.lengths.sum())
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            uniform = torch.stack([torch.rand(self.tokens, generator=g) for g in generators])
+            how = dict(stop_ids=self.stops, uniform=uniform)
+            n += int(generate(self.model, self.prompts, self.tokens, **how).lengths.sum())
         return n
 
     def cpu(self):
         return time.process_time()
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 class Server:
