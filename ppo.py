@@ -266,7 +266,7 @@ class Rollouts:
     ref_hidden: torch.Tensor = None  # (A, D) the reference's hidden states, which give its logits
     kl: torch.Tensor = None  # (A,) KL penalty in nats
     values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
-    graph: tuple = None  # what PPOTrainer.forward returns, if the update is this one forward pass
+    graph: tuple = None  # PPOTrainer.forward's result, if the update needs no other forward pass
     # step 3
     scores: torch.Tensor = None  # (B,) the reward of each response before scaling and penalties
     rewards: torch.Tensor = None  # (A,) the reward of each action, KL penalty included
@@ -474,10 +474,10 @@ class PPOTrainer:
 
     def evaluate(self, rollouts):
         """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. If the update is one
-        forward pass over the same rollouts, its graph is kept, and the update needs none."""
+        forward pass over the same rollouts, the graph of this one is kept for it."""
         c, parts = self.config, []
         passes = self.passes(range(len(rollouts.queries)))
-        keep_graph = self.single_update(len(rollouts.queries)) and len(passes) == 1
+        keep_graph = self.update_is_one_pass(passes)
         for which in passes:
             batch = rollouts.minibatch(which or [0])
             with self.autocast(), torch.set_grad_enabled(keep_graph):
@@ -502,12 +502,13 @@ class PPOTrainer:
         if self.iteration == 0:
             self.checks.policy_is_reference(rollouts, c.exact_kl)
 
-    def single_update(self, n):
-        """Whether the update of an iteration with n rollouts of this rank is one optimizer step
-        with the forward passes of `evaluate`. The first iteration changes the critic's bias."""
-        c, total = self.config, int(all_sum(torch.tensor(n))[0])
+    def update_is_one_pass(self, passes):
+        """Whether the update is one optimizer step with `passes`, those of `evaluate` on this rank,
+        of which there is one. The first iteration is left out: it changes the critic's bias."""
+        c, total = self.config, int(all_sum(torch.tensor(sum(map(len, passes))))[0])
         one_step = c.ppo_epochs == 1 and total <= c.mini_batch_size * c.gradient_accumulation_steps
-        return one_step and self.iteration > 0 and not (self.sharded or self.checks.float16)
+        one_step = one_step and len(passes) == 1 and self.iteration > 0
+        return one_step and not (self.sharded or self.checks.float16)
 
     def passes(self, which):
         """The rollouts `which`, indices, of each forward pass. With sharded models all ranks need
@@ -595,7 +596,7 @@ class PPOTrainer:
         for epoch in range(c.critic_warmup if warmup else c.ppo_epochs):
             order = torch.randperm(total, generator=generator).tolist()
             if rollouts.graph:
-                order.sort()
+                order.sort()  # the order of `evaluate`
             for first in range(0, total, per_step):
                 which = [local[i] for i in order[first : first + per_step] if i in local]
                 stats = self.backward(rollouts, which, train_policy=not warmup)
@@ -627,8 +628,8 @@ class PPOTrainer:
             if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
             weight = to_device(expand(weight, batch.counts), self.device)
-            rest = rollouts.kl_weight, train_policy, rollouts.graph
-            loss, stats = self.loss(batch, weight, *rest)
+            kl_weight, graph = rollouts.kl_weight, rollouts.graph
+            loss, stats = self.loss(batch, weight, kl_weight, train_policy, graph)
             loss.backward()
             for name, x in stats.items():
                 sums[name] = sums[name] + x.detach()
@@ -652,8 +653,8 @@ class PPOTrainer:
     def loss(self, batch, weight, kl_weight, train_policy, graph=None):
         """The loss of a minibatch, and statistics. weight (A,): of each action in the mean over the
         whole optimizer step, so that the sum over minibatches and ranks does not depend on the
-        split. If train_policy is False, it is the critic's part alone. graph: what `forward`
-        returned, if it was called."""
+        split. If train_policy is False, it is the critic's part alone. graph: the result of
+        `forward` on this minibatch, if it is known."""
         c, loss, stats = self.config, 0.0, {}
         logprobs, entropy, kl, values = graph or self.forward(batch, train_policy)
 

@@ -207,8 +207,8 @@ def frontier_figure(rows, peers):
             left = r["kl"] > 0.7 * width
             leader = dict(arrowstyle="-", color=ORANGE, linewidth=0.8, relpos=(0, 1))
             how = dict(ha="right") if left else dict(arrowprops=leader)
-            below = (8, -20 if left else -34)  # our own labels
-            write(name, (r["kl"], r["reward"]), below, ORANGE, **how)
+            place = (8, -20 if left else -34)  # below our own labels
+            write(name, (r["kl"], r["reward"]), place, ORANGE, **how)
             continue
         kl = [i / 100 for i in range(241)]
         line = [r["objective"] + r["beta"] * k for k in kl]
