@@ -4,7 +4,7 @@
                                  # trl==0.11.4 transformers==4.46.3 accelerate==1.1.1
                                  # peft==0.13.2 datasets==3.1.0
     python bench/bench_trl.py --checkpoint=stories260K/ckpt.pt --data=data --out_dir=out/trl \\
-        --rows=ours-ppo,ours-rloo,ours-grpo,trl-rloo:1e-4,trl-grpo:1e-4 --rollouts=12000
+        --rows=ours-ppo,ours-rloo,ours-grpo,trl-rloo:3e-5,trl-grpo:1e-5 --rollouts=12000
 
 The task: the length reward, beta = 0.2, prompts of BOS and 0 to 29 tokens of a story, at most 300
 new tokens, 200 rollouts per iteration. Both sides get the same prompts in the same order, as token
@@ -64,9 +64,9 @@ METHODS = {  # the flags of experiments/frontier.py
     "ours-ppo": "--batch_size=50 --learning_rate=3e-4 --value_learning_rate=1e-3",
     "ours-rloo": "--advantage=rloo --batch_size=100 --group_size=4 --learning_rate=5e-5",
     "ours-grpo": "--advantage=grpo --batch_size=100 --group_size=4 --learning_rate=3e-5",
-    "trl-rloo": "1e-4",
-    "trl-grpo": "1e-4",
-    "trl-ppo": "1e-4",
+    "trl-rloo": "3e-5",  # the best of those that were tried, see doc/ppo.md
+    "trl-grpo": "1e-5",
+    "trl-ppo": "1.41e-5",  # TRL's default
 }
 
 # ----------------------------------------------------------------------------
