@@ -115,10 +115,11 @@ INLINE ivec lane_numbers(void) {
     return lanes;
 }
 
-/* 2^x for x <= 0, with a relative error below 2e-7; 2^-126 for smaller results, NaN for NaN.
+/* 2^x for x <= 0, with a relative error below 2e-7; 0 for x < -64, NaN for NaN. A smaller result
+ * would be lost in any sum with 1, and its products with gradients would be subnormal, which takes
+ * Intel's processors 100 cycles or more.
  * x = n + r with an integer n and |r| <= 1/2: 2^r is its minimax polynomial, 2^n the exponent. */
 INLINE vec exp2_nonpositive(vec x) {
-    x = larger((vec){0} - 126.0f, x);
     vec shifted = x + 12582912.0f; /* + 1.5 * 2^23 rounds, and the last bits are n */
     vec r = x - (shifted - 12582912.0f);
     vec p = r * 1.326472604e-3f + 9.671512722e-3f;
@@ -126,7 +127,7 @@ INLINE vec exp2_nonpositive(vec x) {
     p = p * r + 2.402224208e-1f;
     p = p * r + 6.931469776e-1f;
     p = p * r + 1.0f;
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+    return choose(x < -64.0f, (vec){0}, (vec)((ivec)p + ((ivec)shifted << 23)));
 }
 
 /* out (E) = RoPE of x (E): the pairs (x[0], x[1]), (x[2], x[3]), ... rotated by the angles of

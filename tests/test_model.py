@@ -230,6 +230,23 @@ def test_native_attention_extreme_scores(native):
     torch.testing.assert_close(out, torch.tensor([[[3.0, 4]], [[3.0, 4]]]))
 
 
+def test_no_gradient_is_subnormal(native):
+    """Processors of Intel compute with subnormal numbers ten times more slowly. A probability that
+    is too small to change a sum is 0, and so are the gradients that it would scale."""
+    q = torch.tensor([[[1e3, 0.0]], [[1e3, 0.0]]])
+    k, v = torch.tensor([[[1.0, 0]], [[-1.0, 0]]]), torch.tensor([[[3.0, 4]], [[5.0, 6]]])
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    one, zero = torch.ones(2, 1), torch.zeros(2, 1)
+    out = kernels.FusedAttention.apply(*inputs, torch.tensor([0, 2]), one, zero)
+    grads = [*torch.autograd.grad(out, inputs, torch.full_like(out, 1e-6))]
+    logits = torch.linspace(-200, 0, 48).repeat(8, 1).requires_grad_()
+    terms = kernels.TokenTerms.apply(logits, torch.full((8,), 47), logits.detach() / 2)
+    grads += torch.autograd.grad(terms, logits, [torch.full((8,), 1e-6)] * 3)
+    assert grads[2][1].eq(0).all() and grads[3][:, 0].eq(0).all()
+    least = torch.finfo(torch.float32).tiny
+    assert not any(bool(((x != 0) & (x.abs() < least)).any()) for x in grads)
+
+
 def test_a_nan_is_not_hidden_and_stays_in_its_place(native):
     """A key that is not a number spoils all queries that see it, and none before it."""
     q, k, v = torch.randn(3, 40, 2, 8)
