@@ -667,8 +667,8 @@ class RLHF(Stage):
 
     def report(self, *states):
         """Measures the reference and the result, of which `states` has the weights, with the same
-        prompts and random numbers. Writes ppo_report.json and prints it, with the first response
-        that PPO changed."""
+        prompts and random numbers. Prints the report, with the first response that PPO changed, and
+        writes it to ppo_report.json, unless --eval_only has found the report of the run there."""
         models = []
         for state in states:
             state = {k: w for k, w in state.items() if not k.startswith("value_head.")}
@@ -687,8 +687,10 @@ class RLHF(Stage):
             "before": before,
             "after": after,
         }
-        with write_atomic(Path(self.args.out_dir) / "ppo_report.json", "w") as f:
-            json.dump(report, f)
+        path = Path(self.args.out_dir) / "ppo_report.json"
+        if not (self.args.eval_only and path.exists()):
+            with write_atomic(path, "w") as f:
+                json.dump(report, f)
         print_report(report)
 
     def estimate_j_star(self):
