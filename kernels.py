@@ -829,17 +829,17 @@ def compiled_specification():
     return torch.compile(Transformer.hidden, **how)
 
 
-def compiled_pass(model, tokens, lengths):
+def compiled_pass(model, tokens, lengths, lower):
     """Transformer.hidden without a cache, compiled if that succeeds. The Layout is made outside,
     because the lengths differ from batch to batch, and a graph cannot depend on them."""
     layout = lengths if isinstance(lengths, Layout) else model.layout(tokens, lengths)
     try:
-        return compiled_specification()(model, tokens, layout)
+        return compiled_specification()(model, tokens, layout, None, lower)
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = " ".join(str(e).split())[:200]
         print(f"note: the forward pass is not compiled: {reason}", file=sys.stderr)
         model.compiled_hidden = False
-        return model.hidden(tokens, layout)
+        return model.hidden(tokens, layout, lower=lower)
 
 
 # ----------------------------------------------------------------------------
@@ -981,14 +981,14 @@ class FastTransformer(Transformer):
             **vars(plain), cosine=cosine, sine=sine, starts32=plain.starts.int() if varlen else None
         )
 
-    def hidden(self, tokens, lengths=None, cache=None):
+    def hidden(self, tokens, lengths=None, cache=None, lower=None):
         if self.compiled_hidden and cache is None and not torch.compiler.is_compiling():
-            return compiled_pass(self, tokens, lengths)
+            return compiled_pass(self, tokens, lengths, lower)
         if isinstance(cache, FastKVCache) and type(lengths) is list:
             if max([0, *lengths]) * -(-len(lengths) // cache.width) <= FEW_STEPS:
                 return hidden_in_steps(self, tokens, lengths, cache)
         if lengths is not None or not isinstance(cache, FastKVCache):
-            return super().hidden(tokens, lengths, cache)
+            return super().hidden(tokens, lengths, cache, lower)
         x = self.dropout(self.tok_embeddings(tokens)).clone(memory_format=torch.contiguous_format)
         call("decode_hidden", x=x, B=len(x), steps=1, **decoding_fields(self, cache))
         cache.length[: len(x)] += 1

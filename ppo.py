@@ -25,6 +25,7 @@ tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabu
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -264,6 +265,7 @@ class Rollouts:
     # step 2
     ref_logprobs: torch.Tensor = None  # (A,) log π_ref(action | state)
     ref_hidden: torch.Tensor = None  # (A, D) the reference's hidden states, which give its logits
+    lower: torch.Tensor = None  # (N, D) output of the frozen layers that all models have in common
     kl: torch.Tensor = None  # (A,) KL penalty in nats
     values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
     graph: tuple = None  # PPOTrainer.forward's result, if the update needs no other forward pass
@@ -277,6 +279,7 @@ class Rollouts:
 
     def __post_init__(self):
         self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
+        self.sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed
         self.actions = torch.tensor([token for r in self.responses for token in r])  # (A,) ids
 
     def minibatch(self, which):
@@ -290,6 +293,9 @@ class Rollouts:
         for name in "old_logprobs ref_logprobs ref_hidden values advantages returns".split():
             x = getattr(self, name)
             setattr(batch, name, None if x is None else x[to_device(span, x.device)])
+        if self.lower is not None:
+            starts, sizes = self.sizes.cumsum(0) - self.sizes, self.sizes[which]
+            batch.lower = self.lower[to_device(spans(starts[which], sizes), self.lower.device)]
         return batch
 
 
@@ -303,7 +309,8 @@ class Minibatch:
     actions: torch.Tensor  # (A,) token ids, which the states are to predict
     lengths: list  # B numbers that sum to N: tokens per rollout
     counts: torch.Tensor  # (B,) actions per rollout
-    old_logprobs: torch.Tensor = None  # (A,) from here on as in Rollouts
+    lower: torch.Tensor = None  # (N, D) from here on as in Rollouts
+    old_logprobs: torch.Tensor = None  # (A,)
     ref_logprobs: torch.Tensor = None  # (A,)
     ref_hidden: torch.Tensor = None  # (A, D)
     values: torch.Tensor = None  # (A,)
@@ -367,6 +374,22 @@ def gae(rewards, values, counts, gamma, lam):
     return adv, adv + values
 
 
+def equal_frozen_layers(models):
+    """The number of lower layers that are frozen, like the embeddings, and equal in all models."""
+    parts = zip(*([model.tok_embeddings, *model.layers] for model in models))
+    same = all(model.args == models[0].args for model in models)
+    return max(len(list(itertools.takewhile(equal_and_frozen, parts))) - 1, 0) if same else 0
+
+
+def equal_and_frozen(modules):
+    """Whether the parameters of modules are equal, on one device, and not trained."""
+    states = [list(module.parameters()) for module in modules]
+    places = {tuple((p.shape, p.dtype, p.device) for p in state) for state in states}
+    if len(places) > 1 or any(p.requires_grad for state in states for p in state):
+        return False
+    return all(torch.equal(a, b) for state in states[1:] for a, b in zip(states[0], state))
+
+
 def policy_loss(logprobs, old_logprobs, advantages, low, high):
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) of each action (A,), and where clipping removed its
     gradient, (A,) bool."""
@@ -423,6 +446,10 @@ class PPOTrainer:
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast
+        # The lower layers whose output is computed once for all models.
+        models = [m for m in (self.policy, self.reference, self.critic) if m is not None]
+        same_arithmetic = not (self.sharded or self.checks.float16)
+        self.common_layers = equal_frozen_layers(models) if same_arithmetic else 0
         # The state that an iteration changes, besides the models and optimizers:
         self.iteration = 0
         horizon = c.horizon if c.adap_kl_ctrl else math.inf
@@ -478,9 +505,13 @@ class PPOTrainer:
         c, parts = self.config, []
         passes = self.passes(range(len(rollouts.queries)))
         keep_graph = self.update_is_one_pass(passes)
+        rollouts.graph = None
         for which in passes:
             batch = rollouts.minibatch(which or [0])
             with self.autocast(), torch.set_grad_enabled(keep_graph):
+                if self.common_layers:
+                    packed = batch.tokens, batch.lengths
+                    batch.lower = self.policy.lower_layers(*packed, self.common_layers)
                 ref_hidden = self.hidden(self.reference, batch)
                 hidden = self.hidden(self.policy, batch)
                 values = self.values(batch, hidden)
@@ -493,8 +524,10 @@ class PPOTrainer:
             if not c.exact_kl:
                 kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
             if which:
-                parts.append((logprobs, ref_logprobs, ref_hidden, kl, values))
-        logprobs, *rest = (torch.cat(x).detach() for x in zip(*parts))
+                parts.append((logprobs, ref_logprobs, ref_hidden, kl, values, batch.lower))
+        *parts, lower = zip(*parts)
+        rollouts.lower = torch.cat(lower) if self.common_layers else None
+        logprobs, *rest = (torch.cat(x).detach() for x in parts)
         rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
         self.checks.sampled_by_policy(rollouts, logprobs)
         if self.checks.half:  # sampling rounds differently, by as much as an optimizer step changes
@@ -524,7 +557,9 @@ class PPOTrainer:
     def hidden(self, model, batch):
         """Hidden states (A, D) at the ends of the states, from which the actions are predicted."""
         device = model.output.weight.device  # of the reference it may be another one
-        return model.hidden(batch.tokens.to(device), batch.lengths)[batch.state_ends.to(device)]
+        lower = (self.common_layers, batch.lower) if self.common_layers else None
+        hidden = model.hidden(batch.tokens.to(device), batch.lengths, lower=lower)
+        return hidden[batch.state_ends.to(device)]
 
     def logits(self, model, hidden):
         """Logits (A, V) from hidden states, on the policy's device, over the temperature."""

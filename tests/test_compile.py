@@ -90,6 +90,17 @@ def test_no_graph_for_each_model(graphs):
     assert graphs.frame_count <= 6
 
 
+def test_layers_above_known_ones(graphs):
+    plain, fast = model_of(), model_of()
+    fast.compiled_hidden = True
+    for seed in range(4):
+        tokens, lengths = ragged(seed)
+        lower = 1, plain.lower_layers(tokens, lengths, 1)
+        found = fast.hidden(tokens, lengths, lower=lower)
+        torch.testing.assert_close(found, plain.hidden(tokens, lengths))
+    assert graphs.frame_count == 1
+
+
 def test_what_cannot_be_compiled_runs_as_it_is(capsys, monkeypatch):
     def fails(*_, **__):
         raise torch._dynamo.exc.TorchDynamoException("no compiler")

@@ -23,6 +23,7 @@ from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from ppo import Mismatch, PPOConfig, PPOTrainer, Rollouts
 from rlhf import LengthReward, best_achievable_objective, load_reward
+from sft import add_lora, freeze_layers
 from tokenizer import BOS_ID, EOS_ID
 
 END = (BOS_ID, EOS_ID)
@@ -35,7 +36,9 @@ def args(**kw):
     return ModelArgs(**{**defaults, "max_seq_len": 32, "tied": False, **kw})
 
 
-def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, **config):
+def make_trainer(
+    seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, freeze=0, **config
+):
     """A trainer of a random model whose logits are far from uniform."""
     torch.manual_seed(seed)
     a = a or args()
@@ -51,6 +54,8 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
     if config.advantage == "gae" and not shared:
         critic = accelerate(TransformerWithValueHead(a))
         critic.load_state_dict(policy.state_dict(), strict=False)
+    for model in filter(None, (policy, critic)):
+        freeze_layers(model, freeze)
     return PPOTrainer(
         config,
         policy,
@@ -777,6 +782,82 @@ def test_critic_warm_up_leaves_the_policy_alone():
     assert float((weights(trainer.policy) - before).norm()) > 0.1
 
 
+FROZEN = [
+    dict(ppo_epochs=2),
+    dict(value_model="shared"),
+    dict(advantage="rloo", group_size=4, mini_batch_size=8, gradient_accumulation_steps=2),
+    dict(advantage="rloo", group_size=4, mini_batch_size=16),  # one optimizer step per iteration
+]
+
+
+@pytest.mark.parametrize("config", FROZEN)
+def test_frozen_layers_are_computed_once_for_all_models(config, monkeypatch):
+    """The numbers are those of models that compute all of their layers."""
+    passes, found = [], []
+    for common in (True, False):
+        if not common:
+            monkeypatch.setattr(ppo, "equal_frozen_layers", lambda models: 0)
+        trainer = make_trainer(a=args(n_layers=3), freeze=2, **config)
+        assert trainer.common_layers == (2 if common else 0)
+        counts = [0, 0, 0]
+        for model in filter(None, (trainer.policy, trainer.reference, trainer.critic)):
+            for i, layer in enumerate(model.layers):
+                layer.register_forward_hook(
+                    lambda m, x, y, i=i: counts.__setitem__(i, counts[i] + 1)
+                )
+        prompts = [[BOS_ID, 5], [BOS_ID]] * 8
+        if "group_size" in config:
+            prompts = [[BOS_ID, 5]] * 8 + [[BOS_ID]] * 8
+        for i in range(3):
+            queries, *rollouts, ended = sample(trainer, prompts, i)
+            before = list(counts)
+            scores = LengthReward(6)(queries, rollouts[0], ended)
+            stats = step(trainer, queries, *rollouts, scores, ended)
+        passes.append([b - a for a, b in zip(before, counts)])
+        stats = {k: v for k, v in stats.items() if not k.startswith("time")}
+        models = filter(None, (trainer.policy, trainer.critic))
+        found.append((torch.cat([weights(model) for model in models]), stats))
+    (w, stats), (plain_w, plain_stats) = found
+    torch.testing.assert_close(w, plain_w, atol=1e-6, rtol=1e-5)
+    assert stats == pytest.approx(plain_stats, abs=1e-5, rel=1e-4)
+    once = 16 // config.get("mini_batch_size", 4)  # passes over the rollouts in the evaluation
+    assert passes[0] == [once, once, passes[1][2]]
+    assert passes[1][0] == passes[1][2] > once
+
+
+def test_layers_in_common():
+    def trainer(change=None, freeze=2):
+        made = make_trainer(a=args(n_layers=3), freeze=freeze)
+        models = [made.policy, made.reference, made.critic]
+        if change:
+            change(*models)
+        return ppo.equal_frozen_layers(models)
+
+    def other_weights(policy, reference, critic):
+        critic.layers[1].feed_forward.w1.weight[0, 0] += 1e-3
+
+    def other_embeddings(policy, reference, critic):
+        critic.tok_embeddings.weight[0, 0] += 1e-3
+
+    def other_norm(policy, reference, critic):
+        critic.args = replace(critic.args, norm_eps=1e-3)
+
+    def other_dtype(policy, reference, critic):
+        critic.layers[0].bfloat16()
+
+    def trained(policy, reference, critic):
+        policy.layers[1].attention_norm.weight.requires_grad_(True)
+
+    def adapters(policy, reference, critic):
+        add_lora(policy, 2, 4, 0.0, "q")
+
+    with torch.no_grad():
+        assert [trainer(freeze=n) for n in (0, 1, 2, 3)] == [0, 1, 2, 3]
+        assert trainer(other_weights) == trainer(trained) == 1
+        assert trainer(other_dtype) == trainer(adapters) == 0
+        assert trainer(other_embeddings) == trainer(other_norm) == 0
+
+
 def test_average_of_weights():
     trainer = make_trainer(averaging=0.5, rollouts=8, mini_batch_size=4, ppo_epochs=1)
     kept = [weights(trainer.policy)]
@@ -817,8 +898,9 @@ from test_ppo import *
 if int(sys.argv[2]) > 1:
     dist.init_process_group("gloo", init_method="file://" + sys.argv[3], world_size=2,
                             rank=int(sys.argv[1]))
-trainer = make_trainer(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batch_size=4,
-                       adap_kl_ctrl=True, reward_scale=True, **{config})
+settings = dict(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batch_size=4,
+                adap_kl_ctrl=True, reward_scale=True)
+trainer = make_trainer(**{{**settings, **{config}}})
 stats = iterate(trainer, 3)
 stats = {{k: v for k, v in stats.items() if not k.startswith("time")}}
 torch.save((weights(trainer.policy), stats), sys.argv[4])
@@ -833,7 +915,13 @@ os._exit(0)
 
 @pytest.mark.parametrize(
     "config",
-    ["dict(ppo_epochs=4, target_kl=0.2)", "dict(advantage='grpo', group_size=3)"],
+    [
+        "dict(ppo_epochs=4, target_kl=0.2)",
+        "dict(advantage='grpo', group_size=3)",
+        # Rank 1 has one pass, whose graph it keeps; rank 0 has two.
+        "dict(advantage='rloo', group_size=4, mini_batch_size=6, gradient_accumulation_steps=2)",
+        "dict(a=args(n_layers=2), freeze=1)",
+    ],
 )
 def test_two_processes_give_the_numbers_of_one(config, tmp_path):
     """Weights on both ranks, and statistics; where the epochs stop early, they do on both."""
