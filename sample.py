@@ -379,22 +379,22 @@ class Engine:
         self.lanes, self.max_queue, self.autocast = lanes, max_queue, autocast
         self.calls, self.changed = deque(), threading.Event()  # set when there is something to do
 
-    def check(self, waiting):
+    def check(self, waiting, kind):
         if self.server.should_exit:
             raise Refused(503, "the server is shutting down")
         if waiting > self.max_queue:
-            raise Refused(429, f"{self.max_queue} responses are waiting already: try again later")
+            raise Refused(429, f"{self.max_queue} {kind} are waiting already: try again later")
 
     async def score(self, function, *args):
         """The result of a function that the thread calls. Raises Refused if too many wait."""
-        self.check(len(self.calls))
+        self.check(len(self.calls), "scores")
         self.calls.append((future := Future(), function, args))
         self.changed.set()
         return await asyncio.shield(asyncio.wrap_future(future))  # never cancelled
 
     def submit(self, lane, rows):
         """Queues rows for generation. Raises Refused if too many are waiting."""
-        self.check(len(lane.waiting) + len(rows) - lane.slots.count(None))
+        self.check(len(lane.waiting) + len(rows) - lane.slots.count(None), "responses")
         lane.waiting.extend(rows)
         self.changed.set()
 
@@ -414,8 +414,8 @@ class Engine:
             self.loop.call_soon_threadsafe(self.close)
 
     def step(self):
-        """Makes the calls and advances the lanes. Returns whether there is more to do."""
-        while self.calls:
+        """Makes the calls that wait and advances the lanes. Returns whether there is more to do."""
+        for _ in range(len(self.calls)):  # later calls wait: else they could hold up all rows
             future, function, args = self.calls.popleft()
             try:
                 future.set_result(function(*args))
@@ -431,7 +431,7 @@ class Engine:
                 events += lane.fail("out of memory" if out_of_memory(e) else "internal error")
         if events:
             self.loop.call_soon_threadsafe(self.deliver, events)
-        return any(lane.busy() for lane in self.lanes)
+        return bool(self.calls) or any(lane.busy() for lane in self.lanes)
 
     def deliver(self, events):
         for event in events:

@@ -103,9 +103,11 @@ def running(*argv):
         while not hasattr(service.engine, "server") or not service.engine.server.started:
             time.sleep(0.01)
             assert thread.is_alive()
-        yield server
-        made[0].call_soon_threadsafe(made[1].set)
-        thread.join(20)
+        try:
+            yield server
+        finally:  # else a test that fails would not end
+            made[0].call_soon_threadsafe(made[1].set)
+            thread.join(20)
         assert not thread.is_alive()
 
 
@@ -568,6 +570,35 @@ def test_score_has_the_queue_limit(folder):
         statuses = list(p.map(lambda _: ask(s, "/score", body)[0], range(40)))
         assert set(statuses) == {200, 429}
         assert ask(s, "/score", body)[0] == 200 and not s.service.engine.calls
+
+
+def test_refusals_say_what_is_waiting():
+    engine = sample.Engine([], 5, None)
+    engine.server = argparse.Namespace(should_exit=False)
+    engine.calls.extend([None] * 6)
+    with pytest.raises(Refused, match="5 scores are waiting already"):
+        asyncio.run(engine.score(None))
+    with pytest.raises(Refused, match="5 responses are waiting already"):
+        engine.submit(argparse.Namespace(waiting=[], slots=[]), [None] * 6)
+
+
+def test_scores_do_not_hold_up_responses(folder, monkeypatch):
+    """A response ends while there is always a score that waits."""
+    monkeypatch.setattr(serve.Service, "report", lambda *_: time.sleep(0.05) or {})
+    ended, body = threading.Event(), dict(prompt=[1], response=[5])
+
+    def score(server):
+        while not ended.is_set():
+            assert ask(server, "/score", body)[0] == 200
+
+    with running(f"--checkpoint={folder}/base.pt") as s, ThreadPoolExecutor(3) as pool:
+        scores = [pool.submit(score, s) for _ in range(2)]
+        wait_until(lambda: s.service.engine.calls)
+        try:
+            assert pool.submit(complete, s, prompt="Tom", max_tokens=5).result(timeout=10)
+        finally:
+            ended.set()
+        assert [x.result() for x in scores] == [None, None]
 
 
 def test_an_engine_that_cannot_start_ends_the_server(folder, monkeypatch):
