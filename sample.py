@@ -277,7 +277,8 @@ class Lane:
         return bool(self.waiting) or any(self.slots)
 
     def fail(self, why):
-        """Drops the batch and the queue. Returns the arguments of the rows' `receive`."""
+        """Drops the batch and the queue. Returns the arguments of the rows' `receive`: each row is
+        in a slot or waits until its last event, also when `admit` or `advance` raises."""
         rows = [row for row in self.slots if row]
         rows += [self.waiting.popleft() for _ in range(len(self.waiting))]
         self.slots, self.batch = [None] * len(self.slots), None
@@ -308,9 +309,11 @@ class Lane:
             if not row.cancelled:
                 new, size = [*new, row], size + len(row.prompt)
         if new:
+            for i, row in zip(free, new):  # before the copies, which may raise: see `fail`
+                self.slots[i] = row
             prompts, ends = [row.prompt for row in new], [len(row.uniform) for row in new]
             for i, row in zip(free, new):
-                self.slots[i], b.uniform[i, : len(row.uniform)] = row, row.uniform
+                b.uniform[i, : len(row.uniform)] = row.uniform
             on = dict(dtype=torch.long, device=self.device)
             slots, last = torch.tensor(free[: len(new)], **on), [p[-1] for p in prompts]
             b.lengths[slots], b.limits[slots] = 0, torch.tensor(ends, **on)
@@ -345,10 +348,11 @@ class Lane:
                 events.append((row, new, row.details, reason))
                 row.sent, row.details, row.due = row.length, [], now + row.pause
             remaining.append(not reason and not row.cancelled)
-            self.slots[i] = row if remaining[-1] else None
         if not all(remaining):
             order = b.cache.keep(torch.tensor(remaining, device=self.device))
             b.prompt, b.current = b.prompt[order], b.current[order]
+            for i, remains in zip(slots, remaining):  # after `keep`, which may raise: see `fail`
+                self.slots[i] = self.slots[i] if remains else None
         return events
 
     def one_token(self, rows):

@@ -28,7 +28,7 @@ import tinystories
 from checkpoint import checkpoint_args, save_checkpoint
 from common import Refused, add_flags, flag_names, parse_args, printable, run_main
 from formats import api_parameters
-from model import ModelArgs, Transformer, TransformerWithValueHead, generate
+from model import KVCache, ModelArgs, Transformer, TransformerWithValueHead, generate
 from tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="needs starlette: pip install -r tests/requirements.txt")
@@ -847,6 +847,35 @@ def test_an_error_while_generating(folder, monkeypatch, capfd):
                 connection.close()
             assert ("broken" in capfd.readouterr().err) == (message == "internal error")
         assert complete(s, prompt="Tom", seed=1, max_tokens=9)["choices"] == good
+
+
+def lane_and_engine(rows):
+    """A Lane for up to `rows` rows, and an Engine whose events arrive without an event loop."""
+    lane = sample.Lane(make_model(1), {1, 2}, rows)
+    engine = sample.Engine([lane], 0, None)
+    engine.server = argparse.Namespace(should_exit=False)
+    engine.loop = argparse.Namespace(call_soon_threadsafe=lambda f, events: f(events))
+    return lane, engine
+
+
+@pytest.mark.parametrize("where", ["admit", "advance"])
+@torch.inference_mode()
+def test_an_error_ends_every_row(monkeypatch, capfd, where):
+    """Also the rows that were about to start after the row whose copy to the GPU failed, and those
+    that have just ended. A client whose row gets no last event would wait forever."""
+    lane, engine = lane_and_engine(3)
+    reasons = {}
+    for i in range(3):
+        # Nothing can be copied from the device "meta".
+        uniform = torch.rand(1 + i, device="meta" if (where, i) == ("admit", 1) else "cpu")
+        receive = lambda event: reasons.setdefault(event[0].index, event[-1])  # noqa: E731
+        lane.waiting.append(sample.Row(i, [5, 6], uniform, (0.0, 0, 1.0), -1, receive, math.inf))
+    if where == "advance":
+        monkeypatch.setattr(KVCache, "keep", lambda cache, remaining: 1 / 0)
+    engine.step()
+    assert sorted(reasons) == [0, 1, 2]
+    assert all("internal error" in str(reason) for reason in reasons.values())
+    assert not lane.busy() and "Error" in capfd.readouterr().err
 
 
 def test_many_clients(server, tokenizer):
