@@ -333,12 +333,14 @@ class Lane:
         if len({row.sampling for row in rows}) == 1 and all(row.alternatives < 0 for row in rows):
             b.sampling, first = rows[0].sampling, min(len(r.uniform) - r.length for r in rows)
             self.model.sample_tokens(b, min(self.steps, first))
-            seconds = time.perf_counter() - t0  # 20 to 80 ms per call: text appears smoothly
-            factor = 2 if seconds < 0.02 else 0.5 if seconds > 0.08 else 1
-            self.steps = max(1, min(128, int(self.steps * factor)))
         else:
             details = self.one_token(rows)
-        now, lengths, newest = time.perf_counter(), b.lengths.tolist(), b.current.tolist()
+        lengths, newest = b.lengths.tolist(), b.current.tolist()  # waits for a GPU
+        now, made = time.perf_counter(), max(lengths[i] - row.length for i, row in zip(slots, rows))
+        if now - t0 > 0.08:  # 20 to 80 ms per call: text appears smoothly
+            self.steps = max(1, made // 2)
+        elif now - t0 < 0.02 and made == self.steps:  # fewer steps do not show how long these take
+            self.steps = min(128, 2 * made)
         for i, row, token, detail in zip(slots, rows, newest, details):
             row.length, row.details = lengths[i], row.details + detail
             reason = "length" if row.length == len(row.uniform) else None

@@ -858,6 +858,33 @@ def lane_and_engine(rows):
     return lane, engine
 
 
+@pytest.mark.parametrize("seconds", [0.0001, 0.002, 0.01, 0.05], ids=str)
+@torch.inference_mode()
+def test_time_of_a_call(monkeypatch, seconds):
+    """Whatever came before, a call takes at most 80 ms or makes one step per row, on a clock on
+    which a step takes `seconds`. Calls of a long response reach 20 ms or more than 30 steps."""
+    clock, steps, sample_tokens = [0.0], [], Transformer.sample_tokens
+
+    def timed(model, batch, n):
+        before = batch.lengths.max()
+        sample_tokens(model, batch, n)
+        steps.append(int(batch.lengths.max() - before))
+        clock[0] += steps[-1] * seconds
+
+    monkeypatch.setattr(Transformer, "sample_tokens", timed)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    lane, _ = lane_and_engine(1)
+    lane.stops = ()
+    for n in [1] * 30 + [2] * 30 + [CONTEXT - 1]:
+        row = sample.Row(0, [5], torch.rand(n), (1.0, 0, 1.0), -1, None, math.inf)
+        lane.waiting.append(row)
+        while lane.busy():
+            lane.advance()
+        assert row.length == n
+    assert max(steps) * seconds <= 0.08 or max(steps) == 1
+    assert max(steps[60:]) * seconds >= 0.02 or max(steps[60:]) > 30
+
+
 @pytest.mark.parametrize("where", ["admit", "advance"])
 @torch.inference_mode()
 def test_an_error_ends_every_row(monkeypatch, capfd, where):
