@@ -849,6 +849,34 @@ def test_an_error_while_generating(folder, monkeypatch, capfd):
         assert complete(s, prompt="Tom", seed=1, max_tokens=9)["choices"] == good
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_stream_arrives_in_parts(folder, monkeypatch, logprobs):
+    """The client reads the first part while the model waits for it to do so, and then others."""
+    advance, read, waits = sample.Lane.advance, threading.Event(), []
+
+    def slow(lane):
+        time.sleep(0.03)
+        lane.steps = 4
+        if any(row and row.length >= 40 for row in lane.slots):
+            waits.append(read.wait(10))
+        return advance(lane)
+
+    monkeypatch.setattr(sample.Lane, "advance", slow)
+    with running(f"--checkpoint={folder}/base.pt") as s:
+        body = dict(max_tokens=60, stream=True, seed=1, logprobs=logprobs, temperature=0.1)
+        connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=30)
+        connection.request("POST", "/v1/completions", json.dumps(body | {"return_token_ids": True}))
+        answer = connection.getresponse()
+        lines = [answer.readline()]
+        read.set()
+        lines += answer.read().splitlines()
+        connection.close()
+    parts = [json.loads(line.removeprefix(b"data: ")) for line in lines[:-2] if line.strip()]
+    counts = [len(part["choices"][0]["token_ids"]) for part in parts]
+    assert sum(counts) == 60 and len(counts) > 10 and max(counts) < 30
+    assert waits and all(waits)
+
+
 def lane_and_engine(rows):
     """A Lane for up to `rows` rows, and an Engine whose events arrive without an event loop."""
     lane = sample.Lane(make_model(1), {1, 2}, rows)
