@@ -261,7 +261,7 @@ class Row:
     length: int = 0  # number of tokens so far
     sent: int = 0  # number of tokens that were passed to `receive`
     details: list = field(default_factory=list)  # of the tokens that were not passed yet
-    due: float = 0.0  # when the pause is over
+    last: float = 0.0  # time of the last call of `receive`
     cancelled: bool = False
 
 
@@ -342,13 +342,14 @@ class Lane:
         elif now - t0 < 0.02 and made == self.steps:  # fewer steps do not show how long these take
             self.steps = min(128, 2 * made)
         for i, row, token, detail in zip(slots, rows, newest, details):
-            row.length, row.details = lengths[i], row.details + detail
+            row.length = lengths[i]
+            row.details.extend(detail)
             reason = "length" if row.length == len(row.uniform) else None
             reason = "stop" if token in self.stops else reason
-            if reason or now >= row.due:
+            if reason or now >= row.last + row.pause:
                 new = b.tokens[i, row.sent : row.length].tolist()
                 events.append((row, new, row.details, reason))
-                row.sent, row.details, row.due = row.length, [], now + row.pause
+                row.sent, row.details, row.last = row.length, [], now
             remaining.append(not reason and not row.cancelled)
         if not all(remaining):
             order = b.cache.keep(torch.tensor(remaining, device=self.device))

@@ -886,6 +886,24 @@ def lane_and_engine(rows):
     return lane, engine
 
 
+@pytest.mark.parametrize("alternatives", [-1, 2])
+@torch.inference_mode()
+def test_a_row_with_an_infinite_pause_has_one_event(alternatives):
+    """It has all tokens with their details; a row without a pause has an event for each call."""
+    lane, engine = lane_and_engine(4)
+    lane.stops, events = (), [[], []]
+    for i, pause in enumerate((math.inf, 0.0)):
+        how = (1.0, 0, 1.0), alternatives, events[i].append, pause
+        lane.waiting.append(sample.Row(i, [5], torch.rand(40), *how))
+    while engine.step():
+        pass
+    assert len(events[0]) == 1 and len(events[1]) > 5
+    for of_row in events:
+        tokens, details = (sum((event[k] for event in of_row), []) for k in (1, 2))
+        assert len(tokens) == of_row[-1][0].length == 40 and of_row[-1][-1] == "length"
+        assert [len(top) for _, top in details] == [alternatives] * (40 * (alternatives > 0))
+
+
 @pytest.mark.parametrize("seconds", [0.0001, 0.002, 0.01, 0.05], ids=str)
 @torch.inference_mode()
 def test_time_of_a_call(monkeypatch, seconds):
