@@ -66,9 +66,13 @@ class Server:
         command = [sys.executable, ROOT / "serve.py", f"--checkpoint={a.checkpoint}", "--port=0"]
         command += ["--device=cpu", f"--max_batch={a.clients}"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.clients, self.tokens = a.clients, a.tokens
+
+    def wait(self):
+        """Waits for the line with the port."""
         if not (found := re.search(r":(\d+)/", self.process.stdout.readline())):
             raise ValueError("serve.py did not start")
-        self.port, self.clients, self.tokens = int(found[1]), a.clients, a.tokens
+        self.port = int(found[1])
 
     def client(self, k, stream):
         connection, n = http.client.HTTPConnection("127.0.0.1", self.port), 0
@@ -106,6 +110,7 @@ def main(argv=None):
     }
     found, counts = {name: [] for name in ways}, {}
     try:
+        server.wait()
         for i in range(a.repeat + 1):
             for name, (who, work) in ways.items():
                 start, cpu = time.perf_counter(), who.cpu()

@@ -4,6 +4,7 @@ requests and slow clients, and the page in a headless browser."""
 import argparse
 import asyncio
 import http.client
+import importlib
 import json
 import math
 import os
@@ -1107,6 +1108,26 @@ def test_interrupt(folder):
         idle.close()
     finally:
         process.kill()
+
+
+def test_the_benchmark_ends_a_server_without_a_port(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    bench = importlib.import_module("bench_serve")
+    (tmp_path / "serve.py").write_text("import time; print('', flush=True); time.sleep(600)")
+    processes, start = [], subprocess.Popen
+
+    def popen(*args, **how):
+        processes.append(start(*args, **how))
+        return processes[-1]
+
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        with pytest.raises(ValueError, match="did not start"):
+            bench.main([f"--checkpoint={folder}/base.pt"])
+        assert processes[0].poll() is not None
+    finally:
+        processes[0].kill()
 
 
 # ----------------------------------------------------------------------------
