@@ -203,6 +203,17 @@ def test_few_short_prompts_are_cached_in_steps(calls, lengths):
     assert all(c.length.tolist() == [n + 3 for n in [4, 2, *lengths]] for c in caches)
 
 
+@pytest.mark.parametrize("dim, most", [(32, 16), (64, 16), (96, 7), (128, 4), (256, 1), (512, 0)])
+def test_steps_of_prompts_for_wider_models(calls, dim, most):
+    """A step takes time in proportion to dim²: the ordinary pass is faster sooner."""
+    fast = accelerate(small(dim=dim, n_heads=dim // 8, n_layers=1)).eval()
+    with torch.no_grad():
+        for n in most, most + 1:
+            calls.clear()
+            fast.hidden(text(n), [n], fast.new_cache(1, 40))
+            assert ("decode_hidden" in calls) == (n == most)
+
+
 PROMPTS = [[1] + text(n).tolist() for n in range(40)]
 
 
