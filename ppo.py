@@ -25,7 +25,6 @@ tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabu
 """
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -374,22 +373,6 @@ def gae(rewards, values, counts, gamma, lam):
     return adv, adv + values
 
 
-def equal_frozen_layers(models):
-    """The number of lower layers that are frozen, like the embeddings, and equal in all models."""
-    parts = zip(*([model.tok_embeddings, *model.layers] for model in models))
-    same = all(model.args == models[0].args for model in models)
-    return max(len(list(itertools.takewhile(equal_and_frozen, parts))) - 1, 0) if same else 0
-
-
-def equal_and_frozen(modules):
-    """Whether the parameters of modules are equal, on one device, and not trained."""
-    states = [list(module.parameters()) for module in modules]
-    places = {tuple((p.shape, p.dtype, p.device) for p in state) for state in states}
-    if len(places) > 1 or any(p.requires_grad for state in states for p in state):
-        return False
-    return all(torch.equal(a, b) for state in states[1:] for a, b in zip(states[0], state))
-
-
 def policy_loss(logprobs, old_logprobs, advantages, low, high):
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) of each action (A,), and where clipping removed its
     gradient, (A,) bool."""
@@ -429,6 +412,8 @@ class PPOTrainer:
     # follows), tokens, targets, and lengths where samples are packed
     ptx: Callable = None
     stop_ids: tuple = field(kw_only=True)  # tokens that end a response
+    # number of lower layers that are equal in all models and frozen: their output is computed once
+    common_layers: int = field(default=0, kw_only=True)
 
     def __post_init__(self):
         c = self.config
@@ -446,10 +431,8 @@ class PPOTrainer:
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast
-        # The lower layers whose output is computed once for all models.
-        models = [m for m in (self.policy, self.reference, self.critic) if m is not None]
-        same_arithmetic = not (self.sharded or self.checks.float16)
-        self.common_layers = equal_frozen_layers(models) if same_arithmetic else 0
+        if self.sharded or self.checks.float16:  # the update has other weights or arithmetic
+            self.common_layers = 0
         # The state that an iteration changes, besides the models and optimizers:
         self.iteration = 0
         horizon = c.horizon if c.adap_kl_ctrl else math.inf

@@ -56,6 +56,7 @@ from sft import (
     Packed,
     add_lora,
     freeze_layers,
+    frozen_layers_in_common,
     instructions,
     merged_state,
 )
@@ -457,6 +458,7 @@ class RLHF(Stage):
             place(critic, run)
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.make_optimizer(critic, rate))
+        models = [m for m in (self.model, reference, critic) if m is not None]
         self.trainer = ppo.PPOTrainer(
             config,
             self.model,
@@ -467,6 +469,7 @@ class RLHF(Stage):
             run.autocast,
             self.ptx_batch,
             stop_ids=self.stop_ids,
+            common_layers=0 if args.fsdp else frozen_layers_in_common(models),
         )
         if args.reward.endswith(".pt"):
             device = args.reward_device or run.device

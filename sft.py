@@ -6,6 +6,7 @@ LoRA puts adapters on the linear layers of a model, in full precision or over 4-
 files that hold adapters alone.
 """
 
+import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -254,6 +255,24 @@ def freeze_layers(model, n):
     for layer in model.layers[:n]:
         layer.requires_grad_(False)
     return model
+
+
+def frozen_layers_in_common(models):
+    """The number of lower layers that are frozen, like the embeddings, and equal in all models."""
+    first, *others = models
+    if any(model.args != first.args for model in others):
+        return 0
+    modules = zip(*([model.tok_embeddings, *model.layers] for model in models))
+    return max(len(list(itertools.takewhile(equal_and_frozen, modules))) - 1, 0)
+
+
+def equal_and_frozen(modules):
+    """Whether modules have equal parameters, on one device, and none of them is trained."""
+    first, *others = ([*module.parameters()] for module in modules)
+    kinds = {tuple((p.shape, p.dtype, p.device) for p in params) for params in (first, *others)}
+    if len(kinds) > 1 or any(p.requires_grad for params in (first, *others) for p in params):
+        return False
+    return all(torch.equal(a, b) for params in others for a, b in zip(first, params))
 
 
 # ----------------------------------------------------------------------------

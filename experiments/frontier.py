@@ -85,7 +85,7 @@ def run(a, beta, iters, seed, kind="PPO"):
     # With β = 0, a short horizon ends texts too early before the critic has learned, and without an
     # entropy bonus a text repeats the same few words. Without a critic the gradient is noisier, so
     # the learning rate is lower.
-    flags, common = [], FLAGS
+    flags, common = ["--freeze_layers=2"], FLAGS
     if not beta:
         flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
     elif kind != "PPO":

@@ -245,7 +245,11 @@ def stage_bytes(args, model_args, dtype, fsdp):
         )
         if args.ppo:
             config, three = replace(ppo_config(args), ptx_coef=0), (policy, reference, critic)
-            trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=())
+            apart = args.lora_rank or fsdp or args.offload or args.ref_device
+            apart = apart or args.value_model not in ("separate", "shared")
+            common = dict(common_layers=0 if apart else args.freeze_layers)
+            trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=(), **common)
+            batch.lower = torch.zeros(B * (T - 1), model_args.dim)
             batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
             for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
                 setattr(batch, name, torch.zeros(A))

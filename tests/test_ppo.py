@@ -23,7 +23,7 @@ from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from ppo import Mismatch, PPOConfig, PPOTrainer, Rollouts
 from rlhf import LengthReward, best_achievable_objective, load_reward
-from sft import add_lora, freeze_layers
+from sft import add_lora, freeze_layers, frozen_layers_in_common
 from tokenizer import BOS_ID, EOS_ID
 
 END = (BOS_ID, EOS_ID)
@@ -36,9 +36,7 @@ def args(**kw):
     return ModelArgs(**{**defaults, "max_seq_len": 32, "tied": False, **kw})
 
 
-def make_trainer(
-    seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, freeze=0, **config
-):
+def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, freeze=0, **config):
     """A trainer of a random model whose logits are far from uniform."""
     torch.manual_seed(seed)
     a = a or args()
@@ -56,6 +54,7 @@ def make_trainer(
         critic.load_state_dict(policy.state_dict(), strict=False)
     for model in filter(None, (policy, critic)):
         freeze_layers(model, freeze)
+    models = [model for model in (policy, reference, critic) if model is not None]
     return PPOTrainer(
         config,
         policy,
@@ -66,6 +65,7 @@ def make_trainer(
         nullcontext,
         ptx,
         stop_ids=END,
+        common_layers=frozen_layers_in_common(models),
     )
 
 
@@ -796,7 +796,7 @@ def test_frozen_layers_are_computed_once_for_all_models(config, monkeypatch):
     passes, found = [], []
     for common in (True, False):
         if not common:
-            monkeypatch.setattr(ppo, "equal_frozen_layers", lambda models: 0)
+            monkeypatch.setitem(globals(), "frozen_layers_in_common", lambda models: 0)
         trainer = make_trainer(a=args(n_layers=3), freeze=2, **config)
         assert trainer.common_layers == (2 if common else 0)
         counts = [0, 0, 0]
@@ -831,7 +831,7 @@ def test_layers_in_common():
         models = [made.policy, made.reference, made.critic]
         if change:
             change(*models)
-        return ppo.equal_frozen_layers(models)
+        return frozen_layers_in_common(models)
 
     def other_weights(policy, reference, critic):
         critic.layers[1].feed_forward.w1.weight[0, 0] += 1e-3

@@ -169,6 +169,7 @@ def words(tmp_path_factory):
         dict(rm=True, freeze_layers=2),
         dict(dpo=True, dtype="bfloat16"),
         dict(ppo=True),
+        dict(ppo=True, freeze_layers=2),
         dict(ppo=True, dtype="bfloat16", value_model="shared", checkpoint_activations=True),
     ],
     ids=lambda flags: ", ".join(flags),

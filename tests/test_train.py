@@ -346,7 +346,7 @@ def test_ppo_raises_the_objective(data, tmp_path, capsys):
     assert 0.33 < closed < 1.2
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 150 + 25
     capsys.readouterr()
-    for n in 256, 16:  # with the number of the run its report is printed, with another it is measured
+    for n in 256, 16:  # the report of the run is printed; with another number it is measured
         look = dict(init_from="resume", eval_only=True, report_rollouts=n)
         train.main(command(data, tmp_path, **flags | look))
         assert f"PPO on {n} held-out prompts" in capsys.readouterr().out
