@@ -278,7 +278,6 @@ class Rollouts:
 
     def __post_init__(self):
         self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
-        self.sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed
         self.actions = torch.tensor([token for r in self.responses for token in r])  # (A,) ids
 
     def minibatch(self, which):
@@ -293,8 +292,9 @@ class Rollouts:
             x = getattr(self, name)
             setattr(batch, name, None if x is None else x[to_device(span, x.device)])
         if self.lower is not None:
-            starts, sizes = self.sizes.cumsum(0) - self.sizes, self.sizes[which]
-            batch.lower = self.lower[to_device(spans(starts[which], sizes), self.lower.device)]
+            sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed
+            span = spans((sizes.cumsum(0) - sizes)[which], sizes[which])
+            batch.lower = self.lower[to_device(span, self.lower.device)]
         return batch
 
 
@@ -509,7 +509,7 @@ class PPOTrainer:
             if which:
                 parts.append((logprobs, ref_logprobs, ref_hidden, kl, values, batch.lower))
         *parts, lower = zip(*parts)
-        rollouts.lower = torch.cat(lower) if self.common_layers else None
+        rollouts.lower = torch.cat(lower) if self.common_layers and not keep_graph else None
         logprobs, *rest = (torch.cat(x).detach() for x in parts)
         rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
         self.checks.sampled_by_policy(rollouts, logprobs)

@@ -458,7 +458,7 @@ class RLHF(Stage):
             place(critic, run)
             rate = args.value_learning_rate or args.learning_rate
             self.optimizers.append(self.make_optimizer(critic, rate))
-        models = [m for m in (self.model, reference, critic) if m is not None]
+        models = self.model, reference, critic
         self.trainer = ppo.PPOTrainer(
             config,
             self.model,
@@ -469,7 +469,7 @@ class RLHF(Stage):
             run.autocast,
             self.ptx_batch,
             stop_ids=self.stop_ids,
-            common_layers=0 if args.fsdp else frozen_layers_in_common(models),
+            common_layers=0 if args.fsdp else frozen_layers_in_common(*models),
         )
         if args.reward.endswith(".pt"):
             device = args.reward_device or run.device
@@ -817,6 +817,9 @@ class RLHF(Stage):
             state[name] = sharded(two_groups(state[name], model), optimizer)
         with flags_decide(self.optimizers, counters=("steps", "scale")):
             self.trainer.load_state_dict(state)
+        if self.trainer.common_layers:  # if the file of --value_model is another one now
+            models = self.model, self.trainer.reference, critic
+            self.trainer.common_layers = frozen_layers_in_common(*models)
         self.position, self.ptx_position = checkpoint["position"], state["ptx_position"]
         self.first = state["first"]
 

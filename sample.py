@@ -246,6 +246,8 @@ def chat(model, tokenizer, template, end_ids, args):
 # ----------------------------------------------------------------------------
 # requests that share a batch (serve.py)
 
+CALLS = 0.02  # seconds after which calls of other functions wait until all rows have advanced
+
 
 @dataclass
 class Row:
@@ -394,7 +396,7 @@ class Engine:
 
     async def score(self, function, *args):
         """The result of a function that the thread calls. Raises Refused if too many wait."""
-        self.check(len(self.calls), "scores")
+        self.check(len(self.calls), "scores")  # one of which, or this one, is made next
         self.calls.append((future := Future(), function, args))
         self.changed.set()
         return await asyncio.shield(asyncio.wrap_future(future))  # never cancelled
@@ -421,8 +423,9 @@ class Engine:
             self.loop.call_soon_threadsafe(self.close)
 
     def step(self):
-        """Makes the calls that wait and advances the lanes. Returns whether there is more to do."""
-        for _ in range(len(self.calls)):  # later calls wait: else they could hold up all rows
+        """Makes calls that wait and advances the lanes. Returns whether there is more to do."""
+        start = time.monotonic()
+        while self.calls and time.monotonic() < start + CALLS:
             future, function, args = self.calls.popleft()
             try:
                 future.set_result(function(*args))

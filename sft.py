@@ -257,9 +257,10 @@ def freeze_layers(model, n):
     return model
 
 
-def frozen_layers_in_common(models):
-    """The number of lower layers that are frozen, like the embeddings, and equal in all models."""
-    first, *others = models
+def frozen_layers_in_common(*models):
+    """The number of lower layers that are frozen and equal in all models that are not None. It is 0
+    unless the embeddings are so, too."""
+    first, *others = models = [model for model in models if model is not None]
     if any(model.args != first.args for model in others):
         return 0
     modules = zip(*([model.tok_embeddings, *model.layers] for model in models))

@@ -249,7 +249,8 @@ def stage_bytes(args, model_args, dtype, fsdp):
             apart = apart or args.value_model not in ("separate", "shared")
             common = dict(common_layers=0 if apart else args.freeze_layers)
             trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=(), **common)
-            batch.lower = torch.zeros(B * (T - 1), model_args.dim)
+            if trainer.common_layers:
+                batch.lower = torch.zeros(B * (T - 1), model_args.dim)
             batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
             for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
                 setattr(batch, name, torch.zeros(A))
@@ -274,6 +275,10 @@ def stage_bytes(args, model_args, dtype, fsdp):
     step = sum(state[m] for m in whole if m not in unused) + gathered + memory.peak - before
     peaks = {"an optimizer step": (step, shards)}
     if args.ppo:
+        rollouts = args.rollouts or 8 * args.batch_size
+        hidden = (T - prompt) * half + (T - 1) * 4 * bool(trainer.common_layers)
+        shards += rollouts * hidden * model_args.dim  # ref_hidden and lower of all rollouts
+        peaks["an optimizer step"] = step, shards
         unused += [reference] if args.offload and not fsdp else []
         rows = min(512, args.rollouts or 8 * args.batch_size)
         a, held = model_args, sum(state[m] for m in whole if m not in unused)

@@ -54,7 +54,6 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
         critic.load_state_dict(policy.state_dict(), strict=False)
     for model in filter(None, (policy, critic)):
         freeze_layers(model, freeze)
-    models = [model for model in (policy, reference, critic) if model is not None]
     return PPOTrainer(
         config,
         policy,
@@ -65,7 +64,7 @@ def make_trainer(seed=0, lr=1e-2, a=None, optimizer=torch.optim.Adam, ptx=None, 
         nullcontext,
         ptx,
         stop_ids=END,
-        common_layers=frozen_layers_in_common(models),
+        common_layers=frozen_layers_in_common(policy, reference, critic),
     )
 
 
@@ -784,6 +783,7 @@ def test_critic_warm_up_leaves_the_policy_alone():
 
 FROZEN = [
     dict(ppo_epochs=2),
+    dict(critic_warmup=2, temperature=0.7),
     dict(value_model="shared"),
     dict(advantage="rloo", group_size=4, mini_batch_size=8, gradient_accumulation_steps=2),
     dict(advantage="rloo", group_size=4, mini_batch_size=16),  # one optimizer step per iteration
@@ -796,8 +796,11 @@ def test_frozen_layers_are_computed_once_for_all_models(config, monkeypatch):
     passes, found = [], []
     for common in (True, False):
         if not common:
-            monkeypatch.setitem(globals(), "frozen_layers_in_common", lambda models: 0)
-        trainer = make_trainer(a=args(n_layers=3), freeze=2, **config)
+            monkeypatch.setitem(globals(), "frozen_layers_in_common", lambda *models: 0)
+        sgd = dict(
+            optimizer=torch.optim.SGD, lr=0.1
+        )  # Adam enlarges the rounding of tiny gradients
+        trainer = make_trainer(a=args(n_layers=3), freeze=2, **sgd, **config)
         assert trainer.common_layers == (2 if common else 0)
         counts = [0, 0, 0]
         for model in filter(None, (trainer.policy, trainer.reference, trainer.critic)):
@@ -831,7 +834,7 @@ def test_layers_in_common():
         models = [made.policy, made.reference, made.critic]
         if change:
             change(*models)
-        return frozen_layers_in_common(models)
+        return frozen_layers_in_common(*models)
 
     def other_weights(policy, reference, critic):
         critic.layers[1].feed_forward.w1.weight[0, 0] += 1e-3
@@ -964,6 +967,13 @@ def rollouts(trainer, prompts=[[BOS_ID, 4, 5]] * 16, **replaced):
         queries=queries, responses=responses, old_logprobs=logprobs, scores=scores, ended=ended
     )
     return {**given, **replaced}
+
+
+def test_refuses_rollouts_of_unequal_numbers():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    with pytest.raises(Mismatch, match="1 prompts, 16 responses, 16 end flags"):
+        step(trainer, **given | dict(queries=given["queries"][:1]))
 
 
 @pytest.mark.parametrize("kind,factor", [("full", 1.1), ("kl", 1.0005)])

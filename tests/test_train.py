@@ -353,6 +353,24 @@ def test_ppo_raises_the_objective(data, tmp_path, capsys):
         assert json.loads((tmp_path / "ppo_report.json").read_text()) == report
 
 
+def test_layers_in_common_are_those_of_the_weights_that_are_resumed(data, tmp_path):
+    train.main(command(data, tmp_path, max_iters=2))
+    flags = PPO | dict(freeze_layers=1, ppo_iters=1)
+    train.main(command(data, tmp_path, **flags))
+    flags |= dict(init_from="resume", ppo_iters=2)
+    path = tmp_path / "ppo_ckpt.pt"
+
+    def resumed():
+        stage = train.start(train.setup(train.flags(command(data, tmp_path, **flags))))
+        return stage.trainer.common_layers
+
+    assert resumed() == 1
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["ppo"]["critic"]["layers.0.ffn_norm.weight"][0] += 1e-3
+    torch.save(checkpoint, path)
+    assert resumed() == 0
+
+
 def test_schedule():
     args = train.flags(["--max_iters=110", "--warmup_iters=10"])
     rates = [pretraining.schedule(i, args) for i in range(111)]
