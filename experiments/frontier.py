@@ -85,7 +85,8 @@ def run(a, beta, iters, seed, kind="PPO"):
     # With β = 0, a short horizon ends texts too early before the critic has learned, and without an
     # entropy bonus a text repeats the same few words. Without a critic the gradient is noisier, so
     # the learning rate is lower.
-    flags, common = ["--freeze_layers=2"], FLAGS
+    flags = [f"--freeze_layers={a.freeze_layers}"] if a.freeze_layers else []
+    common = FLAGS
     if not beta:
         flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
     elif kind != "PPO":
@@ -268,6 +269,7 @@ def main(argv=None):
     parser.add_argument("--group_size", type=int, default=4, help="rollouts per prompt for --group")
     parser.add_argument("--seeds", type=int, default=1, help="runs per β")
     parser.add_argument("--iters", type=int, default=50, help="iterations of 200 rollouts")
+    parser.add_argument("--freeze_layers", type=int, default=2, help="of PPO with a β above 0")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for the optimum")
     parser.add_argument("--samples", type=int, default=256, help="reference samples per prompt")
     parser.add_argument(
