@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0      # and, for its last PPO, in an environment of its own:
                                  # trl==0.11.4 transformers==4.46.3 accelerate==1.1.1
-                                 # peft==0.13.2 datasets==3.1.0
+                                 # peft==0.13.2 datasets==3.1.0 rich
     python bench/bench_trl.py --checkpoint=stories260K/ckpt.pt --data=data --out_dir=out/trl \\
         --rows=ours-ppo,ours-rloo,ours-grpo,trl-rloo:3e-5,trl-grpo:1e-5 --rollouts=12000
 
