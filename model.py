@@ -276,20 +276,12 @@ class Transformer(nn.Module):
         lengths  number of tokens of each packed sequence, a list with sum N; or its Layout
         cache    a KVCache; with `lengths` the sequences fill new rows of it
         lower    (n, x) if the output x (N, D) of the first n layers is known
-        Returns (B, T, D), (N, D) or (R, D). Raises ValueError if a sequence exceeds max_seq_len.
-        """
+        Returns (B, T, D), (N, D) or (R, D). Raises ValueError if a sequence exceeds max_seq_len."""
         layout = lengths if isinstance(lengths, Layout) else self.layout(tokens, lengths, cache)
         n, x = lower or (0, self.dropout(self.tok_embeddings(tokens.flatten())))  # (N, D)
         for layer in self.layers[n:]:
             x = layer(x, layout)
         return self.norm(x).view(*tokens.shape, self.args.dim)
-
-    def lower_layers(self, tokens, lengths, n):
-        """The output (N, D) of the first n layers for packed tokens (N,), see `hidden`."""
-        layout, x = self.layout(tokens, lengths), self.dropout(self.tok_embeddings(tokens))
-        for layer in self.layers[:n]:
-            x = layer(x, layout)
-        return x
 
     def layout(self, tokens, lengths=None, cache=None, multiple=1):
         """The Layout of a forward pass, which models with equal rotary embeddings can share. The

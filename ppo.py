@@ -330,6 +330,14 @@ def pack(queries, responses, device):
     return Minibatch(*tensors, lengths, counts)
 
 
+def lower_layers(model, batch, n):
+    """The output (N, D) of the first n layers of a model, without dropout."""
+    layout, x = model.layout(batch.tokens, batch.lengths), model.tok_embeddings(batch.tokens)
+    for layer in model.layers[:n]:
+        x = layer(x, layout)
+    return x
+
+
 # ----------------------------------------------------------------------------
 # equations of steps 2, 4 and 5
 
@@ -493,8 +501,7 @@ class PPOTrainer:
             batch = rollouts.minibatch(which or [0])
             with self.autocast(), torch.set_grad_enabled(keep_graph):
                 if self.common_layers:
-                    packed = batch.tokens, batch.lengths
-                    batch.lower = self.policy.lower_layers(*packed, self.common_layers)
+                    batch.lower = lower_layers(self.policy, batch, self.common_layers)
                 ref_hidden = self.hidden(self.reference, batch)
                 hidden = self.hidden(self.policy, batch)
                 values = self.values(batch, hidden)

@@ -2,6 +2,7 @@
 of many lengths, and the numbers of the plain functions."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def test_layers_above_known_ones(graphs):
     fast.compiled_hidden = True
     for seed in range(4):
         tokens, lengths = ragged(seed)
-        lower = 1, plain.lower_layers(tokens, lengths, 1)
+        batch = SimpleNamespace(tokens=tokens, lengths=lengths)
+        lower = 1, ppo.lower_layers(plain, batch, 1)
         found = fast.hidden(tokens, lengths, lower=lower)
         torch.testing.assert_close(found, plain.hidden(tokens, lengths))
     assert graphs.frame_count == 1

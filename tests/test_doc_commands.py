@@ -67,7 +67,7 @@ WHOLE = {k for k, why in NOT_RUN.items() if why is None}  # only the command wit
 # What makes a command small; a flag that comes twice counts as it is given last.
 SMALL = """--device=cpu --max_iters=2 --eval_iters=1 --batch_size=2 --reference_samples=2
     --max_gen_len=8""".split()
-SMALL_MODEL = "--dim=16 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=256".split()
+SMALL_MODEL = "--dim=16 --n_layers=2 --n_heads=2 --n_kv_heads=1 --max_seq_len=256".split()
 SMALL_PPO = """--device=cpu --batch_size=4 --rollouts=4 --max_gen_len=12 --roof_prompts=1
     --roof_samples=2 --report_rollouts=4 --ppo_iters=1 --ppo_epochs=1""".split()
 

@@ -634,7 +634,7 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
 def count_calls(model, name):
     """A list that grows by one with each call of a method."""
     calls, method = [], getattr(model, name)
-    setattr(model, name, lambda *args: calls.append(1) or method(*args))
+    setattr(model, name, lambda *args, **more: calls.append(1) or method(*args, **more))
     return calls
 
 
