@@ -439,7 +439,8 @@ class PPOTrainer:
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast
-        if self.sharded or self.checks.float16:  # the update has other weights or arithmetic
+        # Shards have parts of the layers, and in float16 the update is in another precision.
+        if self.sharded or self.checks.float16:
             self.common_layers = 0
         # The state that an iteration changes, besides the models and optimizers:
         self.iteration = 0

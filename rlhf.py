@@ -817,7 +817,8 @@ class RLHF(Stage):
             state[name] = sharded(two_groups(state[name], model), optimizer)
         with flags_decide(self.optimizers, counters=("steps", "scale")):
             self.trainer.load_state_dict(state)
-        if self.trainer.common_layers:  # if the file of --value_model is another one now
+        # The resumed weights decide: the file of --value_model may have changed since then.
+        if self.trainer.common_layers:
             models = self.model, self.trainer.reference, critic
             self.trainer.common_layers = frozen_layers_in_common(*models)
         self.position, self.ptx_position = checkpoint["position"], state["ptx_position"]

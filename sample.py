@@ -246,7 +246,7 @@ def chat(model, tokenizer, template, end_ids, args):
 # ----------------------------------------------------------------------------
 # requests that share a batch (serve.py)
 
-CALLS = 0.02  # seconds after which calls of other functions wait until all rows have advanced
+CALLS = 0.02  # seconds per step for functions that clients call; then the rows get their turn
 
 
 @dataclass

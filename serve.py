@@ -291,8 +291,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        # asyncio sets it only on sockets whose `proto` is IPPROTO_TCP; socket.create_server makes
-        # sockets of 0. Without it, a body waits 40 ms for the acknowledgement of its header.
+        # asyncio sets TCP_NODELAY only on sockets whose `proto` is IPPROTO_TCP; here it is 0.
+        # Without TCP_NODELAY, a body waits 40 ms for the acknowledgement of its header.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()

@@ -269,7 +269,9 @@ def main(argv=None):
     parser.add_argument("--group_size", type=int, default=4, help="rollouts per prompt for --group")
     parser.add_argument("--seeds", type=int, default=1, help="runs per β")
     parser.add_argument("--iters", type=int, default=50, help="iterations of 200 rollouts")
-    parser.add_argument("--freeze_layers", type=int, default=2, help="of PPO with a β above 0")
+    parser.add_argument(
+        "--freeze_layers", type=int, default=2, help="lower layers that PPO freezes, if β > 0"
+    )
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for the optimum")
     parser.add_argument("--samples", type=int, default=256, help="reference samples per prompt")
     parser.add_argument(
