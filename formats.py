@@ -65,6 +65,13 @@ def special_ids(tokenizer, end_ids):
     return bos, eos, [i for i in end_ids if i != eos]
 
 
+def ends_for_others(bos, ends, begin, template):
+    """`ends`, ids that end a text, as other programs need them. BOS, with which the next text would
+    begin, always ends a text here, but not elsewhere: it is added for a model of plain text. With a
+    chat template, a reply has an end of its own."""
+    return [*ends, bos] if begin and not template and bos not in ends else ends
+
+
 def begins_with_bos(tokenizer, bos):
     """Whether plain text begins with BOS: the checkpoint's `bos`, False if the tokenizer has no
     BOS."""
@@ -1102,9 +1109,10 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
         config = hf_config(args, kinds[-1], bos, [eos, *ends])
         config |= {"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {}
         write_json(os.path.join(folder, "config.json"), config)
+        ends = ends_for_others(bos, [eos, *ends], begin, template)
         write_json(
             os.path.join(folder, "generation_config.json"),
-            {key: config[key] for key in ("bos_token_id", "eos_token_id")},
+            {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends},
         )
         save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
         if tokenizer:
@@ -1193,7 +1201,7 @@ def gguf_name(name):  # RoPE rotates adjacent numbers in GGUF as well, so rows k
     return renamed(name, GGUF_NAMES, "blk", GGUF_LAYER)
 
 
-def gguf_tokenizer(writer, tokenizer, end_ids, begin):
+def gguf_tokenizer(writer, tokenizer, template, end_ids, begin):
     """Writes the vocabulary of a tokenizer to a GGUFWriter."""
     bos, eos, ends = special_ids(tokenizer, end_ids)
     if tokenizer.sp:
@@ -1225,7 +1233,8 @@ def gguf_tokenizer(writer, tokenizer, end_ids, begin):
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     writer.add_bos_token_id(bos)
     writer.add_eos_token_id(eos)
-    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), ends):
+    others = [i for i in ends_for_others(bos, ends, begin, template) if i != eos]
+    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), others):
         add(i)
     if ends:
         writer.add_array("fable.end_ids", ends)
@@ -1272,7 +1281,8 @@ def write_gguf(
         plain = rope_frequencies(replace(args, rope_scaling=None))
         extra["rope_freqs.weight"] = (plain / rope_frequencies(args)).numpy()
     if tokenizer:
-        gguf_tokenizer(writer, tokenizer, end_ids, begins_with_bos(tokenizer, bos))
+        begin = begins_with_bos(tokenizer, bos)
+        gguf_tokenizer(writer, tokenizer, template, end_ids, begin)
     if tokenizer_hash:
         writer.add_string(GGUF_HASH, tokenizer_hash)
     if template:

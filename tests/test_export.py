@@ -612,6 +612,44 @@ def test_chat_templates(source, turn, system, later):
             assert written[0] == written[1]
 
 
+def test_stories_end_where_they_end_here(tmp_path):
+    """A story ends with the BOS of the next one: transformers and llama.cpp are told so. A chat
+    template says itself where a reply ends."""
+    transformers, gguf = pytest.importorskip("transformers"), pytest.importorskip("gguf")
+    from model import generate
+    from tokenizer import stop_ids
+
+    path = sentencepiece_model(tmp_path / "d", "made")
+    t = Tokenizer(path)
+    model = checkpoint(tmp_path / "c.pt", vocab_size=t.n_words, tied=False).eval()
+    prompt = t.encode("Once upon a time", True, False)[:8]
+    story = generate(model, [prompt], 9, temperature=0, stop_ids=[]).responses()[0]
+    with torch.no_grad():  # BOS has the largest logit after the story
+        h = model.hidden(torch.tensor([prompt + story]))[0, -1]
+        model.output.weight[t.bos_id] = h * 2 * model.output(h).max() / h.square().sum()
+    saved = load_checkpoint(tmp_path / "c.pt")
+    save_checkpoint(tmp_path / "c.pt", saved | {"model": model.state_dict()})
+    ours = generate(model, [prompt], 20, temperature=0, stop_ids=stop_ids(t)).responses()[0]
+    assert ours[-1] == t.bos_id and len(ours) < 12
+    flags = [f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={path}", "--dtype=float32"]
+    run(tmp_path / "hf", "--format=hf", *flags)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    assert out[0].tolist() == prompt + ours
+    run(tmp_path / "m.gguf", "--format=gguf", *flags)
+    field = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.eot_token_id")
+    assert field.contents() == t.bos_id
+    for out in "hf", "m.gguf":  # and back: BOS ends a text here in any case
+        run(tmp_path / "b.pt", f"--{'hf' if out == 'hf' else 'gguf'}={tmp_path}/{out}")
+        assert stop_ids(t, None, load_checkpoint(tmp_path / "b.pt").get("end_ids")) == stop_ids(t)
+
+    saved["template"] = {"turn": "{bos}Q: {user} A: {reply}{eos}"}
+    save_checkpoint(tmp_path / "c.pt", saved)
+    run(tmp_path / "chat", "--format=hf", *flags)
+    config = json.loads((tmp_path / "chat/generation_config.json").read_text())
+    assert config["eos_token_id"] == t.eos_id
+
+
 def test_llama_3s_template_and_one_that_strings_cannot_say():
     template = formats.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
