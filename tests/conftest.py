@@ -7,6 +7,7 @@ without it, shared/data in or beside the checkout is tried. Tests that need it s
 import json
 import os
 import sys
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,6 +51,29 @@ def tok512_model():
 def real_stories():
     """A folder of real TinyStories shards, data00.json (validation) and on."""
     return data_file("TinyStories_all_data")
+
+
+def llama_cpp(path, context):
+    """llama.cpp with a GGUF file: a function (endpoint, **query) -> the answer of its server."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
+    params.cpuparams.n_threads, params.warmup = 1, False
+    server = xllamacpp.Server(params)
+
+    def post(endpoint, **query):
+        url, body = f"{server.listening_address}/{endpoint}", json.dumps(query).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return post
+
+
+def llama_cpp_greedy(post, ids, n):
+    """The ids that llama.cpp adds to `ids`: at most n, with the one that ends the text."""
+    options = dict(temperature=0, top_k=1, repeat_penalty=1.0, return_tokens=True)
+    return post("completion", prompt=ids, n_predict=n, cache_prompt=False, **options)["tokens"]
 
 
 @pytest.fixture(autouse=True)

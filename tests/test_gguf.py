@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_bpe
+from conftest import ROOT, llama_cpp, llama_cpp_greedy, make_bpe
 from test_export import TEXTS, program, run, sentencepiece_model  # noqa: F401
 from test_run import build, c_logits, lib  # noqa: F401
 
@@ -828,24 +828,21 @@ def test_smollm2_is_merged_like_by_peft(smollm2, theirs, tmp_path):
 def test_smollm2_in_llama_cpp(smollm2, replies, tmp_path):
     """llama.cpp reads our GGUF file: the same ids of each prompt, and the same greedy replies. A
     token may be another one only where the two most likely ones are as good as equal."""
-    llama_cpp = pytest.importorskip("llama_cpp")
     path, model, tokenizer = smollm2
     run(tmp_path / "m.gguf", f"--checkpoint={path}", "--format=gguf", "--dtype=float32")
-    llama = llama_cpp.Llama(
-        str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False
-    )
+    post = llama_cpp(tmp_path / "m.gguf", 128)
     assert len(replies) == 2 * len(PROMPTS)
     for i, (text, ids, new) in enumerate(replies):
         if i >= len(PROMPTS):  # plain text, which has no BOS here
-            assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids
-        got = list(zip(new, llama.generate(ids, temp=0, top_k=1, repeat_penalty=1.0)))
-        same = [a == b for a, b in got]
-        if not all(same):
-            known = [*ids, *new[: same.index(False)]]
+            tokens = post("tokenize", content=text, add_special=False, parse_special=False)
+            assert tokens == {"tokens": ids}
+        got = llama_cpp_greedy(post, ids, NEW)
+        if got != new:
+            n = next(i for i, (a, b) in enumerate(zip(got, new)) if a != b)
             with torch.no_grad():
-                best = model(torch.tensor([known]))[0, -1].topk(2)
+                best = model(torch.tensor([[*ids, *new[:n]]]))[0, -1].topk(2)
             assert best.values[0] - best.values[1] < 1e-3, (text, got)
-            assert got[same.index(False)][1] in best.indices
+            assert got[n] in best.indices
 
 
 def test_smollm2_loses_little_by_int8(smollm2, lib, tmp_path):  # noqa: F811
