@@ -812,7 +812,6 @@ def test_gguf_holds_the_model(tmp_path):
 def test_llama_cpp_tells_the_same_story(tmp_path, kind):
     """llama.cpp reads our GGUF file: the same ids of each text, and the same greedy story, to its
     end."""
-    pytest.importorskip("xllamacpp")
     from model import generate
     from tokenizer import stop_ids
 
