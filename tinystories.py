@@ -413,7 +413,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
         chars += len(story)
         if chars >= max_chars:
             break
-    print(f"training a vocabulary of {vocab_size} on {chars / 1e6:.1f} M characters ...")
+    print(f"training a vocabulary of {vocab_size} on {chars:,} characters ...")
     # Each character is a token. If there are too many of them, as in Chinese, the most frequent get
     # half of the tokens that are left beside the 256 bytes; the others are encoded as bytes.
     counts = collections.Counter(itertools.chain.from_iterable(lines)).most_common()
@@ -687,6 +687,11 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     )
     if len(shards) == 1:
         print("note: there is only one file: the last twentieth of its shard is for validation")
+    elif many_small([*shards.values()]):
+        print(
+            f"note: the {len(shards)} small shards are read as one, of which the last twentieth is "
+            "for validation"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -728,20 +733,28 @@ def shards_tokenizer(folder, vocab_size):
     return folder, meta["tokenizer"]
 
 
+def many_small(paths):
+    """Whether shards are too many and too small for windows of each, and for one for validation."""
+    return len(paths) > 20 and sum(map(os.path.getsize, paths)) < 2 * 4096 * len(paths)
+
+
 def open_shards(folder, split, vocab_size):
     """
     The shards of `split` ("train" or "val") as a list of memory-mapped uint16 arrays.
 
     `folder` contains *.bin, or is a data folder with the subfolder tok<vocab_size>/ (for 32000 also
     llama2.c's TinyStories_all_data/). The first shard by name is for validation, the others are for
-    training; a single shard is split, and its last twentieth is for validation. Raises
+    training; a single shard is split, and its last twentieth is for validation. Many small shards,
+    such as those of a folder with a .txt file per text, are joined to a single one. Raises
     FileNotFoundError without shards, and ValueError for a damaged shard or another vocabulary.
     """
     paths = shard_paths(folder, vocab_size)
-    if len(paths) > 1:
+    join = many_small(paths)
+    if len(paths) > 1 and not join:
         paths = paths[:1] if split == "val" else paths[1:]
         return [open_shard(path, vocab_size) for path in paths]
-    shard = open_shard(paths[0], vocab_size)
+    shards = [open_shard(path, vocab_size) for path in paths]
+    shard = np.concatenate(shards) if join else shards[0]
     cut = len(shard) - min(max(len(shard) // 20, 4096), len(shard) // 2)
     starts = np.flatnonzero(shard[cut:] == BOS)
     cut += starts[0] if len(starts) else 0  # at the start of a story
@@ -885,8 +898,9 @@ class Windows:
         for folder, shards, n in zip(folders, self.shards, windows):
             if sum(n) == 0:
                 raise ValueError(
-                    f"{folder}: its {split} part has {sum(map(len, shards))} tokens, "
-                    f"too few for a window of {seq_len} and the token after it"
+                    f"{folder}: no file of its {split} part has the {seq_len + 1} tokens of a "
+                    f"window and the token after it ({sum(map(len, shards))} tokens in all); use a "
+                    "smaller --max_seq_len or longer files"
                 )
         # validation windows do not depend on the seed of the run
         self.sampler = Sampler(windows, weights, seed if split == "train" else 0)
@@ -929,7 +943,10 @@ class Prompts:
         self.starts = [[np.flatnonzero(ids == BOS) for ids in shards] for shards in self.shards]
         for folder, starts in zip(folders, self.starts):
             if not sum(map(len, starts)):
-                raise ValueError(f"{folder}: no story starts in its {split} part (no token {BOS})")
+                raise ValueError(
+                    f"{folder}: its {split} part has no beginning of a text, which prompts are "
+                    "made of; in a .txt file, a line <|endoftext|> separates texts"
+                )
         self.sampler = Sampler([list(map(len, starts)) for starts in self.starts], weights, seed)
 
     def __len__(self):

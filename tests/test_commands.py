@@ -324,7 +324,7 @@ def test_errors(home, tmp_path, capsys):
             "has token 600, but the vocabulary has only 512",
         ),
         (f"{v512} --data={tmp_path / 'odd'}", 1, "not a list of 2-byte tokens"),
-        (f"{v512} --data={tmp_path / 'few'}", 1, "too few for a window"),
+        (f"{v512} --data={tmp_path / 'few'}", 1, "no file of its train part has the"),
         (f"{v512} --tokenizer=none.model", 1, "none.model: No such file"),
         (
             f"{v512} --vocab_size=4096 --tokenizer=data/tok512.model",

@@ -332,6 +332,29 @@ def test_user_text_files(tmp_path, kind):
     assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
 
 
+def test_many_small_files_are_read_as_one(tmp_path, capsys):
+    """A folder with a .txt file per text: no text fills a window, and the first one is too short
+    for validation. Every token is in one of the two parts, and prompts begin at texts."""
+    texts = [
+        f"Tim had {i} red balls. He gave {i // 2} to Sue and lost the others." for i in range(300)
+    ]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:03}.txt").write_text(text)
+    tinystories.train_vocab(str(tmp_path), 280)
+    tinystories.pretokenize(str(tmp_path), 280)
+    assert "the 300 small shards are read as one" in capsys.readouterr().out
+    ids = oracle(texts, tmp_path / "tok280.model")
+    [train], [val] = (open_shards(str(tmp_path), split, 280) for split in ("train", "val"))
+    np.testing.assert_array_equal(np.concatenate([train, val]), ids)
+    assert 0 < len(val) < len(train) and val[0] == BOS
+    for split, part in ("train", train), ("val", val):
+        assert len(Windows(str(tmp_path), split, 256, 280)) == (len(part) - 1) // 256 > 0
+        assert len(Prompts(str(tmp_path), split, 30, 280)) == (part == BOS).sum() > 10
+    for i in range(20, 300):  # few files: one shard each, the first for validation
+        (tmp_path / f"tok280/{i:03}.bin").unlink()
+    assert len(open_shards(str(tmp_path), "train", 280)) == 19
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
@@ -402,7 +425,7 @@ def test_a_vocabulary_is_trained_on_max_chars(tmp_path, capsys):
     """Also where one story is longer than that."""
     (tmp_path / "a.txt").write_text("ab ba " * 20_000 + "zz " * 20_000)
     tinystories.train_vocab(str(tmp_path), 266, max_chars=60_000)
-    assert "on 0.1 M characters" in capsys.readouterr().out
+    assert "on 60,000 characters" in capsys.readouterr().out
     t = Tokenizer(tmp_path / "tok266.model")
     assert "\u2581ab" in map(t.sp.id_to_piece, range(266))
     assert not any("z" in t.sp.id_to_piece(i) for i in range(266))
@@ -685,7 +708,7 @@ def test_prompts(tmp_path):
     assert len(counts) == 30 and ((counts - 100) ** 2 / 100).sum() < 60
     with pytest.raises(ValueError, match="start_len"):
         Prompts(folder, "train", 0, 512)
-    with pytest.raises(ValueError, match="no story starts"):
+    with pytest.raises(ValueError, match="no beginning of a text"):
         Prompts(write(tmp_path / "r", [5], [6, 7]), "train", 30, 512)
 
 
@@ -696,7 +719,9 @@ def test_bad_shards(tmp_path):
     with pytest.raises(ValueError, match="data01.bin has token 999.*another tokenizer"):
         Windows(folder, "train", 10, 512)
     Windows(folder, "val", 10, 512)
-    with pytest.raises(ValueError, match="train part has 1000 tokens, too few for a window"):
+    with pytest.raises(
+        ValueError, match="train part has the 1001 tokens of a window .*1000 tokens in all"
+    ):
         Windows(folder, "train", 1000, 1000)
     for size in (0, 201):
         (tmp_path / "bad/data01.bin").write_bytes(b"\0" * size)
