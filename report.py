@@ -193,12 +193,21 @@ def peak_matmul_flops(device, dtype):
     return 2 * n**3 / best
 
 
+def measured_on(found):
+    """What ppo_report.json was measured on, in words."""
+    n = len(found["before"]["lengths"])
+    prompts = found.get("prompts", n)  # reports of earlier versions have no number of prompts
+    responses = "" if prompts == n else f"{n} responses to "
+    return f"{responses}{prompts} held-out prompts"
+
+
 def print_report(found):
     """Prints what PPO changed: a table beside J*, histograms of lengths, one response before and
     after. `found` is ppo_report.json: {"beta", "roof": (J*, error), "before", "after"}."""
     before, after = found["before"], found["after"]
     n, columns = len(before["lengths"]), terminal_columns()
-    print(f"\nPPO on {n} held-out prompts, beta = {found['beta']:g}" + " " * 8 + "before     after")
+    title = f"PPO on {measured_on(found)}, beta = {found['beta']:g}"
+    print(f"\n{title:<44}before     after")
     rows = [
         ("J = reward - beta KL", "objective", "8.3f"),
         ("reward", "reward", "8.3f"),
@@ -213,10 +222,12 @@ def print_report(found):
         print(f"  {title:<40}{before[key]:{form}}  {after[key]:{form}}")
     best, error = found["roof"]
     gap = best - before["objective"]
-    closed = "J was as high before PPO, within both errors"
-    if gap > 0:
-        share = (after["objective"] - before["objective"]) / gap
-        closed = f"{round(share, 2) + 0:.0%} of the gap closed"  # + 0: no -0%
+    change = after["objective"] - before["objective"]
+    closed = "J was as high before PPO, within the error of J*"
+    if gap > error:
+        closed = f"{round(change / gap, 2) + 0:.0%} of the gap closed"  # + 0: no -0%
+    if change < -max(0.01 * abs(gap), error):
+        closed = f"J fell by {-change:.3f}: try a smaller --learning_rate or more --rollouts"
     print(f"  {'best achievable J (J*), 95 % interval':<40}{best:8.3f} ±{error:.3f}\n  {closed}")
     print("\n  tokens     before" + " " * 26 + "after")
     lengths = before["lengths"] + after["lengths"]
@@ -464,7 +475,7 @@ def report_figure(path):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(kinds), 3.4), layout="constrained")
         figure.suptitle(
-            f"PPO on {n} held-out prompts, β = {found['beta']:g}: "
+            f"PPO on {measured_on(found)}, β = {found['beta']:g}: "
             f"J {number(before['objective'])} → {number(after['objective'])}, "
             f"best achievable {number(found['roof'][0])}",
             fontsize=11,

@@ -686,6 +686,7 @@ class RLHF(Stage):
             measured["story"] = self.decode(ids) if self.tokenizer else ""
         report = {
             "beta": self.trainer.config.init_kl_coef,
+            "prompts": min(self.args.report_rollouts, len(self.held_out)),
             "roof": self.j_star,
             "before": before,
             "after": after,
@@ -718,6 +719,9 @@ class RLHF(Stage):
         except (OSError, ValueError, KeyError):
             scores = None
         if scores is None:
+            if self.rank == 0:
+                n = f"{a.roof_prompts} × {a.roof_samples}"
+                print(f"estimating J* from {n} responses of the reference model ...", flush=True)
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
             reference = self.trainer.reference
             with on_device(reference, self.ref_device, self.offload), whole(reference):

@@ -494,10 +494,17 @@ LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
 
 
 @pytest.mark.parametrize(
-    "roof,says",
-    [(-0.5, "40% of the gap closed"), (-1.0, "as high before PPO"), (-1.2, "as high before PPO")],
+    "roof,j,says",
+    [
+        (-0.5, -0.8, "40% of the gap closed"),
+        (-1.0, -0.8, "as high before PPO"),
+        (-1.2, -0.8, "as high before PPO"),
+        (-0.995, -0.999, "as high before PPO, within the error of J*"),  # a gap of half the error
+        (-0.995, -1.1, "J fell by 0.100"),
+        (-0.5, -1.1, "J fell by 0.100"),
+    ],
 )
-def test_report_without_a_gap(capsys, roof, says):
+def test_report_without_a_gap(capsys, roof, j, says):
     part = dict(
         reward=-1.0,
         kl=0.0,
@@ -509,10 +516,13 @@ def test_report_without_a_gap(capsys, roof, says):
         lengths=[9, 10],
         story="",
     )
-    before, after = part | {"objective": -1.0}, part | {"objective": -0.8}
-    report.print_report(dict(beta=0.1, roof=(roof, 0.01), before=before, after=after))
+    before, after = part | {"objective": -1.0}, part | {"objective": j}
+    found = dict(beta=0.1, roof=(roof, 0.01), before=before, after=after)
+    report.print_report(found)
     out = capsys.readouterr().out
-    assert says in out and "nan" not in out
+    assert says in out and "nan" not in out and "PPO on 2 held-out prompts, beta = 0.1" in out
+    report.print_report(found | {"prompts": 1})
+    assert "PPO on 2 responses to 1 held-out prompts, beta = 0.1" in capsys.readouterr().out
 
 
 def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
