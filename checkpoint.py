@@ -103,7 +103,10 @@ def load_checkpoint(path, device="cpu", mmap=False):
         raise ValueError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in path.parent.glob("*ckpt.pt"))[:8])
+        below = ", ".join(sorted(map(str, path.parent.glob("*/*ckpt.pt")))[:4])
         hint = f"{path.parent} has {others}" if others else "train a model first (train.py)"
+        if below and not others:
+            hint = f"but there is {below} (see --out_dir, --checkpoint and --init_from)"
         raise FileNotFoundError(f"{path}: there is no such checkpoint; {hint}")
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped

@@ -523,7 +523,7 @@ def train(run):
                     f"interrupted: saved iteration {iteration}; to resume, run the same command "
                     "with --init_from=resume"
                 )
-                return 128 + number if number == signal.SIGTERM else 0
+                return 128 + number
         evaluate_and_save()
     except (FloatingPointError, *stage.check_errors) as e:
         unchanged = isinstance(e, stage.check_errors)

@@ -533,7 +533,7 @@ def interrupted(data, folder, at, number, **flags):
         stage.step = step
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_resume_to_the_bit(data, tmp_path, capsys, number, status):
     train.main(command(data, tmp_path / "whole", **HARD))
     for at in (5, 7):  # 7: stopped just before the evaluation of iteration 8
@@ -744,7 +744,8 @@ def test_ppo_resumes_to_the_bit(data, tmp_path, changed):
         train.main(command(data, tmp_path / name))
     train.main(command(data, tmp_path / "whole", init_from="resume", **flags))
     assert (
-        interrupted(data, tmp_path / "stopped", 13, signal.SIGINT, init_from="resume", **flags) == 0
+        interrupted(data, tmp_path / "stopped", 13, signal.SIGINT, init_from="resume", **flags)
+        == 130
     )
     train.main(command(data, tmp_path / "stopped", init_from="resume", **flags))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", "ppo_")
@@ -1015,7 +1016,7 @@ def test_weighted_folders_resume_to_the_bit(data, tmp_path):
     np.array(chain(9_000, 7), dtype="<u2").tofile(other / f"tok{VOCAB}" / "data00.bin")
     both = f"{data}:0.7,{other}:0.3"
     train.main(command(both, tmp_path / "whole"))
-    assert interrupted(both, tmp_path / "stopped", 6, signal.SIGINT) == 0
+    assert interrupted(both, tmp_path / "stopped", 6, signal.SIGINT) == 130
     train.main(command(both, tmp_path / "stopped", init_from="resume"))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     train.main(command(data, tmp_path / "first"))
