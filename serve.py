@@ -30,10 +30,10 @@ import common  # noqa: F401  first: it reports missing packages
 # isort: split
 import torch
 
+import formats
 import kernels
 from checkpoint import check_generates, choose_device, load_checkpoint, model_from_checkpoint
 from common import Refused, add_flags, flag, parse_args, run_main
-from formats import api_choice, api_error, api_head, api_parameters, api_stream, api_usage
 from instruct import find_template
 from model import Transformer, TransformerWithValueHead
 from rlhf import ModelReward, load_reward, load_reward_model
@@ -49,7 +49,7 @@ try:
 except ImportError as e:
     sys.exit(f"error: serve.py needs: pip install starlette uvicorn ({e})")
 
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+LOOPBACK, TOO_LONG = {"localhost", "127.0.0.1", "::1"}, "context_length_exceeded"
 MAX_BODY, MAX_HEADERS, MAX_CONNECTIONS, SECONDS = 2**20, 2**14, 512, 15
 PAUSE = 0.02  # seconds between two parts of a stream, at least
 
@@ -92,9 +92,8 @@ class Service:
         self.template = named and find_template(args.template, checkpoint, self.tokenizer)
 
         def load(other_path):
-            other = load_checkpoint(other_path)
-            hashes = checkpoint.get("tokenizer_hash"), other.get("tokenizer_hash")
-            check_same_tokenizer(path, hashes[0], other_path, hashes[1])
+            other, own = load_checkpoint(other_path), checkpoint.get("tokenizer_hash")
+            check_same_tokenizer(path, own, other_path, other.get("tokenizer_hash"))
             return other
 
         def build(weights, kind=Transformer, source=checkpoint):
@@ -119,7 +118,7 @@ class Service:
         self.context = min(m.args.max_seq_len for m in self.models)
         self.longest = min(args.max_prompt or self.context, self.context - 1)  # prompt
         self.limit = min(args.max_new_tokens or self.context, self.context)  # response
-        self.vocabulary = min(self.models[0].args.vocab_size, self.tokenizer.n_words)
+        self.ids = range(min(self.models[0].args.vocab_size, self.tokenizer.n_words))
         kind, half = (device.partition(":")[0], getattr(torch, args.dtype)), args.dtype != "float32"
         autocast = functools.partial(torch.autocast, *kind) if half else nullcontext
         self.engine = Engine(list(self.lanes.values()), args.max_queue, autocast)
@@ -131,18 +130,19 @@ class Service:
             how = args.reward, args.target_len, self.tokenizer.decode
             self.reward = load_reward(*how) if args.reward else None
 
-    def check_ids(self, ids, most, least=1):
-        right = isinstance(ids, list) and least <= len(ids) <= most
-        if not right or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
-            what = f"{least} to {most} token ids below {self.vocabulary}"
-            raise Refused(400, f"expected text of {what}", "context_length_exceeded")
+    def check_ids(self, ids, most, name="prompt"):
+        if type(ids) is not list or not all(type(i) is int and i in self.ids for i in ids):
+            raise Refused(400, f"{name} must be text or a list of token ids below {self.ids.stop}")
+        if not 1 <= len(ids) <= most:
+            why = f"it may have 1 to {most}, and the context holds {self.context}"
+            raise Refused(400, f"the {name} has {len(ids)} tokens; {why}", TOO_LONG)
         return ids
 
     def prompts(self, body, chat):
         """The prompts of a request, as lists of token ids."""
-        x = body.get("messages" if chat else "prompt") or ""
-        if len(json.dumps(x)) > 64 * self.context:  # more would take long to encode
-            raise Refused(400, "the text or chat is too long", "context_length_exceeded")
+        name = "messages" if chat else "prompt"
+        if len(json.dumps(x := body.get(name) or "")) > 64 * self.context:  # slow to encode
+            raise Refused(400, f"{name}: too long for a context of {self.context} tokens", TOO_LONG)
         if chat and not self.template:
             raise Refused(400, "this model has no chat template: see --template")
         if chat:
@@ -153,15 +153,16 @@ class Service:
 
     def parse(self, body, chat, receive):
         """The parameters of a request, with its model and rows."""
-        p, names = api_parameters(body, chat), list(self.lanes)
+        for name in "max_tokens", "max_completion_tokens":
+            formats.api_value(body, name, 1, 1, self.limit)
+        p, names = formats.api_parameters(body, chat), list(self.lanes)
         p.model = body.get("model") or names[0]
         if p.model not in names:
-            raise Refused(404, f"there is no such model here, only {names}", "model_not_found")
+            raise Refused(404, f"model must be one of: {', '.join(names)}", "model_not_found")
         p.prompts = self.prompts(body, chat)
         n, limit = p.n * len(p.prompts), p.max_tokens or min(256, self.limit)
-        if n > self.args.max_batch or limit > self.limit:
-            limits = f"{self.args.max_batch} responses of {self.limit} tokens"
-            raise Refused(400, f"a request may ask for at most {limits}")
+        if n > self.args.max_batch:
+            raise Refused(400, f"n: at most {self.args.max_batch} responses per request, not {n}")
         uniform = torch.rand(n, limit, generator=torch.Generator().manual_seed(p.seed))
         pause = PAUSE if p.stream or p.stop else float("inf")
         how = (p.temperature, p.top_k, p.top_p), p.logprobs, receive, pause
@@ -177,7 +178,7 @@ class Service:
         self.engine.submit(self.lanes[p.model], p.rows)
         pieces = self.engine.texts(p.rows, texts, events)
         if p.stream:
-            events = api_stream(p, self.tokenizer, pieces)
+            events = formats.api_stream(p, self.tokenizer, pieces)
             return StreamingResponse(events, media_type="text/event-stream")
         texts, items, reasons = [""] * len(p.rows), [[] for _ in p.rows], [None] * len(p.rows)
         left = None, [], [], Refused(400, "the client has gone")
@@ -187,9 +188,9 @@ class Service:
             async for i, text, new, reasons[i] in pieces:
                 texts[i], items[i] = texts[i] + text, items[i] + new
         gone.cancel()
-        done = enumerate(zip(texts, items, reasons))
-        choices = [api_choice(p, self.tokenizer, i, *x) for i, x in done]
-        return JSONResponse({**api_head(p), "choices": choices, "usage": api_usage(p, items)})
+        done, usage = enumerate(zip(texts, items, reasons)), formats.api_usage(p, items)
+        choices = [formats.api_choice(p, self.tokenizer, i, *x) for i, x in done]
+        return JSONResponse({**formats.api_head(p), "choices": choices, "usage": usage})
 
     async def list_models(self, request, body):
         data = [dict(id=x, object="model", created=0, owned_by="fable") for x in self.lanes]
@@ -202,8 +203,8 @@ class Service:
         return JSONResponse(shown | dict(max_prompt=self.longest, max_new_tokens=self.limit))
 
     async def score(self, request, body):
-        ids = [self.check_ids(body.get(x), self.context) for x in ("prompt", "response")]
-        self.check_ids(sum(ids, []), self.context + 1)
+        ids = [self.check_ids(body.get(x), self.context, x) for x in ("prompt", "response")]
+        self.check_ids(sum(ids, []), self.context + 1, "text")
         return JSONResponse(await self.engine.score(self.report, *ids))
 
     def report(self, prompt, response):
@@ -253,19 +254,19 @@ def application(service, args):
     """The ASGI application."""
     page = (Path(__file__).parent / "assets/serve.html").read_text(encoding="utf-8")
 
-    def refuse(e):
-        return JSONResponse(api_error(e), e.status)
+    def refuse(e, body=()):  # a message about one field begins with "NAME", "NAME:" or "the NAME"
+        answer, name = formats.api_error(e), str(e).removeprefix("the ").split(" ")[0].strip(":")
+        answer["error"]["param"] = name if name in body else None
+        return JSONResponse(answer, e.status)
 
     def route(path, function, method="GET", **options):
-        async def answer(request):
+        async def answer(request, body=()):
             try:
                 guard(request, args)
-                body = await read_body(request) if method == "POST" else None
+                body = await read_body(request) if method == "POST" else ()
                 return await function(request, body, **options)
-            except Refused as e:
-                return refuse(e)
-            except ValueError as e:
-                return refuse(Refused(400, str(e)))
+            except (Refused, ValueError) as e:
+                return refuse(e if isinstance(e, Refused) else Refused(400, str(e)), body)
 
         return Route(path, answer, methods=[method])
 
@@ -313,8 +314,7 @@ async def serve(service, listener):
     options |= dict(proxy_headers=False, server_header=False, timeout_graceful_shutdown=5)
     options |= dict(h11_max_incomplete_event_size=MAX_HEADERS)
     server = uvicorn.Server(uvicorn.Config(application(service, service.args), **options))
-    engine = service.engine
-    engine.server, engine.loop = server, asyncio.get_running_loop()
+    engine, engine.server, engine.loop = service.engine, server, asyncio.get_running_loop()
     generation = engine.loop.run_in_executor(None, engine.run)
     try:
         await server.serve([listener])

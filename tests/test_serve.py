@@ -628,6 +628,51 @@ def test_limits_of_tokens(folder):
         assert ask(s, "/info")[1]["max_new_tokens"] == 11
 
 
+def refusal(server, path="/v1/completions", **body):
+    status, answer = ask(server, path, body)
+    assert status in (400, 404), answer
+    return answer["error"]
+
+
+def test_refusals_name_the_numbers_and_the_field(server, chat_server, folder, tokenizer):
+    """A message has the number of tokens and the limit that applies; `param` is the field."""
+    text = "Tom saw a big dog. " * 40
+    n = len(tokenizer.encode(text, bos=True, eos=False))
+    error = refusal(server, prompt=text)
+    assert f"the prompt has {n} tokens" in error["message"] and n > CONTEXT
+    assert f"context holds {CONTEXT}" in error["message"]
+    assert f"1 to {CONTEXT - 1}" in error["message"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    error = refusal(server, prompt="x" * 65 * CONTEXT)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    error = refusal(server, prompt=[VOCAB])
+    assert f"token ids below {VOCAB}" in error["message"]
+    assert (error["code"], error["param"]) == (None, "prompt")  # not too long
+    for value in "twenty", CONTEXT + 1, 0:
+        error = refusal(server, prompt="Tom", max_tokens=value)
+        assert error["message"] == f"max_tokens must be a whole number from 1 to {CONTEXT}"
+        assert error["param"] == "max_tokens"
+    messages = [{"role": "user", "content": "Hi"}]
+    error = refusal(
+        chat_server, "/v1/chat/completions", messages=messages, max_completion_tokens=999
+    )
+    assert error["param"] == "max_completion_tokens" and str(CONTEXT) in error["message"]
+    messages[0]["content"] *= 64 * CONTEXT
+    error = refusal(chat_server, "/v1/chat/completions", messages=messages)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    for body in dict(temperature=-1), dict(stop=[""]), dict(n=17):
+        assert refusal(server, **body)["param"] == [*body][0]
+    for model in "gpt", ["gpt"]:
+        error = refusal(server, model=model)
+        assert error["message"].endswith("tuned, tuned-reference") and error["param"] == "model"
+    assert refusal(server, "/score", prompt=[1], response=["a"])["param"] == "response"
+    assert ask(server, "/v1/completions", b"[]")[1]["error"]["param"] is None
+    assert ask(server, "/none")[1]["error"]["param"] is None
+    with running(f"--checkpoint={folder}/base.pt", "--max_prompt=9", "--max_new_tokens=11") as s:
+        assert "has 10 tokens; it may have 1 to 9" in refusal(s, prompt=[5] * 10)["message"]
+        assert "from 1 to 11" in refusal(s, max_tokens=12)["message"]
+
+
 def test_a_full_context_ends_a_response(server):
     answer = complete(server, prompt=[5] * (CONTEXT - 3), max_tokens=100, seed=1, stop=None)
     assert answer["usage"]["completion_tokens"] <= 4
