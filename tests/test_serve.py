@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -1230,7 +1231,13 @@ def test_page(server, chat_server, browser, tokenizer):
         server, "/score", {"prompt": run("return shown[0].prompt"), "response": ids}
     )
     caption = run("return document.querySelector('figcaption').textContent")
-    assert f"total {score['kl']:.2f}" in caption
+    assert f"total {score['kl']:.2f} nats" in caption
+    stats = browser.find_element("css selector", ".stats").text
+    assert f"{len(ids)} after a prompt of {run('return shown[0].prompt.length')}" in stats
+    assert len(re.findall(r"(KL|log π/πref) −?[0-9.]+ nats", stats)) == 2
+    browser.find_element("css selector", "#color [value=probability]").click()
+    caption = run("return document.querySelector('figcaption').textContent")
+    assert caption.startswith("−log p per token, largest ") and caption.endswith(" nats")
     run("shown[0].spans[3].click()")
     rows = run("return [...document.querySelectorAll('#inspector table')].map(t => t.rows.length)")
     assert rows == [10, 10]
@@ -1248,7 +1255,7 @@ def test_page(server, chat_server, browser, tokenizer):
         until(browser, "shown.length == 2 && shown.every(r => r.score) && !running")
         verdict = browser.find_element("css selector", ".verdict").text
         assert f"part at token {part + 1}:" in verdict and "rewards" in verdict
-        assert f"Lengths {m} and {n}" in verdict
+        assert f"Lengths {m} and {n} after a prompt of {len(prompt)} tokens, rewards" in verdict
     assert len(texts) == 2
     browser.get(f"http://127.0.0.1:{chat_server.port}/")
     until(browser, "info && mode == 'chat'")
@@ -1260,6 +1267,34 @@ def test_page(server, chat_server, browser, tokenizer):
     find("clear").click()
     assert run("return turns.length + shown.length") == 0
     assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
+    # an error names the field as the page does (the browser logs the answers of status 400)
+    browser.find_element("css selector", "#mode [value=story]").click()
+    for name, wrong, right in ("max_tokens", CONTEXT + 1, 40), ("top_k", -1, 0):
+        run(f"$('{name}').value = {wrong}")
+        find("go").click()
+        until(browser, "$('error').textContent && !running")
+        label = browser.find_element("xpath", f"//label[*[@id='{name}']]").text.split(" (")[0]
+        assert find("error").text.startswith(f"“{label}” must be a whole number from ")
+        run(f"$('{name}').value = {right}")
+
+
+def test_page_on_a_phone(server, browser):
+    """Every button can be reached in a narrow window, which does not scroll sideways."""
+    for width in 420, 360:
+        metrics = dict(width=width, height=800, deviceScaleFactor=1, mobile=False)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        until(browser, "info")
+        browser.execute_script("$('go').click()")
+        until(browser, "shown.length && shown[0].score && !running")
+        assert browser.execute_script("return innerWidth") == width
+        for name in "none", "probability", "ratio", "value":
+            button = browser.find_element("css selector", f"#color [value={name}]")
+            assert button.is_displayed()
+            button.click()
+            assert browser.execute_script("return color") == name
+            assert button.rect["x"] >= 0 and button.rect["x"] + button.rect["width"] <= width
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_stop_and_leaving_the_page(folder, browser):
