@@ -768,12 +768,15 @@ class RLHF(Stage):
     def line(self, iteration, s):
         if self.args.ppo_debug:
             return json.dumps({"iter": iteration, **s}, indent=4)
+        policy = "critic alone"  # an iteration of --critic_warmup
+        if "ppo/policy/entropy" in s:
+            entropy, clipped = s["ppo/policy/entropy"], s["ppo/policy/clipfrac"]
+            policy = f"entropy {entropy:.2f} | clip {clipped:5.1%}"
         return (
             f"{iteration:6d} | J {s['ppo/objective']:.3f} of {s['ppo/objective_roof']:.3f} | "
             f"reward {s['ppo/reward']:.3f} | KL {s['ppo/kl_ref']:.2f} | "
             f"length {s['ppo/length/mean']:3.0f} ±{s['ppo/length/std']:3.0f} | "
-            f"ended {s['ppo/ended']:4.0%} | entropy {s.get('ppo/policy/entropy', math.nan):.2f} | "
-            f"clip {s.get('ppo/policy/clipfrac', math.nan):5.1%} | "
+            f"ended {s['ppo/ended']:4.0%} | {policy} | "
             f"EV {s['ppo/val/explained_variance']:5.2f} | "
             f"norm {s.get('grad_norm', math.nan):.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
             f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"

@@ -728,11 +728,14 @@ def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     )
     train.main(command(data, tmp_path))
     flags = PPO | dict(critic_warmup=2, averaging=0, ptx_coef=0, ppo_iters=1, init_from="resume")
+    flags |= dict(log_interval=1)
     train.main(command(data, tmp_path, reward=f"{reward}:f", **flags))
     states = [load_checkpoint(tmp_path / f"{n}ckpt.pt")["model"] for n in ("", "ppo_")]
     assert equal(*states) == []
     record = read_log(tmp_path, "ppo_")[0]
     assert record["ppo/reward"] > 0 and "ppo/loss/policy" not in record
+    out = capsys.readouterr().out
+    assert "| critic alone |" in out and "nan" not in out
     with pytest.raises(ValueError, match="returned 1 scores for 8 responses"):
         train.main(command(data, tmp_path, reward=f"{reward}:short", **flags))
 
