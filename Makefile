@@ -69,7 +69,8 @@ rlhf: $(RLHF)/ppo $(RLHF)/dpo
 
 # Stories: real ones if they are here or can be downloaded, else synthetic ones of tinystories.py.
 data/TinyStories_all_data/data00.json: | .venv/installed
-	$(PY) tinystories.py download --small || $(PY) tinystories.py synthesize
+	$(PY) tinystories.py download --small || \
+		{ echo 'Simple stories are generated instead.'; $(PY) tinystories.py synthesize; }
 
 data/tok512.model: | data/TinyStories_all_data/data00.json
 	$(PY) tinystories.py train_vocab --vocab_size=512
