@@ -207,7 +207,7 @@ def print_report(found):
     before, after = found["before"], found["after"]
     n, columns = len(before["lengths"]), terminal_columns()
     title = f"PPO on {measured_on(found)}, beta = {found['beta']:g}"
-    print(f"\n{title:<44}before     after")
+    print(f"\n{title:<43} before     after")
     rows = [
         ("J = reward - beta KL", "objective", "8.3f"),
         ("reward", "reward", "8.3f"),
