@@ -768,7 +768,7 @@ class RLHF(Stage):
     def line(self, iteration, s):
         if self.args.ppo_debug:
             return json.dumps({"iter": iteration, **s}, indent=4)
-        policy = "critic alone"  # an iteration of --critic_warmup
+        policy = "no policy step"  # --critic_warmup, or ratio_threshold skipped every step
         if "ppo/policy/entropy" in s:
             entropy, clipped = s["ppo/policy/entropy"], s["ppo/policy/clipfrac"]
             policy = f"entropy {entropy:.2f} | clip {clipped:5.1%}"
@@ -778,7 +778,7 @@ class RLHF(Stage):
             f"length {s['ppo/length/mean']:3.0f} ±{s['ppo/length/std']:3.0f} | "
             f"ended {s['ppo/ended']:4.0%} | {policy} | "
             f"EV {s['ppo/val/explained_variance']:5.2f} | "
-            f"norm {s.get('grad_norm', math.nan):.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
+            f"norm {s.get('grad_norm', 0.0):.2f} | rollout {s['time/ppo/rollout']:.1f} s | "
             f"scoring {s['time/ppo/scoring']:.1f} s | update {s['time/ppo/optimize_step']:.1f} s"
         )
 

@@ -58,7 +58,7 @@ def llama_cpp(path, context):
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
-    params.cpuparams.n_threads, params.warmup = 1, False
+    params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, 1
     server = xllamacpp.Server(params)
 
     def post(endpoint, **query):

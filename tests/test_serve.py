@@ -3,6 +3,7 @@ requests and slow clients, and the page in a headless browser."""
 
 import argparse
 import asyncio
+import functools
 import http.client
 import importlib
 import json
@@ -1129,9 +1130,10 @@ def test_missing_packages(monkeypatch):
 def test_interrupt(folder):
     """Ctrl-C ends a stream with an error, and the command within seconds."""
     command = [sys.executable, ROOT / "serve.py", f"--checkpoint={folder}/base.pt", "--port=0"]
-    process = subprocess.Popen(
-        [*command, "--device=cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Processes that a shell starts in the background inherit that Ctrl-C is ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*command, "--device=cpu"], **pipes, preexec_fn=heard)
     try:
         line = process.stdout.readline()
         assert line.startswith("base: http://127.0.0.1:")

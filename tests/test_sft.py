@@ -182,7 +182,7 @@ def test_resumes_to_the_bit(base, tmp_path, flags):
     train.main(command(base, tmp_path / "whole", **flags))
     argv = command(base, tmp_path / "stopped", **flags)
     hook = (die_in_step, 6, signal.SIGINT)
-    assert finish(spawn(argv, tmp_path / "log.txt", hook=hook)) == 0
+    assert finish(spawn(argv, tmp_path / "log.txt", hook=hook)) == 130
     assert load_checkpoint(tmp_path / "stopped/sft_ckpt.pt")["iter_num"] == 7
     train.main([*argv, "--init_from=resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", "sft_")

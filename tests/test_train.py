@@ -735,7 +735,7 @@ def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     record = read_log(tmp_path, "ppo_")[0]
     assert record["ppo/reward"] > 0 and "ppo/loss/policy" not in record
     out = capsys.readouterr().out
-    assert "| critic alone |" in out and "nan" not in out
+    assert "| no policy step |" in out and "nan" not in out
     with pytest.raises(ValueError, match="returned 1 scores for 8 responses"):
         train.main(command(data, tmp_path, reward=f"{reward}:short", **flags))
 
