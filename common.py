@@ -362,11 +362,12 @@ def run_main(main):
 
 
 class Refused(Exception):
-    """An answer to a request that is not served; `status` is that of HTTP."""
+    """An answer to a request that is not served; `status` is that of HTTP, `param` the field that
+    the message is about."""
 
-    def __init__(self, status, message, code=None):
+    def __init__(self, status, message, code=None, param=None):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.param = status, code, param
 
 
 def note(message):

@@ -1767,21 +1767,25 @@ def api_value(body, name, default, low=0, high=1):
         return default
     if type(x) not in ((int, float) if kind is float else (kind,)) or not low <= x <= high:
         number = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
-        raise Refused(400, f"{name} must be {'true or false' if kind is bool else number}")
+        what = "true or false" if kind is bool else number
+        raise Refused(400, f"{name} must be {what}", param=name)
     return kind(x)
 
 
-def api_parameters(body, chat):
-    """The parameters of a request as a namespace, checked."""
+def api_parameters(body, chat, limit=2**31):
+    """The parameters of a request as a namespace, checked. limit: the largest max_tokens."""
     kinds, stop = CHAT if chat else STORY, body.get("stop") or []
+    kinds = kinds | {name: (0, 1, limit) for name in kinds if name.startswith("max_")}
     for name in body.keys() - kinds.keys() - OTHERS - NO_EFFECT:
         if body[name] is not None and body[name] != NEUTRAL.get(name):
-            raise Refused(400, f"the parameter {name[:40]!r} is not supported")
+            raise Refused(400, f"the parameter {name[:40]!r} is not supported", param=name[:40])
     stop, options = [stop] if isinstance(stop, str) else stop, body.get("stream_options") or {}
-    if not isinstance(options, dict) or not isinstance(stop, list) or len(stop) > 4:
-        raise Refused(400, "stream_options must be an object, stop a string or up to 4 strings")
+    if not isinstance(options, dict):
+        raise Refused(400, "stream_options must be an object", param="stream_options")
+    if not isinstance(stop, list) or len(stop) > 4:
+        raise Refused(400, "stop must be a string or up to 4 strings", param="stop")
     if not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
-        raise Refused(400, "stop: expected strings of 1 to 200 characters")
+        raise Refused(400, "stop: expected strings of 1 to 200 characters", param="stop")
     p = SimpleNamespace(
         chat=chat, stop=stop, rows=[], usage=api_value(options, "include_usage", False)
     )
@@ -1797,7 +1801,7 @@ def api_error(e):
     """The answer to a request that is refused, in OpenAI's format."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(e.status)
     kind = kind or ("server_error" if e.status >= 500 else "invalid_request_error")
-    return {"error": {"message": str(e), "type": kind, "param": None, "code": e.code}}
+    return {"error": {"message": str(e), "type": kind, "param": e.param, "code": e.code}}
 
 
 def api_token(text, logprob, top=None):

@@ -132,17 +132,19 @@ class Service:
 
     def check_ids(self, ids, most, name="prompt"):
         if type(ids) is not list or not all(type(i) is int and i in self.ids for i in ids):
-            raise Refused(400, f"{name} must be text or a list of token ids below {self.ids.stop}")
+            why = f"{name} must be text or token ids below {self.ids.stop}"
+            raise Refused(400, why, param=name)
         if not 1 <= len(ids) <= most:
             why = f"it may have 1 to {most}, and the context holds {self.context}"
-            raise Refused(400, f"the {name} has {len(ids)} tokens; {why}", TOO_LONG)
+            raise Refused(400, f"the {name} has {len(ids)} tokens; {why}", TOO_LONG, name)
         return ids
 
     def prompts(self, body, chat):
         """The prompts of a request, as lists of token ids."""
         name = "messages" if chat else "prompt"
         if len(json.dumps(x := body.get(name) or "")) > 64 * self.context:  # slow to encode
-            raise Refused(400, f"{name}: too long for a context of {self.context} tokens", TOO_LONG)
+            why = f"{name}: too long for a context of {self.context} tokens"
+            raise Refused(400, why, TOO_LONG, name)
         if chat and not self.template:
             raise Refused(400, "this model has no chat template: see --template")
         if chat:
@@ -153,16 +155,15 @@ class Service:
 
     def parse(self, body, chat, receive):
         """The parameters of a request, with its model and rows."""
-        for name in "max_tokens", "max_completion_tokens":
-            formats.api_value(body, name, 1, 1, self.limit)
-        p, names = formats.api_parameters(body, chat), list(self.lanes)
+        p, names = formats.api_parameters(body, chat, self.limit), list(self.lanes)
         p.model = body.get("model") or names[0]
         if p.model not in names:
-            raise Refused(404, f"model must be one of: {', '.join(names)}", "model_not_found")
+            why = f"model must be one of: {', '.join(names)}"
+            raise Refused(404, why, "model_not_found", "model")
         p.prompts = self.prompts(body, chat)
         n, limit = p.n * len(p.prompts), p.max_tokens or min(256, self.limit)
         if n > self.args.max_batch:
-            raise Refused(400, f"n: at most {self.args.max_batch} responses per request, not {n}")
+            raise Refused(400, f"n: at most {self.args.max_batch} responses, not {n}", None, "n")
         uniform = torch.rand(n, limit, generator=torch.Generator().manual_seed(p.seed))
         pause = PAUSE if p.stream or p.stop else float("inf")
         how = (p.temperature, p.top_k, p.top_p), p.logprobs, receive, pause
@@ -204,7 +205,8 @@ class Service:
 
     async def score(self, request, body):
         ids = [self.check_ids(body.get(x), self.context, x) for x in ("prompt", "response")]
-        self.check_ids(sum(ids, []), self.context + 1, "text")
+        if (n := sum(map(len, ids))) > self.context + 1:
+            raise Refused(400, f"{n} tokens do not fit a context of {self.context}", TOO_LONG)
         return JSONResponse(await self.engine.score(self.report, *ids))
 
     def report(self, prompt, response):
@@ -254,19 +256,17 @@ def application(service, args):
     """The ASGI application."""
     page = (Path(__file__).parent / "assets/serve.html").read_text(encoding="utf-8")
 
-    def refuse(e, body=()):  # a message about one field begins with "NAME", "NAME:" or "the NAME"
-        answer, name = formats.api_error(e), str(e).removeprefix("the ").split(" ")[0].strip(":")
-        answer["error"]["param"] = name if name in body else None
-        return JSONResponse(answer, e.status)
+    def refuse(e):
+        return JSONResponse(formats.api_error(e), e.status)
 
     def route(path, function, method="GET", **options):
-        async def answer(request, body=()):
+        async def answer(request):
             try:
                 guard(request, args)
                 body = await read_body(request) if method == "POST" else ()
                 return await function(request, body, **options)
             except (Refused, ValueError) as e:
-                return refuse(e if isinstance(e, Refused) else Refused(400, str(e)), body)
+                return refuse(e if isinstance(e, Refused) else Refused(400, str(e)))
 
         return Route(path, answer, methods=[method])
 

@@ -662,7 +662,8 @@ def test_refusals_name_the_numbers_and_the_field(server, chat_server, folder, to
     messages[0]["content"] *= 64 * CONTEXT
     error = refusal(chat_server, "/v1/chat/completions", messages=messages)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
-    for body in dict(temperature=-1), dict(stop=[""]), dict(n=17):
+    bodies = dict(temperature=-1), dict(stop=[""]), dict(stop=5), dict(n=17), dict(stream_options=1)
+    for body in *bodies, dict(unknown=1):
         assert refusal(server, **body)["param"] == [*body][0]
     for model in "gpt", ["gpt"]:
         error = refusal(server, model=model)
