@@ -102,11 +102,11 @@ def load_checkpoint(path, device="cpu", mmap=False):
         hint = ": import it with export.py ckpt.pt --hf" if (path / "config.json").exists() else ""
         raise ValueError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
-        others = ", ".join(sorted(p.name for p in path.parent.glob("*ckpt.pt"))[:8])
-        below = ", ".join(sorted(map(str, path.parent.glob("*/*ckpt.pt")))[:4])
-        hint = f"{path.parent} has {others}" if others else "train a model first (train.py)"
-        if below and not others:
-            hint = f"but there is {below} (see --out_dir, --checkpoint and --init_from)"
+        hint = "train a model first (train.py)"
+        if others := sorted(p.name for p in path.parent.glob("*ckpt.pt"))[:8]:
+            hint = f"{path.parent} has {', '.join(others)}"
+        elif below := sorted(map(str, path.parent.glob("*/*ckpt.pt")))[:4]:
+            hint = f"there is {', '.join(below)}: --out_dir, --checkpoint or --init_from selects it"
         raise FileNotFoundError(f"{path}: there is no such checkpoint; {hint}")
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped

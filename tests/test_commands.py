@@ -316,6 +316,7 @@ def test_errors(home, tmp_path, capsys):
             "there is no such checkpoint; train a model first (train.py)",
         ),
         (f"{v512} --init_from={tmp_path / 'good/x.pt'}", 1, f"; {tmp_path / 'good'} has ckpt.pt"),
+        (f"{v512} --init_from={tmp_path / 'x.pt'}", 1, "ckpt.pt: --out_dir, --checkpoint or"),
         (f"{v512} --data={tmp_path / 'nothing'}", 1, "no .bin shards in"),
         (f"{v512} --data=nowhere", 1, "no .bin shards in"),
         (
