@@ -71,15 +71,18 @@ class Lab:
         return torch.tensor(instruct.gold(texts, replies)), replies
 
     def table(self):
-        """One row of results on the held-out prompts per model."""
+        """One row of results on the held-out prompts per model. Errors are standard errors over
+        prompts, because the replies to one prompt are not independent of each other."""
         proxy, rows = self.proxy(self.folder / "rm_ckpt.pt"), []
+        means = {}  # model -> mean gold reward of the replies to each prompt
         for name in ("", "sft_", "ppo_", "dpo_"):
             path = self.folder / f"{name}ckpt.pt"
             if not path.exists():
                 continue
             model = model_from_checkpoint(load_checkpoint(path)).eval()
-            texts, prompts, responses, ended = self.sample(model)
+            texts, prompts, responses, ended = self.sample(model, self.args.replies)
             gold, replies = self.gold(texts, responses)
+            means[name] = gold.view(len(self.texts), -1).mean(1)
             kl, _ = ppo.kl_to_reference(model, self.reference, prompts, responses, 64)
             parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
             n = len(texts)
@@ -91,29 +94,39 @@ class Lab:
                     "ending": sum(p[1] for p in parts) / n,
                     "length": sum(p[2] for p in parts) / n,
                     "gold": float(gold.mean()),
-                    "gold_error": float(gold.std()) / math.sqrt(n),
+                    "gold_error": standard_error(means[name]),
                     "proxy": float(proxy(prompts, responses).mean()),
                     "kl": float(kl.mean()),
                     "ended": float(ended.float().mean()),
                     "story": f"{texts[0]}\n{replies[0]}",
                 }
             )
+        for row, x in zip(rows, means.values()):
+            gain = x - means["sft_"]  # with the error of the difference: the prompts are the same
+            row |= {"gain": float(gain.mean()), "gain_error": standard_error(gain)}
         return rows
 
 
-def print_table(rows, folder, n):
+def standard_error(x):
+    return float(x.std()) / math.sqrt(len(x))
+
+
+def print_table(rows, folder, n, replies):
     log = [json.loads(line) for line in open(Path(folder) / "rm_log.jsonl")]
     right = [r["rm/val/accuracy"] for r in log if "rm/val/accuracy" in r][-1]
     print(
-        f"\n{n} held-out prompts; the reward model agrees with the gold rule on {right:.1%} of "
-        "the held-out pairs\n"
+        f"\n{n} held-out prompts, {replies} replies to each; the reward model agrees with the gold "
+        f"rule on {right:.1%} of the held-out pairs\n"
     )
-    print("         all words   words  ending  length    gold           proxy   KL to SFT  ended")
+    print(
+        "         all words   words  ending  length    gold           over SFT        proxy   "
+        "KL to SFT  ended"
+    )
     for r in rows:
         print(
             f"  {r['model']:6} {r['all_words']:9.1%} {r['words']:7.1%} {r['ending']:7.1%} "
-            f"{r['length']:7.1%}   {r['gold']:.3f} ±{r['gold_error']:.3f}  {r['proxy']:6.2f} "
-            f"{r['kl']:10.2f}  {r['ended']:6.1%}"
+            f"{r['length']:7.1%}   {r['gold']:.3f} ±{r['gold_error']:.3f}  {r['gain']:+.3f} "
+            f"±{r['gain_error']:.3f}  {r['proxy']:6.2f} {r['kl']:10.2f}  {r['ended']:6.1%}"
         )
     for r in rows[1:]:
         print(f"\n  {r['model']}: " + " ".join(r["story"].split()))
@@ -331,6 +344,9 @@ def main():
     parser.add_argument(
         "--samples", type=int, default=64, help="samples of the SFT model per prompt"
     )
+    parser.add_argument(
+        "--replies", type=int, default=8, help="replies of each model per prompt, in the table"
+    )
     parser.add_argument("--iterations", type=int, default=40, help="PPO iterations")
     parser.add_argument("--out", default="assets", help="folder for the results of --overoptimise")
     parser.add_argument(
@@ -347,7 +363,7 @@ def main():
     rows = lab.table()
     with write_atomic(lab.folder / "rlhf.json", "w") as f:
         json.dump(rows, f, indent=1)
-    print_table(rows, lab.folder, len(lab.texts))
+    print_table(rows, lab.folder, len(lab.texts), args.replies)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import statistics
 import sys
 import types
 from contextlib import nullcontext
@@ -1024,11 +1025,28 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
     run(home, tmp_path, rm=True, max_iters=2, init_from=tmp_path / "sft_ckpt.pt")
     (tmp_path / f"tok{VOCAB}.model").write_bytes((home / f"tok{VOCAB}.model").read_bytes())
     line = ["story_task.py", str(tmp_path), f"--task={task}", "--prompts=8"]
-    monkeypatch.setattr("sys.argv", line)
-    story_task.main()
+    monkeypatch.setattr("sys.argv", line + ["--replies=3"])
+    (tmp_path / "ckpt.pt").write_bytes((home / "ckpt.pt").read_bytes())
+    scores, rng = [], random.Random(3)
+
+    def gold(lab, texts, replies):
+        scores.append([rng.random() for _ in texts])
+        return torch.tensor(scores[-1]), [""] * len(texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(story_task.Lab, "gold", gold)
+        story_task.main()
     torch.set_grad_enabled(True)
-    (row,) = json.loads((tmp_path / "rlhf.json").read_text())
+    start, row = json.loads((tmp_path / "rlhf.json").read_text())
     assert row["model"] == "SFT" and row["kl"] == pytest.approx(0, abs=1e-4)
+    # The replies to a prompt are neighbours; errors are over the prompts, of which there are 8.
+    a, b = ([statistics.mean(x[i : i + 3]) for i in range(0, len(x), 3)] for x in scores)
+    difference = [x - y for x, y in zip(a, b)]
+    assert start["gold"] == pytest.approx(statistics.mean(a)) and len(a) == 8
+    assert start["gold_error"] == pytest.approx(statistics.stdev(a) / 8**0.5)
+    assert start["gain"] == pytest.approx(statistics.mean(difference), abs=1e-6)
+    assert start["gain_error"] == pytest.approx(statistics.stdev(difference) / 8**0.5)
+    assert row["gain"] == row["gain_error"] == 0
     assert "of the held-out pairs" in capsys.readouterr().out
     more = ["--overoptimise", "--pairs=8", "--samples=4", "--iterations=2", f"--out={tmp_path}"]
     monkeypatch.setattr("sys.argv", line + more)
