@@ -94,17 +94,18 @@ def read_text(path):
 
 def items(path, keys):
     """
-    Yields (position, value) of each item of a JSON or JSONL file, with positions such as "line 3".
-    The file is a list, a sequence of objects that may each span several lines, or a single object
-    that has none of `keys` and contains the list, such as {"data": [...]}. Raises ValueError that
-    names the line that is not JSON.
+    Yields (position, value) of each item of a JSON or JSONL file, with positions such as "line 3",
+    or "line 1, item 2" where items of a list share a line. The file is a list, a sequence of
+    objects that may each span several lines, or a single object that has none of `keys` and
+    contains the list, such as {"data": [...]}. Raises ValueError that names the line that is not
+    JSON.
     """
     text = read_text(path)
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     is_list = text.lstrip().startswith("[")
     end_mark = "]" if is_list else ""
     at = space.match(text, text.index("[") + 1 if is_list else 0).end()
-    line = 1 + text.count("\n", 0, at)
+    line, above, n = 1 + text.count("\n", 0, at), 0, 0
     try:
         while text[at : at + 1] != end_mark:
             start, (item, end) = at, decoder.raw_decode(text, at)
@@ -118,7 +119,9 @@ def items(path, keys):
                 for i, inner in enumerate(item[names[0]], 1):
                     yield f"item {i} of {quoted(names)}", inner
                 return
-            yield f"line {line}", item
+            n += 1
+            yield f"line {line}" + f", item {n}" * (is_list and line == above), item
+            above = line
             if is_list:
                 comma = text[at : at + 1] == ","
                 if not comma and text[at : at + 1] != "]":

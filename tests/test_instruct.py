@@ -605,6 +605,8 @@ def test_file_layouts(tmp_path):
             '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
             'several lists.*"train", "test"',
         ),
+        ('[{"prompt": "a", "response": "b"}, {"prompt": 3}]', 'line 1, item 2: "prompt"'),
+        ('[{"prompt": "a", "response": "b"},\n{"prompt": 3}]', 'line 2: "prompt"'),
         ('{"data": 5}', 'line 1: it has "data", but none of'),
     ],
 )
