@@ -707,8 +707,9 @@ def shard_paths(folder, vocab_size):
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
     for candidate in folders:
         paths = sorted(glob.glob(glob.escape(candidate) + "/*.bin"))
-        # tokN.bin is no shard but a vocabulary that tokenizer.py has exported for run.c
-        paths = [p for p in paths if not re.fullmatch(r"tok\d+\.bin", os.path.basename(p))]
+        # Files for run.c are no shards: vocabularies that tokenizer.py has exported, and models.
+        other = re.compile(r"tok\d+\.bin|(\w+_)?model\.bin")
+        paths = [p for p in paths if not other.fullmatch(os.path.basename(p))]
         if paths:
             return paths
     raise FileNotFoundError(

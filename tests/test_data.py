@@ -507,6 +507,19 @@ def test_up_to_date_shards_are_kept(synthetic, tmp_path):
     assert len(shard(tmp_path / "tok512/data00.bin")) > 1000
 
 
+def test_models_in_the_data_folder_are_no_shards(synthetic):
+    """One folder may be --data_dir and --out_dir: training writes model.bin there."""
+    names = ["model.bin", "sft_model.bin", "tok512.bin"]
+    shards = tinystories.shard_paths(str(synthetic), 512)
+    try:
+        for name in names:
+            (synthetic / name).write_bytes(b"24ka" + bytes(60))
+        assert tinystories.shard_paths(str(synthetic), 512) == shards != []
+    finally:
+        for name in names:
+            (synthetic / name).unlink()
+
+
 def test_interrupted_pretokenize_leaves_no_half_shard(tmp_path, synthetic, monkeypatch):
     (tmp_path / "tok512.model").write_bytes((synthetic / "tok512.model").read_bytes())
     for name in "ab":
