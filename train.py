@@ -295,12 +295,14 @@ class Interrupt:
 
 def check_fits(args, model_args):
     """Raises ValueError if flags on the command line contradict the model of the checkpoint."""
-    usual = {"head_dim": model_args["dim"] // model_args["n_heads"]}  # which is not stored
+    heads = model_args["n_heads"]
+    usual = {"head_dim": model_args["dim"] // heads, "n_kv_heads": heads}  # the meaning of 0
     model_args = usual | model_args
+    given = {n: getattr(args, n) or usual.get(n, 0) for n in MODEL_FLAGS if n in args.given}
     wrong = [
         f"{n} is {model_args[n]} in the checkpoint, --{n}={getattr(args, n)} on the command line"
-        for n in MODEL_FLAGS
-        if n in args.given and model_args.get(n) not in (None, getattr(args, n))
+        for n, value in given.items()
+        if model_args.get(n) not in (None, value)
     ]
     if wrong:
         raise ValueError("the checkpoint does not fit the flags: " + "; ".join(wrong))
