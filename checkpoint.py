@@ -325,9 +325,12 @@ def starting_point(run, stage, differences):
         return weights_alone(state)
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
-    if args.init_from not in ("scratch", "resume"):
-        return weights_of(load_checkpoint(args.init_from), args.init_from) | uncounted, False
-    if args.init_from == "resume" and (mine.exists() or stage.from_scratch):
+    init_from = args.init_from
+    if args.eval_only and "init_from" not in args.given and mine.exists():
+        init_from = "resume"
+    if init_from not in ("scratch", "resume"):
+        return weights_of(load_checkpoint(init_from), init_from) | uncounted, False
+    if init_from == "resume" and (mine.exists() or stage.from_scratch):
         state = newest(mine)
         if stage.from_scratch and another_stage(state):
             return weights_of(state, mine), True

@@ -91,10 +91,10 @@ class Log:
         # A resumed run continues its log, without the iterations that it will repeat.
         old = read_log(self.path) if run.resumed and self.path.exists() else []
         lines = [json.dumps(record) + "\n" for record in old if record["iter"] < first]
-        if not args.eval_only:  # --eval_only may read the folder while another run writes to it
+        if not args.eval_only:  # which may read the folder while another run writes to it
             with write_atomic(self.path, "w") as f:
                 f.writelines(lines)
-        self.file = open(self.path, "a")
+            self.file = open(self.path, "a")
         SummaryWriter, wandb = load_boards(args)
         stage = prefix.rstrip("_") or "pretraining"
         if SummaryWriter:
@@ -125,8 +125,9 @@ class Log:
             return
         stats = {k: v if math.isfinite(v) else None for k, v in stats.items()}  # JSON has no NaN
         try:
-            self.file.write(json.dumps({"iter": iteration, **stats}) + "\n")
-            self.file.flush()
+            if self.file:
+                self.file.write(json.dumps({"iter": iteration, **stats}) + "\n")
+                self.file.flush()
         except OSError as e:
             raise OSError(e.errno, e.strerror, str(self.path)) from None
         for k, v in stats.items():
