@@ -67,7 +67,9 @@ class PPOConfig:
         False, "adapt β so that the KL per rollout stays near --target (--horizon)"
     )
     target: float = flag(6.0, "KL that adap_kl_ctrl aims at, nats per rollout")
-    horizon: float = flag(10000.0, "rollouts in which β changes by a factor of e at full error")
+    horizon: float = flag(
+        10000.0, "rollouts in which β changes by a factor of 1.22 while the KL is far from --target"
+    )
     # rollouts
     rollouts: int = flag(0, "rollouts per iteration; 0 means 8 × batch_size")
     max_gen_len: int = flag(300, "tokens per response, at most")
@@ -154,8 +156,8 @@ class PPOConfig:
             raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
-        if self.adap_kl_ctrl and min(self.target, self.horizon) <= 0:
-            raise ValueError("adap_kl_ctrl needs a target and a horizon above 0")
+        if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
+            raise ValueError("adap_kl_ctrl needs a target and an init_kl_coef above 0")
         if self.temperature <= 0:
             raise ValueError("rollouts need a temperature above 0")
         self.rollouts = self.rollouts or 8 * self.mini_batch_size
@@ -163,6 +165,8 @@ class PPOConfig:
             raise ValueError(
                 f"rollouts ({self.rollouts}) must be a multiple of group_size ({self.group_size})"
             )
+        if self.adap_kl_ctrl and self.horizon < self.rollouts:  # β could become negative
+            raise ValueError(f"horizon must be at least the {self.rollouts} rollouts per iteration")
         self.uses_values = self.advantage == "gae"
         self.exact_kl = self.kl_penalty == "full"
         # A KL estimate in the rewards has the whole gradient, the current token's part included.
@@ -982,7 +986,10 @@ def token_scores(scores, counts):
     """Scores, one per response or one list per response with a number per token, as one number per
     action (A,); a response's score is on its last action. Raises RewardError or FloatingPointError
     where scores are anything else."""
-    if any(isinstance(score, (list, tuple, torch.Tensor)) for score in scores):
+    several = [isinstance(score, (list, tuple, torch.Tensor)) for score in scores]
+    if any(several) and not all(several):
+        raise RewardError("the reward returned numbers for some responses and lists for others")
+    if any(several):
         sizes = [len(score) for score in scores]
         flat = torch.cat([torch.as_tensor(score, dtype=torch.float32) for score in scores])
     else:

@@ -1468,7 +1468,24 @@ def test_learns(seed):
     assert min(objectives) > start - 0.25 * (j_star - start)
 
 
-@pytest.mark.parametrize("name", ["target", "horizon"])
-def test_a_kl_controller_needs_a_target_and_a_horizon(name):
-    with pytest.raises(ValueError, match="adap_kl_ctrl needs a target and a horizon"):
-        ppo.PPOConfig(adap_kl_ctrl=True, **{name: 0.0})
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"target": 0.0}, "adap_kl_ctrl needs a target and an init_kl_coef above 0"),
+        ({"init_kl_coef": 0.0}, "adap_kl_ctrl needs a target and an init_kl_coef above 0"),
+        ({"rollouts": 200, "horizon": 199.0}, "horizon must be at least the 200 rollouts"),
+    ],
+)
+def test_a_kl_controller_can_adapt_beta_and_keeps_it_positive(flags, message):
+    """Otherwise beta would stay 0, or become negative, which would reward the KL."""
+    with pytest.raises(ValueError, match=message):
+        ppo.PPOConfig(adap_kl_ctrl=True, **flags)
+    controller = ppo.KLController(0.2, target=6.0, horizon=200.0)
+    for _ in range(3):
+        controller.update(kl=0.0, rollouts=200)
+    assert controller.value == pytest.approx(0.2 * 0.8**3)
+
+
+def test_scores_of_two_kinds_are_refused():
+    with pytest.raises(ppo.RewardError, match="numbers for some responses and lists for others"):
+        ppo.token_scores([1.0, [0.0, 2.0]], torch.tensor([1, 2]))
