@@ -517,6 +517,8 @@ def main(argv=None):
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     a = parse_args(parser, argv)
     a.data_of = {"sft": a.instructions, "dpo": a.preferences}
+    if a.rollouts < PER_ITERATION or a.rollouts % PER_ITERATION:
+        raise ValueError(f"--rollouts must be a multiple of {PER_ITERATION}, not {a.rollouts}")
     Path(a.out_dir).mkdir(parents=True, exist_ok=True)
     hf = Path(a.out_dir) / "hf"
     if not hf.exists():

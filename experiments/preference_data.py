@@ -66,7 +66,8 @@ def usable(records):
 
 def command(*flags):
     print("$", *flags, flush=True)
-    subprocess.run([sys.executable, str(ROOT / flags[0]), *flags[1:]], check=True)
+    if status := subprocess.run([sys.executable, str(ROOT / flags[0]), *flags[1:]]).returncode:
+        sys.exit(status)  # the command has said why
 
 
 def main():
@@ -134,7 +135,7 @@ def main():
         "--sft",
         *common,
         *files,
-        "--init_from=resume",
+        f"--init_from={out}/ckpt.pt",
         "--batch_size=16",
         "--learning_rate=5e-4",
         "--warmup_iters=20",

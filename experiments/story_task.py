@@ -150,14 +150,15 @@ def best_of(proxy, gold, n):
 def reward_model(lab, pairs):
     """Trains a reward model on `pairs` rankings (0: all of them); returns its path."""
     a, out = lab.args, lab.folder / f"rm{pairs}"
-    if not (out / "rm_ckpt.pt").exists():
-        records = (lab.folder / "pairs.jsonl").read_text().splitlines(True)
-        random.Random(a.seed).shuffle(records)
+    path, records = out / "rm_ckpt.pt", (lab.folder / "pairs.jsonl").read_text().splitlines(True)
+    random.Random(a.seed).shuffle(records)
+    chosen = records[200:][: pairs or None]
+    iterations = max(len(chosen) // 2, 100)
+    if not (path.exists() and load_checkpoint(path)["iter_num"] == iterations):
         out.mkdir(exist_ok=True)
-        chosen = records[200:][: pairs or None]
         (out / "pairs.jsonl").write_text("".join(chosen))
         (out / "val.jsonl").write_text("".join(records[:200]))
-        train.main(
+        status = train.main(
             [
                 "--rm",
                 f"--out_dir={out}",
@@ -166,7 +167,7 @@ def reward_model(lab, pairs):
                 f"--data={out}/pairs.jsonl",
                 f"--val_data={out}/val.jsonl",
                 "--batch_size=8",
-                f"--max_iters={max(len(chosen) // 2, 100)}",
+                f"--max_iters={iterations}",
                 "--eval_interval=1000",
                 "--optimizer=muon",
                 "--learning_rate=1e-3",
@@ -178,7 +179,9 @@ def reward_model(lab, pairs):
                 "--log_interval=50",
             ]
         )
-    return out / "rm_ckpt.pt"
+        if status:  # interrupted
+            sys.exit(status)
+    return path
 
 
 def push(lab, path, iterations):
