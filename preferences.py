@@ -138,7 +138,7 @@ class Preferences(InstructionStage):
         ToolFlags,
     )
     ddp = False
-    positive = ("reference_samples",)
+    positive = "reference_samples", "max_gen_len"
 
     def __init__(self, run, checkpoint):
         super().__init__(run, checkpoint)

@@ -318,6 +318,8 @@ class RLHF(Stage):
             yield ["ptx_data"], "has no effect without --ptx_coef"
         if not from_file:
             yield ["val_data"], "has no effect without --data=FILE.json or .jsonl"
+        else:
+            yield ["start_len"], "has no effect with --data=FILE.json or .jsonl"
         if not from_file and not (args.ptx_coef and ptx_file):
             yield ["template"], "has no effect without --data=FILE.json or .jsonl"
         if not args.adap_kl_ctrl:
@@ -391,11 +393,17 @@ class RLHF(Stage):
 
     @staticmethod
     def show_report(run):
-        """Prints the report of a run. Returns False if there is none with --report_rollouts."""
+        """Prints the report of a run. Returns False if there is none with the flags given."""
         args, path = run.args, Path(run.args.out_dir) / "ppo_report.json"
         report = json.loads(path.read_text()) if path.exists() else None
-        if report and "report_rollouts" in getattr(args, "given", ()):
-            report = report if len(report["before"]["lengths"]) == args.report_rollouts else None
+        if report:
+            measured = {
+                "report_rollouts": len(report["before"]["lengths"]),
+                "init_kl_coef": report["beta"],
+                "reward": report.get("reward"),  # reports of earlier versions have none
+            }
+            given = set(measured) & set(getattr(args, "given", ()))
+            report = report if all(measured[k] == getattr(args, k) for k in given) else None
         if report and run.rank == 0:
             print_report(report)
         return bool(report)
@@ -452,6 +460,11 @@ class RLHF(Stage):
                 raise ValueError(
                     f"--value_model={path} has a vocabulary of {critic.args.vocab_size} tokens, "
                     f"the policy has {self.model.args.vocab_size}"
+                )
+            if critic.args.max_seq_len < self.model.args.max_seq_len:
+                raise ValueError(
+                    f"--value_model={path} has a context of {critic.args.max_seq_len} tokens, "
+                    f"the policy has {self.model.args.max_seq_len}"
                 )
             if not args.fsdp and run.dtype != torch.float16:  # in which the update is in fp32
                 halve_frozen([critic], run.dtype)
@@ -649,7 +662,7 @@ class RLHF(Stage):
         return total / count
 
     def begin(self):
-        """Estimates J*; a new run also removes the report of an earlier run."""
+        """Estimates J*; training removes the report, which is of an earlier policy."""
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
             print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
@@ -660,7 +673,7 @@ class RLHF(Stage):
                     "that PPO has nothing to learn\n    from; choose a reward that differs between "
                     "samples of this model"
                 )
-            if not self.run.resumed:
+            if not self.args.eval_only:
                 (Path(self.args.out_dir) / "ppo_report.json").unlink(missing_ok=True)
 
     def end(self):
@@ -686,6 +699,7 @@ class RLHF(Stage):
             measured["story"] = self.decode(ids) if self.tokenizer else ""
         report = {
             "beta": self.trainer.config.init_kl_coef,
+            "reward": self.args.reward,
             "prompts": min(self.args.report_rollouts, len(self.held_out)),
             "roof": self.j_star,
             "before": before,
@@ -705,7 +719,8 @@ class RLHF(Stage):
         reference, names = self.trainer.reference, dict(self.trainer.reference.named_parameters())
         full = [ppo.full(p) for k, p in reference.state_dict().items() if k in names]
         weights = float(sum(p.cpu().double().abs().sum() for p in full))
-        prompts = self.held_out.batch(0, a.roof_prompts)
+        # Prompts that are drawn twice would count as independent in the error of J*.
+        prompts = self.held_out.batch(0, n_prompts := min(a.roof_prompts, len(self.held_out)))
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
         key += [c.max_gen_len, c.temperature, weights]
         # The reward may have changed under the same name: the file, or the code of a built-in one.
@@ -720,13 +735,13 @@ class RLHF(Stage):
             scores = None
         if scores is None:
             if self.rank == 0:
-                n = f"{a.roof_prompts} × {a.roof_samples}"
+                n = f"{n_prompts} × {a.roof_samples}"
                 print(f"estimating J* from {n} responses of the reference model ...", flush=True)
             prompts = [p for p in prompts for _ in range(a.roof_samples)]
             reference = self.trainer.reference
             with on_device(reference, self.ref_device, self.offload), whole(reference):
                 responses, ended = self.sample(reference, prompts)
-            scores = self.scores(prompts, responses, ended).view(a.roof_prompts, a.roof_samples)
+            scores = self.scores(prompts, responses, ended).view(n_prompts, a.roof_samples)
             if self.rank == 0:
                 with write_atomic(path, "w") as f:
                     json.dump({"key": key, "scores": scores.tolist()}, f)
@@ -813,6 +828,14 @@ class RLHF(Stage):
 
     def load_state(self, checkpoint):
         state, critic = checkpoint["ppo"], self.trainer.critic
+        saved = checkpoint.get("config", {})
+        names = ("lora_rank", "lora_layers", "freeze_layers", "advantage", "value_model")
+        other = [k for k in names if k in saved and saved[k] != getattr(self.args, k)]
+        if "value_model" in other and "shared" not in (saved["value_model"], self.args.value_model):
+            other.remove("value_model")  # the checkpoint has the critic, wherever it started
+        if other:
+            flags = " ".join(f"--{k}={saved[k]}" for k in other)
+            raise ValueError(f"the run in {self.args.out_dir} had other flags: add {flags}")
         self.model.load_state_dict(sharded_state(self.model, state["policy"]))
         if critic is not None:
             state["critic"] = sharded_state(critic, state["critic"])

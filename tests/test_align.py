@@ -476,7 +476,7 @@ def test_shards_in_bfloat16(home, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "sft"])
-def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
+def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage, capsys):
     """Nor does it depend on the number of processes. The samples differ in length."""
     flags = {
         stage: True,
@@ -491,18 +491,27 @@ def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage):
         flags["data"] = sft_data(home, tmp_path)
     run(home, tmp_path / "run", batch_size=8, **flags)
     flags |= {"init_from": "resume", "eval_only": True}
-    found = []
-    for size, n in ((1, 1), (4, 1), (7, 1), (50, 1), (4, 2)):
+    found, log = [], tmp_path / "run" / f"{stage}_log.jsonl"
+    logged = log.read_text()
+    for size, n in ((1, 1), (4, 1), (7, 1), (50, 1), (50, 0), (4, 2)):
         line = argv(home, tmp_path / "run", batch_size=size, **flags)
+        if n == 0:  # it is of the stage's own checkpoint without the flag too
+            line, n = [x for x in line if not x.startswith("--init_from")], 1
         if n == 1:
+            capsys.readouterr()
             train.main(line)
+            output = capsys.readouterr().out
         else:
             both = processes(n, line, tmp_path)
-            assert [finish(p) for p in both] == [0, 0], (tmp_path / "rank0.txt").read_text()
-        log = [json.loads(line) for line in (tmp_path / "run" / f"{stage}_log.jsonl").open()]
-        names = {"rm": ["rm/val/accuracy", "rm/val/margin"], "dpo": ["dpo/val/margin"], "sft": []}
-        found.append([log[-1][k] for k in ("loss/val", "loss/train_eval", *names[stage])])
-    assert found == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 5
+            ended = [finish(p) for p in both]
+            output = (tmp_path / "rank0.txt").read_text()
+            assert ended == [0, 0], output
+        numbers = re.search(r"^step 2: train loss (.*)", output, re.MULTILINE)[1]
+        found.append([float(x.split()[-1]) for x in numbers.split(", ")])
+    assert len(found[0]) == {"rm": 6, "dpo": 5, "sft": 2}[stage]
+    # The loss has four decimals, the other numbers have four digits.
+    assert found == [pytest.approx(found[0], rel=1e-3, abs=1.1e-4)] * 6
+    assert log.read_text() == logged
 
 
 # ----------------------------------------------------------------------------
@@ -796,6 +805,14 @@ def test_a_reward_that_is_always_the_same_is_named(home, tmp_path, capsys):
     assert "nothing to learn" not in capsys.readouterr().out
 
 
+def test_no_prompt_counts_twice_in_the_error_of_j_star(home, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(6)))
+    flags = PPO | dict(roof_prompts=64, roof_samples=4, val_data=tmp_path / "p.jsonl")
+    line = argv(home, tmp_path / "out", **flags)
+    stage = train.start(train.setup(train.flags(line)))
+    assert stage.reference_scores.shape == (6, 4)
+
+
 def test_tensorboard_has_scalars_and_samples(home, rm, tmp_path, monkeypatch):
     seen = {"scalars": [], "texts": []}
 
@@ -937,6 +954,11 @@ def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):
     assert "trained with the template" in text
     text = ppo_with(rm / "rm_ckpt.pt", value_model=changed("value.pt", vocab_size=100))
     assert "vocabulary" in text
+    model = load_checkpoint(home / "ckpt.pt")
+    short = {"model_args": model["model_args"] | {"max_seq_len": 32}}
+    save_checkpoint(tmp_path / "short_model.pt", model | short)
+    text = ppo_with(rm / "rm_ckpt.pt", value_model=tmp_path / "short_model.pt")
+    assert "short_model.pt has a context of 32 tokens, the policy has 64" in text
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
@@ -973,6 +995,7 @@ def test_refuses_flags_that_make_no_sense(home, tmp_path, capsys):
         (dict(dpo=True, dpo_beta=-1), "--dpo_beta"),
         (dict(rm=True, init_from="scratch"), "ckpt.pt"),
         (dict(rm=True, reference_samples=0), "--reference_samples"),
+        (dict(rm=True, max_gen_len=0), "--max_gen_len"),
         (dict(rm=True, data=home), "is a folder"),
         (dict(rm=True, template="x.json"), "x.json"),
     ]:
@@ -1053,6 +1076,13 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
     story_task.main()
     (curve,) = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
     assert [p["n"] for p in curve["best_of"]] == [1, 2, 4] and len(curve["ppo"]) == 2
+    # A reward model of an interrupted run is trained again, and Ctrl-C ends the script.
+    path = tmp_path / "rm8/rm_ckpt.pt"
+    save_checkpoint(path, load_checkpoint(path) | {"iter_num": 6})
+    monkeypatch.setattr(train, "main", lambda flags: 130)
+    with pytest.raises(SystemExit) as ended:
+        story_task.main()
+    assert ended.value.code == 130
     assert curve["ppo"][0]["kl"] == pytest.approx(0, abs=1e-4)
 
 

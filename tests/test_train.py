@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -1173,9 +1174,53 @@ def test_validation_does_not_depend_on_the_number_of_processes(data, tmp_path, a
     flags = MICRO | dict(gradient_accumulation_steps=1, init_from="resume", eval_only=True)
     for p in processes(3, command(data, tmp_path / "copy", max_iters=20, **flags), tmp_path):
         assert finish(p) == 0
-    for key in ("loss/val", "loss/train_eval"):
-        found = losses(tmp_path / "copy", key)[-1]
-        assert found == pytest.approx(losses(alone, key)[-1], abs=1e-6)
+    train_loss, val_loss = (losses(alone, key)[-1] for key in ("loss/train_eval", "loss/val"))
+    expected = f"step 20: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+    assert expected in (tmp_path / "rank0.txt").read_text()
+    assert read_log(tmp_path / "copy") == read_log(alone)
+
+
+def test_evaluation_is_of_the_checkpoint_and_writes_nothing(data, tmp_path, capsys):
+    """Without --init_from too, with which a run would start from random weights."""
+    line = command(data, tmp_path, max_iters=20)
+    train.main(line)
+    last = re.findall(r"^step 20: .*", capsys.readouterr().out, re.MULTILINE)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    train.main([*line, "--eval_only"])
+    assert re.findall(r"^step .*", capsys.readouterr().out, re.MULTILINE) == last != []
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+def test_report_is_that_of_the_newest_checkpoint(data, tmp_path, capsys):
+    """--eval_only of a run that goes on later; and with another beta than that of the report."""
+    flags = PPO | dict(ppo_iters=1, report_rollouts=8, init_kl_coef=0.1, freeze_layers=1)
+    look, path = dict(eval_only=True), tmp_path / "ppo_report.json"
+    train.main(command(data, tmp_path, max_iters=2))
+    train.main(command(data, tmp_path, **flags))
+    (tmp_path / "ppo_report.json").unlink()  # of a run that was interrupted
+    train.main(command(data, tmp_path, **flags, **look))
+    first = json.loads(path.read_text())
+    more = flags | dict(ppo_iters=3, init_from="resume")
+    train.main(command(data, tmp_path, **more))
+    report = json.loads(path.read_text())
+    assert report["after"]["kl"] > 2 * first["after"]["kl"] > 0
+    capsys.readouterr()
+    train.main(command(data, tmp_path, **more | dict(init_kl_coef=0.7), **look))
+    assert "beta = 0.7" in (shown := capsys.readouterr().out) or "β = 0.7" in shown
+    assert json.loads(path.read_text())["beta"] == 0.1
+    path.unlink()
+    with pytest.raises(ValueError, match="had other flags: add --freeze_layers=1"):
+        train.main(command(data, tmp_path, **more | dict(freeze_layers=0), **look))
+
+
+def test_zero_heads_of_keys_mean_the_number_of_heads_when_resuming(data, tmp_path):
+    flags = dict(n_heads=4, n_kv_heads=0, head_dim=0)
+    train.main(command(data, tmp_path, max_iters=1, **flags))
+    train.main(command(data, tmp_path, max_iters=2, init_from="resume", **flags))
+    with pytest.raises(ValueError, match="n_kv_heads is 4 in the checkpoint, --n_kv_heads=2"):
+        train.main(command(data, tmp_path, init_from="resume", **flags | dict(n_kv_heads=2)))
+    checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
+    assert checkpoint["iter_num"] == 2 and checkpoint["model_args"]["n_kv_heads"] == 4
 
 
 def test_fsdp_resumes_with_other_processes(data, tmp_path, alone):
