@@ -56,6 +56,7 @@ PPO = TEXT | dict(
     report_rollouts=2,
     ppo_epochs=1,
 )
+OF_FILE = {k: v for k, v in PPO.items() if k != "start_len"}  # which is for stories alone
 
 
 def write_stories(folder, kind):
@@ -273,7 +274,7 @@ def test_shards_without_meta_and_models_without_a_hash(here, capsys):
         dict(data="a:0.5,b:0.5", **TINY | {"out_dir": "new"}),
         dict(data="b", init_from="resume", **PPO),
         dict(data="a", ptx_coef=0.1, ptx_data="b", **PPO),
-        dict(data="i.jsonl", ptx_coef=0.1, ptx_data="b", **PPO),
+        dict(data="i.jsonl", ptx_coef=0.1, ptx_data="b", **OF_FILE),
         dict(data="a", tokenizer="b/tok300.model", **TINY | {"out_dir": "new"}),
         dict(data="a", tokenizer="b/tok300.model", init_from="resume", **TINY | {"max_iters": 3}),
         dict(data="i.jsonl", tokenizer="b/tok300.model", sft=True, **TEXT),
