@@ -119,6 +119,7 @@ def test_halved_models_share_weights_and_load_states():
     assert same.master.any() and torch.equal(same.weight, same.master.bfloat16())
 
 
+OF_FILE = {k: v for k, v in BASE["--ppo"].items() if k != "start_len"}  # which is for stories
 STAGES = {
     "sft": dict(BASE["--sft"], lora_rank=2),
     "ppo": BASE["--ppo"],
@@ -127,7 +128,7 @@ STAGES = {
     "ppo, frozen layers": dict(BASE["--ppo"], freeze_layers=1),
     "ppo, frozen layers, float16": dict(BASE["--ppo"], freeze_layers=1, dtype="float16"),
     "ppo, adapters, offload": dict(BASE["--ppo"], lora_rank=2, offload=True),
-    "ppo, reward model": dict(BASE["--ppo"], reward="{}/rm_ckpt.pt", data="{}/a.jsonl"),
+    "ppo, reward model": dict(OF_FILE, reward="{}/rm_ckpt.pt", data="{}/a.jsonl"),
     "dpo": dict(COMMON, dpo=True, max_iters=2, eval_iters=1, warmup_iters=0, max_gen_len=4)
     | dict(reference_samples=2, data="{}/pairs.jsonl", learning_rate=1e-3),
 }
