@@ -326,6 +326,7 @@ def starting_point(run, stage, differences):
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from
+    # Without the flag, --eval_only evaluates what the stage has trained, not where it would start.
     if args.eval_only and "init_from" not in args.given and mine.exists():
         init_from = "resume"
     if init_from not in ("scratch", "resume"):

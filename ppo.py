@@ -68,7 +68,7 @@ class PPOConfig:
     )
     target: float = flag(6.0, "KL that adap_kl_ctrl aims at, nats per rollout")
     horizon: float = flag(
-        10000.0, "rollouts in which β changes by a factor of 1.22 while the KL is far from --target"
+        10000.0, "rollouts in which β changes by a factor of 1.22 if the KL is far from --target"
     )
     # rollouts
     rollouts: int = flag(0, "rollouts per iteration; 0 means 8 × batch_size")

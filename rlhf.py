@@ -402,8 +402,8 @@ class RLHF(Stage):
                 "init_kl_coef": report["beta"],
                 "reward": report.get("reward"),  # reports of earlier versions have none
             }
-            given = set(measured) & set(getattr(args, "given", ()))
-            report = report if all(measured[k] == getattr(args, k) for k in given) else None
+            names = set(measured) & set(getattr(args, "given", ()))
+            report = report if all(measured[k] == getattr(args, k) for k in names) else None
         if report and run.rank == 0:
             print_report(report)
         return bool(report)
@@ -832,7 +832,7 @@ class RLHF(Stage):
         names = ("lora_rank", "lora_layers", "freeze_layers", "advantage", "value_model")
         other = [k for k in names if k in saved and saved[k] != getattr(self.args, k)]
         if "value_model" in other and "shared" not in (saved["value_model"], self.args.value_model):
-            other.remove("value_model")  # the checkpoint has the critic, wherever it started
+            other.remove("value_model")  # The checkpoint has the weights of a separate critic.
         if other:
             flags = " ".join(f"--{k}={saved[k]}" for k in other)
             raise ValueError(f"the run in {self.args.out_dir} had other flags: add {flags}")

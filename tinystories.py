@@ -705,11 +705,11 @@ def shard_paths(folder, vocab_size):
     """Paths of the shards of a folder (see open_shards), by name. Raises FileNotFoundError."""
     folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
+    # Files for run.c are no shards: vocabularies that tokenizer.py has exported, and models.
+    for_run_c = re.compile(r"tok\d+\.bin|(\w+_)?model\.bin")
     for candidate in folders:
         paths = sorted(glob.glob(glob.escape(candidate) + "/*.bin"))
-        # Files for run.c are no shards: vocabularies that tokenizer.py has exported, and models.
-        other = re.compile(r"tok\d+\.bin|(\w+_)?model\.bin")
-        paths = [p for p in paths if not other.fullmatch(os.path.basename(p))]
+        paths = [p for p in paths if not for_run_c.fullmatch(os.path.basename(p))]
         if paths:
             return paths
     raise FileNotFoundError(

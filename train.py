@@ -298,10 +298,10 @@ def check_fits(args, model_args):
     heads = model_args["n_heads"]
     usual = {"head_dim": model_args["dim"] // heads, "n_kv_heads": heads}  # the meaning of 0
     model_args = usual | model_args
-    given = {n: getattr(args, n) or usual.get(n, 0) for n in MODEL_FLAGS if n in args.given}
+    values = {n: getattr(args, n) or usual.get(n, 0) for n in MODEL_FLAGS if n in args.given}
     wrong = [
         f"{n} is {model_args[n]} in the checkpoint, --{n}={getattr(args, n)} on the command line"
-        for n, value in given.items()
+        for n, value in values.items()
         if model_args.get(n) not in (None, value)
     ]
     if wrong:

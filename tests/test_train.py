@@ -1206,7 +1206,7 @@ def test_report_is_that_of_the_newest_checkpoint(data, tmp_path, capsys):
     assert report["after"]["kl"] > 2 * first["after"]["kl"] > 0
     capsys.readouterr()
     train.main(command(data, tmp_path, **more | dict(init_kl_coef=0.7), **look))
-    assert "beta = 0.7" in (shown := capsys.readouterr().out) or "β = 0.7" in shown
+    assert "beta = 0.7" in capsys.readouterr().out
     assert json.loads(path.read_text())["beta"] == 0.1
     path.unlink()
     with pytest.raises(ValueError, match="had other flags: add --freeze_layers=1"):
