@@ -271,7 +271,7 @@ class Rollouts:
     lower: torch.Tensor = None  # (N, D) output of the frozen layers that all models have in common
     kl: torch.Tensor = None  # (A,) KL penalty in nats
     values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
-    graph: tuple = None  # PPOTrainer.forward's result, if the update needs no other forward pass
+    graph: tuple = None  # PPOTrainer.forward's result for the first minibatch of the update
     # step 3
     scores: torch.Tensor = None  # (B,) the reward of each response before scaling and penalties
     rewards: torch.Tensor = None  # (A,) the reward of each action, KL penalty included
@@ -287,8 +287,7 @@ class Rollouts:
     def minibatch(self, which):
         """The rollouts with the indices `which`, as a Minibatch."""
         queries, responses = ([x[i] for i in which] for x in (self.queries, self.responses))
-        batch, starts = pack(queries, responses, "cpu"), self.counts.cumsum(0) - self.counts
-        span = spans(starts[which], self.counts[which])
+        batch, (span, packed) = pack(queries, responses, "cpu"), self.places(which)
         check_actions(batch, self.actions[span])
         for name in "tokens state_ends actions".split():
             setattr(batch, name, to_device(getattr(batch, name), self.old_logprobs.device))
@@ -296,10 +295,13 @@ class Rollouts:
             x = getattr(self, name)
             setattr(batch, name, None if x is None else x[to_device(span, x.device)])
         if self.lower is not None:
-            sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed
-            span = spans((sizes.cumsum(0) - sizes)[which], sizes[which])
-            batch.lower = self.lower[to_device(span, self.lower.device)]
+            batch.lower = self.lower[to_device(packed, self.lower.device)]
         return batch
+
+    def places(self, which):
+        """The indices in A and in N of the rollouts with the indices `which`."""
+        sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed tokens
+        return [spans((n.cumsum(0) - n)[which], n[which]) for n in (self.counts, sizes)]
 
 
 @dataclass
@@ -496,15 +498,16 @@ class PPOTrainer:
     # ---- step 2
 
     def evaluate(self, rollouts):
-        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. If the update is one
-        forward pass over the same rollouts, the graph of this one is kept for it."""
-        c, parts = self.config, []
-        passes = self.passes(range(len(rollouts.queries)))
-        keep_graph = self.update_is_one_pass(passes)
-        rollouts.graph = None
-        for which in passes:
+        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. The forward passes are
+        those of the first epoch. The graph of the first one is kept: the weights are the same."""
+        c, parts, steps = self.config, [], next(self.epochs(rollouts))
+        passes = [which for step in steps for which in self.passes(step)]
+        # A rank may have no part in the first step. The first iteration changes the critic's bias.
+        keep_graph = bool(steps[0]) and self.iteration > 0
+        keep_graph = keep_graph and not (self.sharded or self.checks.float16)
+        for i, which in enumerate(passes):
             batch = rollouts.minibatch(which or [0])
-            with self.autocast(), torch.set_grad_enabled(keep_graph):
+            with self.autocast(), torch.set_grad_enabled(keep_graph and i == 0):
                 if self.common_layers:
                     batch.lower = lower_layers(self.policy, batch, self.common_layers)
                 ref_hidden = self.hidden(self.reference, batch)
@@ -513,30 +516,37 @@ class PPOTrainer:
                 *terms, ref_logprobs = in_chunks(
                     self.compare, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
                 )
-            if keep_graph:
-                rollouts.graph = *terms, values
+            if i == 0:
+                rollouts.graph = (*terms, values) if keep_graph else None
             logprobs, _, kl = terms
             if not c.exact_kl:
                 kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
             if which:
                 parts.append((logprobs, ref_logprobs, ref_hidden, kl, values, batch.lower))
         *parts, lower = zip(*parts)
-        rollouts.lower = torch.cat(lower) if self.common_layers and not keep_graph else None
-        logprobs, *rest = (torch.cat(x).detach() for x in parts)
+        # From the order of the passes to that of the rollouts.
+        back, packed = (x.argsort() for x in rollouts.places(sum(passes, [])))
+        lower = torch.cat(lower)[to_device(packed, self.device)] if self.common_layers else None
+        logprobs, *rest = (torch.cat(x).detach()[to_device(back, x[0].device)] for x in parts)
         rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
+        rollouts.lower = lower
         self.checks.sampled_by_policy(rollouts, logprobs)
         if self.checks.half:  # sampling rounds differently, by as much as an optimizer step changes
             rollouts.old_logprobs = logprobs
         if self.iteration == 0:
             self.checks.policy_is_reference(rollouts, c.exact_kl)
 
-    def update_is_one_pass(self, passes):
-        """Whether the update is one optimizer step with `passes`, those of `evaluate` on this rank,
-        of which there is one. The first iteration is left out: it changes the critic's bias."""
-        c, total = self.config, int(all_sum(torch.tensor(sum(map(len, passes))))[0])
-        one_step = c.ppo_epochs == 1 and total <= c.mini_batch_size * c.gradient_accumulation_steps
-        one_step = one_step and len(passes) == 1 and self.iteration > 0
-        return one_step and not (self.sharded or self.checks.float16)
+    def epochs(self, rollouts):
+        """For each epoch, without an end, this rank's rollouts, indices, of each optimizer step.
+        Steps are drawn from the rollouts of all ranks, and each rank works on its own among them,
+        so that the number of processes does not matter."""
+        total = int(all_sum(torch.tensor(len(rollouts.queries)))[0])
+        per_step = self.config.mini_batch_size * self.config.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)
+        local = {rollout: i for i, rollout in enumerate(self.rollouts_of_rank(total))}
+        while True:
+            steps = torch.randperm(total, generator=generator).split(per_step)
+            yield [[local[i] for i in step.tolist() if i in local] for step in steps]
 
     def passes(self, which):
         """The rollouts `which`, indices, of each forward pass. With sharded models all ranks need
@@ -614,23 +624,14 @@ class PPOTrainer:
     # ---- step 5
 
     def update(self, rollouts):
-        """The PPO epochs. Minibatches are drawn from the rollouts of all ranks, and each rank works
-        on its own among them, so that the number of processes does not matter."""
-        c = self.config
-        total = int(all_sum(torch.tensor(len(rollouts.queries)))[0])
-        per_step = c.mini_batch_size * c.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)
-        local = {rollout: i for i, rollout in enumerate(self.rollouts_of_rank(total))}
+        """The PPO epochs."""
+        c, epochs = self.config, self.epochs(rollouts)
         warmup = self.iteration == 0 and self.critic is not None and c.critic_warmup > 0
         history, skipped = [], 0
         for epoch in range(c.critic_warmup if warmup else c.ppo_epochs):
-            order = torch.randperm(total, generator=generator).tolist()
-            if rollouts.graph:
-                order.sort()  # the order of `evaluate`
-            for first in range(0, total, per_step):
-                which = [local[i] for i in order[first : first + per_step] if i in local]
+            for step, which in enumerate(next(epochs)):
                 stats = self.backward(rollouts, which, train_policy=not warmup)
-                if not warmup and epoch == first == 0:
+                if not warmup and epoch == step == 0:
                     self.checks.ratio_is_one(stats)
                 if stats.get("ppo/policy/ratio", 0) > c.ratio_threshold:
                     skipped += 1
@@ -658,7 +659,7 @@ class PPOTrainer:
             if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
             weight = to_device(expand(weight, batch.counts), self.device)
-            kl_weight, graph = rollouts.kl_weight, rollouts.graph
+            kl_weight, graph, rollouts.graph = rollouts.kl_weight, rollouts.graph, None
             loss, stats = self.loss(batch, weight, kl_weight, train_policy, graph)
             loss.backward()
             for name, x in stats.items():
