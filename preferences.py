@@ -174,6 +174,7 @@ class RewardModel(Preferences):
 
     prefix = "rm_"
     writes_text = False
+    kept_flags = "reference_samples", "max_gen_len"  # of the samples in the checkpoint
     model_class = TransformerWithValueHead
 
     def __init__(self, run, checkpoint):

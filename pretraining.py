@@ -431,6 +431,7 @@ class Stage:
     writes_text = True  # whether its model generates text: ./run can use it, PPO can train it
     continues_count = False  # whether its iterations continue those of the initial checkpoint
     resumes_same_flags_only = False  # whether other flags make --init_from=resume a new run
+    kept_flags = ()  # flags without effect on a resumed run: the checkpoint has their result
     evaluates_its_checkpoint = False  # whether --eval_only needs the checkpoint of an earlier run
     # Exceptions that step() raises before it changes any weight:
     input_errors = ()  # mistakes of the user

@@ -320,8 +320,14 @@ def with_dtype(run, checkpoint):
 def differences(run, checkpoint):
     """A description of the flags that differ from those of the checkpoint and make this a different
     run; "" if there are none."""
+    ignored = {*FREE_FLAGS, *unused(run.args), *stage_class(run.args).kept_flags}
+    return changes(run, checkpoint, run.config.keys() - ignored)
+
+
+def changes(run, checkpoint, names):
+    """A description of the flags among `names` that differ from those of the checkpoint."""
     saved, current = checkpoint.get("config", {}), with_dtype(run, checkpoint).config
-    names = current.keys() & saved.keys() - FREE_FLAGS - unused(run.args).keys()
+    names = current.keys() & saved.keys() & set(names)
     names = [k for k in names if current[k] != saved[k]]
     return ", ".join(f"{k} was {saved[k]}, is {current[k]}" for k in sorted(names))
 
@@ -404,6 +410,9 @@ def describe(stage, checkpoint):
     changed = differences(run, checkpoint) if run.resumed else ""
     if changed:
         print(f"resumed with other flags than the checkpoint's, which now apply: {changed}")
+    kept = changes(run, checkpoint, stage.kept_flags) if run.resumed else ""
+    if kept:
+        print(f"note: no effect on a resumed run: {kept}")
     saved, current = checkpoint.get("code_version") if run.resumed else None, code_version()
     if saved not in (None, current):
         print(

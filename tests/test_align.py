@@ -271,6 +271,20 @@ def test_frozen_layers_stay(home, tmp_path, stage):
     assert frozen == first
 
 
+def test_a_resumed_reward_model_keeps_its_samples(home, tmp_path, capsys):
+    """Its gain and bias are of the samples in the checkpoint, and the line says so."""
+    flags = dict(rm=True, eval_iters=1)
+    run(home, tmp_path, max_iters=1, reference_samples=4, **flags)
+    more = flags | dict(init_from="resume", max_iters=2, reference_samples=8, max_gen_len=9)
+    capsys.readouterr()
+    run(home, tmp_path, learning_rate=1e-3, **more)
+    output = capsys.readouterr().out
+    assert len(load_checkpoint(tmp_path / "rm_ckpt.pt")["reward"]["samples"]) == 4
+    assert "which now apply: learning_rate was 0.01, is 0.001\n" in output
+    assert "note: no effect on a resumed run: max_gen_len was " in output
+    assert "is 9, reference_samples was 4, is 8\n" in output
+
+
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_resumes_to_the_bit(home, tmp_path, stage):
     flags = {stage: True, "eval_interval": 3, "dropout": 0.1, "decay_lr": False}
