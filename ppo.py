@@ -303,6 +303,15 @@ class Rollouts:
         sizes = self.counts + torch.tensor([len(q) - 1 for q in self.queries])  # (B,) packed tokens
         return [spans((n.cumsum(0) - n)[which], n[which]) for n in (self.counts, sizes)]
 
+    def collect(self, results, which, found):
+        """Puts the tensors `found`, of the rollouts `which`, into `results`, of all rollouts."""
+        every = self.places(range(len(self.ended)))
+        for name, x in ((k, x) for k, x in found.items() if x is not None):
+            if name not in results:
+                results[name] = x.new_empty(len(every[name == "lower"]), *x.shape[1:])
+            place = self.places(which)[name == "lower"]
+            results[name][to_device(place, x.device)] = x.detach()
+
 
 @dataclass
 class Minibatch:
@@ -498,16 +507,16 @@ class PPOTrainer:
     # ---- step 2
 
     def evaluate(self, rollouts):
-        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. The forward passes are
-        those of the first epoch. The graph of the first one is kept: the weights are the same."""
-        c, parts, steps = self.config, [], next(self.epochs(rollouts))
-        passes = [which for step in steps for which in self.passes(step)]
+        """Sets ref_logprobs, ref_hidden, kl and values; checks old_logprobs. One forward pass is
+        also the first one of the update, with the same weights: its graph is kept."""
+        c, (step, *later), results = self.config, next(self.epochs(rollouts)), {}
         # A rank may have no part in the first step. The first iteration changes the critic's bias.
-        keep_graph = bool(steps[0]) and self.iteration > 0
-        keep_graph = keep_graph and not (self.sharded or self.checks.float16)
-        for i, which in enumerate(passes):
-            batch = rollouts.minibatch(which or [0])
-            with self.autocast(), torch.set_grad_enabled(keep_graph and i == 0):
+        keep_graph = bool(step and self.iteration) and not (self.sharded or self.checks.float16)
+        first, *passes = self.passes(step) if keep_graph else [None]
+        passes += self.passes(sum(later, [] if keep_graph else step))
+        for which in passes + [first] * keep_graph:  # no other pass runs while it holds memory
+            batch, keep = rollouts.minibatch(which or [0]), which is first
+            with self.autocast(), torch.set_grad_enabled(keep):
                 if self.common_layers:
                     batch.lower = lower_layers(self.policy, batch, self.common_layers)
                 ref_hidden = self.hidden(self.reference, batch)
@@ -516,20 +525,15 @@ class PPOTrainer:
                 *terms, ref_logprobs = in_chunks(
                     self.compare, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
                 )
-            if i == 0:
-                rollouts.graph = (*terms, values) if keep_graph else None
+            rollouts.graph = (*terms, values) if keep else None
             logprobs, _, kl = terms
-            if not c.exact_kl:
-                kl = kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
+            kl = kl if c.exact_kl else kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
+            found = dict(logprobs=logprobs, kl=kl, values=values, ref_logprobs=ref_logprobs)
+            found |= dict(ref_hidden=ref_hidden, lower=batch.lower)
             if which:
-                parts.append((logprobs, ref_logprobs, ref_hidden, kl, values, batch.lower))
-        *parts, lower = zip(*parts)
-        # From the order of the passes to that of the rollouts.
-        back, packed = (x.argsort() for x in rollouts.places(sum(passes, [])))
-        lower = torch.cat(lower)[to_device(packed, self.device)] if self.common_layers else None
-        logprobs, *rest = (torch.cat(x).detach()[to_device(back, x[0].device)] for x in parts)
-        rollouts.ref_logprobs, rollouts.ref_hidden, rollouts.kl, rollouts.values = rest
-        rollouts.lower = lower
+                rollouts.collect(results, which, found)
+        logprobs = results.pop("logprobs")
+        vars(rollouts).update(results)
         self.checks.sampled_by_policy(rollouts, logprobs)
         if self.checks.half:  # sampling rounds differently, by as much as an optimizer step changes
             rollouts.old_logprobs = logprobs
@@ -537,9 +541,8 @@ class PPOTrainer:
             self.checks.policy_is_reference(rollouts, c.exact_kl)
 
     def epochs(self, rollouts):
-        """For each epoch, without an end, this rank's rollouts, indices, of each optimizer step.
-        Steps are drawn from the rollouts of all ranks, and each rank works on its own among them,
-        so that the number of processes does not matter."""
+        """For each epoch, without an end, this rank's rollouts, indices, of each optimizer step. A
+        step is drawn from those of all ranks: the number of processes does not matter."""
         total = int(all_sum(torch.tensor(len(rollouts.queries)))[0])
         per_step = self.config.mini_batch_size * self.config.gradient_accumulation_steps
         generator = torch.Generator().manual_seed(1_000_003 * self.iteration + 7)

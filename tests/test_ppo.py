@@ -686,7 +686,7 @@ def test_an_iteration_is_that_of_the_definitions(config, epochs, rows):
     policy, critic, want = by_hand(trainer, queries, responses, scores, ended, texts, rate=0.3)
     before, passes = weights(trainer.policy), count_calls(trainer.policy, "hidden")
     s = step(trainer, queries, responses, logprobs, scores, ended)
-    # The evaluation's first forward pass is the update's.
+    # One forward pass of the evaluation is the update's.
     assert len(passes) == (2 + 2 * epochs - 1 if epochs > 1 else 1) or "ptx_coef" in config
     names = {
         "policy": "ppo/loss/policy",
@@ -827,6 +827,18 @@ def test_frozen_layers_are_computed_once_for_all_models(config, monkeypatch):
     once = 16 // config.get("mini_batch_size", 4)  # passes over the rollouts in the evaluation
     assert passes[0] == [once, once, passes[1][2]]
     assert passes[1][0] == passes[1][2] > once
+
+
+def test_memory_of_the_kept_graph():
+    """While the evaluation keeps a graph for the update, it makes no other forward pass."""
+    trainer, during, forward = make_trainer(rollouts=16), [], ppo.PPOTrainer.hidden
+    queries, responses, logprobs, ended = sample(trainer, [[BOS_ID, 5], [BOS_ID]] * 8, seed=1)
+    rollouts = Rollouts(queries, responses, ended, torch.cat(logprobs))
+    trainer.iteration = 1
+    trainer.hidden = lambda *args: during.append(rollouts.graph) or forward(trainer, *args)
+    trainer.evaluate(rollouts)
+    assert during == [None] * 12  # 4 minibatches, 3 models
+    assert rollouts.graph[0].requires_grad and not rollouts.kl.requires_grad
 
 
 def test_layers_in_common():
