@@ -866,6 +866,20 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
         return f"; its chat template was dropped ({e}): --template of other commands names another"
 
 
+def unused(args):
+    """The flags without effect on the direction that the other flags select, with the reason."""
+    out, foreign = {}, bool(args.hf or args.meta or args.gguf)
+    if args.checkpoint or args.llama2c:
+        out["max_seq_len"] = "is for imports with --hf, --meta and --gguf"
+    if args.checkpoint:
+        out["iter_num"] = "is for imports, which write a .pt"
+    if foreign or args.llama2c:
+        out["version"] = "is for --checkpoint: an import writes a .pt"
+    if foreign or args.llama2c or args.checkpoint and args.format != "peft":
+        out["base"] = "is for --format=peft"
+    return out
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", help="file or folder to write")
@@ -875,7 +889,8 @@ def main(argv=None):
         type=int,
         choices=(0, 1, 2, 3),
         default=3,
-        help="version of the model.bin: 3 for run.c; 0, 1 or 2 for llama2.c's programs as well",
+        help="version of the model.bin: 3 for run.c; 0 or 2 for run.c and llama2.c's programs; 1 "
+        "for programs that read fp32 with a header, as llama2.c's export.py writes it",
     )
     parser.add_argument(
         "--format",
@@ -920,7 +935,7 @@ def main(argv=None):
     parser.add_argument(
         "--iter_num", type=int, default=0, help="iteration number to store in an imported .pt"
     )
-    args = parse_args(parser, argv)
+    args = parse_args(parser, argv, unused)
     sources = [args.checkpoint, args.hf, args.meta, args.gguf, args.llama2c]
     if sum(map(bool, sources)) != 1:
         parser.error("give either --checkpoint, or one of --hf, --meta, --gguf and --llama2c")
