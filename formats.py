@@ -1636,8 +1636,9 @@ def read_gguf_tokenizer(header, folder, vocab_size):
         write_json(path, gguf_to_json(header, tokens, types, pre))
     try:
         tokenizer = Tokenizer(path)
-    except ValueError:
-        raise ValueError("its tokenizer is damaged") from None
+    except ValueError as e:
+        missing = "pip install" in str(e)
+        raise ValueError(str(e) if missing else "its tokenizer is damaged") from None
     if wanted and tokenizer.hash != wanted:
         note(
             "the tokenizer in this GGUF file is not quite the one that it was exported with "

@@ -441,7 +441,7 @@ def test_what_the_model_cannot_do_is_refused_by_name(tmp_path):
     assert "the architecture 'mamba' is not supported" in refused(tmp_path)
 
 
-def test_vocabularies_that_are_refused(tmp_path):
+def test_vocabularies_that_are_refused(tmp_path, monkeypatch):
     llama3 = Tokenizer(make_tokenizer(tmp_path / "t", "llama3"))
     made = Tokenizer(make_tokenizer(tmp_path / "d", "made"))
 
@@ -471,6 +471,10 @@ def test_vocabularies_that_are_refused(tmp_path):
         args = ModelArgs(**{**SMALL, **SHORT, "vocab_size": t.n_words})
         write(tmp_path / "m.gguf", args, vocabulary=vocabulary)
         assert says in refused(tmp_path), says
+    args = ModelArgs(**{**SMALL, **SHORT, "vocab_size": llama3.n_words})
+    write(tmp_path / "m.gguf", args, vocabulary=foreign_vocabulary(llama3, "llama-bpe"))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install tokenizers" in refused(tmp_path)
 
 
 def header(*fields, tensors=(), version=3, n_fields=None, n_tensors=None):
