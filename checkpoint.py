@@ -41,6 +41,8 @@ KEYS = {
     "model.embed_tokens.weight": ", but weights of Hugging Face: import their folder with --hf",
     "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
 }
+# Those of model_args that every Llama checkpoint has, llama2.c's too.
+SIZES = "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"
 STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
     b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
@@ -128,6 +130,12 @@ def load_checkpoint(path, device="cpu", mmap=False):
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
         what = next((text for key, text in KEYS.items() if key in keys), "")
         raise ValueError(f"{path} is not a checkpoint: it has no 'model' and 'model_args'{what}")
+    model, args = checkpoint["model"], checkpoint["model_args"]
+    sizes = args if isinstance(args, dict) else {}
+    other = [k for k in SIZES if type(sizes.get(k)) is not int]
+    if other or not isinstance(model, dict):
+        what = f"model_args has no number {other[0]!r}" if other else "its 'model' has no names"
+        raise ValueError(f"{path} is not a checkpoint of a Llama: {what}")
     prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
     return checkpoint
@@ -264,7 +272,13 @@ def link(old, new):
     os.replace(temporary, new)
 
 
-def newest(path):
+def has_begun(path):
+    """Whether a stage has saved its checkpoint at path, also if `newest` has renamed it since."""
+    before, damaged = path.with_suffix(".prev.pt"), path.with_suffix(".damaged.pt")
+    return path.exists() or before.exists() and damaged.exists()
+
+
+def newest(path, rename=True):
     """The checkpoint at path or, if it is damaged, the one before it, with a warning. The damaged
     file is renamed: the next save would otherwise keep it as the one before."""
     try:
@@ -275,17 +289,20 @@ def newest(path):
             raise
         print(f"warning: {e}; continuing from {previous}", file=sys.stderr)
         state = load_verified(previous)
-        with suppress(FileNotFoundError):
-            os.replace(path, path.with_suffix(".damaged.pt"))
+        if rename:
+            with suppress(FileNotFoundError):
+                os.replace(path, path.with_suffix(".damaged.pt"))
         return state
 
 
 def load_verified(path):
     """load_checkpoint, which does not notice flipped bits, after the checksums of the archive."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile
-    except (zipfile.BadZipFile, EOFError, RuntimeError):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+    except Exception:  # damage raises many kinds: zip, zlib, operating system
         raise ValueError(f"{path} is damaged: a checksum is wrong") from None
     return load_checkpoint(path)
 
@@ -312,12 +329,12 @@ def starting_point(run, stage, differences):
     args = run.args
     pretrained = Path(args.out_dir) / "ckpt.pt"
     mine = pretrained.with_name(f"{stage.prefix}ckpt.pt")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mine.exists():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and has_begun(mine):
         state = newest(mine)  # torchrun --max-restarts has started this very run again
         if state.get("run_id") == os.environ.get("TORCHELASTIC_RUN_ID"):
             return state, True
     if args.eval_only and stage.evaluates_its_checkpoint:
-        return newest(mine), True
+        return newest(mine, rename=False), True
 
     def weights_of(state, path):
         if stage.writes_text:  # a reward model can start a reward model alone
@@ -327,12 +344,12 @@ def starting_point(run, stage, differences):
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from
     # Without the flag, --eval_only evaluates what the stage has trained, not where it would start.
-    if args.eval_only and "init_from" not in args.given and mine.exists():
+    if args.eval_only and "init_from" not in args.given and has_begun(mine):
         init_from = "resume"
     if init_from not in ("scratch", "resume"):
         return weights_of(load_checkpoint(init_from), init_from) | uncounted, False
-    if init_from == "resume" and (mine.exists() or stage.from_scratch):
-        state = newest(mine)
+    if init_from == "resume" and (has_begun(mine) or stage.from_scratch):
+        state = newest(mine, rename=not args.eval_only)
         if stage.from_scratch and another_stage(state):
             return weights_of(state, mine), True
         changed = differences(run, state) if stage.resumes_same_flags_only else ""

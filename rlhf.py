@@ -27,7 +27,7 @@ from checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
 )
-from common import flag, flag_names, printable, write_atomic
+from common import flag, flag_names, printable, read_json, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from kernels import to_device
 from model import Transformer, TransformerWithValueHead, generate
@@ -97,6 +97,14 @@ class RLHFFlags:
     roof_samples: int = flag(128, "samples of the reference model per prompt for J*")
     report_rollouts: int = flag(512, "rollouts per model in the final report")
     ppo_debug: bool = flag(False, "print all statistics of each iteration")
+
+
+# Flags that the report of a run depends on, besides its checkpoint.
+MEASUREMENT_FLAGS = (
+    *("data", "val_data", "template", "tokenizer", "start_len", "seed", "max_gen_len"),
+    *("temperature", "reward", "target_len", "init_kl_coef", "report_rollouts"),
+    *("roof_prompts", "roof_samples"),
+)
 
 
 def is_instruction_file(data):
@@ -207,7 +215,8 @@ def load_reward_model(path, policy_args, template):
     reward model, or if its vocabulary, context or template does not fit the policy's ModelArgs and
     template."""
     checkpoint = load_checkpoint(path)
-    if "reward" not in checkpoint:
+    found = checkpoint.get("reward")
+    if not isinstance(found, dict) or not {"gain", "bias"} <= found.keys():
         raise ValueError(f"{path} is not a reward model: train one with --rm")
     args = checkpoint["model_args"]
     if args["vocab_size"] != policy_args.vocab_size:
@@ -372,6 +381,9 @@ class RLHF(Stage):
             )
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
             print("note: --compile is ignored: PPO compiles on cuda alone, and not with --fsdp")
+        source = run.args.init_from
+        if run.args.eval_only and "init_from" in run.args.given and source.endswith(".pt"):
+            raise ValueError(f"--eval_only evaluates {run.args.out_dir}/ppo_ckpt.pt, not {source}")
         if run.args.averaging >= 1:
             raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")
 
@@ -393,20 +405,20 @@ class RLHF(Stage):
 
     @staticmethod
     def show_report(run):
-        """Prints the report of a run. Returns False if there is none with the flags given."""
+        """Prints the report of a run. Returns False if there is none of the newest checkpoint with
+        the flags given."""
         args, path = run.args, Path(run.args.out_dir) / "ppo_report.json"
-        report = json.loads(path.read_text()) if path.exists() else None
-        if report:
-            measured = {
-                "report_rollouts": len(report["before"]["lengths"]),
-                "init_kl_coef": report["beta"],
-                "reward": report.get("reward"),  # reports of earlier versions have none
-            }
-            names = set(measured) & set(getattr(args, "given", ()))
-            report = report if all(measured[k] == getattr(args, k) for k in names) else None
-        if report and run.rank == 0:
+        report, checkpoint = read_json(path), path.with_name("ppo_ckpt.pt")
+        if not {"flags", "beta", "roof", "before", "after"} <= report.keys():
+            return False  # none, or one of an earlier version
+        names = set(MEASUREMENT_FLAGS) & set(getattr(args, "given", ()))
+        if any(report["flags"].get(k) != getattr(args, k) for k in names):
+            return False
+        if checkpoint.exists() and path.stat().st_mtime < checkpoint.stat().st_mtime:
+            return False  # a run has gone on since then
+        if run.rank == 0:
             print_report(report)
-        return bool(report)
+        return True
 
     def __init__(self, run, checkpoint):
         args = run.args
@@ -700,6 +712,7 @@ class RLHF(Stage):
         report = {
             "beta": self.trainer.config.init_kl_coef,
             "reward": self.args.reward,
+            "flags": {name: getattr(self.args, name) for name in MEASUREMENT_FLAGS},
             "prompts": min(self.args.report_rollouts, len(self.held_out)),
             "roof": self.j_star,
             "before": before,
@@ -731,7 +744,7 @@ class RLHF(Stage):
         try:
             saved = json.loads(path.read_text())
             scores = torch.tensor(saved["scores"]) if saved["key"] == key else None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError, TypeError):  # none, or another file
             scores = None
         if scores is None:
             if self.rank == 0:
@@ -829,8 +842,11 @@ class RLHF(Stage):
     def load_state(self, checkpoint):
         state, critic = checkpoint["ppo"], self.trainer.critic
         saved = checkpoint.get("config", {})
-        names = ("lora_rank", "lora_layers", "freeze_layers", "advantage", "value_model")
+        names = "lora_rank", "lora_alpha", "lora_layers", "freeze_layers", "advantage"
+        names += "value_model", "averaging"
         other = [k for k in names if k in saved and saved[k] != getattr(self.args, k)]
+        if "averaging" in other and saved["averaging"] and self.args.averaging:
+            other.remove("averaging")  # another decay of the same average
         if "value_model" in other and "shared" not in (saved["value_model"], self.args.value_model):
             other.remove("value_model")  # The checkpoint has the weights of a separate critic.
         if other:

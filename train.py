@@ -11,7 +11,8 @@ Pretraining reads shards made by tinystories.py and writes into --out_dir:
     best.pt        the checkpoint with the lowest validation loss
     model.bin      the model for ./run
     log.jsonl      one JSON object per iteration
-The other stages write the same files with a prefix: sft_ckpt.pt, ppo_ckpt.pt, ... With
+The other stages write the same files with a prefix: sft_ckpt.pt, ppo_ckpt.pt, ... A reward model
+has no model.bin, and PPO no best.pt, but ppo_report.json, ppo_report.png and roof.json. With
 --lora_rank, --sft also writes sft_lora.pt, which holds the adapters alone.
 
 A checkpoint is complete: --init_from=resume with the same flags continues the run as if it had
@@ -73,7 +74,7 @@ STAGES = {"sft": FineTuning, "rm": RewardModel, "dpo": DPO, "ppo": RLHF}
 FREE_FLAGS = {
     *("out_dir", "init_from", "tokenizer", "device", "compile", "max_iters", "ppo_iters"),
     *("eval_interval", "eval_iters", "eval_only", "log_interval", "always_save_checkpoint"),
-    *("fsdp", "checkpoint_activations"),
+    *("fsdp", "checkpoint_activations", "offload", "ref_device", "reward_device"),
     *("tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "ppo_debug"),
     *("roof_prompts", "roof_samples", "report_rollouts"),
     *("plot", "plan", "plan_gpu", "plan_mfu"),
@@ -144,7 +145,9 @@ class OptimizerFlags:
 
     learning_rate: float = flag(5e-4, "peak learning rate of AdamW")
     gradient_accumulation_steps: int = flag(1, "forward passes per step, over all processes")
-    max_iters: int = flag(100000, "iterations in total, including those of the checkpoint")
+    max_iters: int = flag(
+        100000, "iterations in total; a resumed run counts on from its checkpoint"
+    )
     weight_decay: float = flag(0.1, "decoupled weight decay, applied to matrices only")
     beta1: float = flag(0.9, "Adam β1, decay of the first moment")
     beta2: float = flag(0.95, "Adam β2, decay of the second moment")

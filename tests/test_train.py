@@ -849,6 +849,61 @@ def test_fallback_survives_a_kill_in_the_next_save(data, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "hit")
 
 
+def test_fallback_of_a_stage_survives_a_look_and_a_kill(data, tmp_path, capsys, monkeypatch):
+    """The damaged checkpoint of PPO was renamed before a new one was saved: the run continues all
+    the same, and --eval_only renames nothing."""
+    train.main(command(data, tmp_path, max_iters=2))
+    train.main(command(data, tmp_path, **PPO | dict(ppo_iters=3)))  # saves iterations 3, 4 and 5
+    (tmp_path / "ppo_report.json").unlink()
+    damage(tmp_path / "ppo_ckpt.pt", "cut short")
+    more = PPO | dict(ppo_iters=4, init_from="resume")
+    train.main(command(data, tmp_path, **more, eval_only=True))
+    assert (tmp_path / "ppo_ckpt.pt").exists() and not list(tmp_path.glob("*.damaged.pt"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, iteration):
+        raise Killed
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(rlhf.RLHF, "step", killed)
+        train.main(command(data, tmp_path, **more))
+    assert not (tmp_path / "ppo_ckpt.pt").exists()
+    capsys.readouterr()
+    train.main(command(data, tmp_path, **more))
+    assert "iterations 4 to 6" in capsys.readouterr().out
+
+
+def test_each_flipped_bit_is_noticed(tmp_path):
+    """In the directory of the archive, too, whose damage raises errors of other kinds."""
+    sizes = dict(dim=4, n_layers=1, n_heads=1, vocab_size=8, max_seq_len=8)
+    whole, path = {"model": {"a": torch.ones(3)}, "model_args": sizes}, tmp_path / "x.pt"
+    torch.save(whole, path)
+    shutil.copy(path, tmp_path / "x.prev.pt")
+    blob = path.read_bytes()
+    for i in range(len(blob) - 300, len(blob)):
+        path.write_bytes(blob[:i] + bytes([blob[i] ^ 1 << i % 8]) + blob[i + 1 :])
+        assert torch.equal(newest(path)["model"]["a"], torch.ones(3))
+
+
+def test_contents_that_are_no_llama(data, tmp_path):
+    """One line for a checkpoint of nanoGPT, whose keys are the same, and for other values."""
+    train.main(command(data, tmp_path / "a", max_iters=2))
+    good = torch.load(tmp_path / "a/ckpt.pt", weights_only=True)
+    sizes = good["model_args"]
+    nano = dict(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=VOCAB)
+    for says, other in (
+        ("has no number 'dim'", dict(model_args=nano)),
+        ("has no number 'dim'", dict(model_args=None)),
+        ("has no number 'n_heads'", dict(model_args=sizes | dict(n_heads="4"))),
+        ("has no names", dict(model=[1, 2])),
+    ):
+        torch.save(good | other, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=f"is not a checkpoint of a Llama: .*{says}"):
+            train.main(command(data, tmp_path / "b", init_from=tmp_path / "other.pt", **PPO))
+
+
 def test_both_generations_damaged(data, tmp_path):
     train.main(command(data, tmp_path))
     for name in ("ckpt.pt", "ckpt.prev.pt"):
@@ -1207,8 +1262,27 @@ def test_report_is_that_of_the_newest_checkpoint(data, tmp_path, capsys):
     capsys.readouterr()
     train.main(command(data, tmp_path, **more | dict(init_kl_coef=0.7), **look))
     assert "beta = 0.7" in capsys.readouterr().out
+    for other in (dict(max_gen_len=3), dict(target_len=40), dict(seed=9), dict(report_rollouts=4)):
+        train.main(command(data, tmp_path, **more | other, **look))
+        assert f"{report['before']['reward']:9.3f}" not in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.main(command("nowhere", tmp_path, **more, **look))
+    train.main(command(data, tmp_path, **more, **look))
+    assert f"{report['before']['reward']:9.3f}" in capsys.readouterr().out
     assert json.loads(path.read_text())["beta"] == 0.1
+    with pytest.raises(ValueError, match="evaluates .*ppo_ckpt.pt, not x.pt"):
+        train.main(command(data, tmp_path, **more | dict(init_from="x.pt"), **look))
+    run = train.setup(train.flags(command(data, tmp_path, **more, **look)))
+    assert rlhf.RLHF.show_report(run)
+    os.utime(tmp_path / "ppo_ckpt.pt", (time.time() + 60,) * 2)  # a run has gone on since then
+    assert not rlhf.RLHF.show_report(run)
+    path.write_text('{"before": {}}')
+    assert not rlhf.RLHF.show_report(run)
     path.unlink()
+    (tmp_path / "roof.json").write_text("[]")
+    for other in (dict(averaging=0), dict(lora_rank=2)):
+        with pytest.raises(ValueError, match="had other flags: add --"):
+            train.main(command(data, tmp_path, **more | other, **look))
     with pytest.raises(ValueError, match="had other flags: add --freeze_layers=1"):
         train.main(command(data, tmp_path, **more | dict(freeze_layers=0), **look))
 
