@@ -154,4 +154,4 @@ frontier: $(DEMO)/pretrained
 	$(PY) experiments/frontier.py --checkpoint=$(CHECKPOINT)
 
 clean:
-	rm -rf build run out/demo
+	rm -rf build run out/demo out/rlhf

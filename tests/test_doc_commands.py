@@ -197,7 +197,7 @@ def small(words):
             return SMALL
         flags = [f for f in SMALL if not f.startswith(("--reference", "--max_gen"))]
         return flags if "--sft" in argv else flags + SMALL_MODEL
-    prompts = ["--prompts=2"] if argv[:1] in (["judge"], ["pairs"]) else []
+    prompts = ["--prompts=8"] if argv[:1] in (["judge"], ["pairs"]) else []
     return {"sample.py": ["--max_new_tokens=16"], "instruct.py": prompts}.get(script, [])
 
 
