@@ -305,12 +305,12 @@ class Rollouts:
 
     def collect(self, results, which, found):
         """Puts the tensors `found`, of the rollouts `which`, into `results`, of all rollouts."""
-        every = self.places(range(len(self.ended)))
+        sizes, places = [len(x) for x in self.places(range(len(self.ended)))], self.places(which)
         for name, x in ((k, x) for k, x in found.items() if x is not None):
+            i = int(name == "lower")
             if name not in results:
-                results[name] = x.new_empty(len(every[name == "lower"]), *x.shape[1:])
-            place = self.places(which)[name == "lower"]
-            results[name][to_device(place, x.device)] = x.detach()
+                results[name] = x.new_empty(sizes[i], *x.shape[1:])
+            results[name][to_device(places[i], x.device)] = x.detach()
 
 
 @dataclass
