@@ -42,7 +42,7 @@ KEYS = {
     "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
 }
 # Those of model_args that every Llama checkpoint has, llama2.c's too.
-SIZES = "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"
+SIZES = "dim", "n_layers", "n_heads", "vocab_size"
 STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
     b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
