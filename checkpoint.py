@@ -41,7 +41,7 @@ KEYS = {
     "model.embed_tokens.weight": ", but weights of Hugging Face: import their folder with --hf",
     "tok_embeddings.weight": ", but weights alone, as Meta's: import their folder with --meta",
 }
-# Those of model_args that every Llama checkpoint has, llama2.c's too.
+# The sizes in model_args that every Llama checkpoint has, also one of llama2.c.
 SIZES = "dim", "n_layers", "n_heads", "vocab_size"
 STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
@@ -134,7 +134,7 @@ def load_checkpoint(path, device="cpu", mmap=False):
     sizes = args if isinstance(args, dict) else {}
     other = [k for k in SIZES if type(sizes.get(k)) is not int]
     if other or not isinstance(model, dict):
-        what = f"model_args has no number {other[0]!r}" if other else "its 'model' has no names"
+        what = f"model_args has no number {other[0]!r}" if other else "'model' is not a dictionary"
         raise ValueError(f"{path} is not a checkpoint of a Llama: {what}")
     prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}

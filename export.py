@@ -867,7 +867,7 @@ def chat_settings(checkpoint, folder, settings, tokenizer, vocab_size):
 
 
 def unused(args):
-    """The flags without effect on the direction that the other flags select, with the reason."""
+    """The flags that have no effect on this export or import, with the reason: {name: reason}."""
     out, foreign = {}, bool(args.hf or args.meta or args.gguf)
     if args.checkpoint or args.llama2c:
         out["max_seq_len"] = "is for imports with --hf, --meta and --gguf"

@@ -304,12 +304,12 @@ class Rollouts:
         return [spans((n.cumsum(0) - n)[which], n[which]) for n in (self.counts, sizes)]
 
     def collect(self, results, which, found):
-        """Puts the tensors `found`, of the rollouts `which`, into `results`, of all rollouts."""
-        sizes, places = [len(x) for x in self.places(range(len(self.ended)))], self.places(which)
+        """Puts tensors of the rollouts `which`, (A, ...) or `lower` (N, D), into those of all."""
+        places = self.places(which)
         for name, x in ((k, x) for k, x in found.items() if x is not None):
             i = int(name == "lower")
             if name not in results:
-                results[name] = x.new_empty(sizes[i], *x.shape[1:])
+                results[name] = x.new_empty(len(self.places(slice(None))[i]), *x.shape[1:])
             results[name][to_device(places[i], x.device)] = x.detach()
 
 

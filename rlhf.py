@@ -382,7 +382,7 @@ class RLHF(Stage):
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
             print("note: --compile is ignored: PPO compiles on cuda alone, and not with --fsdp")
         source = run.args.init_from
-        if run.args.eval_only and "init_from" in run.args.given and source.endswith(".pt"):
+        if run.args.eval_only and source not in ("scratch", "resume"):
             raise ValueError(f"--eval_only evaluates {run.args.out_dir}/ppo_ckpt.pt, not {source}")
         if run.args.averaging >= 1:
             raise ValueError(f"--averaging must be below 1, not {run.args.averaging}")

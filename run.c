@@ -2248,8 +2248,8 @@ static const char usage[] =
     "  -m MODE    generate, chat, perplexity or bench; default generate\n"
     "  -y TEXT    system prompt of a chat\n"
     "  -j N       number of threads; default: one per core, but 1 for a model that fits a cache\n"
-    "environment: RUN_ISA=portable (or the beginning of AVX2, AVX-512 or NEON) sets the\n"
-    "             instruction set, if the processor has it\n"
+    "environment: RUN_ISA=portable (or AVX2, AVX-512 or NEON, if the processor has it)\n"
+    "             sets the instruction set\n"
     "example: run model.bin -t 0.8 -i \"Once upon a time\"\n";
 
 // The number that a flag's text is: decimal, without the exponents, spaces and plus signs that

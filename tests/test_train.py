@@ -897,7 +897,7 @@ def test_contents_that_are_no_llama(data, tmp_path):
         ("has no number 'dim'", dict(model_args=nano)),
         ("has no number 'dim'", dict(model_args=None)),
         ("has no number 'n_heads'", dict(model_args=sizes | dict(n_heads="4"))),
-        ("has no names", dict(model=[1, 2])),
+        ("'model' is not a dictionary", dict(model=[1, 2])),
     ):
         torch.save(good | other, tmp_path / "other.pt")
         with pytest.raises(ValueError, match=f"is not a checkpoint of a Llama: .*{says}"):
