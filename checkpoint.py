@@ -43,6 +43,11 @@ KEYS = {
 }
 # The sizes in model_args that every Llama checkpoint has, also one of llama2.c.
 SIZES = "dim", "n_layers", "n_heads", "vocab_size"
+# The types of optional keys; None is the same as a missing key.
+OPTIONAL = {
+    **dict.fromkeys(("config", "template", "ppo", "dpo", "reward", "lora"), dict),
+    **{"iter_num": int, "bos": bool, "end_ids": list, "tokenizer_hash": str},
+}
 STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
     b"24ka": "a model.bin for run.c or llama2.c; checkpoints end in .pt",
@@ -136,6 +141,16 @@ def load_checkpoint(path, device="cpu", mmap=False):
     if other or not isinstance(model, dict):
         what = f"model_args has no number {other[0]!r}" if other else "'model' is not a dictionary"
         raise ValueError(f"{path} is not a checkpoint of a Llama: {what}")
+    checkpoint = {k: v for k, v in checkpoint.items() if v is not None or k not in OPTIONAL}
+    found = {k: x for k, x in checkpoint.items() if k in OPTIONAL}
+    wrong = [k for k, x in found.items() if type(x) is not OPTIONAL[k]]
+    if not wrong and not all(type(i) is int for i in found.get("end_ids", ())):
+        wrong = ["end_ids"]
+    if not wrong and not all(type(x or "") is str for x in found.get("template", {}).values()):
+        wrong = ["template"]
+    if wrong:
+        value = str(found[wrong[0]])[:40]
+        raise ValueError(f"{path} is not a checkpoint of a Llama: its {wrong[0]!r} is {value}")
     prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
     return checkpoint

@@ -158,8 +158,8 @@ class PPOConfig:
             raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
         if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
             raise ValueError("adap_kl_ctrl needs a target and an init_kl_coef above 0")
-        if self.temperature <= 0:
-            raise ValueError("rollouts need a temperature above 0")
+        if min(self.temperature, self.target_kl) <= 0:
+            raise ValueError("temperature and target_kl must be above 0")
         self.rollouts = self.rollouts or 8 * self.mini_batch_size
         if self.rollouts % self.group_size:
             raise ValueError(

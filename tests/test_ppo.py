@@ -1316,6 +1316,7 @@ def test_refuses_numbers_that_are_not_finite():
         dict(kl_penalty="k4"),
         dict(advantage="rloo"),
         dict(temperature=0.0),
+        dict(target_kl=0.0),
         dict(lam=1.5),
         dict(gamma=-0.1),
         dict(rollouts=10, group_size=4, advantage="grpo"),

@@ -898,6 +898,13 @@ def test_contents_that_are_no_llama(data, tmp_path):
         ("has no number 'dim'", dict(model_args=None)),
         ("has no number 'n_heads'", dict(model_args=sizes | dict(n_heads="4"))),
         ("'model' is not a dictionary", dict(model=[1, 2])),
+        ("its 'template' is llama2", dict(template="llama2")),
+        ("its 'template' is {'turn': 3}", dict(template=dict(turn=3))),
+        ("its 'end_ids' is 7", dict(end_ids=7)),
+        (r"its 'end_ids' is \['7'\]", dict(end_ids=["7"])),
+        ("its 'bos' is no", dict(bos="no")),
+        ("its 'iter_num' is 1.5", dict(iter_num=1.5)),
+        ("its 'config' is None, or so", dict(config="None, or so")),
     ):
         torch.save(good | other, tmp_path / "other.pt")
         with pytest.raises(ValueError, match=f"is not a checkpoint of a Llama: .*{says}"):
