@@ -1089,9 +1089,14 @@ def test_instructions_can_be_fulfilled(task):
         words = prompt.split(".")[0].removeprefix("Words: ").split(", ")
         places = [r.completions[0].lower().index(w) for w in words]
         assert 2 <= len(words) <= 3 and set(words) <= instruct.WORDS and all(p >= 0 for p in places)
-    for r in read(str(task / "task/pairs.jsonl")):
-        better, worse = instruct.gold([r.turns[0][0]] * 2, r.completions)
+    pairs = [(r.turns[0][0], *r.completions) for r in read(str(task / "task/pairs.jsonl"))]
+    for prompt, *stories in pairs:
+        better, worse = instruct.gold([prompt] * 2, stories)
         assert better == 1 and worse <= 0.9
+    asked = [(r.turns[0][0], r.completions[0]) for r in sft]
+    for (prompt, story), *others in zip(asked, asked[1:], asked[2:], asked[3:]):
+        for _, other in others:
+            assert ((prompt, story, other) in pairs) == (instruct.gold([prompt], [other])[0] <= 0.9)
 
 
 def test_the_task_is_deterministic(task, tmp_path):
@@ -1102,6 +1107,14 @@ def test_the_task_is_deterministic(task, tmp_path):
     with pytest.raises(ValueError, match="too few stories"):
         instruct.main(["stories", f"--data_dir={tmp_path}"])
     assert not (tmp_path / "task/sft.jsonl").exists()
+
+
+def test_an_interrupted_task_lacks_the_file_that_make_looks_for(task, monkeypatch):
+    """Makefile takes the task as made where sft.jsonl exists."""
+    written = []
+    monkeypatch.setattr(instruct, "write_jsonl", lambda path, _: written.append(path))
+    instruct.main(["stories", f"--data_dir={task}"])
+    assert len(written) == 3 and written[-1].endswith("sft.jsonl")
 
 
 def test_the_task_of_a_single_file_holds_out_its_end(task, tmp_path, capsys):
