@@ -1638,15 +1638,22 @@ static int *encode(const Tokenizer *t, const char *string, size_t len, bool bos,
 }
 
 // Prints the text of tokens lo to hi - 1 of ids; `previous` is the token before them. SentencePiece
-// drops the leading space after BOS. Control characters other than white space are left out,
-// because generated text must not move the cursor of the terminal.
+// drops the leading space after BOS. Control characters other than newline and tab are left out,
+// because generated text must not move the cursor of the terminal. Those of C1 are the bytes C2 80
+// to C2 9F, so that the byte C2 is held back until the next one.
 static void print_pieces(const Tokenizer *t, const int *ids, int lo, int hi, int previous) {
+    static bool held;
     for (; lo < hi; previous = ids[lo++]) {
         const Piece *p = &t->piece[ids[lo]];
         uint32_t i = t->kind == 0 && previous == t->bos && p->len && *p->text == ' ';
-        for (; i < p->len && p->what != SPECIAL; i++)
-            if (p->text[i] >= 32 ? p->text[i] != 127 : p->text[i] >= 9 && p->text[i] <= 13)
-                putchar(p->text[i]);
+        for (; i < p->len && p->what != SPECIAL; i++) {
+            const int byte = (uint8_t)p->text[i];
+            const bool c1 = held && byte >= 0x80 && byte < 0xa0;
+            if (held && !c1) putchar(0xc2);
+            held = byte == 0xc2;
+            if (byte >= 32 ? byte != 127 && !held && !c1 : byte == '\n' || byte == '\t')
+                putchar(byte);
+        }
     }
 }
 
@@ -1885,7 +1892,7 @@ static void generate(Run *run) {
                 if (i == front)
                     print_pieces(t, y->ids, y->n - 1, y->n, y->ids[y->n - 2]);
             }
-            y->done = is_end(run, id) || y->n > run->steps;
+            y->done = is_end(run, id) || y->n - skip >= run->steps;
             if (y->done) continue;
             rows[B++] = (Row){id, y->n - 1, i};
             bytes += cache_bytes(run, y->n);
@@ -2087,12 +2094,9 @@ static void chat(Run *run) {
         if (!turn[last].user) break;
         if (!last && none)
             fprintf(stderr, "note: this model has no chat template: using Llama 2's\n");
-        int *ids = render_all(run, turn, first, last, &n), dropped = first;
-        for (; n >= context && first < last; ids = render_all(run, turn, ++first, last, &n))
+        int start = first, *ids = render_all(run, turn, start, last, &n);
+        for (; n >= context && start < last; ids = render_all(run, turn, ++start, last, &n))
             free(ids);
-        if (first > dropped)
-            fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
-                    context, first);
         if (!n || n >= context) {
             fprintf(stderr, "(the message has %d tokens, the context is %d: too %s)\n", n, context,
                     n ? "long" : "short");
@@ -2100,6 +2104,10 @@ static void chat(Run *run) {
             last--;
             continue;
         }
+        if (start > first)
+            fprintf(stderr, "(the context of %d tokens is full: forgetting the first %d turns)\n",
+                    context, start);
+        first = start;
         int same = 0;
         while (same < n_seen && same < n - 1 && seen[same] == ids[same]) same++;
         prefill(run, ids + same, n - same, same);
@@ -2236,8 +2244,8 @@ static void bench(Run *run) {
 static const char usage[] =
     "usage: run MODEL.bin [options]\n"
     "  -i TEXT    prompt; with -m perplexity: the text file\n"
-    "  -n N       maximum number of tokens, including the prompt; 0: the model's context;\n"
-    "             default 256. With -m chat: of each reply; default 0\n"
+    "  -n N       maximum number of tokens, including the prompt, but not BOS; 0: the\n"
+    "             model's context; default 256. With -m chat: of each reply; default 0\n"
     "  -t T       temperature; 0: always the most likely token; default 1.0\n"
     "  -k K       top-k: sample from the K most likely tokens; default 0: from all\n"
     "  -p P       top-p: sample from the smallest set of most likely tokens whose\n"

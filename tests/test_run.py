@@ -23,6 +23,7 @@ from test_export import balanced
 
 import export
 from checkpoint import checkpoint_args
+from common import printable
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
 
@@ -1399,6 +1400,38 @@ def test_chat(program, own):
     assert "forgetting" in done.err  # 64 tokens of context are soon full
     done = call(program, own[0], "-m", "chat", "-n", 3, "-i", "tu", stdin="balo " * 200 + "\nmi\n")
     assert "the context is 64: too long" in done.err and done.text.count("Assistant:") == 2
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(program, own, build):
+    """The turns before it are not forgotten."""
+    model = make("plain", vocab_size=400, max_seq_len=300)
+    path = save(model, build / "room_for_three.bin", 3, tokenizer=own[1])
+    args, long = [path, "-m", "chat", "-n", 5, "-t", 0], "balo " * 400 + "\n"
+    replies = [
+        call(program, *args, stdin=text).text.replace("User: ", "")
+        for text in ("balo mi\nra\n", f"balo mi\n{long}ra\n", "ra\n")
+    ]
+    assert replies[0] == replies[1]
+    assert not replies[0].endswith(replies[2])  # the reply depends on the turn before
+
+
+def test_characters_that_move_the_cursor_are_left_out(program, own):
+    text = "a\x9bb\x85c\rd\ve\ff\x1bg\x7fh\u00b5i\u00c2j\tk\nl"
+    done = call(program, own[0], "-i", text, "-n", 60, "-t", 0, raw=True)
+    assert done.text.startswith(printable(text).encode()) and len(printable(text)) == len(text) - 7
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_n_limits_the_tokens_without_bos(program, own, build, bos):
+    path = build / "first_token.bin"
+    with open(path, "wb") as f:
+        model = make("plain", vocab_size=400)
+        export.write_v3(f, model.args, model.state_dict(), "q8_0", own[1], bos=bos)
+    done = call(program, path, "-t", 0, "-n", 9, "-i", "balo mi")
+    prompt, story = (
+        int(re.search(rf"{what}: (\d+) tokens", done.err)[1]) for what in ("prompt", "story")
+    )
+    assert prompt + story == 9 + bos and prompt > 1
 
 
 def test_chat_replies_go_on_to_the_end_of_the_context(program, own, build):
