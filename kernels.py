@@ -101,7 +101,7 @@ def compiled(source):
     the source, the compiler, its flags and the processor, because code for -march=native may not
     run on another machine that shares the folder. The file is renamed into place, because several
     processes may compile it at once. Raises OSError or ValueError."""
-    command = shlex.split(os.environ.get("CC") or "cc")
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     compiler = shutil.which(command[0])
     if compiler is None:
         raise ValueError(f"there is no C compiler {command[0]}: install one, or name one by CC=...")
@@ -337,7 +337,7 @@ def transposed_product(g, x):
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension."""
     if native(x) and plain(weight):
-        return FusedRMSNorm.apply(x.contiguous(), weight, eps)
+        return FusedRMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -565,6 +565,7 @@ def save_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+@torch.autograd.function.once_differentiable
 def scale_gradients(ctx, grad, *_):
     dh, dw = ctx.saved_tensors
     dh = dh * grad.to(dh.dtype) if ctx.needs[0] else None
@@ -1010,9 +1011,9 @@ class FastTransformer(Transformer):
             return super().sample_tokens(batch, steps)
         call(
             "decode_tokens",
-            embedding=self.tok_embeddings.weight,
-            norm=self.norm.weight,
-            output=self.output.weight,
+            embedding=self.tok_embeddings.weight.contiguous(),
+            norm=self.norm.weight.contiguous(),
+            output=self.output.weight.contiguous(),
             tokens=b.tokens,
             probabilities=b.probabilities,
             lengths=b.lengths,

@@ -168,6 +168,29 @@ def test_accelerated_dense_and_packed(calls, cls):
         calls.clear()
 
 
+def test_an_empty_batch_has_no_gradients(calls):
+    model = both()[1]
+    state = model.hidden(torch.zeros(0, dtype=torch.long), [])
+    state.sum().backward()
+    assert state.shape == (0, 32) and {"rms_norm_forward", "rms_norm_backward"} <= set(calls)
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_strided_parameters(calls):
+    """As load_state_dict(assign=True) leaves those that are views."""
+    plain, fast = both(tied=False)
+    state = {k: v.repeat_interleave(2, -1)[..., ::2] for k, v in plain.state_dict().items()}
+    fast.load_state_dict(state, assign=True)
+    assert not fast.norm.weight.is_contiguous()
+    tokens = text(3, 40)
+    assert_same(results(fast, tokens), results(plain, tokens))
+    uniform = torch.rand(2, 20)
+    drawn = [
+        generate(m.eval(), [[1, 5], [1]], 20, stop_ids={2}, uniform=uniform) for m in (plain, fast)
+    ]
+    assert drawn[0].responses() == drawn[1].responses() and "decode_tokens" in calls
+
+
 def test_accelerated_prefill_and_decode(calls):
     plain, fast = both(max_seq_len=80)
     caches = [model.eval().new_cache(8, 80) for model in (plain, fast)]

@@ -139,6 +139,13 @@ def test_library_name_depends_on_compiler_flags_and_processor(code, tmp_path, mo
     assert note() == 6
 
 
+def test_an_empty_compiler_is_the_default(code, monkeypatch):
+    monkeypatch.setenv("CC", " ")
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    assert load() is not None
+
+
 @pytest.mark.parametrize(
     "cc,says",
     [
