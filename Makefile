@@ -2,7 +2,6 @@
 # `make test` runs all tests. Each step prints the command that it runs.
 
 PY = .venv/bin/python
-CC = cc
 DEMO = out/demo
 ITERS = 1500
 PPO_ITERS = 60
@@ -130,7 +129,8 @@ $(RLHF)/ppo: $(RLHF)/rm
 		--val_data=$(TASK)/val.jsonl $(RLHF_PPO)
 	touch $@
 
-$(RLHF)/dpo: $(RLHF)/pairs.jsonl
+# After PPO, because only one run at a time writes to the folder.
+$(RLHF)/dpo: $(RLHF)/pairs.jsonl | $(RLHF)/ppo
 	$(PY) train.py --dpo --init_from=$(RLHF)/sft_ckpt.pt $(HOW) $(LONG) $(DPO) \
 		--data=$(RLHF)/pairs.jsonl,$(TASK)/pairs.jsonl
 	touch $@

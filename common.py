@@ -320,6 +320,8 @@ def parse_args(parser, argv=None, unused=None):
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name}: expected a finite number, not {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            parser.error(f"--{name}: {value} is too large")
     return args
 
 

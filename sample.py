@@ -89,6 +89,10 @@ def flags(argv=None):
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     if args.chat and (args.interactive or args.start or args.num_samples > 1):
         raise ValueError("--chat cannot be combined with --interactive, --start or --num_samples")
+    if args.interactive and args.start:
+        raise ValueError("--interactive reads the prompts: it cannot be combined with --start")
+    if 0 < args.temperature < 1e-6:
+        raise ValueError("temperature must be 0, which is greedy, or at least 1e-6")
     if (args.system or args.template) and not args.chat:
         raise ValueError("--system and --template need --chat")
     if (args.chat or args.interactive) and sys.stdin is None:  # closed, as by <&-
@@ -535,6 +539,8 @@ def run(args):
     tokenizer = own_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
     if args.compile and device.startswith("cuda") and isinstance(model, kernels.FastTransformer):
         model.compiled_decoding = True
+    elif args.compile and device == "cpu" and kernels.library():
+        print("note: --compile is ignored: kernels.c is faster on this CPU", file=sys.stderr)
     elif args.compile:
         model.compile()
     dtype = getattr(torch, args.dtype)

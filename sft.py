@@ -197,14 +197,16 @@ LORA_LAYERS = {
 def add_lora(model, rank, alpha=16.0, dropout=0.0, layers="q,v", four_bit=False):
     """Freezes the model and adds an adapter to the named matrices of every layer, in place. With
     `four_bit`, these matrices are stored in 4 bits. The names of all other parameters stay the
-    same. Raises ValueError for a name that is not in LORA_LAYERS."""
+    same. Raises ValueError for a name that is not in LORA_LAYERS or is named twice."""
     model.requires_grad_(False)
-    kind = FourBitLoRALinear if four_bit else LoRALinear
-    for name in layers.split(","):
+    kind, names = FourBitLoRALinear if four_bit else LoRALinear, layers.split(",")
+    for name in names:
         if name not in LORA_LAYERS:
             raise ValueError(
                 f"unknown layer {name!r} for LoRA: choose from {','.join(LORA_LAYERS)}"
             )
+        if names.count(name) > 1:
+            raise ValueError(f"the layer {name!r} for LoRA is named twice")
         module, attribute = LORA_LAYERS[name].split(".")
         for block in model.layers:
             parent = getattr(block, module)

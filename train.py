@@ -237,6 +237,8 @@ def setup(args):
     for name in ("beta1", "beta2"):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
+    if args.seed >= 2**32:  # of larger ones, the products that seed an iteration exceed 64 bits
+        raise ValueError(f"--seed must be below 2^32, not {args.seed}")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(args.device)
     cuda = device.partition(":")[0] == "cuda"

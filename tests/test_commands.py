@@ -342,6 +342,7 @@ def test_errors(home, tmp_path, capsys):
         (f"{v512} --weight_decay=nan", 2, "--weight_decay: expected a finite number, not nan"),
         (f"{v512} --learning_rate=inf", 2, "--learning_rate: expected a finite number, not inf"),
         (f"{v512} --warmup_iters=-1", 1, "--warmup_iters must not be negative, not -1"),
+        (f"{v512} --seed={2**32}", 1, f"--seed must be below 2^32, not {2**32}"),
         (
             f"{v512} --optimizer=muon --muon_learning_rate=-0.1",
             1,

@@ -857,6 +857,8 @@ def test_lora_gradient_is_that_of_the_product(rows):
 def test_lora_unknown_layer():
     with pytest.raises(ValueError, match="unknown layer 'x'"):
         add_lora(small(), rank=2, layers="q,x")
+    with pytest.raises(ValueError, match="'q' for LoRA is named twice"):
+        add_lora(small(), rank=2, layers="q,v,q")
 
 
 # ---- the real model
