@@ -60,8 +60,8 @@ class PPOConfig:
     )
     kl_in: str = flag(
         "both",
-        "where the KL penalty acts: reward (--whiten_rewards), loss (with full or mse), or both "
-        "(with full; the other estimates act in the reward alone)",
+        "where the KL penalty acts: reward (not full; --whiten_rewards), loss (full or mse), or "
+        "both (full; the other estimates act in the reward alone)",
     )
     adap_kl_ctrl: bool = flag(
         False, "adapt β so that the KL per rollout stays near --target (--horizon)"
@@ -87,7 +87,7 @@ class PPOConfig:
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.7, "GAE λ of the policy's advantages; low values reduce variance")
     lam_value: float = flag(0.95, "GAE λ of the critic's targets; 1 means plain returns")
-    whiten_rewards: bool = flag(False, "scale the rewards of the tokens to variance 1")
+    whiten_rewards: bool = flag(False, "divide the tokens' rewards by their standard deviation")
     whiten_advantages: bool = flag(True, "scale and shift advantages to variance 1 and mean 0")
     reward_clip: float = flag(
         0.0, "bound to which scores are clipped, ±reward_clip; 0: no clipping"
@@ -145,15 +145,17 @@ class PPOConfig:
         for name in ("gamma", "lam", "lam_value"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if self.kl_in == "loss" and self.kl_penalty not in ("full", "mse"):
+        # The exact KL does not depend on the sampled token: in the reward it has no gradient.
+        wrong = {"loss": ("kl", "abs", "k3"), "reward": ("full",), "both": ()}[self.kl_in]
+        if self.kl_penalty in wrong:
             raise ValueError(
-                f"kl_in=loss with kl_penalty={self.kl_penalty} has another gradient "
-                "than the KL: take full or mse, or kl_in=reward"
+                f"kl_in={self.kl_in} with kl_penalty={self.kl_penalty} has another gradient than "
+                "the KL: take kl_in=both, or another kl_penalty"
             )
         if self.critic_warmup and (self.advantage != "gae" or self.value_model == "shared"):
             raise ValueError("critic_warmup is for a critic of its own: advantage=gae, not shared")
-        if self.whiten_rewards and self.kl_in != "reward":
-            raise ValueError("whiten_rewards scales the KL in the rewards: it needs kl_in=reward")
+        if self.whiten_rewards and self.kl_in != "reward":  # it scales the KL in the rewards
+            raise ValueError("whiten_rewards needs kl_in=reward, with kl_penalty=kl for example")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
         if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
@@ -171,7 +173,7 @@ class PPOConfig:
         self.exact_kl = self.kl_penalty == "full"
         # A KL estimate in the rewards has the whole gradient, the current token's part included.
         self.kl_in_rewards = self.kl_in != "loss"
-        self.kl_in_loss = self.kl_in == "loss" or (self.kl_in == "both" and self.exact_kl)
+        self.kl_in_loss = self.kl_in == "loss" or self.exact_kl
 
 
 # ----------------------------------------------------------------------------
@@ -221,10 +223,9 @@ def add_up_over_ranks(tensors):
 
 
 def whiten(x, shift_mean=True):
-    """x scaled to variance 1 and, if shift_mean, shifted to mean 0, over all processes."""
+    """x over its standard deviation and, if shift_mean, with mean 0, over all processes."""
     mean, variance = mean_and_variance(x)
-    out = (x - mean) / math.sqrt(variance + 1e-8)
-    return out if shift_mean else out + mean
+    return (x - mean if shift_mean else x) / math.sqrt(variance + 1e-8)
 
 
 def expand(x, counts):
@@ -610,7 +611,7 @@ class PPOTrainer:
         """Sets advantages, returns and kl_weight."""
         c, rewards, counts = self.config, rollouts.rewards, rollouts.counts
         if c.uses_values and self.iteration == 0:
-            rollouts.values += self.start_values_at(rollouts.scores)
+            rollouts.values += self.start_values_at(sum_per_rollout(rewards, counts))
         if c.uses_values:
             advantages, returns = gae(rewards, rollouts.values, counts, c.gamma, c.lam)
             if c.lam_value != c.lam:
@@ -773,17 +774,16 @@ class PPOTrainer:
         for optimizer in filter(None, (self.optimizer, self.critic_optimizer)):
             optimizer.zero_grad(set_to_none=True)
 
-    def start_values_at(self, scores):
-        """If the value head is all 0, sets its bias to the mean score; returns the change."""
+    def start_values_at(self, totals):
+        """If the value head is all 0, sets its bias to the mean of totals (B,); returns it."""
         model = self.critic or self.policy
         if self.sharded:
             model.reshard()
-        head = model.value_head
-        if any(bool(full(p).any()) for p in head.parameters()):
+        if any(bool(full(p).any()) for p in model.value_head.parameters()):
             return 0.0
-        total, n_rollouts = all_sum(scores, torch.tensor(len(scores)))
-        torch.nn.init.constant_(head.bias, total / n_rollouts)
-        return total / n_rollouts
+        mean = mean_and_variance(totals)[0]
+        torch.nn.init.constant_(model.value_head.bias, mean)
+        return mean
 
     # ---- resuming
 

@@ -133,7 +133,7 @@ def test_whitening():
     white = ppo.whiten(torch.tensor(x))
     torch.testing.assert_close(white, torch.tensor([(a - mean) / std for a in x]))
     kept = ppo.whiten(torch.tensor(x), shift_mean=False)
-    torch.testing.assert_close(kept, torch.tensor([(a - mean) / std + mean for a in x]))
+    torch.testing.assert_close(kept, torch.tensor([a / std for a in x]))
 
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "k3", "full"])
@@ -544,8 +544,8 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
         rewards.append([-c.init_kl_coef * x if c.kl_in != "loss" else 0.0 for x in k])
         rewards[-1][-1] += s - (0 if done else c.missing_eos_penalty)
     if c.whiten_rewards:
-        mean, var = moments(sum(rewards, []))
-        rewards = [[(x - mean) / math.sqrt(var + eps) + mean for x in row] for row in rewards]
+        var = moments(sum(rewards, []))[1]
+        rewards = [[x / math.sqrt(var + eps) for x in row] for row in rewards]
 
     advantages, returns = [], []
     for i, (row, value) in enumerate(zip(rewards, v)):
@@ -770,6 +770,29 @@ def test_explosive_steps_are_skipped_and_epochs_stop_early():
     assert torch.equal(weights(trainer.policy), before)
     stats = iterate(make_trainer(lr=0.1, target_kl=1e-4, ppo_epochs=4))
     assert stats["ppo/epochs"] == 1 and stats["ppo/early_stop"] == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(reward_scale=True),
+        dict(reward_clip=0.5),
+        dict(missing_eos_penalty=3.0),
+        dict(kl_penalty="kl", kl_in="reward", whiten_rewards=True),
+        dict(value_model="shared", reward_scale=True),
+    ],
+)
+def test_the_critic_starts_at_the_mean_of_what_it_learns(config):
+    """Of the rewards after scaling, clipping and penalties, not of the scores."""
+    trainer = make_trainer(**config)
+    head, seen = (trainer.critic or trainer.policy).value_head, []
+    for p in head.parameters():
+        torch.nn.init.zeros_(p)
+    trainer.update = lambda r: seen.append(r) or {}
+    step(trainer, **rollouts(trainer, scores=[100.0 + i for i in range(16)]))
+    (r,) = seen
+    totals = ppo.sum_per_rollout(r.rewards, r.counts)
+    torch.testing.assert_close(r.values, totals.mean().expand_as(r.values))
 
 
 def test_critic_warm_up_leaves_the_policy_alone():
@@ -1323,6 +1346,7 @@ def test_refuses_numbers_that_are_not_finite():
         dict(kl_in="loss", kl_penalty="kl"),
         dict(kl_in="loss", kl_penalty="abs"),
         dict(kl_in="loss", kl_penalty="k3"),
+        dict(kl_in="reward", kl_penalty="full"),
         dict(critic_warmup=1, value_model="shared"),
         dict(critic_warmup=1, advantage="reinforce"),
     ],
