@@ -537,10 +537,19 @@ def open_model(path):
 
 def open_merged(path, adapters):
     """
-    Like open_model, with adapters merged into the weights and their chat template.
+    Like open_model, with adapters merged into the weights and their chat template. Raises
+    ValueError if the checkpoint has adapters merged already.
     """
     checkpoint, lora = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
+    if "lora" in checkpoint or "unmerged" in checkpoint:
+        base = checkpoint.get("config", {}).get("init_from", "scratch")
+        if base in ("scratch", "resume"):  # the run began with the checkpoint in its own folder
+            base = os.path.join(os.path.dirname(path), "ckpt.pt")
+        raise ValueError(
+            f"{path} has adapters merged already: give the model that they were trained on"
+            f"{f', {base}' * os.path.isfile(base)}, or leave out --merge_lora"
+        )
     model = load_adapters(model_from_checkpoint(checkpoint), lora.get("lora"))
     check_same_tokenizer(
         path, checkpoint.get("tokenizer_hash"), adapters, lora.get("tokenizer_hash")

@@ -258,6 +258,10 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
     assert size < (folder / "sft_ckpt.pt").stat().st_size / 3  # of a model of 10,000 weights
     with pytest.raises(ValueError, match="do not fit"):
         export.main([str(out), merge[0], f"--merge_lora={base}/ckpt.pt"])
+    # The checkpoint of the run has them merged already.
+    with pytest.raises(ValueError, match=f"merged already: .*trained on, {folder}/ckpt.pt, or"):
+        export.main([str(tmp_path / "b.pt"), f"--checkpoint={folder}/sft_ckpt.pt", merge[1]])
+    assert not (tmp_path / "b.pt").exists()
 
 
 def nf4(w):
