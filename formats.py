@@ -31,7 +31,7 @@ from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
 from common import Refused, note, read_json
-from instruct import ended
+from instruct import Template, ended
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import (
     GPT2_PATTERN,
@@ -52,11 +52,15 @@ def floats(w):
     return w.detach().to("cpu", torch.float32).numpy().astype("<f4")
 
 
-def special_ids(tokenizer, end_ids):
+def special_ids(tokenizer, end_ids, template=None):
     """
     (id of BOS, id of EOS, ids of the other tokens that end a text). If a tokenizer has only one of
-    BOS and EOS, that token is both; without a tokenizer they are llama2.c's 1 and 2.
+    BOS and EOS, that token is both; without a tokenizer they are llama2.c's 1 and 2. With
+    `template`, the token that ends a reply in it is among the others; run.c finds it by itself.
     """
+    if template and tokenizer:
+        end = Template(**template).check(tokenizer).end(tokenizer)
+        end_ids = [end, *(i for i in end_ids if i != end)]
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, -1)
     if eos < 0:
         eos = end_ids[0] if end_ids else bos if tokenizer and bos >= 0 else 2
@@ -1104,7 +1108,7 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
     kinds = sorted({w.dtype for w in tensors.values()}, key=lambda kind: kind.itemsize)
     begin = begins_with_bos(tokenizer, bos)
-    bos, eos, ends = special_ids(tokenizer, end_ids)
+    bos, eos, ends = special_ids(tokenizer, end_ids, template)
     with write_folder(path, HF_FILES) as folder:
         config = hf_config(args, kinds[-1], bos, [eos, *ends])
         config |= {"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {}
@@ -1203,7 +1207,7 @@ def gguf_name(name):  # RoPE rotates adjacent numbers in GGUF as well, so rows k
 
 def gguf_tokenizer(writer, tokenizer, template, end_ids, begin):
     """Writes the vocabulary of a tokenizer to a GGUFWriter."""
-    bos, eos, ends = special_ids(tokenizer, end_ids)
+    bos, eos, ends = special_ids(tokenizer, end_ids, template)
     if tokenizer.sp:
         sp, ids = tokenizer.sp, range(tokenizer.n_words)
         writer.add_tokenizer_model("llama")

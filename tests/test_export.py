@@ -658,6 +658,36 @@ def test_stories_end_where_they_end_here(tmp_path):
     assert config["eos_token_id"] == t.eos_id
 
 
+def test_a_reply_ends_in_other_programs_where_it_ends_here(tmp_path):
+    """A template may end replies with another token than EOS: both formats list it as an end."""
+    transformers, gguf = pytest.importorskip("transformers"), pytest.importorskip("gguf")
+    path = make_bpe(tmp_path / "t", "smollm2")
+    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(config))
+    model = checkpoint(tmp_path / "c.pt", vocab_size=600, tied=False)
+    with torch.no_grad():  # after any token, the next one is the most likely
+        for name, p in model.named_parameters():
+            p.zero_() if "layers" in name else p.fill_(1)
+        model.tok_embeddings.weight.copy_(torch.eye(600, 48))
+        model.output.weight.copy_(torch.eye(600, 48).roll(1, 0))
+    turn = "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>\n"
+    saved = load_checkpoint(tmp_path / "c.pt") | {"template": {"turn": turn}}
+    save_checkpoint(tmp_path / "c.pt", saved | {"model": model.state_dict(), "end_ids": [7]})
+    flags = f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={path}"
+    run(tmp_path / "hf", "--format=hf", *flags)
+    for name in "config.json", "generation_config.json":
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == [0, 2, 7]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    out = theirs.generate(torch.tensor([[5, 1]]), max_new_tokens=5, do_sample=False)
+    assert out.tolist() == [[5, 1, 2]]
+    run(tmp_path / "m.gguf", *flags)
+    field = gguf.GGUFReader(tmp_path / "m.gguf").get_field
+    assert [field(f"tokenizer.ggml.{x}_token_id").contents() for x in ("eos", "eot", "eom")] == [
+        *(0, 2, 7)
+    ]
+    assert list(field("fable.end_ids").contents()) == [2, 7]
+
+
 def test_llama_3s_template_and_one_that_strings_cannot_say():
     template = formats.template_from_jinja(HEADERS, "<|begin_of_text|>", "<|eot_id|>")
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
