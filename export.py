@@ -768,7 +768,7 @@ def check_suffix(args):
     imports = not args.checkpoint
     fits = {
         ".gguf": args.format == "gguf",
-        ".pt": imports or args.merge_lora,
+        ".pt": imports or args.merge_lora and not args.format and args.version == 3,
         ".safetensors": False,
         ".bin": not imports and args.format not in ("gguf", "hf", "peft"),
     }
@@ -886,6 +886,8 @@ def unused(args):
         out["version"] = "is for --checkpoint: an import writes a .pt"
     if foreign or args.llama2c or args.checkpoint and args.format != "peft":
         out["base"] = "is for --format=peft"
+    if args.format == "peft":
+        out["tokenizer"] = "is for models: --format=peft writes adapters alone"
     return out
 
 
@@ -958,6 +960,8 @@ def main(argv=None):
     source = next(source for source in sources if source)
     if os.path.exists(args.output) and os.path.samefile(args.output, source):
         raise ValueError(f"{args.output} would overwrite what is read: name another file")
+    if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
+        args.format = args.format or "gguf"
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(
         "hf" if args.hf or args.meta or args.gguf else args.format, ()
     )
@@ -966,12 +970,10 @@ def main(argv=None):
             f"--dtype={args.dtype} is not for this format"
             + f": choose from {', '.join(allowed)}" * bool(allowed)
         )
-    if args.format == "peft":
-        return export_peft(args)
-    if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
-        args.format = args.format or "gguf"
     if not args.llama2c:
         check_suffix(args)
+    if args.format == "peft":
+        return export_peft(args)
     if args.checkpoint:
         return export_model(args)
     with tempfile.TemporaryDirectory() as scratch:

@@ -323,6 +323,11 @@ def test_what_a_user_can_get_wrong(tmp_path):
         (2, "--iter_num is for imports", ["--checkpoint", ckpt, "--iter_num=8"]),
         (2, "--version is for --checkpoint", ["--llama2c", ckpt, "--version=2"]),
         (2, "--base is for --format=peft", ["--checkpoint", ckpt, "--base=x"]),
+        (
+            2,
+            "--tokenizer is for models",
+            ["--checkpoint", ckpt, "--format=peft", "--tokenizer=x.model"],
+        ),
         (1, "nowhere.pt", ["--checkpoint", tmp_path / "nowhere.pt"]),
         (1, "broken.pt", ["--checkpoint", tmp_path / "broken.pt"]),
         (1, "nowhere.model", ["--checkpoint", ckpt, "--tokenizer", "nowhere.model"]),
@@ -1363,8 +1368,14 @@ def test_the_suffix_says_what_is_written(tmp_path):
     gguf = pytest.importorskip("gguf")
     checkpoint(tmp_path / "c.pt")
     run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt")
+    done = run(tmp_path / "m.gguf", f"--checkpoint={tmp_path}/c.pt", "--dtype=float32")
+    assert "gguf, float32" in done.stdout
     assert gguf.GGUFReader(tmp_path / "m.gguf").tensors
     for name, *flags in (
+        ("m.pt", "--merge_lora=a.pt", "--format=hf", "--dtype=bfloat16"),
+        ("m.pt", "--merge_lora=a.pt", "--format=q8_0"),
+        ("m.pt", "--merge_lora=a.pt", "--version=2"),
+        ("m.pt", "--format=peft"),
         ("m.gguf", "--format=q8_0"),
         ("m.gguf", "--version=2"),
         ("m.pt",),
