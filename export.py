@@ -76,6 +76,7 @@ from sft import load_adapters, merged_state
 from tokenizer import (
     Tokenizer,
     byte_level_blob,
+    check_plain_bpe,
     check_same_tokenizer,
     copy_tokenizer,
     disagree,
@@ -298,9 +299,11 @@ def tensors_v3(args, weights, group=None):
 
 
 def tokenizer_blob(tokenizer):
-    """The tokenizer as bytes: in llama2.c's format, or for byte-level BPE in byte_level_blob's."""
+    """The tokenizer as bytes: in llama2.c's format, or for byte-level BPE in byte_level_blob's.
+    Raises ValueError if run.c does not support it."""
     if tokenizer.bpe:
         return byte_level_blob(tokenizer)
+    check_plain_bpe(tokenizer, "run.c", prefix=True)
     return tokenizer.for_llama2c()
 
 

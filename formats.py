@@ -39,6 +39,7 @@ from tokenizer import (
     Tokenizer,
     byte_alphabet,
     byte_level_blob,
+    check_plain_bpe,
     protobuf_fields,
     render_chats,
 )
@@ -748,8 +749,10 @@ def sentencepiece_json(tokenizer, begin=True):
     """
     Converts a SentencePiece BPE model to a tokenizer.json. SentencePiece gives each piece a score;
     tokenizer.json ranks merges. All pairs of pieces that form a piece become consecutive merges, in
-    the order of the scores. `begin` says whether text begins with BOS.
+    the order of the scores. `begin` says whether text begins with BOS. Raises ValueError for a
+    model that does more than merge pieces.
     """
+    check_plain_bpe(tokenizer, "our tokenizer.json")
     sp = tokenizer.sp
     pieces = {sp.id_to_piece(i): i for i in range(tokenizer.n_words)}
     text = {piece: i for piece, i in pieces.items() if piece_type(sp, i) == 1}
@@ -1209,6 +1212,7 @@ def gguf_tokenizer(writer, tokenizer, template, end_ids, begin):
     """Writes the vocabulary of a tokenizer to a GGUFWriter."""
     bos, eos, ends = special_ids(tokenizer, end_ids, template)
     if tokenizer.sp:
+        check_plain_bpe(tokenizer, "GGUF")
         sp, ids = tokenizer.sp, range(tokenizer.n_words)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")

@@ -194,8 +194,10 @@ class Tokenizer:
         return f"{hashlib.sha256(text.encode()).hexdigest()[:56]}{crc:08x}"
 
     def export(self, path):
-        """Write llama2.c's tok.bin. Raises ValueError for a tokenizer.json."""
+        """Write llama2.c's tok.bin. Raises ValueError for a tokenizer.json, and for a SentencePiece
+        model that run.c does not support."""
         data = self.for_llama2c()
+        check_plain_bpe(self, "run.c", prefix=True)
         with write_atomic(path) as f:
             f.write(data)
 
@@ -283,6 +285,27 @@ def sentencepiece_identity(data):
         # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
         *(normalizer.get(i, 1) for i in (3, 4, 5)),
     ]
+
+
+def check_plain_bpe(tokenizer, program, prefix=False):
+    """
+    Raises ValueError, which names the feature, if a SentencePiece model does more than merge pieces
+    in the order of their scores. `program`, for the message, would compute other ids than we do.
+    With `prefix`, the program always puts a space in front of a text.
+    """
+    _, pieces, kind, suffix, _, charsmap, space, _, escape = sentencepiece_identity(tokenizer.data)
+    kinds = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+    features = {
+        f"the model type {kinds.get(kind, kind)}, only BPE": kind != 2,
+        "a normalization rule other than identity": charsmap != hashlib.sha256(b"").hexdigest(),
+        "user-defined symbols": any(piece[2] == 4 for piece in pieces),
+        "spaces after words (treat_whitespace_as_suffix)": suffix,
+        "spaces that are not escaped (escape_whitespaces=false)": not escape,
+        "text without a space in front (add_dummy_prefix=false)": prefix and not space,
+    }
+    for feature, present in features.items():
+        if present:
+            raise ValueError(f"{tokenizer.model_path}: {program} does not support {feature}")
 
 
 def json_identity(config):

@@ -527,6 +527,45 @@ def test_a_sentencepiece_model_goes_both_ways(tmp_path, name):
     assert (tmp_path / f"b/tok{t.n_words}.model").read_bytes() == Path(path).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "says, changes",
+    [
+        ("the model type unigram, only BPE", dict(model_type="unigram")),
+        ("a normalization rule other than identity", dict(normalization_rule_name="nmt_nfkc")),
+        ("user-defined symbols", dict(user_defined_symbols=["<gene>"])),
+        ("spaces after words", dict(treat_whitespace_as_suffix=True)),
+        ("text without a space in front", dict(add_dummy_prefix=False)),
+    ],
+)
+def test_a_sentencepiece_model_that_is_more_than_bpe_is_refused(tmp_path, says, changes):
+    """Other programs would compute other ids than Python. Only run.c lacks the last of these."""
+    import sentencepiece
+
+    pytest.importorskip("gguf"), pytest.importorskip("safetensors")
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    options = dict(model_type="bpe", normalization_rule_name="identity", hard_vocab_limit=False)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=3,
+        **{**options, **changes},
+    )
+    t = Tokenizer(tmp_path / "t.model")
+    checkpoint(tmp_path / "c.pt", vocab_size=t.n_words)
+    flags = f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={tmp_path}/t.model"
+    everywhere = "add_dummy_prefix" not in changes
+    for out, *more in ("m.bin",), ("hf", "--format=hf"), ("m.gguf",):
+        refused = everywhere or out == "m.bin"
+        done = run(tmp_path / out, *flags, *more, ok=int(refused))
+        assert not refused or f"t.model: {'run.c' * (out == 'm.bin')}" in done.stderr
+        assert not refused or f"does not support {says}" in done.stderr, done.stderr
+        assert (tmp_path / out).exists() != refused
+    with pytest.raises(ValueError, match="run.c does not support"):
+        t.export(tmp_path / "tok.bin")
+
+
 def test_the_pipeline_serves_a_folder(tmp_path):
     """transformers' own text generation, greedy, tells what ours does."""
     transformers = pytest.importorskip("transformers")
