@@ -29,11 +29,13 @@ then silently drops weights.)
 
 import argparse
 import contextlib
+import itertools
 import os
 import struct
 import tempfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import common  # noqa: F401  first: it reports missing packages
 
@@ -44,6 +46,7 @@ import torch
 from checkpoint import (
     check_generates,
     checkpoint_args,
+    link,
     load_checkpoint,
     model_from_checkpoint,
     save_checkpoint,
@@ -577,6 +580,22 @@ def folder_of(path):
     return os.path.dirname(os.path.abspath(path))
 
 
+def replaced_name(path):
+    """The name that a checkpoint at `path` has after another one was written there."""
+    return Path(path).with_suffix(".replaced.pt")
+
+
+def write_checkpoint(path, checkpoint):
+    """save_checkpoint, which keeps a file that was there under another name, with a line that says
+    so: it may be a trained model."""
+    before = os.path.isfile(path)
+    if before:
+        link(path, replaced_name(path))
+    save_checkpoint(path, checkpoint)
+    if before:
+        print(f"{path} was there before and is now {replaced_name(path)}")
+
+
 def export_model(args):
     """Writes a checkpoint in the format that --format and --version name."""
     config, weights, checkpoint = (
@@ -593,7 +612,7 @@ def export_model(args):
     if args.merge_lora and args.output.endswith(".pt"):
         if tokenizer:
             copy_tokenizer(tokenizer, folder_of(args.output))
-        save_checkpoint(args.output, checkpoint | {"tokenizer_hash": tokenizer_hash})
+        write_checkpoint(args.output, checkpoint | {"tokenizer_hash": tokenizer_hash})
         return print(f"wrote {args.output}: {args.checkpoint} with the adapters {args.merge_lora}")
     how = {
         "template": checkpoint.get("template"),
@@ -834,7 +853,7 @@ def import_model(args, scratch):
             tokenizer = Tokenizer(copy_tokenizer(tokenizer, own, settings))
         beside = copy_tokenizer(tokenizer, folder_of(args.output))
         checkpoint["tokenizer_hash"] = tokenizer.hash
-    save_checkpoint(args.output, checkpoint)
+    write_checkpoint(args.output, checkpoint)
     print(
         f"wrote {args.output}: {config.dim} dim, {config.n_layers} layers, "
         f"vocabulary {config.vocab_size}, iteration {args.iter_num}{note}"
@@ -960,9 +979,13 @@ def main(argv=None):
         raise ValueError("--format=peft writes adapters alone: it has no --merge_lora")
     if args.version != 3 and args.format:
         raise ValueError(f"version {args.version} has one format, --format is for version 3")
-    source = next(source for source in sources if source)
-    if os.path.exists(args.output) and os.path.samefile(args.output, source):
-        raise ValueError(f"{args.output} would overwrite what is read: name another file")
+    read = [path for path in (*sources, args.merge_lora, args.tokenizer) if path]
+    written = [args.output] if os.path.exists(args.output) else []
+    if written and args.output.endswith(".pt"):
+        written.append(replaced_name(args.output))
+    for path, other in itertools.product(written, read):
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise ValueError(f"{path} would overwrite what is read: name another file")
     if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
         args.format = args.format or "gguf"
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(

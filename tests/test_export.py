@@ -1430,6 +1430,35 @@ def test_the_suffix_says_what_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_checkpoint_that_was_there_is_kept(tmp_path, small_llama):
+    """An import, and a merge of adapters, over a trained model. No source is overwritten."""
+    model = checkpoint(tmp_path / "base.pt")
+    add_lora(model, 2, 8.0, 0.0, "q,v")
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    lora = {"rank": 2, "alpha": 8.0, "layers": "q,v", "four_bit": False, "state": state}
+    torch.save({"lora": lora, "model_args": checkpoint_args(model.args)}, tmp_path / "lora.pt")
+    merge = f"--checkpoint={tmp_path}/base.pt", f"--merge_lora={tmp_path}/lora.pt"
+    path, kept = tmp_path / "out/ckpt.pt", tmp_path / "out/ckpt.replaced.pt"
+    path.parent.mkdir()
+    for flags in [f"--hf={small_llama}"], merge:
+        kept.unlink(missing_ok=True)
+        path.write_bytes(b"trained")
+        done = run(path, "--hf=nowhere", ok=1)
+        assert path.read_bytes() == b"trained" and not kept.exists()
+        done = run(path, *flags)
+        assert f"{path} was there before and is now {kept}" in done.stdout
+        assert kept.read_bytes() == b"trained" and load_checkpoint(path)["model"]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+    for out, *flags in (
+        (tmp_path / "lora.pt", *merge),
+        (path, merge[0], f"--merge_lora={kept}"),
+        (kept, *merge, f"--tokenizer={kept}"),
+        (kept, f"--hf={small_llama}", f"--tokenizer={kept}"),
+    ):
+        assert "would overwrite what is read" in run(out, *flags, ok=1).stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.pt")} == before
+
+
 def test_files_follow_the_umask(tmp_path):
     pytest.importorskip("safetensors")
     model = checkpoint(tmp_path / "c.pt")
