@@ -659,20 +659,24 @@ def export_model(args):
     )
 
 
-def is_padding(n, rows):
+def is_padding(n, rows, named=False):
     """
     Whether an embedding of `rows` rows can be that of n tokens, padded to a multiple of a power of
-    two. With another model's tokenizer, the difference is rarely so small.
+    two, up to 256. With another model's tokenizer, the difference is rarely so small. If the user
+    has `named` the tokenizer, a power of two counts as a size and not as padding.
     """
-    return n <= rows < min(n + 4 * (rows & -rows), 2 * n) and (n == rows or rows % 8 == 0)
+    step = rows & -rows
+    padded = rows % 8 == 0 and n < rows < min(n + 4 * min(step, 256), 2 * n)
+    return n == rows or padded and not (named and step == rows)
 
 
 def imported_tokenizer(args, folder, rows, scratch):
     """
     The tokenizer of an imported model whose embedding has `rows` rows: that of --tokenizer, or the
     one in the model's folder; None if there is none. It may have fewer tokens, if the embedding is
-    padded. A tokenizer.json that was converted from a SentencePiece model is converted back, in
-    the folder `scratch`. Raises ValueError if the sizes do not fit or two tokenizers disagree.
+    padded, which llama2.c's never are. A tokenizer.json that was converted from a SentencePiece
+    model is converted back, in the folder `scratch`. Raises ValueError if the sizes do not fit or
+    two tokenizers disagree.
     """
     names = [args.tokenizer] if args.tokenizer else ["tokenizer.model", "tokenizer.json"]
     paths = [os.path.join(folder, name) for name in names]
@@ -700,7 +704,8 @@ def imported_tokenizer(args, folder, rows, scratch):
             data = add_pieces(tokenizer, folder, rows, settings)
         if data:
             tokenizer = Tokenizer(write_bytes(os.path.join(scratch, "tokenizer.model"), data))
-        if is_padding(tokenizer.n_words, rows):
+        exact = tokenizer.n_words == rows
+        if exact or not args.llama2c and is_padding(tokenizer.n_words, rows, args.tokenizer):
             return tokenizer
         sizes.append(f"{path} has {tokenizer.n_words} tokens")
     if sizes:

@@ -272,6 +272,23 @@ def test_stories260k_becomes_a_checkpoint(tmp_path, stories260k_bin, tok512_mode
     assert ours[:-tables] == theirs[:-tables] and len(ours) == len(theirs)
 
 
+def test_a_tokenizer_of_another_size_is_not_padding(tmp_path):
+    """512 is a power of two, and yet the size of a vocabulary and not a padded 400."""
+    checkpoint(tmp_path / "c.pt", vocab_size=512)
+    run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--version=0")
+    path = make_bpe(tmp_path / "t", "smollm2", 400)
+    done = run(tmp_path / "o.pt", f"--llama2c={tmp_path}/m.bin", f"--tokenizer={path}", ok=1)
+    assert "has 400 tokens, the model has 512" in done.stderr
+    hugging_face(tmp_path / "in", "smollm2", vocab_size=512)
+    done = run(tmp_path / "o.pt", f"--hf={tmp_path}/in", f"--tokenizer={path}", ok=1)
+    assert "has 400 tokens, the model has 512" in done.stderr
+    assert not (tmp_path / "o.pt").exists()
+    for n, rows in (32000, 32064), (128256, 128320), (49152, 49280), (32001, 32128), (300, 320):
+        assert export.is_padding(n, rows) and export.is_padding(n, rows, named=True)
+    assert export.is_padding(32003, 32768) and not export.is_padding(30000, 32768)
+    assert not export.is_padding(151_000, 2**18) and not export.is_padding(50257, 2**16)
+
+
 def test_version_2_is_llama2cs(tmp_path):
     """Read as llama2.c's runq reads it: whole groups in each row."""
     model = checkpoint(tmp_path / "ckpt.pt", hidden_dim=40)
