@@ -467,10 +467,10 @@ def read_v0(path):
     kind or its length does not match its header.
     """
     with open(path, "rb") as f:
-        data = f.read()
-    if len(data) < 28 or struct.unpack_from("<I", data)[0] == MAGIC:
+        head, size = f.read(28), os.fstat(f.fileno()).st_size
+    if size < 28 or struct.unpack_from("<I", head)[0] == MAGIC:
         raise ValueError(f"{path} is not a llama2.c file of version 0 (fp32)")
-    dim, ffn, n_layers, n_heads, n_kv_heads, vocab, seq_len = struct.unpack_from("<7i", data)
+    dim, ffn, n_layers, n_heads, n_kv_heads, vocab, seq_len = struct.unpack("<7i", head)
     if min(dim, ffn, n_layers, n_heads, n_kv_heads, abs(vocab), seq_len) < 1 or dim % n_heads:
         raise ValueError(f"{path} is not a llama2.c file of version 0 (fp32)")
     L, V, E, kv = n_layers, abs(vocab), dim // n_heads, dim // n_heads * n_kv_heads
@@ -491,17 +491,22 @@ def read_v0(path):
     if vocab < 0:
         shapes["output"] = (V, dim)
     want = 28 + 4 * sum(int(np.prod(s, dtype=object)) for s in shapes.values())
-    if len(data) != want:
-        raise ValueError(f"{path} is {len(data)} bytes long, its header says {want}")
-    weights, at = {}, 28
-    for name, shape in shapes.items():
-        n = int(np.prod(shape))
-        tensor = torch.from_numpy(np.frombuffer(data, "<f4", n, at).reshape(shape).copy())
-        at += 4 * n
-        if name in ("tok_embeddings", "norm", "output"):
-            weights[f"{name}.weight"] = tensor
-        elif name != "rope":
-            weights.update({f"layers.{i}.{name}.weight": tensor[i].clone() for i in range(L)})
+    if size != want:
+        raise ValueError(f"{path} is {size} bytes long, its header says {want}")
+    weights = {}
+    with open(path, "rb") as f:
+        f.seek(28)
+
+        def read(*shape):
+            return torch.from_numpy(np.fromfile(f, "<f4", int(np.prod(shape))).reshape(shape))
+
+        for name, shape in shapes.items():
+            if name in ("tok_embeddings", "norm", "output"):
+                weights[f"{name}.weight"] = read(*shape)
+            elif name == "rope":
+                f.seek(4 * seq_len * E, os.SEEK_CUR)
+            else:  # layer by layer, so that the model is in memory only once
+                weights |= {f"layers.{i}.{name}.weight": read(*shape[1:]) for i in range(L)}
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     # Llama's rule derives the hidden size from multiple_of. If no multiple_of gives this hidden
     # size, hidden_dim states it.
