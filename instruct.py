@@ -23,6 +23,7 @@ harmless is counted in the summary of the data, or refused if it changes the mea
 """
 
 import argparse
+import bisect
 import collections
 import hashlib
 import itertools
@@ -113,12 +114,31 @@ class Template(NamedTuple):
     def fit(self, tokenizer, turns, system, room):
         """
         The longest suffix of `turns` whose prompt, including the system prompt, has at most `room`
-        tokens; [] if the last turn alone does not fit.
+        tokens; [] if the last turn alone does not fit. Each turn is encoded once, from the newest
+        backwards as long as they fit, and a few of them once more as the first of a dialogue.
         """
-        for first in range(len(turns)):
-            if len(self.prompt(tokenizer, turns[first:], system)) <= room:
-                return turns[first:]
-        return []
+        n = len(turns)
+        first_form, next_form = self.system if system else self.turn, self.next or self.turn
+
+        def size(i, form, system=""):
+            """The number of tokens of turn i in a prompt."""
+            user, reply = turns[i]
+            before, after = self.sides(tokenizer, form, user, system)
+            if i == n - 1:
+                return len(before)
+            if isinstance(reply, str):
+                reply = tokenizer.encode(reply, bos=False, eos=False)
+            return len(before) + len(reply) + len(after)
+
+        rest = [0]  # numbers of tokens of the last 0, 1, 2, ... turns
+        while len(rest) < n and rest[-1] <= room:
+            rest.append(rest[-1] + size(n - len(rest), next_form))
+
+        def fits(i):
+            """Whether the turns from i on fit; if they do, so do fewer turns."""
+            return size(i, first_form, system) + rest[n - 1 - i] <= room
+
+        return turns[bisect.bisect_left(range(n), True, max(0, n - len(rest)), key=fits) :]
 
     def chat(self, tokenizer, messages, room):
         """

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -726,6 +727,58 @@ def test_text_between_exchanges_and_next():
     assert T.text(i for i, m in zip(ids, mask) if m) == "b<|end|>d<|end|>"
     assert t.end(T) == 3
     assert t.dialogue(T, [("a", [98]), ("c", [100])]) == (ids, mask)  # ids as the model wrote them
+
+
+class Pairs(Letters):
+    """A tokenizer whose tokens are up to two characters, and that records what it encodes."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, s, bos, eos):
+        self.encoded.append(s)
+        return [hash(x) for x in re.findall("..?", s, re.DOTALL)]
+
+
+FORMS = [
+    *TEMPLATES.values(),
+    Template(
+        "{bos}Be kind, and brief.<|end|>U {user}\nA {reply}<|end|>\n", next="{user}{reply}{eos}"
+    ),
+    Template(
+        "{user}{reply}{eos}", "<|end|>{system}<|end|>{user}{reply}{eos}", "And {user}{reply}{eos}-"
+    ),
+]
+
+
+@pytest.mark.parametrize("template", FORMS)
+def test_the_longest_dialogue_that_fits(template):
+    """`fit` keeps the same turns as a search that encodes every dialogue as a whole."""
+    rng, tokenizer, dropped = random.Random(3), Pairs(), set()
+
+    def text():
+        return "".join(rng.choices("ab \n", k=rng.choice([0, 1, 2, 3, 9, 30])))
+
+    for _ in range(400):
+        turns = [(text(), text()) for _ in range(rng.randrange(9))]
+        turns += [(text(), rng.choice([None, "a reply", [1, 2, 3]]))]
+        turns[0] = turns[0][0], rng.choice([[], [1] * 9, turns[0][1]])  # as ids
+        system, room = template.system and rng.choice(["", text()]), rng.randrange(-3, 150)
+        sizes = [len(template.prompt(tokenizer, turns[i:], system)) for i in range(len(turns))]
+        want = next((turns[i:] for i, n in enumerate(sizes) if n <= room), [])
+        assert template.fit(tokenizer, turns, system, room) == want
+        dropped.add(len(turns) - len(want))
+    assert template.fit(tokenizer, [], "", 10) == [] and len(dropped) > 5
+
+
+@pytest.mark.parametrize("room", [50, 1000, 10**6])
+def test_a_long_dialogue_is_encoded_once(room):
+    """The cost of `fit` is linear: one encoding per text, and a few more for the first turn."""
+    tokenizer, turns = Pairs(), [("a", "b")] * 2000 + [("c", None)]
+    kept = PLAIN.fit(tokenizer, turns, "s" * 30, room)
+    assert len(kept) == min(2001, (room - 14) // 4)
+    assert len(tokenizer.encoded) <= 2 * len(kept) + 50
+    assert sum(map(len, tokenizer.encoded)) <= 4 * len(kept) + 600
 
 
 def test_text_never_becomes_a_token_or_a_placeholder():
