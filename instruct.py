@@ -38,7 +38,7 @@ import common  # noqa: F401  first: it reports missing packages
 # isort: split
 import numpy as np
 
-from common import flags_of_others, note, parse_args, printable, run_main, write_atomic
+from common import Refused, flags_of_others, note, parse_args, printable, run_main, write_atomic
 from tinystories import Sampler, items, quoted, read_stories, story_files
 from tokenizer import own_tokenizer, stop_ids
 
@@ -140,11 +140,8 @@ class Template(NamedTuple):
 
         return turns[bisect.bisect_left(range(n), True, max(0, n - len(rest)), key=fits) :]
 
-    def chat(self, tokenizer, messages, room):
-        """
-        The prompt of `messages` (see read_messages), of which the last is the user's, without the
-        oldest turns if it has more than `room` tokens. Raises ValueError.
-        """
+    def read_chat(self, messages):
+        """The turns and the system prompt of a chat (see read_messages). Raises ValueError."""
         messages, system = read_messages(messages, "messages", []), ""
         if messages and messages[0][0] == "system":
             system = messages.pop(0)[1]
@@ -153,9 +150,23 @@ class Template(NamedTuple):
         turns = exchanges(messages, replies=False)
         if turns[-1][1] is not None:
             raise ValueError("the last message must be the user's")
-        turns = self.fit(tokenizer, turns, system, room)
+        return turns, system
+
+    def chat(self, tokenizer, messages, room):
+        """
+        The prompt of `messages`, of which the last is the user's, without the oldest turns if it
+        has more than `room` tokens. Raises Refused, with the `param` "messages".
+        """
+        try:
+            turns, system = self.read_chat(messages)
+            last = len(system) + len(turns[-1][0])  # slow to encode if it is many times too long
+            turns = self.fit(tokenizer, turns, system, room) if last <= 64 * room else []
+        except ValueError as e:
+            raise Refused(400, str(e), None, "messages") from None
         if not turns:
-            raise ValueError(f"the last message is too long: the prompt may have {room} tokens")
+            what = "system prompt and the last message are" if system else "last message is"
+            why = f"the {what} too long: the prompt may have {room} tokens"
+            raise Refused(400, why, "context_length_exceeded", "messages")
         return self.prompt(tokenizer, turns, system)
 
     def end(self, tokenizer):

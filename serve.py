@@ -141,14 +141,13 @@ class Service:
 
     def prompts(self, body, chat):
         """The prompts of a request, as lists of token ids."""
-        name = "messages" if chat else "prompt"
-        if len(json.dumps(x := body.get(name) or "")) > 64 * self.context:  # slow to encode
-            why = f"{name}: too long for a context of {self.context} tokens"
-            raise Refused(400, why, TOO_LONG, name)
         if chat and not self.template:
-            raise Refused(400, "this model has no chat template: see --template")
+            raise Refused(400, "this model has no chat template: see --template", None, "messages")
         if chat:
-            return [self.template.chat(self.tokenizer, x, self.longest)]
+            return [self.template.chat(self.tokenizer, body.get("messages"), self.longest)]
+        if len(json.dumps(x := body.get("prompt") or "")) > 64 * self.context:  # slow to encode
+            why = f"the prompt is too long for a context of {self.context} tokens"
+            raise Refused(400, why, TOO_LONG, "prompt")
         xs = x if isinstance(x, list) and isinstance(x[0], (str, list)) else [x]
         xs = [encode_prompt(self.tokenizer, x, self.bos) if isinstance(x, str) else x for x in xs]
         return [self.check_ids(x, self.longest) for x in xs]

@@ -676,6 +676,39 @@ def test_refusals_name_the_numbers_and_the_field(server, chat_server, folder, to
         assert "from 1 to 11" in refusal(s, max_tokens=12)["message"]
 
 
+def test_a_chat_with_long_old_turns(chat_server):
+    """Only the system prompt and the last message must fit: older turns are dropped."""
+    path, old = "/v1/chat/completions", []
+    for role in "user", "assistant":
+        old.append({"role": role, "content": "Tom saw a big dog. " * 200})
+    system, last = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "more"}
+    for first in [], [system]:
+        status, answer = ask(chat_server, path, dict(messages=[*first, *old * 10, last]))
+        assert status == 200 and answer["usage"]["prompt_tokens"] < 30
+    system["content"] *= 1000
+    for messages in [*old * 10, old[0]], [system, last]:
+        error = refusal(chat_server, path, messages=messages)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        assert str(CONTEXT - 1) in error["message"]
+    assert error["message"].startswith("the system prompt and the last message are too long")
+
+
+def test_refusals_of_messages_name_the_field(server, chat_server):
+    path, hello = "/v1/chat/completions", {"role": "user", "content": "Hello"}
+    for messages in (
+        None,
+        "Hello",
+        [],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [hello, hello],
+        [hello, {**hello, "role": "assistant"}],
+        [{**hello, "content": [{"type": "image_url"}]}],
+    ):
+        assert refusal(chat_server, path, messages=messages)["param"] == "messages"
+    assert refusal(server, path, messages=[hello])["param"] == "messages"  # no template
+
+
 def test_a_full_context_ends_a_response(server):
     answer = complete(server, prompt=[5] * (CONTEXT - 3), max_tokens=100, seed=1, stop=None)
     assert answer["usage"]["completion_tokens"] <= 4
