@@ -1762,6 +1762,7 @@ STORY = KINDS | dict(logprobs=(-1, 0, 20))
 CHAT = KINDS | dict(logprobs=(False, 0, 1), top_logprobs=(0, 0, 20))
 CHAT |= dict(max_completion_tokens=(0, 1, 2**31))
 OTHERS = {"model", "prompt", "messages", "seed", "stop", "stream_options"}
+STREAM_OPTIONS = {"include_usage", "include_obfuscation"}  # the second has no effect
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Parameters that are accepted with the value that has no effect
 NEUTRAL = dict(best_of=1, echo=False, suffix="", frequency_penalty=0, presence_penalty=0, tools=[])
@@ -1781,8 +1782,9 @@ def api_value(body, name, default, low=0, high=1):
     return kind(x)
 
 
-def api_parameters(body, chat, limit=2**31):
-    """The parameters of a request as a namespace, checked. limit: the largest max_tokens."""
+def api_parameters(body, chat, limit=2**31, models=(None,)):
+    """The parameters of a request as a namespace, checked. limit: the largest max_tokens; models:
+    the accepted names, of which the first is the default."""
     kinds, stop = CHAT if chat else STORY, body.get("stop") or []
     kinds = kinds | {name: (0, 1, limit) for name in kinds if name.startswith("max_")}
     for name in body.keys() - kinds.keys() - OTHERS - NO_EFFECT:
@@ -1791,6 +1793,10 @@ def api_parameters(body, chat, limit=2**31):
     stop, options = [stop] if isinstance(stop, str) else stop, body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object", param="stream_options")
+    for name in options.keys() - STREAM_OPTIONS:
+        if options[name] is not None:
+            why = f"the stream option {name[:40]!r} is not supported"
+            raise Refused(400, why, param="stream_options")
     if not isinstance(stop, list) or len(stop) > 4:
         raise Refused(400, "stop must be a string or up to 4 strings", param="stop")
     if not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
@@ -1799,10 +1805,17 @@ def api_parameters(body, chat, limit=2**31):
         chat=chat, stop=stop, rows=[], usage=api_value(options, "include_usage", False)
     )
     vars(p).update({name: api_value(body, name, *kind) for name, kind in kinds.items()})
+    for name, other in ("top_logprobs", "logprobs"), ("stream_options", "stream"):
+        if body.get(name) and not body.get(other):
+            raise Refused(400, f"{name} has no effect without {other}", param=name)
     p.seed = api_value(body, "seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1)
     if chat:
         p.logprobs = p.top_logprobs if p.logprobs else -1
         p.max_tokens = p.max_completion_tokens or p.max_tokens
+    p.model = body.get("model") or models[0]
+    if p.model not in models:
+        why = f"model must be one of: {', '.join(models)}"
+        raise Refused(404, why, "model_not_found", "model")
     return p
 
 

@@ -142,7 +142,9 @@ class Template(NamedTuple):
 
     def read_chat(self, messages):
         """The turns and the system prompt of a chat (see read_messages). Raises ValueError."""
-        messages, system = read_messages(messages, "messages", []), ""
+        messages, system = read_messages(messages, "messages", unknown := []), ""
+        if unknown := [k for k in unknown if k.partition(".")[2] not in MESSAGE_KEYS]:
+            raise ValueError(f"the key {unknown[0][:40]!r} is not supported")
         if messages and messages[0][0] == "system":
             system = messages.pop(0)[1]
         if system and not self.system:
@@ -308,6 +310,7 @@ HARMLESS = set(
     rejected_rating chosen-rating rejected-rating num_turns num_responses
 """.split()
 )
+MESSAGE_KEYS = {"name", "refusal", "annotations"}  # which clients of serve.py also send
 GOOD_OR_BAD = "label", "kto_tag", "desirable"  # labels of KTO data sets (Ethayarajh et al., 2024)
 REFUSED = {  # {key that changes the meaning of a record: reason and remedy}
     **dict.fromkeys(

@@ -154,11 +154,7 @@ class Service:
 
     def parse(self, body, chat, receive):
         """The parameters of a request, with its model and rows."""
-        p, names = formats.api_parameters(body, chat, self.limit), list(self.lanes)
-        p.model = body.get("model") or names[0]
-        if p.model not in names:
-            why = f"model must be one of: {', '.join(names)}"
-            raise Refused(404, why, "model_not_found", "model")
+        p = formats.api_parameters(body, chat, self.limit, list(self.lanes))
         p.prompts = self.prompts(body, chat)
         n, limit = p.n * len(p.prompts), p.max_tokens or min(256, self.limit)
         if n > self.args.max_batch:
@@ -329,6 +325,8 @@ def main(argv=None):
     args = parse_args(parser, argv)
     if args.host not in LOOPBACK and not args.token:
         raise ValueError(f"--host={args.host} is open to other computers: it needs --token=SECRET")
+    if "target_len" in args.given and args.reward != "length":
+        raise ValueError("--target_len has no effect without --reward=length")
     if args.max_batch < 1 or min(args.max_queue, args.max_prompt, args.max_new_tokens) < 0:
         raise ValueError("--max_batch must be at least 1, the other limits must not be negative")
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

@@ -472,6 +472,24 @@ def test_openai_chat(chat_server, folder, tokenizer, capsys, monkeypatch):
         assert 10 < got.usage.prompt_tokens < CONTEXT
 
 
+def test_keys_of_messages(chat_server):
+    """What OpenAI's client sends with a message is accepted; other keys are refused."""
+    path, hello = "/v1/chat/completions", {"role": "user", "content": "Hello", "name": "Tom"}
+    empty = dict.fromkeys(["refusal", "audio", "function_call", "tool_calls", "parsed", "other"])
+    answer = {"role": "assistant", "content": "Hi", "annotations": [{"type": "url_citation"}]}
+    messages = [hello, answer | empty | {"refusal": ""}, hello | {"tool_calls": []}]
+    assert ask(chat_server, path, dict(messages=messages, max_tokens=1))[0] == 200
+    for name in "nonsense", "nonsense" * 20, "tool_calls":
+        error = refusal(chat_server, path, messages=[{**hello, name: [3]}])
+        assert name[:30] in error["message"] and error["param"] == "messages"
+        assert len(error["message"]) < 200
+    openai = pytest.importorskip("openai", reason="needs openai")
+    url = f"http://127.0.0.1:{chat_server.port}/v1"
+    create = openai.OpenAI(base_url=url, api_key="none").chat.completions.create
+    reply = create(model="chat", messages=[hello], max_tokens=5).choices[0].message
+    assert create(model="chat", messages=[hello, reply, hello], max_tokens=5).usage.total_tokens
+
+
 def test_openai_errors(client, chat_server):
     openai = pytest.importorskip("openai", reason="needs openai")
     create = client.completions.create
@@ -525,6 +543,8 @@ def test_openai_errors(client, chat_server):
         {"stop": [5]},
         {"stream": "yes"},
         {"stream_options": 5},
+        {"stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": {"nonsense": 1}},
         {"logprobs": 21},
         {"tools": [{}]},
         {"unknown": 1},
@@ -532,15 +552,28 @@ def test_openai_errors(client, chat_server):
     ids=str,
 )
 def test_wrong_parameters(body):
-    with pytest.raises(Refused) as e:
-        api_parameters(body, False)
-    assert e.value.status == 400
+    for chat in False, True:
+        with pytest.raises(Refused) as e:
+            api_parameters(body, chat)
+        assert e.value.status == 400
+
+
+@pytest.mark.parametrize("logprobs", [None, False])
+def test_top_logprobs_need_logprobs(logprobs):
+    with pytest.raises(Refused, match="top_logprobs has no effect without logprobs") as e:
+        api_parameters({"logprobs": logprobs, "top_logprobs": 3}, True)
+    assert (e.value.status, e.value.param) == (400, "top_logprobs")
+    assert api_parameters({"logprobs": logprobs, "top_logprobs": 0}, True).logprobs == -1
+    assert api_parameters({"logprobs": True, "top_logprobs": 3}, True).logprobs == 3
 
 
 def test_neutral_parameters():
     body = dict(best_of=1, echo=False, presence_penalty=0.0, user="me", seed=None, tools=[])
     assert api_parameters(body, False).logprobs == -1
     assert api_parameters({"logprobs": True, "max_completion_tokens": 7}, True).max_tokens == 7
+    for options in {}, {"include_usage": None, "other": None}, {"include_obfuscation": False}:
+        assert not api_parameters({"stream": True, "stream_options": options}, True).usage
+    assert not api_parameters({"stream_options": None}, True).usage
 
 
 # ----------------------------------------------------------------------------
@@ -1147,6 +1180,7 @@ def test_wrong_flags(folder, tmp_path, capsys):
     assert "negative" in error("--max_queue=-1")
     assert "no such checkpoint" in error(f"--reference={tmp_path}/none.pt")
     assert "--reward=long" in error("--reward=long")
+    assert "--target_len has no effect without --reward=length" in error("--target_len=77")
     assert "--device=tpu" in error("--device=tpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
