@@ -43,7 +43,8 @@ from tokenizer import check_same_tokenizer, own_tokenizer, stop_ids
 try:
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as e:
@@ -104,6 +105,7 @@ class Service:
         models = {name: build(checkpoint["model"])}
         if args.reference:
             other, label = load(args.reference), Path(args.reference).stem
+            check_generates(other, args.reference)
             models[label + "-reference" * (label == name)] = build(other["model"], source=other)
         elif "reference" in stage:
             models[f"{name}-reference"] = build(stage["reference"])
@@ -251,8 +253,8 @@ def application(service, args):
     """The ASGI application."""
     page = (Path(__file__).parent / "assets/serve.html").read_text(encoding="utf-8")
 
-    def refuse(e):
-        return JSONResponse(formats.api_error(e), e.status)
+    def refuse(e):  # not JSONResponse, which cannot send surrogates back
+        return Response(json.dumps(formats.api_error(e)), e.status, media_type="application/json")
 
     def route(path, function, method="GET", **options):
         async def answer(request):
@@ -260,7 +262,7 @@ def application(service, args):
                 guard(request, args)
                 body = await read_body(request) if method == "POST" else ()
                 return await function(request, body, **options)
-            except (Refused, ValueError) as e:
+            except (Refused, ValueError, ClientDisconnect) as e:
                 return refuse(e if isinstance(e, Refused) else Refused(400, str(e)))
 
         return Route(path, answer, methods=[method])

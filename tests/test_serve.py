@@ -795,6 +795,34 @@ def test_no_files_and_limits(server):
         assert status == 400 and answer["error"]["message"]
 
 
+def test_surrogates_are_sent_back(server, chat_server):
+    """An answer may name what a client sent, also characters that UTF-8 cannot represent."""
+    name = "\ud800"
+    assert refusal(server, prompt="a", **{name: 1})["param"] == name
+    assert refusal(server, prompt="a", model=name)["param"] == "model"
+    hello = {"role": "user", "content": "Hello"}
+    for message in (
+        {**hello, name: 1},
+        {**hello, "role": name},
+        {**hello, "content": [{"type": name}]},
+    ):
+        error = refusal(chat_server, "/v1/chat/completions", messages=[message])
+        assert error["param"] == "messages"
+
+
+def test_a_client_that_leaves_within_its_body(folder, capfd):
+    with running(f"--checkpoint={folder}/base.pt") as server:
+        for path in "/v1/completions", "/v1/chat/completions", "/score":
+            with patch.object(serve, "read_body", wraps=serve.read_body) as read:
+                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{"
+                with socket.create_connection(("127.0.0.1", server.port)) as s:
+                    s.sendall(head.encode())
+                    wait_until(lambda: read.called)
+        assert complete(server, prompt="Tom", max_tokens=2)["choices"]
+        wait_until(lambda: not server.service.engine.server.server_state.tasks)
+    assert capfd.readouterr().err == ""
+
+
 def raw(server, data, wait=0.0, timeout=10):
     """What the server sends back to bytes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=timeout) as s:
@@ -1137,8 +1165,12 @@ def test_rewards_critics_and_references(folder, tokenizer, tmp_path):
     for word in f"--reference={tmp_path}/other.pt", f"--reward={tmp_path}/other.pt":
         with pytest.raises(ValueError, match="tokenizer"):
             report(policy, word)
-    with pytest.raises(ValueError, match="reward model"):
-        report(f"--checkpoint={tmp_path}/judge.pt")
+    for words in (
+        [f"--checkpoint={tmp_path}/judge.pt"],
+        [policy, f"--reference={tmp_path}/judge.pt"],
+    ):
+        with pytest.raises(ValueError, match="judge.pt is a reward model"):
+            report(*words)
 
 
 @pytest.mark.parametrize("how", ["plain", "bfloat16"])
