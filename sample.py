@@ -411,12 +411,26 @@ class Engine:
         lane.waiting.extend(rows)
         self.changed.set()
 
-    def run(self):
-        """Computes until the server shuts down, which it does after an error here."""
+    def allocate(self):
+        """Allocates the memory of the batches. Raises OSError if there is not enough."""
         try:
             with torch.inference_mode(), self.autocast():
                 for lane in self.lanes:
-                    lane.admit()  # allocates the memory of its batch
+                    lane.admit()
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            n, context = len(lane.slots), lane.model.args.max_seq_len
+            raise OSError(
+                f"out of memory: {n} KV caches of {context} tokens do not fit: take a smaller "
+                "--max_batch, or import the model again with a smaller --max_seq_len (export.py)"
+            ) from None
+
+    def run(self):
+        """Computes until the server shuts down, which it does after an error here."""
+        try:
+            self.allocate()  # nothing if it was called before
+            with torch.inference_mode(), self.autocast():
                 while not self.server.should_exit:
                     self.changed.wait()
                     self.changed.clear()

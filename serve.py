@@ -338,6 +338,7 @@ def main(argv=None):
         message = f"cannot listen on {args.host}, port {args.port}: {getattr(e, 'strerror', e)}"
         raise OSError(f"{message}; --port selects another") from None
     service = Service(args)
+    service.engine.allocate()
     kernels.library()  # compiles kernels.c on first use
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/{'#SECRET' * bool(args.token)}"

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import kernels
 import sample
 import tinystories
 from checkpoint import checkpoint_args, save_checkpoint
@@ -643,6 +644,24 @@ def test_an_engine_that_cannot_start_ends_the_server(folder, monkeypatch):
     service = serve.Service(flags(f"--checkpoint={folder}/base.pt"))
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(ZeroDivisionError):
         asyncio.run(asyncio.wait_for(serve.serve(service, listener), 20))
+
+
+@pytest.mark.parametrize("what", ["DefaultCPUAllocator: can't allocate memory", ""])
+def test_caches_that_do_not_fit(folder, monkeypatch, capsys, what):
+    """One line that names the flags, before the address is printed."""
+
+    def new_cache(*args):
+        raise RuntimeError(what) if what else MemoryError
+
+    monkeypatch.setattr(Transformer, "new_cache", new_cache)
+    monkeypatch.setattr(kernels.FastTransformer, "new_cache", new_cache)
+    with pytest.raises(SystemExit) as e:
+        words = f"--checkpoint={folder}/base.pt", "--port=0", "--max_batch=9", "--device=cpu"
+        run_main(lambda: serve.main(words))
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith(f"error: out of memory: 9 KV caches of {CONTEXT} tokens")
+    assert "--max_batch" in err and "--max_seq_len" in err
 
 
 def test_no_request_is_queued_at_shutdown():
