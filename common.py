@@ -89,9 +89,18 @@ def write_atomic(path, mode="wb"):
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(f.name)
-        if isinstance(e, OSError) and e.filename in (None, f.name):
-            e.filename = path  # the user does not know the temporary file
+        name_file(e, path, f.name)
         raise
+
+
+def name_file(e, path, temporary):
+    """Lets an OSError about `temporary`, or a file in it, be about `path`, which the user knows."""
+    if not isinstance(e, OSError) or not str(e.filename or temporary).startswith(temporary):
+        return
+    if e.errno is None:  # as NumPy's tofile raises it
+        full = f"cannot be written, perhaps because the disk is full ({e})"
+        raise OSError(f"{path}: {full}") from None
+    e.filename = path
 
 
 def open_temporary(path, mode):

@@ -30,7 +30,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
-from common import Refused, note, read_json
+from common import Refused, name_file, note, read_json
 from instruct import Template, ended
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import (
@@ -689,6 +689,9 @@ def write_folder(path, known):
         if os.path.exists(path):
             os.rename(path, old)
         os.rename(temporary, path)
+    except OSError as e:
+        name_file(e, path, scratch)
+        raise
     finally:
         if os.path.exists(old) and not os.path.exists(path):
             os.rename(old, path)  # interrupted between the two renames
@@ -706,6 +709,14 @@ def write_bytes(path, data):
     with open(path, "wb") as f:
         f.write(data)
     return path
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Writes {name: tensor} as .safetensors, with metadata {name: text}. Raises OSError."""
+    try:
+        need("safetensors.torch").save_file(tensors, path, {"format": "pt"} | (metadata or {}))
+    except need("safetensors").SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 HF_FILES = (
@@ -1107,7 +1118,7 @@ def same_template(config, template):
 
 def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True, tokenizer_hash=""):
     """Writes a folder that transformers loads; returns the number types of its weights."""
-    save_file = need("safetensors.torch").save_file
+    need("safetensors.torch")  # before the work begins
     tensors = hf_tensors(args, weights, getattr(torch, dtype) if dtype else None)
     kinds = sorted({w.dtype for w in tensors.values()}, key=lambda kind: kind.itemsize)
     begin = begins_with_bos(tokenizer, bos)
@@ -1121,7 +1132,7 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
             os.path.join(folder, "generation_config.json"),
             {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends},
         )
-        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        save_tensors(tensors, os.path.join(folder, "model.safetensors"))
         if tokenizer:
             write_hf_tokenizer(folder, tokenizer, template, args.max_seq_len, begin)
     return ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
@@ -1151,7 +1162,7 @@ def find_adapters(path):
 
 def export_peft(args):
     """Writes the adapters of a checkpoint as a folder for peft.PeftModel.from_pretrained."""
-    save_file = need("safetensors.torch").save_file
+    need("safetensors.torch")  # before the work begins
     lora, adapters, head_dim, tokenizer_hash = find_adapters(args.checkpoint)
     tensors = {}
     for name, w in adapters.items():  # layers.0.attention.wq.lora_a
@@ -1177,8 +1188,8 @@ def export_peft(args):
                 "target_modules": targets,
             },
         )
-        metadata = {"format": "pt"} | ({"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {})
-        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata)
+        metadata = {"tokenizer_hash": tokenizer_hash} if tokenizer_hash else {}
+        save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata)
     n = sum(w.numel() for w in tensors.values())
     print(
         f"wrote {args.output}: LoRA adapters of rank {lora['rank']} for {lora['layers']}, "

@@ -1452,6 +1452,36 @@ def test_the_suffix_says_what_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    """With a limit on the size of files, smaller than the weights: nothing is half-written."""
+    resource = pytest.importorskip("resource")
+    for name in "safetensors.torch", "gguf", "transformers":  # importing may write caches
+        pytest.importorskip(name)
+    model = checkpoint(tmp_path / "c.pt")
+    add_lora(model, 16, 8.0, 0.0, "q,k,v,o,gate,down,up")
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    lora = {"rank": 16, "alpha": 8.0, "layers": "q,k,v,o,gate,down,up", "state": state}
+    torch.save({"lora": lora, "model_args": checkpoint_args(model.args)}, tmp_path / "lora.pt")
+    before = sorted(os.listdir(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for out, source, *flags in (
+        ("hf", "c.pt", "--format=hf"),
+        ("adapter", "lora.pt", "--format=peft"),
+        ("m.gguf", "c.pt"),
+        ("m.bin", "c.pt", "--format=fp32"),
+    ):
+        for limit in 20000, 300, 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+                done = run(tmp_path / out, f"--checkpoint={tmp_path}/{source}", *flags, ok=1)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert done.stderr.startswith(f"error: {tmp_path}/{out}: "), done.stderr
+            assert re.search("File too large|disk is full", done.stderr), done.stderr
+            assert done.stderr.count("\n") == 1 and ".tmp" not in done.stderr
+            assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_a_checkpoint_that_was_there_is_kept(tmp_path, small_llama):
     """An import, and a merge of adapters, over a trained model. No source is overwritten."""
     model = checkpoint(tmp_path / "base.pt")
