@@ -138,8 +138,10 @@ def load_checkpoint(path, device="cpu", mmap=False):
     model, args = checkpoint["model"], checkpoint["model_args"]
     sizes = args if isinstance(args, dict) else {}
     other = [k for k in SIZES if type(sizes.get(k)) is not int]
-    if other or not isinstance(model, dict):
-        what = f"model_args has no number {other[0]!r}" if other else "'model' is not a dictionary"
+    named = isinstance(model, dict) and all(isinstance(k, str) for k in model)
+    if other or not named:
+        what = "'model' is not a dictionary of names"
+        what = f"model_args has no number {other[0]!r}" if other else what
         raise ValueError(f"{path} is not a checkpoint of a Llama: {what}")
     checkpoint = {k: v for k, v in checkpoint.items() if v is not None or k not in OPTIONAL}
     found = {k: x for k, x in checkpoint.items() if k in OPTIONAL}

@@ -402,7 +402,7 @@ def read_json(path):
             value = json.load(f)
     except FileNotFoundError:
         return {}
-    except ValueError as e:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path} is not JSON, or is cut short: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")

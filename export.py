@@ -561,7 +561,9 @@ def open_merged(path, adapters):
             f"{path} has adapters merged already: give the model that they were trained on"
             f"{f', {base}' * os.path.isfile(base)}, or leave out --merge_lora"
         )
-    model = load_adapters(model_from_checkpoint(checkpoint), lora.get("lora"))
+    if not isinstance(lora.get("lora"), dict):
+        raise ValueError(f"{adapters} has no adapters of train.py --sft: give its sft_lora.pt")
+    model = load_adapters(model_from_checkpoint(checkpoint), lora["lora"])
     check_same_tokenizer(
         path, checkpoint.get("tokenizer_hash"), adapters, lora.get("tokenizer_hash")
     )
@@ -703,9 +705,9 @@ def imported_tokenizer(args, folder, rows, scratch):
                 continue  # Llama 3's tokenizer.model is not a SentencePiece model
             raise
         data = None
-        if tokenizer.bpe:
+        if tokenizer.bpe and tokenizer.n_words <= rows:
             data = json_to_sentencepiece(tokenizer)
-        elif not args.tokenizer:
+        elif tokenizer.sp and not args.tokenizer:
             data = add_pieces(tokenizer, folder, rows, settings)
         if data:
             tokenizer = Tokenizer(write_bytes(os.path.join(scratch, "tokenizer.model"), data))

@@ -40,8 +40,8 @@ from tokenizer import (
     byte_alphabet,
     byte_level_blob,
     check_plain_bpe,
-    protobuf_fields,
     render_chats,
+    sentencepiece_identity,
 )
 
 # -----------------------------------------------------------------------------
@@ -370,6 +370,18 @@ def open_tensors(path):
         raise ValueError(f"{path} cannot be read, or is cut short ({reason})") from None
 
 
+def tensor_shapes(path):
+    """{name: shape} of the weights in a file for open_tensors. Raises ValueError, which names it,
+    for a value that is not a tensor of floating-point numbers."""
+    tensors = open_tensors(path)
+    for name, w in tensors.items():
+        if not isinstance(w, torch.Tensor) or not isinstance(name, str):
+            raise ValueError(f"{path}: {str(name)[:60]!r} is not the name of a tensor")
+        if w.layout is not torch.strided or not w.is_floating_point() or w.element_size() < 2:
+            raise ValueError(f"{path}: {name} is {w.dtype}: only fp32, bf16 and fp16 can be read")
+    return {name: tuple(w.shape) for name, w in tensors.items()}
+
+
 def gather(args, read, dtype=None, part=PART):
     """
     The state dict of a model. read(name, a, b) returns rows a to b of a tensor, where b - a is a
@@ -457,12 +469,9 @@ def read_hf(path, dtype=None, max_seq_len=None):
     parts = [files] if isinstance(files, str) else sorted(set(files.values()))
     shapes, where = {}, {}
     for part in parts:
-        for name, tensor in open_tensors(part).items():
-            shapes[name], where[name] = tensor.shape, part
-            if not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise ValueError(
-                    f"{part}: {name} is {tensor.dtype}: only fp32, bf16 and fp16 can be read"
-                )
+        found = tensor_shapes(part)
+        shapes |= found
+        where |= dict.fromkeys(found, part)
     check_shapes(args, shapes, path, hf_name)
 
     def read(name, a, b):
@@ -489,7 +498,7 @@ def read_meta(folder, dtype=None, max_seq_len=None):
     for i, file in enumerate(files):
         if os.path.basename(file) != f"consolidated.{i:02}.pth":
             raise FileNotFoundError(f"{folder}: consolidated.{i:02}.pth is missing")
-    shards = [{name: tuple(w.shape) for name, w in open_tensors(f).items()} for f in files]
+    shards = [tensor_shapes(f) for f in files]
     args = meta_args(read_json(path), path, shards[0], len(files), max_seq_len)
     want, whole, cut = model_shapes(args), {}, {}
     for name in shards[0]:  # every file has all norms; matrices are split by rows or by columns
@@ -1229,8 +1238,8 @@ def gguf_tokenizer(writer, tokenizer, template, end_ids, begin):
         writer.add_tokenizer_pre("default")
         writer.add_token_list([sp.id_to_piece(i) for i in ids])
         writer.add_token_scores([sp.get_score(i) for i in ids])
-        pieces = [dict(protobuf_fields(v)) for k, v in protobuf_fields(tokenizer.data) if k == 1]
-        writer.add_token_types([piece.get(3, 1) for piece in pieces])
+        pieces = sentencepiece_identity(tokenizer.data)[1]
+        writer.add_token_types([kind for *_, kind in pieces])
         writer.add_unk_token_id(sp.unk_id())
         prefix = sp.encode("a", out_type=str)[0].startswith("\u2581")
         writer.add_add_space_prefix(prefix)

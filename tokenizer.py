@@ -105,6 +105,7 @@ class Tokenizer:
             plain = {**self.json, "truncation": None, "padding": None}
             self.bpe = tokenizers.Tokenizer.from_str(json.dumps(plain))
             self.special = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
+            check_post_processor(self.json.get("post_processor") or {})
         except Exception as e:  # the library raises no narrower class
             raise ValueError(
                 f"{self.model_path} is not a tokenizer.json, or is cut short ({e})"
@@ -225,6 +226,16 @@ class Tokenizer:
         )
 
 
+def check_post_processor(process):
+    """Raises ValueError if the post-processor of a tokenizer.json uses a token that it does not
+    define: the tokenizers library would panic when it encodes."""
+    for step in process.get("processors", [process]):
+        parts = [part for name in ("single", "pair") for part in step.get(name, ())]
+        used = {part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part}
+        if unknown := sorted(used - step.get("special_tokens", {}).keys()):
+            raise ValueError(f"its post-processor does not define {unknown[0]!r}")
+
+
 # -----------------------------------------------------------------------------
 # The identity of a tokenizer
 
@@ -232,9 +243,9 @@ class Tokenizer:
 def protobuf_fields(data):
     """
     Yields (field number, value) for each field of a protobuf message; the value is an int for a
-    varint and bytes for every other wire type.
+    varint and bytes for every other wire type. Groups, which no message here has, are skipped.
     """
-    position = 0
+    position = groups = 0
 
     def varint():
         nonlocal position
@@ -250,12 +261,25 @@ def protobuf_fields(data):
     while position < len(data):
         key = varint()
         wire_type = key & 7
-        if wire_type == 0:
-            yield key >> 3, varint()
+        if wire_type in (3, 4):  # a group begins or ends
+            groups += 1 if wire_type == 3 else -1
             continue
-        size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
-        yield key >> 3, data[position : position + size]
-        position += size
+        if wire_type == 0:
+            value = varint()
+        else:
+            size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+            value = data[position : position + size]
+            position += size
+        if not groups:
+            yield key >> 3, value
+
+
+def protobuf_message(data, **kinds):
+    """{name: value} of the fields of a protobuf message that have the number and the type in kinds,
+    {name: (number, type)}. Like any other unknown field, one of another type is ignored."""
+    numbers = {number: (name, kind) for name, (number, kind) in kinds.items()}
+    found = ((*numbers.get(number, ("", None)), value) for number, value in protobuf_fields(data))
+    return {name: value for name, kind, value in found if type(value) is kind}
 
 
 def sentencepiece_identity(data):
@@ -266,24 +290,29 @@ def sentencepiece_identity(data):
     NORMAL, UNIGRAM = 1, 1
     pieces, trainer, normalizer = [], {}, {}
     for field, value in protobuf_fields(data):
+        if not isinstance(value, bytes):
+            continue
         if field == 1:
-            piece = dict(protobuf_fields(value))  # 1 the text, 2 the score, 3 the type
-            pieces.append(
-                [piece.get(1, b"").hex(), piece.get(2, bytes(4)).hex(), piece.get(3, NORMAL)]
-            )
+            piece = protobuf_message(value, text=(1, bytes), score=(2, bytes), type=(3, int))
+            text, score = piece.get("text", b""), piece.get("score", bytes(4))
+            pieces.append([text.hex(), score.hex(), piece.get("type", NORMAL)])
         elif field == 2:
-            trainer |= dict(protobuf_fields(value))
+            trainer |= protobuf_message(
+                value, model_type=(3, int), space_after=(24, int), unk_surface=(44, bytes)
+            )
         elif field == 3:
-            normalizer |= dict(protobuf_fields(value))
+            normalizer |= protobuf_message(
+                value, charsmap=(2, bytes), prefix=(3, int), squeeze=(4, int), escape=(5, int)
+            )
     return [
         "sentencepiece",
         pieces,
-        trainer.get(3, UNIGRAM),  # model_type
-        trainer.get(24, 0),  # treat_whitespace_as_suffix
-        trainer.get(44, " \u2047 ".encode()).hex(),  # unk_surface
-        hashlib.sha256(normalizer.get(2, b"")).hexdigest(),  # precompiled_charsmap
+        trainer.get("model_type", UNIGRAM),
+        trainer.get("space_after", 0),  # treat_whitespace_as_suffix
+        trainer.get("unk_surface", " \u2047 ".encode()).hex(),
+        hashlib.sha256(normalizer.get("charsmap", b"")).hexdigest(),  # precompiled_charsmap
         # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-        *(normalizer.get(i, 1) for i in (3, 4, 5)),
+        *(normalizer.get(name, 1) for name in ("prefix", "squeeze", "escape")),
     ]
 
 

@@ -1353,6 +1353,27 @@ MISTAKES = {
         d / "model.safetensors.index.json"
     ).write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})),
     "has no weight_map": lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+    "'state_dict' is not the name of a tensor": lambda d: (
+        (d / "model.safetensors").unlink(),
+        torch.save({"state_dict": {"a": torch.zeros(2)}}, d / "pytorch_model.bin"),
+    ),
+    "'3' is not the name of a tensor": lambda d: (
+        (d / "model.safetensors").unlink(),
+        torch.save({3: torch.zeros(2)}, d / "pytorch_model.bin"),
+    ),
+    "generation_config.json is not JSON": lambda d: (d / "generation_config.json").write_text(
+        '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+    ),
+    "its post-processor does not define '<X>'": lambda d: change(
+        make_bpe(d, "llama3").parent,
+        "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<X>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+            "special_tokens": {},
+        },
+    ),
     "is torch.int8": lambda d: replace_tensors(
         d, lambda t: {k: w.to(torch.int8) for k, w in t.items()}
     ),
@@ -1379,6 +1400,27 @@ def test_what_can_be_wrong_with_a_model(tmp_path, small_llama, says):
     assert says in done.stderr and done.stderr.startswith("error:"), done.stderr
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_values_of_metas_files_must_be_tensors(tmp_path):
+    params = {"dim": 32, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-5, "vocab_size": 64}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    for value, says in ({"a": torch.zeros(2)}, "name of a tensor"), (torch.ones(2).int(), "int32"):
+        torch.save({"x": value}, tmp_path / "consolidated.00.pth")
+        assert says in run(tmp_path / "c.pt", f"--meta={tmp_path}", ok=1).stderr
+
+
+def test_a_huge_id_is_not_allocated(tmp_path, small_llama, monkeypatch):
+    """A tokenizer.json that looks like SentencePiece's, with one token of a huge id."""
+    folder = tmp_path / "in"
+    shutil.copytree(small_llama, folder)
+    t = {"added_tokens": [], "normalizer": {"type": "Prepend", "prepend": "\u2581"}}
+    vocab = {"<unk>": 0, "\u2581": 1, "a": 4294967290}
+    model = {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, **t}))
+    monkeypatch.setattr(export, "json_to_sentencepiece", lambda t: 1 / 0)  # before it is called
+    done = run(tmp_path / "c.pt", f"--hf={folder}", ok=1)
+    assert "has 4294967291 tokens, the model has 600" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,11 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "same.bin").read_bytes()
     size = (folder / "sft_lora.pt").stat().st_size
     assert size < (folder / "sft_ckpt.pt").stat().st_size / 3  # of a model of 10,000 weights
-    with pytest.raises(ValueError, match="do not fit"):
-        export.main([str(out), merge[0], f"--merge_lora={base}/ckpt.pt"])
+    peft = tmp_path / "adapter_model.safetensors"
+    pytest.importorskip("safetensors.torch").save_file({"a": torch.zeros(2)}, peft)
+    for other in base / "ckpt.pt", peft:
+        with pytest.raises(ValueError, match="has no adapters of train.py --sft"):
+            export.main([str(out), merge[0], f"--merge_lora={other}"])
     # The checkpoint of the run has them merged already.
     with pytest.raises(ValueError, match=f"merged already: .*trained on, {folder}/ckpt.pt, or"):
         export.main([str(tmp_path / "b.pt"), f"--checkpoint={folder}/sft_ckpt.pt", merge[1]])

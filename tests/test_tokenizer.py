@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import DATA, ROOT, make_bpe
@@ -81,6 +82,21 @@ def test_every_byte_and_every_token(model):
     for i in range(t.n_words):
         assert isinstance(t.decode([i]), str)
     assert (t.bos_id, t.eos_id) == (1, 2) and t.decode([1, 2]) == ""
+
+
+def test_unknown_fields_of_a_sentencepiece_model(made, tmp_path):
+    """A group, and known numbers with another type, are unknown fields: SentencePiece ignores them,
+    and so does the hash."""
+    from formats import field
+
+    t, data = Tokenizer(made), Path(made).read_bytes()
+    for i, more in enumerate(
+        (b"\x53\x54", b"\x53\x0a\x01a\x54", field(1, 7), field(2, field(3, "x")))
+    ):
+        (tmp_path / f"{i}.model").write_bytes(data + more)
+        other = Tokenizer(tmp_path / f"{i}.model")
+        assert other.encode("Once upon", True, True) == t.encode("Once upon", True, True)
+        assert other.hash == t.hash
 
 
 def read_tok_bin(path):

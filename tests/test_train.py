@@ -898,6 +898,7 @@ def test_contents_that_are_no_llama(data, tmp_path):
         ("has no number 'dim'", dict(model_args=None)),
         ("has no number 'n_heads'", dict(model_args=sizes | dict(n_heads="4"))),
         ("'model' is not a dictionary", dict(model=[1, 2])),
+        ("'model' is not a dictionary of names", dict(model={1: torch.zeros(2)})),
         ("its 'template' is llama2", dict(template="llama2")),
         ("its 'template' is {'turn': 3}", dict(template=dict(turn=3))),
         ("its 'end_ids' is 7", dict(end_ids=7)),
