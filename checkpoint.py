@@ -47,6 +47,7 @@ SIZES = "dim", "n_layers", "n_heads", "vocab_size"
 OPTIONAL = {
     **dict.fromkeys(("config", "template", "ppo", "dpo", "reward", "lora"), dict),
     **{"iter_num": int, "bos": bool, "end_ids": list, "tokenizer_hash": str},
+    "started_from": str,
 }
 STARTS = {  # the first bytes of a file: what it is
     b"GGUF": "a GGUF file: import it with export.py ckpt.pt --gguf=FILE",
@@ -340,9 +341,41 @@ def weights_alone(state):
     return {k: v for k, v in state.items() if k not in of_a_run}
 
 
+def recorded_start(state):
+    """The file that the run of a checkpoint started from, as it was named; "" if it is unknown."""
+    init_from = (state.get("config") or {}).get("init_from", "")
+    return state.get("started_from") or ("" if init_from in ("scratch", "resume") else init_from)
+
+
+def start_of_a_new_run(stage, pretrained, state):
+    """The checkpoint file that a new run of a stage after pretraining starts from, with
+    --init_from=resume. `pretrained` is out_dir/ckpt.pt; `state` is the stage's own checkpoint,
+    which the run cannot continue, or None if there is none. Raises ValueError if the folder leaves
+    open which file it is."""
+    mine = pretrained.with_name(f"{stage.prefix}ckpt.pt")
+    if start := recorded_start(state or {}):
+        usual = Path(state.get("config", {}).get("out_dir", "")) / pretrained.name
+        start = pretrained if Path(start) == usual else Path(start)
+        if start.absolute() != mine.absolute():
+            return start
+        why = f"the run of {mine} started from an earlier file of this name"
+    else:
+        names = [f"{prefix}ckpt.pt" for prefix in ("sft_", "dpo_", "ppo_")]
+        others = [pretrained.with_name(n) for n in names if n != mine.name]
+        found = [str(path) for path in others if has_begun(path)]
+        if not found:
+            return pretrained
+        why = "there is no such checkpoint" if state is None else "its start is unknown"
+        why = f"{mine}: {why}, and the folder has {' and '.join(found)}"
+    raise ValueError(
+        f"{why}: name the model that the run starts from, such as --init_from={pretrained}"
+    )
+
+
 def starting_point(run, stage, differences):
     """The checkpoint that the run starts from, or None; and whether the run continues the one that
-    wrote it. differences(run, checkpoint) are the flags that make it another run, as text."""
+    wrote it. differences(run, checkpoint) are the flags that make it another run, as text. The
+    checkpoint of a new run names its file, as `started_from`."""
     args = run.args
     pretrained = Path(args.out_dir) / "ckpt.pt"
     mine = pretrained.with_name(f"{stage.prefix}ckpt.pt")
@@ -356,7 +389,7 @@ def starting_point(run, stage, differences):
     def weights_of(state, path):
         if stage.writes_text:  # a reward model can start a reward model alone
             check_generates(state, path)
-        return weights_alone(state)
+        return weights_alone(state) | {"started_from": str(path)}
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from
@@ -365,6 +398,7 @@ def starting_point(run, stage, differences):
         init_from = "resume"
     if init_from not in ("scratch", "resume"):
         return weights_of(load_checkpoint(init_from), init_from) | uncounted, False
+    state = None
     if init_from == "resume" and (has_begun(mine) or stage.from_scratch):
         state = newest(mine, rename=not args.eval_only)
         if stage.from_scratch and another_stage(state):
@@ -376,8 +410,10 @@ def starting_point(run, stage, differences):
             print(f"the run in {args.out_dir} had other flags ({changed}): a new one starts")
     if stage.from_scratch:
         return None, False
-    state = weights_of(newest(pretrained), pretrained)
-    return state if stage.continues_count else state | uncounted, False
+    path = start_of_a_new_run(stage, pretrained, state) if init_from == "resume" else pretrained
+    own = path == pretrained
+    state = weights_of(newest(path) if own else load_checkpoint(path), path)
+    return state if stage.continues_count and own else state | uncounted, False
 
 
 def move_aside(path, rank):

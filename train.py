@@ -101,7 +101,10 @@ class OutputFlags:
 
     out_dir: str = flag("out", "folder for checkpoints and logs")
     init_from: str = flag(
-        "scratch", "scratch, resume (from out_dir), or a checkpoint with the initial weights"
+        "scratch",
+        "scratch, resume (from out_dir), or a checkpoint with the initial weights; the stages "
+        "after pretraining start from out_dir/ckpt.pt with scratch, and with resume if out_dir has "
+        "no later checkpoint",
     )
     eval_interval: int = flag(2000, "iterations between evaluations; each saves a checkpoint")
     eval_only: bool = flag(False, "evaluate, print and exit (PPO: print the report)")
@@ -373,7 +376,7 @@ def start(run):
         # A new pretraining run is not checked: it moves the old files in out_dir aside.
         check_place(tokenizer, args.out_dir)
     # The new checkpoints inherit the description of the text from the initial checkpoint.
-    names = "template", "end_ids", "bos"
+    names = "template", "end_ids", "bos", "started_from"
     metadata = {k: checkpoint[k] for k in names if k in (checkpoint or ())}
     metadata["tokenizer_hash"] = tokenizer_hash
     template = None
@@ -412,6 +415,8 @@ def describe(stage, checkpoint):
     machine = f"{run.device}, {run.config['dtype']}"
     machine += f", {run.world} processes" if run.world > 1 else ""
     print(f"{count:,} parameters; {iterations}; {machine}")
+    if "started_from" in run.metadata and not run.resumed:
+        print(f"a new run, which starts from {run.metadata['started_from']}")
     changed = differences(run, checkpoint) if run.resumed else ""
     if changed:
         print(f"resumed with other flags than the checkpoint's, which now apply: {changed}")

@@ -895,6 +895,54 @@ def test_a_new_run_takes_the_weights_of_its_checkpoint_as_reference(home, rm, tm
     assert all(torch.equal(third[stage]["reference"][k], v) for k, v in new.items())
 
 
+def test_a_new_run_names_the_model_that_it_starts_from(home, tmp_path, capsys):
+    """A run that --init_from=resume cannot continue starts where the run of its own checkpoint
+    started; where that is unknown and the folder has several models, it is an error."""
+    out = tmp_path / "out"
+    flags = PPO | dict(reward="length", ppo_iters=1)
+    out.mkdir()
+    save_checkpoint(out / "ckpt.pt", load_checkpoint(home / "ckpt.pt") | {"iter_num": 3})
+    resume = {"init_from": "resume"}
+
+    def start():
+        state = load_checkpoint(out / "ppo_ckpt.pt")
+        line = re.findall("a new run, which starts from (.*)", capsys.readouterr().out)
+        return [state["started_from"]], line, state["ppo"]["first"]
+
+    # with ckpt.pt alone, resume is the same as the default, and so it is when flags change
+    for changed in {}, {"seed": 2}:
+        run(home, out, **flags | resume | changed)
+        assert start() == ([f"{out}/ckpt.pt"], [f"{out}/ckpt.pt"], 3)
+    run(home, out, **flags | dict(ppo_iters=2, seed=2, **resume))  # continues
+    assert start() == ([f"{out}/ckpt.pt"], [], 3)
+    (out / "ppo_ckpt.pt").unlink()
+    # with an SFT model, resume is ambiguous where PPO has no checkpoint
+    run(home, out, sft=True, max_iters=1, data=home / "pairs.jsonl")
+    capsys.readouterr()
+    text = error_of(capsys, argv(home, out, **flags | resume))
+    assert "there is no such checkpoint" in text and f"{out}/sft_ckpt.pt" in text
+    assert f"--init_from={out}/ckpt.pt" in text
+    sft = {"init_from": out / "sft_ckpt.pt"}
+    for changed in sft, resume | {"seed": 2}:
+        run(home, out, **flags | changed)
+        assert start() == ([f"{out}/sft_ckpt.pt"], [f"{out}/sft_ckpt.pt"], 0)
+    # checkpoints of earlier versions: by their flags
+    state = load_checkpoint(out / "ppo_ckpt.pt")
+    del state["started_from"]
+    save_checkpoint(out / "ppo_ckpt.pt", state)
+    text = error_of(capsys, argv(home, out, **flags | resume | {"seed": 3}))
+    assert "its start is unknown" in text
+    state["config"]["init_from"] = f"{out}/sft_ckpt.pt"
+    save_checkpoint(out / "ppo_ckpt.pt", state)
+    capsys.readouterr()
+    run(home, out, **flags | resume | {"seed": 3})
+    assert start() == ([f"{out}/sft_ckpt.pt"], [f"{out}/sft_ckpt.pt"], 0)
+    # a run that started from a file in the place of its own checkpoint
+    run(home, out, **flags | {"init_from": out / "ppo_ckpt.pt"})
+    text = error_of(capsys, argv(home, out, **flags | resume | {"seed": 4}))
+    assert "started from an earlier file of this name" in text
+
+
 def test_a_reward_model_is_no_policy(home, rm, tmp_path, capsys):
     path = rm / "rm_ckpt.pt"
     (tmp_path / "copy").mkdir()
