@@ -389,7 +389,9 @@ def starting_point(run, stage, differences):
     def weights_of(state, path):
         if stage.writes_text:  # a reward model can start a reward model alone
             check_generates(state, path)
-        return weights_alone(state) | {"started_from": str(path)}
+        samples = state.get("reward", {}).get("samples")  # which a reward model cannot write anew
+        kept = {"reward": {"samples": samples}} if samples else {}
+        return weights_alone(state) | kept | {"started_from": str(path)}
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from

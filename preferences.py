@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import ppo
 from checkpoint import halve_frozen, model_from_checkpoint
-from common import flag, printable
+from common import flag, note, printable
 from instruct import InstructPrompts, Rankings
 from kernels import in_chunks, to_device
 from model import TransformerWithValueHead, generate
@@ -170,7 +170,8 @@ class RewardModel(Preferences):
     """A reward model: one scalar per reply, trained on rankings. The loss is
     -log sigmoid(score of better - score of worse), averaged over the pairs of each ranking (Ouyang
     et al., 2022, equation 1). The checkpoint also stores a gain and a bias that normalize the
-    scores to mean 0 and variance 1 on replies of the initial model."""
+    scores to mean 0 and variance 1 on replies of the initial model, or, if that is a reward model
+    itself, on the replies in its checkpoint."""
 
     prefix = "rm_"
     writes_text = False
@@ -181,6 +182,9 @@ class RewardModel(Preferences):
         super().__init__(run, checkpoint)
         if "reward" in checkpoint:
             self.samples = checkpoint["reward"]["samples"]
+            if not run.resumed and run.rank == 0:
+                n = len(self.samples)
+                note(f"rewards are normalized on the {n} samples of the initial reward model")
         else:
             self.samples = [q + r for q, r in zip(self.prompts, self.replies(self.model))]
 

@@ -967,10 +967,12 @@ def test_a_reward_model_is_no_policy(home, rm, tmp_path, capsys):
         with pytest.raises(ValueError, match="rm_ckpt.pt is a reward model, made by --rm"):
             main(line)
     assert not (tmp_path / "model.bin").exists()
-    # another reward model may start from it, with samples of its own
+    # another reward model may start from it, with its samples: it cannot write others
+    capsys.readouterr()
     run(home, tmp_path / "rm", init_from=path, rm=True, max_iters=2)
     one, two = (load_checkpoint(d / "rm_ckpt.pt")["reward"] for d in (rm, tmp_path / "rm"))
-    assert one["samples"] != two["samples"]
+    assert one["samples"] == two["samples"] and one["bias"] != two["bias"]
+    assert "normalized on the 16 samples of the initial reward model" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------
