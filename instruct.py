@@ -39,7 +39,7 @@ import common  # noqa: F401  first: it reports missing packages
 import numpy as np
 
 from common import Refused, flags_of_others, note, parse_args, printable, run_main, write_atomic
-from tinystories import Sampler, items, quoted, read_stories, story_files
+from tinystories import Sampler, items, quoted, read_as_one, read_stories, story_files
 from tokenizer import own_tokenizer, stop_ids
 
 # -----------------------------------------------------------------------------
@@ -443,14 +443,14 @@ def record(item, replies=True, lenient=False):
 
     # 3. One dialogue per reply, as messages and then as exchanges.
     dialogues = [joined(context, read_reply(value, k)) for value, k in values] or [context]
-    if any(d[: len(context)] != context for d in dialogues):  # they replace the context
-        used -= {prompt, history, *KEYS["context"]}
     system = text_of(item[system_key], system_key) if system_key else ""
-    for d in dialogues:
-        if d and d[0][0] == "system":
+    for d in [context, *dialogues]:
+        while d and d[0][0] == "system":
             if system not in ("", d[0][1]):
                 raise ValueError("it has two different system prompts: remove one")
             system = d.pop(0)[1]
+    if any(d[: len(context)] != context for d in dialogues):  # they replace the context
+        used -= {prompt, history, *KEYS["context"]}
     irregular = irregularity(dialogues, replies) if lenient else ""
     if irregular.startswith("left out"):
         return Record([], system, [], irregular=irregular)
@@ -611,8 +611,11 @@ def ranking(value, key, ignored):
 def joined(context, messages):
     """
     Two lists of messages as one dialogue. `messages` may repeat the context or its end, or be a
-    complete dialogue with another context, which replaces `context`.
+    complete dialogue with another context, which replaces `context`. A system message at its
+    beginning precedes the context.
     """
+    if messages[:1] != context[:1] and messages and messages[0][0] == "system":
+        return messages[:1] + joined(context, messages[1:])
     a, b = ([(role, text.strip()) for role, text in x] for x in (context, messages))
     for n in range(min(len(a), len(b)), 0, -1):
         if a[-n:] == b[:n]:
@@ -725,12 +728,15 @@ class Samples:
                 if sample is not None:
                     self.samples.append(sample)
         if not self.samples:
-            reason = "nothing to use: name another file"
-            if split == "val":
-                reason = "too few to hold some out: name a validation file with --val_data"
-            raise ValueError(f"{self.summary()}: {reason}")
+            raise ValueError(f"{self.summary()}: {self.remedy(split)}")
         # validation samples do not depend on the seed of the run
         self.sampler = Sampler([[len(self.samples)]], [1.0], 0 if split == "val" else seed)
+
+    def remedy(self, split):
+        """What to change if a split has no samples."""
+        if split == "val":
+            return "too few to hold some out: name a validation file with --val_data"
+        return "nothing to use: name another file"
 
     def __len__(self):
         return len(self.samples)
@@ -829,7 +835,7 @@ class Rankings(Samples):
 class InstructPrompts(Samples):
     """
     Prompts for PPO: lists of at most max_len ids without duplicates. A dialogue that is too long
-    loses its oldest turns. `answered` is the number of records that have a reply.
+    loses its oldest turns. `answered` is the number of records of these prompts that have a reply.
     """
 
     replies = False
@@ -839,16 +845,24 @@ class InstructPrompts(Samples):
         super().__init__(*args, **kwargs)
 
     def sample(self, record):
-        self.answered += bool(record.completions)
         turns = self.template.fit(self.tokenizer, record.turns, record.system, self.max_len)
         if not turns:
             return self.count("left out: prompt too long")
+        self.answered += any(c.strip() for c in record.completions[:1])
         prompt = np.array(self.template.prompt(self.tokenizer, turns, record.system), np.int32)
         if prompt.tobytes() in self.seen:
             return self.count("left out: duplicate prompt")
         self.seen.add(prompt.tobytes())
         self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
         return prompt
+
+    def remedy(self, split):
+        if self.counts["left out: prompt too long"]:
+            return (
+                f"--max_gen_len leaves {self.max_len} tokens of the context for a prompt: use a "
+                "smaller one"
+            )
+        return super().remedy(split)
 
     def batch(self, position, n):
         return [prompt.tolist() for prompt in super().batch(position, n)]
@@ -962,11 +976,14 @@ def make_task(args):
     rng, folder = random.Random(args.seed), os.path.join(args.data_dir, "task")
     files = story_files(args.data_dir)
     val, rest = read_stories(files[0]), itertools.chain.from_iterable(map(read_stories, files[1:]))
-    if len(files) == 1:
-        stories = list(val)
+    if len(files) == 1 or read_as_one(args.data_dir):
+        stories = [*val, *rest]
         cut = len(stories) - max(1, len(stories) // 20)
         val, rest = stories[cut:], stories[:cut]
-        print(f"note: there is only one story file: its last {len(val)} stories are for validation")
+        what = "there is only one story file: its"
+        if len(files) > 1:
+            what = f"the {len(files)} small files are read as one: their"
+        print(f"note: {what} last {len(val)} stories are for validation")
     for name, stories in ("val", val), ("sft", rest):
         records, unique = [], set()
         for story in stories:

@@ -742,6 +742,18 @@ def many_small(paths):
     return len(paths) > 20 and sum(map(os.path.getsize, paths)) < 2 * 4096 * len(paths)
 
 
+def read_as_one(data_dir):
+    """
+    Whether the files of a data folder are many and small (see open_shards): by its shards or,
+    before pretokenize, by the story files.
+    """
+    folders = [stories_folder(data_dir), *glob.glob(glob.escape(data_dir) + "/tok*/")]
+    shards = [glob.glob(os.path.join(glob.escape(f), "*.bin")) for f in folders]
+    return any(map(many_small, filter(None, shards))) or (
+        not any(shards) and many_small(story_files(data_dir))
+    )
+
+
 def open_shards(folder, split, vocab_size):
     """
     The shards of `split` ("train" or "val") as a list of memory-mapped uint16 arrays.

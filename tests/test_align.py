@@ -704,7 +704,9 @@ def test_ppo_needs_prompts_alone(home, tmp_path, capsys):
     prompts = [{"prompt": f"say {i}", "mood": "glad"} for i in range(60)]
     messages = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(60)]
     answered = [{**r, "response": "please"} if i % 2 else r for i, r in enumerate(prompts)]
-    for name, rows in ("prompts", prompts), ("messages", messages), ("answered", answered):
+    empty = [{**r, "output": " "[: i % 2]} for i, r in enumerate(prompts)]
+    files = dict(prompts=prompts, messages=messages, answered=answered, empty=empty)
+    for name, rows in files.items():
         data, out = tmp_path / f"{name}.jsonl", tmp_path / name
         data.write_text("\n".join(map(json.dumps, rows)))
         run(home, out, **PPO | dict(ppo_iters=1, data=data, reward="length"))
@@ -716,6 +718,21 @@ def test_ppo_needs_prompts_alone(home, tmp_path, capsys):
         assert ("loss on validation text" in text) == (name == "answered")
         report = json.loads((out / "ppo_report.json").read_text())
         assert ("val_loss" in report["after"]) == (name == "answered")
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])
+def test_max_gen_len_that_leaves_no_room_for_prompts_is_named(home, tmp_path, capsys, stage):
+    """And not the number of records."""
+    data = tmp_path / "x.jsonl"
+    rows = [{"prompt": f"say {i} {'a' * 36}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    flags = {stage: True, "data": data, "val_data": data, "max_iters": 1}
+    if stage == "ppo":
+        flags = PPO | dict(data=data, val_data=data, reward="length", ppo_iters=1)
+    text = error_of(capsys, argv(home, tmp_path / "out", **flags | dict(max_gen_len=60)))
+    assert "40 left out: prompt too long" in text and "too few" not in text
+    assert "--max_gen_len leaves 32 tokens of the context for a prompt: use a smaller one" in text
+    run(home, tmp_path / "out", **flags | dict(max_gen_len=5))
 
 
 def test_first_steps_are_short(home, rm, tmp_path):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import instruct
+import tinystories
 from instruct import TEMPLATES, Instructions, InstructPrompts, Rankings, Record, Template, read
 from rlhf import load_reward
 from tokenizer import stop_ids
@@ -250,6 +251,39 @@ PUBLIC = {  # records as data sets of these names have them
         {"prompt": says("A"), "chosen": [says("", "B")[1]], "rejected": [says("", "X")[1]]},
         PAIR,
     ),
+    "text prompt, system": (
+        {
+            "prompt": "A",
+            "chosen": [SYSTEM, *says("A", "B")],
+            "rejected": [SYSTEM, *says("A", "X")],
+        },
+        PAIR._replace(system="S"),
+    ),
+    "last turn as prompt, system": (
+        {
+            "prompt": "C",
+            "chosen": [SYSTEM, *says("A", "B", "C", "D")],
+            "rejected": [SYSTEM, *says("A", "B", "C", "X")],
+        },
+        TWO._replace(system="S", completions=["D", "X"]),
+    ),
+    "prompt and input, system": (
+        {
+            "prompt": "P",
+            "input": "I",
+            "chosen": [SYSTEM, says("", "B")[1]],
+            "rejected": [SYSTEM, says("", "X")[1]],
+        },
+        Record([("P\nI", None)], "S", ["B", "X"]),
+    ),
+    "another prompt, system": (
+        {
+            "prompt": "P",
+            "chosen": [SYSTEM, *says("A", "B")],
+            "rejected": [SYSTEM, *says("A", "X")],
+        },
+        PAIR._replace(system="S", ignored=("prompt",)),
+    ),
     "trl, system": (
         {
             "prompt": [SYSTEM, *says("A", "B", "C")],
@@ -380,6 +414,14 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
     ),
     "two systems": (
         {"system": "T", "messages": [SYSTEM, *says("A", "B")]},
+        "two different system prompts",
+    ),
+    "two systems, of prompt and replies": (
+        {
+            "prompt": [SYSTEM, *says("A")],
+            "chosen": [{**SYSTEM, "content": "T"}, *says("A", "B")],
+            "rejected": [{**SYSTEM, "content": "T"}, *says("A", "X")],
+        },
         "two different system prompts",
     ),
     "text history": ({"instruction": "A", "output": "B", "history": "long ago"}, '"history" must'),
@@ -1181,6 +1223,27 @@ def test_the_task_of_a_single_file_holds_out_its_end(task, tmp_path, capsys):
     )
     ends = {" ".join(s.split()) for s in stories[-30:]}
     assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+
+
+def test_the_task_of_many_small_files_holds_out_the_end_of_all(task, tmp_path, capsys):
+    """As pretraining does: with a file per story, the first file has too few for validation."""
+    files = sorted((task / "TinyStories_all_data").iterdir())
+    stories = [item["story"] for path in files for item in json.loads(path.read_text())]
+    for i, story in enumerate(stories):
+        (tmp_path / f"{i:04}.txt").write_text(story)
+    instruct.main(["stories", f"--data_dir={tmp_path}"])
+    assert "the 600 small files are read as one: their last 30 stories" in capsys.readouterr().out
+    sft, val = (
+        {r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))} for n in ("sft", "val")
+    )
+    ends = {" ".join(s.split()) for s in stories[-30:]}
+    assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+    # by the shards, where there are some
+    assert tinystories.read_as_one(str(tmp_path))
+    (tmp_path / "tok512").mkdir()
+    for i in range(30):
+        (tmp_path / f"tok512/{i}.bin").write_bytes(b"0" * 10_000)
+    assert not tinystories.read_as_one(str(tmp_path))
 
 
 def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
