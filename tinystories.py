@@ -615,7 +615,7 @@ def planned_shards(data_dir, folder):
         raise ValueError(
             f"two files in {stories_folder(data_dir)} differ only in their extension: rename one"
         )
-    for stray in set(glob.glob(glob.escape(folder) + "/*.bin")) - set(shards.values()):
+    for stray in sorted(set(bin_files(folder)) - set(shards.values())):
         print(f"note: {stray} belongs to no story file; delete it if it is obsolete")
     return shards
 
@@ -701,16 +701,26 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
 # Shards: files of little-endian uint16 token ids without a header. The first is for validation.
 
 
+def bin_files(folder):
+    """
+    Paths of the .bin files of a folder, by name, without the files for run.c, which are no shards:
+    models, and the vocabularies that tokenizer.py writes beside X.model as X.bin.
+    """
+    for_run_c = re.compile(r"(tok\d+|tokenizer)(\.[0-9a-f]{8})?\.bin|(\w+_)?model\.bin")
+    return [
+        path
+        for path in sorted(glob.glob(glob.escape(folder) + "/*.bin"))
+        if not for_run_c.fullmatch(os.path.basename(path))
+        and not os.path.exists(path.removesuffix("bin") + "model")
+    ]
+
+
 def shard_paths(folder, vocab_size):
     """Paths of the shards of a folder (see open_shards), by name. Raises FileNotFoundError."""
     folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
-    # Files for run.c are no shards: vocabularies that tokenizer.py has exported, and models.
-    for_run_c = re.compile(r"tok\d+\.bin|(\w+_)?model\.bin")
     for candidate in folders:
-        paths = sorted(glob.glob(glob.escape(candidate) + "/*.bin"))
-        paths = [p for p in paths if not for_run_c.fullmatch(os.path.basename(p))]
-        if paths:
+        if paths := bin_files(candidate):
             return paths
     raise FileNotFoundError(
         f"no .bin shards in {' or '.join(folders)}; make them with: "
@@ -748,7 +758,7 @@ def read_as_one(data_dir):
     before pretokenize, by the story files.
     """
     folders = [stories_folder(data_dir), *glob.glob(glob.escape(data_dir) + "/tok*/")]
-    shards = [glob.glob(os.path.join(glob.escape(f), "*.bin")) for f in folders]
+    shards = [bin_files(folder.rstrip("/")) for folder in folders]
     return any(map(many_small, filter(None, shards))) or (
         not any(shards) and many_small(story_files(data_dir))
     )

@@ -509,12 +509,14 @@ def test_up_to_date_shards_are_kept(synthetic, tmp_path):
 
 def test_models_in_the_data_folder_are_no_shards(synthetic):
     """One folder may be --data_dir and --out_dir: training writes model.bin there."""
-    names = ["model.bin", "sft_model.bin", "tok512.bin"]
+    names = ["model.bin", "sft_model.bin", "tok512.bin", "tokenizer.bin", "tok512.0a1b2c3d.bin"]
+    names += ["mine.bin", "mine.model"]  # which `tokenizer.py -t mine.model` has written
     shards = tinystories.shard_paths(str(synthetic), 512)
     try:
         for name in names:
             (synthetic / name).write_bytes(b"24ka" + bytes(60))
         assert tinystories.shard_paths(str(synthetic), 512) == shards != []
+        assert tinystories.bin_files(str(synthetic)) == []
     finally:
         for name in names:
             (synthetic / name).unlink()
