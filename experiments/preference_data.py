@@ -5,7 +5,8 @@
 
 Trains a tokenizer and a small model on the training part alone, fine-tunes the model on the chosen
 replies, trains the reward model, and runs a few steps of DPO and of PPO against it. The baseline is
-a logistic regression on the differences of word counts and length within a pair.
+a logistic regression on the differences of word counts and length within a pair. It is trained and
+measured on the pairs of the reward model, which are those that fit into the context.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common import parse_args, run_main  # noqa: E402  (first: it reports missin
 import torch  # noqa: E402
 
 import instruct  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 
 def words(text):
@@ -60,8 +62,14 @@ def bag_of_words(train, val, decay=1e-2):
 
 
 def usable(records):
-    """The records with two different, non-empty replies, on which a reward model is trained."""
+    """The records with two different, non-empty replies."""
     return [r for r in records if len(set(r.completions)) > 1 and all(r.completions)]
+
+
+def fitting(records, path, tokenizer, max_len):
+    """The records of the file `path` that a reward model with this context is trained on."""
+    rankings = instruct.Rankings(path, "all", tokenizer, instruct.TEMPLATES["plain"], max_len)
+    return [r for r in records if rankings.sample(r) is not None]
 
 
 def command(*flags):
@@ -104,6 +112,9 @@ def main():
     (stories / "text.json").write_text(json.dumps([{"story": t} for t in texts]))
     command("tinystories.py", "train_vocab", f"--vocab_size={a.vocab_size}", f"--data_dir={out}")
     command("tinystories.py", "pretokenize", f"--vocab_size={a.vocab_size}", f"--data_dir={out}")
+    tokenizer = Tokenizer(str(out / f"tok{a.vocab_size}.model"))
+    train = fitting(train, a.data, tokenizer, a.max_seq_len)
+    held_out = fitting(held_out, a.val_data or a.data, tokenizer, a.max_seq_len)
     common = [
         f"--out_dir={out}",
         "--device=cpu",

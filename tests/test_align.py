@@ -33,6 +33,7 @@ from experiments import preference_data, story_task
 from instruct import Template
 from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
+from tokenizer import Tokenizer
 
 VOCAB = 320  # 256 bytes, 3 control tokens, letters
 ARGS = dict(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=8, max_seq_len=64)
@@ -1165,6 +1166,18 @@ def test_table_and_overoptimisation_of_a_tiny_chain(home, tmp_path, capsys, monk
         story_task.main()
     assert ended.value.code == 130
     assert curve["ppo"][0]["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_baseline_has_the_pairs_of_the_reward_model(home, tmp_path):
+    """Those that fit into its context."""
+    path, tokenizer = tmp_path / "x.jsonl", Tokenizer(str(home / f"tok{VOCAB}.model"))
+    rows = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in range(1, 40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    records = preference_data.usable(instruct.read(str(path)))
+    found = preference_data.fitting(records, str(path), tokenizer, 20)
+    template = instruct.TEMPLATES["plain"]
+    assert len(found) == len(instruct.Rankings(str(path), "all", tokenizer, template, 20))
+    assert 5 < len(found) < len(records) == 39 and found == records[: len(found)]
 
 
 def test_bag_of_words_finds_the_words(home):
