@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -407,11 +407,23 @@ def planned_model(args):
         if args.plan_model not in MODELS:
             raise ValueError(f"--plan_model must be one of {', '.join(MODELS)}")
         return ModelArgs(**MODELS[args.plan_model])
-    named = args.init_from not in ("scratch", "resume")
-    path = args.init_from if named else os.path.join(args.out_dir, "ckpt.pt")
+    path = initial_checkpoint(args)
     if not os.path.exists(path):
         raise FileNotFoundError(f"--plan needs --plan_model, or a checkpoint: there is no {path}")
-    return ModelArgs(**load_checkpoint(path)["model_args"])
+    return checkpoint_model(path)
+
+
+def initial_checkpoint(args):
+    """The file whose model --plan plans for, with --init_from=resume or a file."""
+    named = args.init_from not in ("scratch", "resume")
+    return args.init_from if named else os.path.join(args.out_dir, "ckpt.pt")
+
+
+def checkpoint_model(path):
+    """The ModelArgs of a checkpoint file."""
+    known = {f.name for f in fields(ModelArgs)}
+    model_args = load_checkpoint(path)["model_args"]
+    return ModelArgs(**{k: v for k, v in model_args.items() if k in known})
 
 
 class Stage:
@@ -446,8 +458,6 @@ class Stage:
     @classmethod
     def check(cls, run):
         """Raises ValueError for flags that are invalid, in combination or on this machine."""
-        if run.args.vocab_source == "llama2" and run.args.vocab_size != 32000:
-            raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
         if run.args.fsdp and (run.world == 1 or run.dtype == torch.float16):
             raise ValueError("--fsdp is for several processes (torchrun), in float32 or bfloat16")
 
@@ -591,7 +601,9 @@ class Pretraining(Stage):
 
     @staticmethod
     def plan(args):
-        plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        if args.init_from == "scratch":
+            return plan(args, ModelArgs(**{name: getattr(args, name) for name in MODEL_FLAGS}))
+        return plan(args, checkpoint_model(initial_checkpoint(args)))
 
     @staticmethod
     def shard_folders(args):

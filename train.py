@@ -222,10 +222,8 @@ def stage_class(args):
 # setup
 
 
-def setup(args):
-    """Checks the flags, chooses device and dtype, and initializes the process group. Returns a Run
-    without the fields that depend on a checkpoint; `start` sets those. Raises ValueError for flags
-    out of range."""
+def check_ranges(args):
+    """Raises ValueError for flags out of range, also with --plan."""
     stage = stage_class(args)
     at_least_one = (
         *("batch_size", "max_iters", "eval_interval", "eval_iters", "log_interval"),
@@ -242,6 +240,18 @@ def setup(args):
             raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
     if args.seed >= 2**32:  # of larger ones, the products that seed an iteration exceed 64 bits
         raise ValueError(f"--seed must be below 2^32, not {args.seed}")
+    if args.plan and not args.plan_mfu:
+        raise ValueError("--plan_mfu must be above 0")
+    if args.vocab_source == "llama2" and args.vocab_size != 32000:
+        raise ValueError("--vocab_size needs --vocab_source=custom: llama2 has 32000 tokens")
+
+
+def setup(args):
+    """Checks the flags, chooses device and dtype, and initializes the process group. Returns a Run
+    without the fields that depend on a checkpoint; `start` sets those. Raises ValueError for flags
+    out of range."""
+    check_ranges(args)
+    stage = stage_class(args)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(args.device)
     cuda = device.partition(":")[0] == "cuda"
@@ -569,6 +579,7 @@ def main(argv=None):
     if args.plot:
         return plot(args.out_dir)
     if args.plan:
+        check_ranges(args)
         stage_class(args).plan(args)
         return None
     load_boards(args)  # reports a missing package before the run starts

@@ -57,8 +57,9 @@ def saved_bytes(args, batch, seq_len, dtype, here=False):
 
 
 def plan(args, model_args):
-    """Prints memory per card, tokens/s and time for 1 to 256 cards, with DDP (a full copy per card)
-    and with --fsdp (sharded state, activations recomputed). A step is one forward and backward pass
+    """Prints memory per card, tokens/s and time for 1 to 256 cards, with DDP (a full copy per card;
+    activations recomputed with --checkpoint_activations) and with --fsdp (sharded state,
+    activations recomputed). A step is one forward and backward pass
     of --batch_size sequences per card in --dtype. Arithmetic runs at --plan_mfu of the maker's
     figure. Communication overlaps with it, so that the slower of the two counts. --plan_gpu=cpu is
     this machine as one card, with the speed of a measured matrix product, as in a run's log.
@@ -73,10 +74,10 @@ def plan(args, model_args):
         peak = peak if dtype != torch.float32 else peak / 16  # without tensor cores
     with FakeTensorMode():
         model = Transformer(model_args)
-        flops = flops_per_token(model, args.max_seq_len)
+        flops = flops_per_token(model, model_args.max_seq_len)
         P = sum(p.numel() for p in model.parameters())
         in_layer = sum(p.numel() for p in model.layers[0].parameters())
-    B, T = args.batch_size, args.max_seq_len
+    B, T = args.batch_size, model_args.max_seq_len
     few = (
         min(B, 256 // T + 1) if cpu else B
     )  # run for real, and large enough for the kernels that B uses
@@ -95,19 +96,22 @@ def plan(args, model_args):
         f"{'cards':>6}{'':4}{'':4}{'GB/card':>10}{'of':>5}{'tokens/s':>14}"
         f"{'waits for':>11}{'hours per billion tokens':>25}"
     )
+    # With activations that are computed again, those of one layer at a time exist.
+    recomputed = everything - model_args.n_layers * (layer - layer_input) + layer
     rows = []
     for cards in (1,) if cpu else (1, 2, 4, 8, 16, 64, 256):
         wire = link if cards <= NODE else min(link, NETWORK)
         for kind in ("ddp", "fsdp") if cards > 1 else ("ddp",):
+            recompute = kind == "fsdp" or args.checkpoint_activations
+            activations, again = (recomputed, 4 / 3) if recompute else (everything, 1.0)
             if kind == "ddp":
-                card_bytes = STATE_BYTES * P + everything
-                moved, again = 2 * 4 * P, 1.0  # ring all-reduce of fp32 gradients
+                card_bytes = STATE_BYTES * P + activations
+                moved = 2 * 4 * P  # ring all-reduce of fp32 gradients
             else:  # the embeddings and two layers at a time are unsharded, in dtype
-                activations = everything - model_args.n_layers * (layer - layer_input) + layer
                 whole = P - max(model_args.n_layers - 2, 0) * in_layer
                 whole *= 2 if dtype != torch.float32 else 4
                 card_bytes = STATE_BYTES * P / cards + whole + activations
-                moved, again = 2 * 2 * P + 4 * P, 4 / 3  # weights twice, gradients once
+                moved = 2 * 2 * P + 4 * P  # weights twice, gradients once
             compute = B * T * flops * again / (peak * args.plan_mfu)
             network = moved * (cards - 1) / cards / wire
             rate = cards * B * T / max(compute, network)

@@ -21,7 +21,12 @@ import kernels
 import report
 import tinystories
 import train
-from checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from checkpoint import (
+    checkpoint_args,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
 from experiments import endings, frontier, story_task
 from experiments.plan import MODELS, Bytes, plan, plan_stage, saved_bytes
 from model import ModelArgs, Transformer, generate
@@ -245,6 +250,49 @@ def test_plan_of_large_models(capsys):
     assert four[0][2] - 2 * full[0][2] == pytest.approx(2 * (2 * P + 2 * embedding), rel=0.2)
     offload = rows("--ppo", "--reward=x.pt", "--offload")[0]
     assert four[0][2] - offload[0][2] == pytest.approx(2 * P + 2 * embedding, rel=0.01)
+
+
+def test_plan_checks_its_flags(tmp_path):
+    """As a run does: nothing is divided by 0, and no model is planned that cannot be trained."""
+    custom, stage = "--vocab_source=custom", ["--sft", "--plan_model=260k"]
+    for flags, message in (
+        ([custom, "--plan_mfu=0"], "--plan_mfu must be above 0"),
+        ([custom, "--batch_size=0"], "--batch_size must be at least 1"),
+        ([*stage, "--batch_size=0"], "--batch_size must be at least 1"),
+        ([*stage, "--plan_len=-1"], "--plan_len must not be negative"),
+        (["--vocab_size=600"], "--vocab_size needs --vocab_source=custom"),
+        (["--init_from=x.pt"], "x.pt: there is no such checkpoint"),
+        (["--init_from=resume"], "ckpt.pt: there is no such checkpoint"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.main([*flags, "--plan", f"--out_dir={tmp_path}"])
+
+
+def test_plan_of_a_checkpoint_is_that_of_its_sizes(tmp_path, capsys):
+    shape = dict(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=32)
+    shape["max_seq_len"] = 32
+    net = Transformer(ModelArgs(**shape))
+    state = {"model": net.state_dict(), "model_args": checkpoint_args(net.args)}
+    save_checkpoint(tmp_path / "ckpt.pt", state)
+    shown = []
+    for flags in (
+        ["--vocab_source=custom", *(f"--{k}={v}" for k, v in shape.items())],
+        ["--init_from=resume", f"--out_dir={tmp_path}"],
+        [f"--init_from={tmp_path / 'ckpt.pt'}"],
+    ):
+        train.main([*flags, "--plan", "--batch_size=2"])
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1 and f"{sum(p.numel() for p in net.parameters()):,} " in shown[0]
+
+
+def test_plan_counts_activations_that_are_computed_again(capsys):
+    """As with --fsdp: of the layers their inputs alone are kept, for a third more arithmetic."""
+    shape = "--dim=192", "--n_layers=8", "--batch_size=4", "--max_seq_len=512"
+    _, kept = plan_rows(*shape)
+    _, again = plan_rows(*shape, "--checkpoint_activations")
+    assert again[0][2] < 0.6 * kept[0][2]
+    assert again[0][3] == pytest.approx(0.75 * kept[0][3])
+    assert [r for r in again if r[1] == "fsdp"] == [r for r in kept if r[1] == "fsdp"]
 
 
 def test_plan_needs_a_model(tmp_path, capsys):
