@@ -58,6 +58,7 @@ from formats import (
     floats,
     json_to_sentencepiece,
     model_shapes,
+    note_ordinary,
     open_tensors,
     ranks_to_json,
     read_gguf,
@@ -762,6 +763,19 @@ def add_pieces(tokenizer, folder, rows, settings):
     )
 
 
+def ordinary_tokens(tokenizer, folder, settings):
+    """Texts of the control tokens of `tokenizer` that the JSON files in the folder of its model
+    call added tokens, but not special ones."""
+    tokens = read_json(os.path.join(folder, "tokenizer.json")).get("added_tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    decoder = settings.get("added_tokens_decoder")
+    tokens = tokens + (list(decoder.values()) if isinstance(decoder, dict) else [])
+    tokens = [t for t in tokens if isinstance(t, dict) and t.get("special") is False]
+    named = {token_text(settings, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+    texts = dict.fromkeys(token_text({"": t}, "") for t in tokens)
+    return [text for text in texts if text in tokenizer.special and text not in named]
+
+
 def trim_vocabulary(config, weights, n):
     """The model (ModelArgs; weights in place) without the embedding rows after its n tokens."""
     for name in "tok_embeddings.weight", "output.weight":
@@ -839,6 +853,8 @@ def import_model(args, scratch):
         note = f", without the {rows - config.vocab_size} rows that its tokenizer does not use"
     if folder:
         settings = read_json(os.path.join(folder, "tokenizer_config.json"))
+        if tokenizer:
+            note_ordinary(ordinary_tokens(tokenizer, folder, settings))
         note += chat_settings(checkpoint, folder, settings, tokenizer, config.vocab_size)
         if args.hf:
             checkpoint["bos"] = text_begins_with_bos(folder, settings)

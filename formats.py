@@ -1115,6 +1115,16 @@ def token_text(config, name):
     return value if isinstance(value, str) else ""
 
 
+def note_ordinary(texts):
+    """Prints a note about added tokens that text can become in the source of an import."""
+    if texts:
+        names = ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
+        note(
+            f"added tokens that are not special become control tokens here: {names}. Text never "
+            "becomes one of them, and decoding leaves them out"
+        )
+
+
 def same_template(config, template):
     """Whether the chat template of a tokenizer_config.json renders the same text as ours."""
     try:
@@ -1662,6 +1672,7 @@ def read_gguf_tokenizer(header, folder, vocab_size):
         write_bytes(path, gguf_to_sentencepiece(header, tokens, types, ids))
     else:
         write_json(path, gguf_to_json(header, tokens, types, pre))
+        note_ordinary([text for text, kind in zip(tokens, types) if kind == 4])
     try:
         tokenizer = Tokenizer(path)
     except ValueError as e:

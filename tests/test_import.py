@@ -343,6 +343,31 @@ def test_tokens_that_are_added_to_a_sentencepiece_model(tmp_path, where):
         assert "ids of the added tokens are not those after" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_added_tokens_that_are_not_special_are_named(tmp_path, kind):
+    """transformers finds them in text; here they are control tokens, and an import says so."""
+    folder = tmp_path / "in"
+    if kind == "bpe":
+        bpe_folder(folder, True, 304)
+    else:
+        sentencepiece_folder(folder, True, ["<|pad|>"], 576)
+    path = folder / "tokenizer.json"
+    t = tokenizers.Tokenizer.from_file(str(path))
+    size = t.add_tokens(["<gene>", "<think>"]) and t.get_vocab_size()
+    t.save(str(path))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    done = run(tmp_path / "c/c.pt", f"--hf={folder}")
+    assert "not special become control tokens here: '<gene>', '<think>'. Text" in done.stderr
+    assert done.stderr.count("\n") == 1
+    [path] = [p for p in (tmp_path / "c").glob("tok*") if "config" not in p.name]
+    ours = Tokenizer(path)
+    assert size - 2 in theirs.encode("a <gene>") and ours.special["<gene>"] == size - 2
+    assert size - 2 not in ours.encode("a <gene>", True, False)
+    run(tmp_path / "out", f"--checkpoint={tmp_path}/c/c.pt", "--format=hf")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.convert_tokens_to_ids("<think>") == size - 1
+
+
 # ----------------------------------------------------------------------------
 # chat templates
 
