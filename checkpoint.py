@@ -421,11 +421,18 @@ def starting_point(run, stage, differences):
 def move_aside(path, rank):
     """Renames the checkpoints of an earlier run, where a new run would write its own: the newest,
     the one before it and the best. Otherwise a new run that is killed before its first save would
-    resume the earlier one."""
-    best = path.with_name(path.name.replace("ckpt.pt", "best.pt"))
+    resume the earlier one. The log and the report of a run with checkpoints are kept with them."""
+    best, log, report = (
+        path.with_name(path.name.replace("ckpt.pt", name))
+        for name in ("best.pt", "log.jsonl", "report.json")
+    )
     files = [f for f in (path, path.with_suffix(".prev.pt"), best) if f.exists()]
+    files += [f for f in (log, report) if files and f.exists()]
     if dist.is_initialized():
         dist.barrier()  # all have looked
+    if rank == 0 and not files:
+        report.unlink(missing_ok=True)  # of a run whose checkpoints have been removed
     for file in files if rank == 0 else ():
-        os.replace(file, file.with_suffix(".replaced.pt"))
-        print(f"{file} of an earlier run is now {file.with_suffix('.replaced.pt')}")
+        replaced = file.with_suffix(f".replaced{file.suffix}")
+        os.replace(file, replaced)
+        print(f"{file} of an earlier run is now {replaced}")

@@ -1120,6 +1120,8 @@ def main(argv=None):
     for name in "samples", "per_story", "prompts", "completions":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature must not be negative, not {args.temperature}")
     {"stories": make_task, "pairs": make_pairs, "judge": print_scores}[args.stage](args)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import math
+import sys
 import time
 import traceback
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
 )
-from common import flag, flag_names, printable, read_json, write_atomic
+from common import flag, flag_names, note, printable, read_json, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from kernels import to_device
 from model import Transformer, TransformerWithValueHead, generate
@@ -171,8 +172,9 @@ def load_reward(spec, target_len, decode):
         raise ValueError(f"--reward={spec}: expected `length`, FILE.py:FUNCTION or FILE.pt")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward={spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location("reward", path)
+    module_spec = importlib.util.spec_from_file_location("reward_file", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where a dataclass looks for its annotations
 
     def call(code):  # an error in the user's code becomes one line with its location
         try:
@@ -678,7 +680,14 @@ class RLHF(Stage):
         return total / count
 
     def begin(self):
-        """Estimates J*; training removes the report, which is of an earlier policy."""
+        """Estimates J*. A resumed run removes the report, which is of an earlier policy; that of an
+        earlier run is moved aside with its checkpoints."""
+        # Published commands are combined with --ppo_iters, so that these are no errors.
+        given = getattr(self.args, "given", ())
+        if "max_iters" in given and self.args.ppo_iters:
+            note("--max_iters has no effect with --ppo_iters")
+        if "target_kl" in given and self.args.ppo_epochs == 1:
+            note("--target_kl has no effect with --ppo_epochs=1")
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
             print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
@@ -689,7 +698,7 @@ class RLHF(Stage):
                     "that PPO has nothing to learn\n    from; choose a reward that differs between "
                     "samples of this model"
                 )
-            if not self.args.eval_only:
+            if self.run.resumed and not self.args.eval_only:
                 (Path(self.args.out_dir) / "ppo_report.json").unlink(missing_ok=True)
 
     def end(self):

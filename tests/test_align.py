@@ -736,6 +736,18 @@ def test_max_gen_len_that_leaves_no_room_for_prompts_is_named(home, tmp_path, ca
     run(home, tmp_path / "out", **flags | dict(max_gen_len=5))
 
 
+def test_flags_of_ppo_without_effect_are_named(home, tmp_path, capsys):
+    """--target_kl ends epochs early, and --ppo_iters replaces --max_iters. Both are no errors."""
+    flags = PPO | dict(reward="length", ppo_iters=1)
+    run(home, tmp_path / "a", **flags)
+    text = capsys.readouterr().err
+    assert "note: --target_kl has no effect with --ppo_epochs=1" in text
+    assert "note: --max_iters has no effect with --ppo_iters" in text
+    del flags["ppo_iters"]
+    run(home, tmp_path / "b", **flags | dict(ppo_epochs=2, max_iters=1))
+    assert "has no effect" not in capsys.readouterr().err
+
+
 def test_first_steps_are_short(home, rm, tmp_path):
     """Over 5 optimizer steps the rate rises to that of the schedule; Adam's first step, without
     weight decay, is rate * g / (|g| + eps); and the logged rate is that of the last step."""
@@ -931,6 +943,8 @@ def test_a_new_run_names_the_model_that_it_starts_from(home, tmp_path, capsys):
     for changed in {}, {"seed": 2}:
         run(home, out, **flags | resume | changed)
         assert start() == ([f"{out}/ckpt.pt"], [f"{out}/ckpt.pt"], 3)
+    for name in "ppo_ckpt.replaced.pt", "ppo_log.replaced.jsonl", "ppo_report.replaced.json":
+        assert (out / name).exists()
     run(home, out, **flags | dict(ppo_iters=2, seed=2, **resume))  # continues
     assert start() == ([f"{out}/ckpt.pt"], [], 3)
     (out / "ppo_ckpt.pt").unlink()

@@ -1267,5 +1267,8 @@ def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch
     assert (task / "task/pairs.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="generated no two complete stories"):
         instruct.main(["pairs", f"--data_dir={task}", "--completions=1"])
+    for command in "pairs", "judge":
+        with pytest.raises(ValueError, match="--temperature must not be negative"):
+            instruct.main([command, f"--data_dir={task}", "--temperature=-1"])
     instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a,b"])
     assert capsys.readouterr().out.count("100.0%") == 2

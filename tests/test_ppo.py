@@ -226,6 +226,13 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
         "def ids(prompts, responses):\n    return [[0.5] * len(r) for r in responses]\n"
         "ids.tokens = True\n"
     )
+    annotated = tmp_path / "annotated.py"
+    annotated.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Bonus:\n    size: float = 2.0\n"
+        "def f(prompts, responses):\n    return [Bonus().size for _ in responses]\n"
+    )
+    assert load_reward(f"{annotated}:f", 0, str)([[1]], [[3, 4]], None) == [2.0]
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
     assert load_reward(f"{file}:words", 0, decode)([[1]], [[3, 4]], None) == [2]
     assert load_reward(f"{file}:ids", 0, decode)([[1]], [[3, 4]], None) == [[0.5, 0.5]]

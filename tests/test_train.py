@@ -1137,9 +1137,16 @@ def test_a_new_run_leaves_nothing_of_the_earlier_one_to_resume(data, tmp_path):
     """A run that is killed before its first save must not continue the run before it."""
     train.main(command(data, tmp_path, max_iters=4, eval_interval=2))
     assert all((tmp_path / f"{name}.pt").exists() for name in ("ckpt", "ckpt.prev", "best"))
+    log = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "report.json").write_text("{}")  # PPO's has the name ppo_report.json
     move_aside(tmp_path / "ckpt.pt", 0)  # what a new run does before its first step
+    assert (tmp_path / "log.replaced.jsonl").read_bytes() == log
+    assert (tmp_path / "report.replaced.json").exists() and not (tmp_path / "log.jsonl").exists()
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         newest(tmp_path / "ckpt.pt")
+    (tmp_path / "log.jsonl").write_text("")  # of a run without checkpoints: replaces no other log
+    move_aside(tmp_path / "ckpt.pt", 0)
+    assert (tmp_path / "log.replaced.jsonl").read_bytes() == log
     replaced = [tmp_path / f"{name}.replaced.pt" for name in ("ckpt", "ckpt.prev", "best")]
     assert all(path.exists() for path in replaced) and not list(tmp_path.glob("best.pt"))
 
