@@ -890,9 +890,6 @@ ENDINGS = {  # {ending: regular expression for the last two sentences}, from rar
     "happy": "happy|happily|smiled?|laugh(ed)?|joy|glad|fun|hug(s|ged)?|proud|loved?",
 }
 LENGTHS = {"short": (60, 110), "long": (110, 160)}  # minimum and maximum number of words
-# Each story is compared with this many others. With one, some reward models learn only which
-# endings are common, not to compare the ending with the prompt (doc/speed.md).
-RIVALS = 3
 TOLERANCE = 40  # the score for length falls to 0 at this many words outside LENGTHS
 
 
@@ -970,8 +967,7 @@ def write_jsonl(path, records):
 def make_task(args):
     """
     Write sft.jsonl from the training stories, val.jsonl from the validation stories, and
-    pairs.jsonl, which prefers the story of an instruction to other stories with a lower gold
-    reward.
+    pairs.jsonl, which prefers the story of an instruction to a story with a lower gold reward.
     """
     rng, folder = random.Random(args.seed), os.path.join(args.data_dir, "task")
     files = story_files(args.data_dir)
@@ -1003,13 +999,11 @@ def make_task(args):
         if name == "val":
             write_jsonl(os.path.join(folder, "val.jsonl"), records)
     pairs = []
-    for i, record in enumerate(records):
-        for other in records[i + 1 : i + 1 + RIVALS]:
-            prompt, responses = record["prompt"], [record["response"], other["response"]]
-            better, worse = gold([prompt] * 2, responses)
-            if better - worse >= args.margin:
-                pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
-    del pairs[args.samples :]
+    for record, other in zip(records, records[1:]):
+        prompt, responses = record["prompt"], [record["response"], other["response"]]
+        better, worse = gold([prompt] * 2, responses)
+        if better - worse >= args.margin:
+            pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
     write_jsonl(os.path.join(folder, "pairs.jsonl"), pairs)
     write_jsonl(os.path.join(folder, "sft.jsonl"), records)  # last, because Makefile looks for it
 

@@ -1189,9 +1189,8 @@ def test_instructions_can_be_fulfilled(task):
         better, worse = instruct.gold([prompt] * 2, stories)
         assert better == 1 and worse <= 0.9
     asked = [(r.turns[0][0], r.completions[0]) for r in sft]
-    for (prompt, story), *others in zip(asked, asked[1:], asked[2:], asked[3:]):
-        for _, other in others:
-            assert ((prompt, story, other) in pairs) == (instruct.gold([prompt], [other])[0] <= 0.9)
+    for (prompt, story), (_, other) in zip(asked, asked[1:]):
+        assert ((prompt, story, other) in pairs) == (instruct.gold([prompt], [other])[0] <= 0.9)
 
 
 def test_the_task_is_deterministic(task, tmp_path):
