@@ -565,8 +565,9 @@ def save_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-@torch.autograd.function.once_differentiable
 def scale_gradients(ctx, grad, *_):
+    if torch.is_grad_enabled():  # by create_graph=True; the saved gradients are constants
+        raise RuntimeError("the loss of a large vocabulary cannot be differentiated twice")
     dh, dw = ctx.saved_tensors
     dh = dh * grad.to(dh.dtype) if ctx.needs[0] else None
     return dh, (dw * grad).to(ctx.dtype) if ctx.needs[1] else None, None, None, None, None
