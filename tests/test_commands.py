@@ -387,11 +387,22 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("folder", ["bench", "experiments"])
 def test_help_of_scripts(folder):
+    """In one process, because each would import PyTorch."""
     scripts = [p for p in (ROOT / folder).glob("*.py") if "__main__" in p.read_text()]
     assert scripts
+    code = """import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        print("status", e.code or 0, script)
+"""
+    command = [sys.executable, "-c", code, *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True)
     for script in scripts:
-        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and "usage:" in done.stdout, (script, done.stderr)
+        assert f"usage: {script.name}" in done.stdout, (script, done.stderr)
+        assert f"status 0 {script}\n" in done.stdout, (script, done.stderr)
 
 
 def test_an_environment_that_is_not_active_is_one_line():
