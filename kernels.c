@@ -434,8 +434,10 @@ INLINE void norm_row_gradient(float *dx, float *dweight, const float *g, const f
 
 /* out (n) = the sum of `parts` partial sums (n), stride floats apart, in their order. */
 static void add_up(float *out, const float *partial, int64_t n, int64_t parts, int64_t stride) {
-    if (!parts) memset(out, 0, n * sizeof(float)); /* of an empty batch */
-    if (!parts) return;
+    if (!parts) { /* of an empty batch */
+        memset(out, 0, n * sizeof(float));
+        return;
+    }
     #pragma omp parallel for schedule(static) if (n >= 16384)
     for (int64_t i = 0; i < n; i += 1024) {
         const int64_t count = n - i < 1024 ? n - i : 1024;
