@@ -94,7 +94,7 @@ def write_atomic(path, mode="wb"):
 
 
 def name_file(e, path, temporary):
-    """Lets an OSError about `temporary`, or a file in it, be about `path`, which the user knows."""
+    """Puts `path` into an OSError in place of `temporary` or a file in it, a name of ours."""
     if not isinstance(e, OSError) or not str(e.filename or temporary).startswith(temporary):
         return
     if e.errno is None:  # as NumPy's tofile raises it

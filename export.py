@@ -49,6 +49,7 @@ from checkpoint import (
     link,
     load_checkpoint,
     model_from_checkpoint,
+    recorded_start,
     save_checkpoint,
 )
 from common import parse_args, read_json, run_main, write_atomic
@@ -555,9 +556,7 @@ def open_merged(path, adapters):
     checkpoint, lora = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
     if "lora" in checkpoint or "unmerged" in checkpoint:
-        base = checkpoint.get("config", {}).get("init_from", "scratch")
-        if base in ("scratch", "resume"):  # the run began with the checkpoint in its own folder
-            base = os.path.join(os.path.dirname(path), "ckpt.pt")
+        base = recorded_start(checkpoint) or os.path.join(os.path.dirname(path), "ckpt.pt")
         raise ValueError(
             f"{path} has adapters merged already: give the model that they were trained on"
             f"{f', {base}' * os.path.isfile(base)}, or leave out --merge_lora"

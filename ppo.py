@@ -60,8 +60,8 @@ class PPOConfig:
     )
     kl_in: str = flag(
         "both",
-        "where the KL penalty acts: reward (not full; --whiten_rewards), loss (full or mse), or "
-        "both (full; the other estimates act in the reward alone)",
+        "where the KL penalty acts: reward (any estimate but full), loss (full or mse), or both "
+        "(full in both; the other estimates in the reward alone)",
     )
     adap_kl_ctrl: bool = flag(
         False, "adapt β so that the KL per rollout stays near --target (--horizon)"

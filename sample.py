@@ -554,7 +554,7 @@ def run(args):
     if args.compile and device.startswith("cuda") and isinstance(model, kernels.FastTransformer):
         model.compiled_decoding = True
     elif args.compile and device == "cpu" and kernels.library():
-        print("note: --compile is ignored: kernels.c is faster on this CPU", file=sys.stderr)
+        print("note: --compile is ignored: kernels.c is faster than torch.compile", file=sys.stderr)
     elif args.compile:
         model.compile()
     dtype = getattr(torch, args.dtype)

@@ -1211,17 +1211,22 @@ def test_an_interrupted_task_lacks_the_file_that_make_looks_for(task, monkeypatc
     assert len(written) == 3 and written[-1].endswith("sft.jsonl")
 
 
+def assert_the_end_is_held_out(folder, stories):
+    """The last 30 stories are those of val.jsonl, and the others those of sft.jsonl."""
+    sft, val = (
+        {r.completions[0] for r in read(str(folder / f"task/{n}.jsonl"))} for n in ("sft", "val")
+    )
+    ends = {" ".join(s.split()) for s in stories[-30:]}
+    assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+
+
 def test_the_task_of_a_single_file_holds_out_its_end(task, tmp_path, capsys):
     files = sorted((task / "TinyStories_all_data").iterdir())
     stories = [item["story"] for path in files for item in json.loads(path.read_text())]
     (tmp_path / "all.json").write_text(json.dumps(stories))
     instruct.main(["stories", f"--data_dir={tmp_path}"])
     assert "its last 30 stories are for validation" in capsys.readouterr().out
-    sft, val = (
-        {r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))} for n in ("sft", "val")
-    )
-    ends = {" ".join(s.split()) for s in stories[-30:]}
-    assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+    assert_the_end_is_held_out(tmp_path, stories)
 
 
 def test_the_task_of_many_small_files_holds_out_the_end_of_all(task, tmp_path, capsys):
@@ -1232,11 +1237,7 @@ def test_the_task_of_many_small_files_holds_out_the_end_of_all(task, tmp_path, c
         (tmp_path / f"{i:04}.txt").write_text(story)
     instruct.main(["stories", f"--data_dir={tmp_path}"])
     assert "the 600 small files are read as one: their last 30 stories" in capsys.readouterr().out
-    sft, val = (
-        {r.completions[0] for r in read(str(tmp_path / f"task/{n}.jsonl"))} for n in ("sft", "val")
-    )
-    ends = {" ".join(s.split()) for s in stories[-30:]}
-    assert val <= ends and not sft & ends and len(val) > 10 and len(sft) > 300
+    assert_the_end_is_held_out(tmp_path, stories)
     # by the shards, where there are some
     assert tinystories.read_as_one(str(tmp_path))
     (tmp_path / "tok512").mkdir()
