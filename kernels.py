@@ -271,6 +271,11 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
+def is_sharded(x):
+    """Whether a tensor is a DTensor, of which each process holds a part (--fsdp)."""
+    return hasattr(x, "full_tensor")  # to import the class takes a second
+
+
 # ----------------------------------------------------------------------------
 # products
 

@@ -34,10 +34,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from common import flag
-from kernels import TokenTerms, in_chunks, switched_on, to_device
+from kernels import TokenTerms, in_chunks, is_sharded, switched_on, to_device
 from model import generate
 
 # ----------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def all_sum(*values):
 
 def full(x):
     """A tensor without its shards: with --fsdp each process holds a part of it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def mean_and_variance(x):
@@ -451,7 +450,7 @@ class PPOTrainer:
                 f"iteration, a group of {c.group_size} for each, not {c.rollouts}"
             )
         weight = self.policy.output.weight
-        self.device, self.sharded = weight.device, isinstance(weight, DTensor)
+        self.device, self.sharded = weight.device, is_sharded(weight)
         self.checks = Checks(self.device.type, self.autocast, c.temperature)
         # In float16 the gradients of such small losses vanish, so the update is in float32.
         self.update_autocast = nullcontext if self.checks.float16 else self.autocast

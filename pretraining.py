@@ -5,6 +5,7 @@ sft.py, preferences.py and rlhf.py.
 """
 
 import argparse
+import inspect
 import math
 import os
 import sys
@@ -16,14 +17,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
@@ -32,7 +25,7 @@ from checkpoint import halve_frozen, load_checkpoint, model_from_checkpoint
 from common import flag
 from experiments.plan import GPUS, MODELS, plan, plan_stage
 from instruct import Template
-from kernels import accelerate, library, native_attention, to_device
+from kernels import accelerate, is_sharded, library, native_attention, to_device
 from model import ModelArgs, Transformer, generate
 from report import flops_per_token, peak_matmul_flops
 from tinystories import Windows
@@ -151,7 +144,23 @@ class MemoryPlanFlags:
 # optimizer and schedule
 
 
-class Muon(torch.optim.Muon):
+class Uncompiled:
+    """Methods of torch.optim.Optimizer without the wrappers that keep torch.compile out of them:
+    these import it, which takes two seconds, and nothing here compiles an optimizer."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    """torch.optim.AdamW, which starts faster."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Uncompiled, torch.optim.Muon):
     """Bitwise equal to torch.optim.Muon (Jordan et al., 2024), and four times as fast for small
     models, because matrices of one shape go through the Newton-Schulz iteration as a batch. The
     iteration replaces each update U S V' by approximately U V'. With --fsdp the momentum is
@@ -162,7 +171,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             batches = {}  # a tall matrix is transposed and batched with the wide ones
             for p in group["params"]:
-                own_batch = (id(p),) if isinstance(p, DTensor) else ()
+                own_batch = (id(p),) if is_sharded(p) else ()
                 batches.setdefault((*sorted(p.shape), *own_batch), []).append(p)
             for params in batches.values():
                 updates = torch.stack([self.momentum(p, group) for p in params])
@@ -177,7 +186,7 @@ class Muon(torch.optim.Muon):
                     scale = math.sqrt(max(1, rows / columns))
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     update = update.T if rows > columns else update
-                    update = shard_like(p, update) if isinstance(p, DTensor) else update
+                    update = shard_like(p, update) if is_sharded(p) else update
                     p.add_(update, alpha=-group["lr"] * scale)
 
     def momentum(self, p, group):
@@ -188,7 +197,7 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(buffer, group["momentum"]).bfloat16()
-        update = update.full_tensor() if isinstance(update, DTensor) else update
+        update = ppo.full(update)
         return update.T if p.shape[0] > p.shape[1] else update
 
 
@@ -208,7 +217,7 @@ def make_optimizers(model, args):
         {"params": vectors, "weight_decay": 0.0},
     ]
     adam = dict(betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
-    optimizers = [torch.optim.AdamW(groups, lr=args.learning_rate, **adam)]
+    optimizers = [AdamW(groups, lr=args.learning_rate, **adam)]
     if muon:
         rate, decay = args.muon_learning_rate, args.weight_decay
         optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
@@ -279,6 +288,14 @@ def shard(model, device, dtype):
     """Moves a model from CPU memory to the devices, sharded in place, layer by layer: no device
     ever holds more than one complete layer, or the embeddings. The parameters of a layer are
     gathered when it runs, and matrix products are in dtype."""
+    # Here, because these imports take a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
@@ -297,7 +314,7 @@ def shard(model, device, dtype):
 def whole(*models):
     """A context in which every process holds all parameters of sharded models, so that it can
     generate text independently of the other processes. All processes must enter it."""
-    parts = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
+    parts = [m for model in models for m in model.modules() if hasattr(m, "unshard")]
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -313,14 +330,14 @@ def sharded_state(model, state):
     return state | {
         name: shard_like(w, state[name])
         for name, w in model.state_dict().items()
-        if isinstance(w, DTensor) and name in state
+        if is_sharded(w) and name in state
     }
 
 
 def gathered(x, keep):
     """A nested state with each sharded tensor gathered, one at a time, on the CPU of the processes
     with `keep`; the other processes get None for it. All processes must call it."""
-    if isinstance(x, DTensor):
+    if is_sharded(x):
         full = x.full_tensor()
         return full.cpu() if keep else None
     if isinstance(x, dict):
@@ -330,6 +347,8 @@ def gathered(x, keep):
 
 def shard_like(p, full):
     """Shards a tensor that every process holds in full like the sharded parameter p."""
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -338,7 +357,7 @@ def sharded(state, optimizer):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     tensors_of = {
         i: {
-            k: shard_like(params[i], v) if isinstance(params[i], DTensor) and v.dim() else v
+            k: shard_like(params[i], v) if is_sharded(params[i]) and v.dim() else v
             for k, v in tensors.items()
         }
         for i, tensors in state["state"].items()
@@ -653,7 +672,7 @@ class Pretraining(Stage):
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = ppo.full(norm)
         # All numbers of the step at once, because each transfer makes Python wait for a GPU.
         values = [torch.cat([x[k] for x in logged]) for k in logged[0]]
         counts = [torch.tensor(x.numel()) for x in values]

@@ -35,6 +35,7 @@ from model import Transformer, TransformerWithValueHead, generate
 from preferences import score
 from pretraining import (
     MODEL_FLAGS,
+    AdamW,
     CompileFlags,
     MemoryFlags,
     MemoryPlanFlags,
@@ -593,7 +594,7 @@ class RLHF(Stage):
             {"params": [p for p in params if p.dim() > 1], "weight_decay": a.weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, rate, (a.beta1, a.beta2), a.adam_eps, fused=True)
+        optimizer = AdamW(groups, rate, (a.beta1, a.beta2), a.adam_eps, fused=True)
         for g in optimizer.param_groups:
             g.update(peak_lr=rate, scale=1.0, steps=0)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 from checkpoint import model_from_checkpoint
 from common import flag
 from instruct import Instructions
+from kernels import is_sharded
 from model import Transformer, generate
 from pretraining import (
     CompileFlags,
@@ -170,7 +170,7 @@ class FourBitLoRALinear(LoRALinear):
 
     def frozen(self):
         weight = self.dequantized()
-        return shard_like(self.lora_b, weight) if isinstance(self.lora_b, DTensor) else weight
+        return shard_like(self.lora_b, weight) if is_sharded(self.lora_b) else weight
 
 
 def four_bit_library():
@@ -223,7 +223,7 @@ def merged_state(model, state=None):
             own = {key: state.pop(f"{name}.{key}") for key in module.state_dict()}
             merged = module.merged(own["lora_a"], own["lora_b"]).detach()
             # A GPU has no room for the fp32 weights of all matrices.
-            state[f"{name}.weight"] = merged if isinstance(merged, DTensor) else merged.cpu()
+            state[f"{name}.weight"] = merged if is_sharded(merged) else merged.cpu()
     return state
 
 

@@ -40,7 +40,6 @@ import common  # noqa: F401  first: it reports missing packages
 
 # isort: split
 import numpy as np
-import requests
 import sentencepiece
 from tqdm import tqdm
 
@@ -238,6 +237,8 @@ CONNECT_TIMEOUT = 10  # seconds
 
 def connect(url, start):
     """The server's response for `url` from byte `start` on. Raises ConnectionError."""
+    import requests  # here, because nothing else needs it
+
     responses = []
 
     def get():
@@ -273,6 +274,8 @@ def fetch(url, path):
     Download `url` to `path`. The file is named path.part until it is complete; an interrupted
     transfer resumes from its end. Raises OSError.
     """
+    import requests
+
     part = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for attempt in range(5):

@@ -1377,7 +1377,7 @@ def test_muon_in_shards_is_muon(data, tmp_path, pair):
 
 def held(tensors):
     """The number of elements of some tensors, sharded or not, that this process holds."""
-    return sum((t.to_local() if isinstance(t, pretraining.DTensor) else t).numel() for t in tensors)
+    return sum((t.to_local() if kernels.is_sharded(t) else t).numel() for t in tensors)
 
 
 def watch_shards(folder):
