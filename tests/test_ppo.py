@@ -936,57 +936,64 @@ def test_resume_to_the_bit(advantage, tmp_path):
         assert torch.equal(weights(second.critic), weights(whole.critic))
 
 
+SPLIT = {
+    "early stop": dict(ppo_epochs=4, target_kl=0.2),
+    "grpo": dict(advantage="grpo", group_size=3),
+    # Rank 1 has one pass, whose graph it keeps; rank 0 has two.
+    "rloo": dict(advantage="rloo", group_size=4, mini_batch_size=6, gradient_accumulation_steps=2),
+    "frozen layer": dict(a=args(n_layers=2), freeze=1),
+}
 WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = ["{root}", "{root}/tests"]
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, torch.distributed as dist
+import test_ppo
 torch.set_num_threads(1)
-from test_ppo import *
-if int(sys.argv[2]) > 1:
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[3], world_size=2,
-                            rank=int(sys.argv[1]))
-settings = dict(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batch_size=4,
-                adap_kl_ctrl=True, reward_scale=True)
-trainer = make_trainer(**{{**settings, **{config}}})
-stats = iterate(trainer, 3)
-stats = {{k: v for k, v in stats.items() if not k.startswith("time")}}
-torch.save((weights(trainer.policy), stats), sys.argv[4])
-if dist.is_initialized():
-    dist.barrier()
+rank, meet, file = sys.argv[1:]
+dist.init_process_group("gloo", init_method="file://" + meet, world_size=2, rank=int(rank))
+torch.save([test_ppo.three_iterations(config) for config in test_ppo.SPLIT.values()], file)
+dist.barrier()
 # The numbers are out. PyTorch 2.13 now and then aborts while an interpreter that used gloo shuts
 # down ("terminate called without an active exception"), which is not what this test is about.
-import os
 os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "dict(ppo_epochs=4, target_kl=0.2)",
-        "dict(advantage='grpo', group_size=3)",
-        # Rank 1 has one pass, whose graph it keeps; rank 0 has two.
-        "dict(advantage='rloo', group_size=4, mini_batch_size=6, gradient_accumulation_steps=2)",
-        "dict(a=args(n_layers=2), freeze=1)",
-    ],
-)
-def test_two_processes_give_the_numbers_of_one(config, tmp_path):
+def three_iterations(config):
+    """The policy's weights after three iterations, and the statistics of the last."""
+    common = dict(optimizer=torch.optim.SGD, lr=0.1, rollouts=12, mini_batch_size=4)
+    trainer = make_trainer(**common | dict(adap_kl_ctrl=True, reward_scale=True) | config)
+    stats = iterate(trainer, 3)
+    stats = {k: v for k, v in stats.items() if not k.startswith("time")}
+    return weights(trainer.policy), stats
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """three_iterations of each setting of SPLIT, on each of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+    command = [sys.executable, folder / "worker.py"]
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    workers = [
+        subprocess.Popen([*command, str(rank), folder / "meet", file])
+        for rank, file in enumerate(files)
+    ]
+    assert [w.wait(timeout=300) for w in workers] == [0, 0]
+    return [dict(zip(SPLIT, torch.load(file))) for file in files]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_two_processes_give_the_numbers_of_one(name, two_ranks):
     """Weights on both ranks, and statistics; where the epochs stop early, they do on both."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=ROOT, config=config))
-
-    def start(rank, world):
-        meet, out = str(tmp_path / "meet"), str(tmp_path / f"{rank}of{world}.pt")
-        return subprocess.Popen([sys.executable, script, str(rank), str(world), meet, out])
-
-    workers = [start(0, 1), start(0, 2), start(1, 2)]
-    assert [w.wait(timeout=120) for w in workers] == [0, 0, 0]
-    one, *two = (torch.load(tmp_path / f"{n}.pt") for n in ("0of1", "0of2", "1of2"))
-    if "target_kl" in config:
-        assert 1 < one[1]["ppo/epochs"] < 4 and one[1]["ppo/early_stop"] == 1
-    for w, stats in two:
-        torch.testing.assert_close(w, one[0], atol=1e-5, rtol=1e-4)
-        assert stats.keys() == one[1].keys()
-        for k, v in one[1].items():
+    expected, one = three_iterations(SPLIT[name])
+    if name == "early stop":
+        assert 1 < one["ppo/epochs"] < 4 and one["ppo/early_stop"] == 1
+    for rank in two_ranks:
+        found, stats = rank[name]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        assert stats.keys() == one.keys()
+        for k, v in one.items():
             assert stats[k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
 
 
