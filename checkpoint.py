@@ -114,7 +114,7 @@ def load_checkpoint(path, device="cpu", mmap=False):
         if others := sorted(p.name for p in path.parent.glob("*ckpt.pt"))[:8]:
             hint = f"{path.parent} has {', '.join(others)}"
         elif below := sorted(map(str, path.parent.glob("*/*ckpt.pt")))[:4]:
-            hint = f"there is {', '.join(below)}: --out_dir, --checkpoint or --init_from selects it"
+            hint = f"there is {', '.join(below)}"
         raise FileNotFoundError(f"{path}: there is no such checkpoint; {hint}")
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
@@ -400,6 +400,9 @@ def starting_point(run, stage, differences):
         init_from = "resume"
     if init_from not in ("scratch", "resume"):
         return weights_of(load_checkpoint(init_from), init_from) | uncounted, False
+    if args.eval_only and init_from == "scratch" and "init_from" not in args.given:
+        if stage.from_scratch:
+            load_checkpoint(mine)  # raises an error that names the checkpoints that there are
     state = None
     if init_from == "resume" and (has_begun(mine) or stage.from_scratch):
         state = newest(mine, rename=not args.eval_only)

@@ -138,13 +138,16 @@ def remove_temporaries(folder, name="*"):
                 os.close(fd)
 
 
+LOCK = "run.lock"
+
+
 @contextlib.contextmanager
 def lock_folder(folder):
     """
     Keep other runs from writing to a folder until the block or the process ends. Raises ValueError,
     which names the other process, if another run holds the folder.
     """
-    path, locked = os.path.join(folder, "run.lock"), False
+    path, locked = os.path.join(folder, LOCK), False
     fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         try:
@@ -271,6 +274,19 @@ def flags_of_others(mine, commands):
     return reasons
 
 
+# Flags as other projects call them, and the flags here; an unknown one is answered with these.
+SYNONYMS = {
+    "beta": ("init_kl_coef", "dpo_beta"),
+    "kl_coef": ("init_kl_coef",),
+    "lr": ("learning_rate",),
+    "prompt": ("start",),
+    "epochs": ("ppo_epochs", "max_iters"),
+    "num_generations": ("group_size",),
+    "max_completion_length": ("max_gen_len",),
+    "per_device_train_batch_size": ("batch_size",),
+}
+
+
 def parse_args(parser, argv=None, unused=None):
     """
     parser.parse_args without abbreviations, with defaults in --help, and with one-line errors (exit
@@ -285,6 +301,7 @@ def parse_args(parser, argv=None, unused=None):
     def error(message):
         if "arguments are required" in message and positionals and positionals[0].choices:
             message += f", one of {', '.join(positionals[0].choices)}"
+        message = message.replace("(choose from '', ", "(choose from ")
         parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
 
     parser.allow_abbrev, parser.formatter_class, parser.error = False, HelpFormatter, error
@@ -317,8 +334,12 @@ def parse_args(parser, argv=None, unused=None):
             for o in a.option_strings
             if a.dest not in hidden
         }
-        near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), known, n=1)
+        name = word.lstrip("-").replace("-", "_")
+        near = [n for n in SYNONYMS.get(name, ()) if n in known]
+        near = near or difflib.get_close_matches(name, known, n=1)
         hint = f", did you mean {known[near[0]]}?" if near else ""
+        if not word.startswith("-"):
+            hint = ": a value follows the name of its flag, --name=value"
         parser.error(f"unknown argument {word}{hint}")
     actions = {o: a for a in parser._actions for o in a.option_strings}
     options = (word.partition("=")[0] for word in words)
@@ -345,6 +366,15 @@ def boolean(text):
     if value is None:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
     return value
+
+
+def remove_unused(folder):
+    """Remove a folder that has nothing but the lock file of lock_folder."""
+    with contextlib.suppress(OSError):
+        if not set(os.listdir(folder)) - {LOCK}:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, LOCK))
+            os.rmdir(folder)
 
 
 # ----------------------------------------------------------------------------

@@ -817,6 +817,7 @@ def check_suffix(args):
         ".gguf": args.format == "gguf",
         ".pt": imports or args.merge_lora and not args.format and args.version == 3,
         ".safetensors": False,
+        ".onnx": False,
         ".bin": not imports and args.format not in ("gguf", "hf", "peft"),
     }
     if not fits.get(os.path.splitext(args.output)[1], True):

@@ -456,6 +456,8 @@ def hf_files(path):
             return folder, files
         if os.path.isfile(file):
             return folder, file
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such folder: download the model first")
     raise FileNotFoundError(f"{path}: there is no model.safetensors and no index of its parts")
 
 

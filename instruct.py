@@ -215,13 +215,13 @@ TEMPLATES = {
 }
 
 
-def find_template(name, checkpoint, tokenizer, default="llama2"):
+def find_template(name, checkpoint, tokenizer, default="llama2", say=note):
     """
     The template of a model: `name`, which is one of TEMPLATES or a JSON file {"turn": ...,
-    "system": ...}; or else the template of the checkpoint, a dict; or else TEMPLATES[default]. A
-    line on stderr says if it is not the checkpoint's. TEMPLATES lose {bos} for a model whose text
-    does not begin with BOS. Raises ValueError if the template is malformed or needs other tokens,
-    and OSError if the file cannot be read.
+    "system": ...}; or else the template of the checkpoint, a dict; or else TEMPLATES[default]. The
+    function `say` gets a line if it is not the checkpoint's. TEMPLATES lose {bos} for a
+    model whose text does not begin with BOS. Raises ValueError if the template is malformed or
+    needs other tokens, and OSError if the file cannot be read.
     """
     stored = checkpoint.get("template")
     if stored:
@@ -249,9 +249,9 @@ def find_template(name, checkpoint, tokenizer, default="llama2"):
         selected = templates.get(name)
     template = (selected or stored or templates[default]).check(tokenizer)
     if stored and template != stored:
-        note(f"--template={name} replaces the checkpoint's template {stored.turn!r}")
+        say(f"--template={name} replaces the checkpoint's template {stored.turn!r}")
     elif not stored and not selected:
-        note(
+        say(
             f"the checkpoint has no chat template: using {default}, {template.turn!r}; "
             "--template selects another"
         )
@@ -435,6 +435,8 @@ def record(item, replies=True, lenient=False):
     elif main or reply:
         values = [(item[main or reply], main or reply)]
     elif replies:
+        if "rejected" in item:
+            raise ValueError(f'"chosen" is missing: it has {quoted(item)}')
         first, *others = KEYS["reply"]
         raise ValueError(f'"{first}" is missing (or {quoted(others)}): it has {quoted(item)}')
     else:

@@ -156,11 +156,12 @@ class PPOConfig:
         if self.whiten_rewards and self.kl_in != "reward":  # it scales the KL in the rewards
             raise ValueError("whiten_rewards needs kl_in=reward, with kl_penalty=kl for example")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
-            raise ValueError(f"advantage={self.advantage} needs a group_size of 2 or more")
+            raise ValueError(f"advantage={self.advantage} needs group_size=2 or more")
         if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
             raise ValueError("adap_kl_ctrl needs a target and an init_kl_coef above 0")
-        if min(self.temperature, self.target_kl) <= 0:
-            raise ValueError("temperature and target_kl must be above 0")
+        for name in ("temperature", "target_kl"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         self.rollouts = self.rollouts or 8 * self.mini_batch_size
         if self.rollouts % self.group_size:
             raise ValueError(

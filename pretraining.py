@@ -506,6 +506,10 @@ class Stage:
         there is none."""
         return False
 
+    def without_effect(self):
+        """Lines that name flags of the command line that have no effect, or not the usual one."""
+        return ()
+
     def begin(self):
         """Called once before the first iteration, after all checks."""
 
@@ -639,6 +643,11 @@ class Pretraining(Stage):
         """The samples of a split, "train" or "val", with __len__ and batch(position, n)."""
         model = self.model.args
         return Windows(self.args.data, split, model.max_seq_len, model.vocab_size, self.args.seed)
+
+    def without_effect(self):
+        a = self.args
+        if a.decay_lr and a.max_iters <= a.warmup_iters and not a.eval_only:
+            yield f"with --warmup_iters={a.warmup_iters} the learning rate rises until the end"
 
     def loss(self, model, batch):
         """Returns the mean loss of a batch, its number of tokens, and values to log,

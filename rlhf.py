@@ -28,7 +28,7 @@ from checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
 )
-from common import flag, flag_names, note, printable, read_json, write_atomic
+from common import flag, flag_names, printable, read_json, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
 from kernels import to_device
 from model import Transformer, TransformerWithValueHead, generate
@@ -170,7 +170,9 @@ def load_reward(spec, target_len, decode):
         return LengthReward(target_len)
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
-        raise ValueError(f"--reward={spec}: expected `length`, FILE.py:FUNCTION or FILE.pt")
+        raise ValueError(
+            f"--reward={spec}: expected `length`, FILE.pt or FILE.py:FUNCTION, such as calm.py:calm"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward={spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location("reward_file", path)
@@ -197,7 +199,13 @@ def load_reward(spec, target_len, decode):
     def reward(prompts, responses, ended):
         if not getattr(function, "tokens", False):
             prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
-        scores = call(lambda: [plain(x) for x in plain(function(prompts, responses))])
+        scores = call(lambda: function(prompts, responses))
+        if scores is None:
+            raise ppo.RewardError(
+                f"--reward={spec}: {name} returned None, not one number per response: a `return` "
+                "is missing"
+            )
+        scores = call(lambda: [plain(x) for x in plain(scores)])
         if len(scores) != len(prompts):
             raise ppo.RewardError(
                 f"--reward={spec} returned {len(scores)} scores for {len(prompts)} responses"
@@ -408,6 +416,11 @@ class RLHF(Stage):
     def end_iteration(args, checkpoint):
         resumed = "ppo" in checkpoint
         first = checkpoint["ppo"]["first"] if resumed else checkpoint["iter_num"]
+        if not resumed and not args.ppo_iters and args.max_iters <= first:
+            raise ValueError(
+                f"--max_iters={args.max_iters} includes the {first} iterations of the checkpoint: "
+                "--ppo_iters=N runs N iterations of PPO"
+            )
         return first + args.ppo_iters if args.ppo_iters else args.max_iters
 
     @staticmethod
@@ -468,6 +481,8 @@ class RLHF(Stage):
         critic = None
         if config.advantage == "gae" and not shared:
             source, path = start, config.value_model
+            if config.value_model != "separate" and not path.endswith(".pt"):
+                raise ValueError(f"--value_model={path}: expected separate, shared or FILE.pt")
             if path != "separate":
                 source = load_checkpoint(path)
                 if "reward" in source:
@@ -680,19 +695,26 @@ class RLHF(Stage):
             count += n
         return total / count
 
+    def without_effect(self):
+        # Published commands contain these flags, so that they are no errors.
+        given = getattr(self.args, "given", ())
+        ignored = ["warmup_iters", "eval_iters", *(["dropout"] if self.args.dropout else [])]
+        lines = [f"--{name} has no effect with --ppo" for name in ignored if name in given]
+        if "max_iters" in given and self.args.ppo_iters:
+            lines.append("--max_iters has no effect with --ppo_iters")
+        if "target_kl" in given and self.args.ppo_epochs == 1:
+            lines.append("--target_kl has no effect with --ppo_epochs=1")
+        return lines
+
     def begin(self):
         """Estimates J*. A resumed run removes the report, which is of an earlier policy; that of an
         earlier run is moved aside with its checkpoints."""
-        # Published commands are combined with --ppo_iters, so that these are no errors.
-        given = getattr(self.args, "given", ())
-        if "max_iters" in given and self.args.ppo_iters:
-            note("--max_iters has no effect with --ppo_iters")
-        if "target_kl" in given and self.args.ppo_epochs == 1:
-            note("--target_kl has no effect with --ppo_epochs=1")
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
-            print(f"best achievable J* = {j_star:.3f} ±{error:.3f} (95 %), from reference samples")
             scores = self.reference_scores
+            interval = f"±{error:.3f} (95 %), from reference samples"
+            interval = "from one reference sample" if scores.numel() == 1 else interval
+            print(f"best achievable J* = {j_star:.3f} {interval}")
             if scores.numel() >= 16 and scores.min() == scores.max():
                 print(
                     f"note: the reward of all {scores.numel()} samples is {scores[0, 0]:g}, so "

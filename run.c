@@ -2153,7 +2153,7 @@ static void perplexity(Run *run) {
     const Config *c = &run->model.c;
     int *ids = NULL;
     size_t count = 0;
-    if (!run->prompt) die("give the file with -i");
+    if (!run->prompt) die("-m perplexity needs a text file: -i FILE");
     Span in = map_file(run->prompt);
     if (starts_with(in, "\xff\xfe") || starts_with(in, "\xfe\xff"))
         die("%s is %s", run->prompt, other_kind(in));
@@ -2296,7 +2296,9 @@ int main(int argc, char **argv) {
         const char *value = argv[i + 1];
         if (!flag || !strchr("tkpsnizmybj", flag) || !value)
             fail(2, "%s: %s; -h lists all", argv[i],
-                 value ? "there is no such option" : "a value is missing, or no such option");
+                 argv[i][0] != '-' ? "a prompt is given with -i, a model first"
+                 : value           ? "there is no such option"
+                                   : "a value is missing, or no such option");
         if (flag == 't') run.temperature = (float)number(flag, value, 0, 1e6, false);
         if (flag == 'k') run.topk = (int)number(flag, value, 0, 1e9, true);
         if (flag == 'p') run.topp = (float)number(flag, value, 0, 1, false);

@@ -83,8 +83,11 @@ def flags(argv=None):
     )
     add("--compile", type=boolean, nargs="?", const=True, default=False, help="use torch.compile")
     args = parse_args(parser, argv)
-    if args.temperature < 0 or not 0 <= args.top_p <= 1 or args.top_k < 0:
-        raise ValueError("temperature and top_k must not be negative, top_p must be in [0, 1]")
+    for name in ("temperature", "top_k"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
+    if not 0 <= args.top_p <= 1:
+        raise ValueError(f"--top_p must be from 0 to 1, not {args.top_p}")
     if args.num_samples < 1 or args.max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     if args.chat and (args.interactive or args.start or args.num_samples > 1):

@@ -71,6 +71,8 @@ def story_files(data_dir):
         and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json")
     )
     if not files:
+        if not os.path.isdir(folder):
+            folder += ", which does not exist"
         raise FileNotFoundError(
             f"no stories (.json, .jsonl, .txt) in {folder}; get some with: "
             "python tinystories.py download, or offline: synthesize"

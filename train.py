@@ -393,7 +393,7 @@ def start(run):
     if kind.uses_template(args):
         if tokenizer is None:
             raise ValueError("dialogues need the tokenizer of the model: name it with --tokenizer")
-        template = find_template(args.template, metadata, tokenizer, "plain")
+        template = find_template(args.template, metadata, tokenizer, "plain", assumed.append)
         metadata["template"] = template._asdict()
     run = replace(
         run,
@@ -430,6 +430,10 @@ def describe(stage, checkpoint):
     changed = differences(run, checkpoint) if run.resumed else ""
     if changed:
         print(f"resumed with other flags than the checkpoint's, which now apply: {changed}")
+    for line in stage.without_effect():
+        note(line)
+    if "always_save_checkpoint" in run.args.given and not run.args.always_save_checkpoint:
+        note("--always_save_checkpoint=False has no effect: every evaluation saves")
     kept = changes(run, checkpoint, stage.kept_flags) if run.resumed else ""
     if kept:
         print(f"note: no effect on a resumed run: {kept}")
@@ -584,7 +588,11 @@ def main(argv=None):
         return None
     load_boards(args)  # reports a missing package before the run starts
     run = setup(args)
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(args.out_dir)
+    if folder.is_file():
+        raise ValueError(f"--out_dir={folder} is a file: name a folder")
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     if args.eval_only and stage_class(args).show_report(run):
         return None
     # --plot and --eval_only only read, so they need no lock while another run writes.
@@ -604,6 +612,8 @@ def main(argv=None):
             raise
         raise OSError(f"rank {run.rank}: another process of this run has ended: {e}") from None
     finally:
+        if new and run.rank == 0:  # a command that fails leaves no folder of a mistyped name
+            common.remove_unused(folder)
         if dist.is_initialized():
             dist.destroy_process_group()
 

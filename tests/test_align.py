@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
 import sys
 import types
@@ -741,11 +742,37 @@ def test_flags_of_ppo_without_effect_are_named(home, tmp_path, capsys):
     flags = PPO | dict(reward="length", ppo_iters=1)
     run(home, tmp_path / "a", **flags)
     text = capsys.readouterr().err
+    for name in ("warmup_iters", "eval_iters"):
+        assert text.count(f"note: --{name} has no effect with --ppo\n") == 1
+    assert "--dropout" not in text  # it is 0
     assert "note: --target_kl has no effect with --ppo_epochs=1" in text
     assert "note: --max_iters has no effect with --ppo_iters" in text
     del flags["ppo_iters"]
-    run(home, tmp_path / "b", **flags | dict(ppo_epochs=2, max_iters=1))
-    assert "has no effect" not in capsys.readouterr().err
+    run(home, tmp_path / "b", **flags | dict(ppo_epochs=2, max_iters=1, dropout=0.5))
+    text = capsys.readouterr().err
+    assert "note: --dropout has no effect with --ppo\n" in text
+    assert "--target_kl" not in text and "--max_iters" not in text
+
+
+def test_iterations_that_the_checkpoint_has_already_are_an_error(home, tmp_path, capsys):
+    """--max_iters of PPO includes the iterations of pretraining."""
+    state = load_checkpoint(home / "ckpt.pt")
+    torch.save(state | {"iter_num": 9}, tmp_path / "ckpt.pt")
+    shutil.copy(home / f"tok{VOCAB}.model", tmp_path)
+    flags = PPO | dict(reward="length", init_from="resume", ppo_iters=0, max_iters=9)
+    line = argv(home, tmp_path, **flags)
+    assert "--max_iters=9 includes the 9 iterations of the checkpoint" in error_of(capsys, line)
+
+
+def test_a_failed_command_leaves_no_new_folder(home, tmp_path, capsys):
+    flags = PPO | dict(reward="length", init_from="resume")
+    line = argv(home, tmp_path / "a/mistyped", **flags)
+    assert "there is no such checkpoint" in error_of(capsys, line)
+    assert not (tmp_path / "a/mistyped").exists()
+    (tmp_path / "a/mine").mkdir()
+    (tmp_path / "a/mine/notes").touch()
+    error_of(capsys, argv(home, tmp_path / "a/mine", **flags))
+    assert (tmp_path / "a/mine/notes").exists()
 
 
 def test_first_steps_are_short(home, rm, tmp_path):

@@ -316,7 +316,12 @@ def test_errors(home, tmp_path, capsys):
             "there is no such checkpoint; train a model first (train.py)",
         ),
         (f"{v512} --init_from={tmp_path / 'good/x.pt'}", 1, f"; {tmp_path / 'good'} has ckpt.pt"),
-        (f"{v512} --init_from={tmp_path / 'x.pt'}", 1, "ckpt.pt: --out_dir, --checkpoint or"),
+        (f"{v512} --init_from={tmp_path / 'x.pt'}", 1, "no such checkpoint; there is "),
+        (f"{v512} --eval_only --out_dir={tmp_path / 'x'}", 1, "x/ckpt.pt: there is no such check"),
+        (f"{v512} --ppo --beta=1", 2, "unknown argument --beta, did you mean --init_kl_coef?"),
+        (f"{v512} --lr=1", 2, "unknown argument --lr, did you mean --learning_rate?"),
+        (f"{v512} data", 2, "unknown argument data: a value follows the name of its flag"),
+        (f"{v512} --dtype=fp16", 2, "(choose from 'float32', "),
         (f"{v512} --data={tmp_path / 'nothing'}", 1, "no .bin shards in"),
         (f"{v512} --data=nowhere", 1, "no .bin shards in"),
         (
@@ -354,7 +359,7 @@ def test_errors(home, tmp_path, capsys):
         (f"{v512} --dropout=1.5", 1, "dropout must be in"),
         (f"{v512} --device=tpu", 1, "expected cpu, cuda"),
         (f"{v512} --fsdp", 1, "--fsdp is for several processes"),
-        (f"{v512} --out_dir={tmp_path / 'good/ckpt.pt'}", 1, "File exists"),
+        (f"{v512} --out_dir={tmp_path / 'good/ckpt.pt'}", 1, "is a file: name a folder"),
         (f"{v512} --out_dir=/proc/none", 1, "/proc/none: "),
         (
             f"{v512} --ppo --init_from={tmp_path / 'good/ckpt.pt'} --reward=none.py:f",

@@ -596,6 +596,7 @@ def test_commands(tmp_path):
         (["train_vocab", "--vocab_size=60000"], 1, "cannot train a vocabulary of 60000"),
         (["pretokenize"], 1, "tokenizer.model"),
         (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
+        (["pretokenize", "--vocab_size=64", "--data_dir=nowhere"], 1, "nowhere"),
         (["synthesize", "--story=5"], 2, "did you mean --stories?"),
         (["download", "--data_dir=new", "--url=http://127.0.0.1:9"], 1, "synthesize"),
     ):

@@ -245,7 +245,7 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
     "body, says",
     [
         ("return [1 / 0 for r in responses]", "line 2: ZeroDivisionError: division by zero"),
-        ("pass", "TypeError: 'NoneType' object is not iterable"),
+        ("pass", "returned None, not one number per response: a `return` is missing"),
         ("return [1.0]", "returned 1 scores for 2 responses"),
         ("return ['good', 'bad']", "returned 'good' as a score, not a finite number"),
         ("return [1.0, float('nan')]", "returned nan as a score, not a finite number"),

@@ -1570,7 +1570,7 @@ BAD_CALLS = [
     (["-i", "balo " * 300], 1, "context is 64"),
     (["-n", "3", "-i", "balo mi tu ra"], 1, "limit (-n) is 3"),
     (["-z", "/nowhere/tok.bin"], 1, "/nowhere/tok.bin"),
-    (["-m", "perplexity"], 1, "give the file"),
+    (["-m", "perplexity"], 1, "needs a text file: -i FILE"),
     (["-m", "perplexity", "-i", "/nowhere"], 1, "/nowhere"),
 ]
 

@@ -224,7 +224,7 @@ def test_errors(tiny, tmp_path, capsys, tok512_model):
         ((here, f"--max_new_tokens={10**20}"), 2, f"--max_new_tokens: {10**20} is too large"),
         ((here, "--interactive", "--start=One day"), 1, "cannot be combined with --start"),
         ((here, "--temperature=nan"), 2, "--temperature: expected a finite number"),
-        ((here, "--top_p=1.5"), 1, "top_p must be in [0, 1]"),
+        ((here, "--top_p=1.5"), 1, "--top_p must be from 0 to 1, not 1.5"),
         ((here, "--num_samples=0"), 1, "at least 1"),
         ((here, "--device=tpu"), 1, "expected cpu, cuda"),
     ]
