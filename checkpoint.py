@@ -4,12 +4,14 @@ A checkpoint is written to a temporary file, which is then renamed. Reading one 
 but tensors and plain values.
 """
 
+import itertools
 import os
 import re
 import shutil
 import struct
 import sys
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -347,6 +349,27 @@ def recorded_start(state):
     return state.get("started_from") or ("" if init_from in ("scratch", "resume") else init_from)
 
 
+def weights_id(state):
+    """A checksum of the weights of a checkpoint, from the first 1,024 numbers of each tensor."""
+    checksum = 0
+    for name in sorted(state["model"]):
+        part = state["model"][name].flatten()[:1024].float().numpy()
+        checksum = zlib.crc32(part.tobytes(), checksum)
+    return checksum
+
+
+def start_has_changed(state, path):
+    """Whether the checkpoint that the run of `state`, in the file `path`, started from has other
+    weights now. False if it is not known, or not there."""
+    start, mine = state.get("started_from", ""), state.get("started_id")
+    if mine is None or not Path(start).is_file() or Path(start).absolute() == Path(path).absolute():
+        return False
+    try:
+        return weights_id(load_checkpoint(start, mmap=True)) != mine
+    except (OSError, ValueError):
+        return False
+
+
 def start_of_a_new_run(stage, pretrained, state):
     """The checkpoint file that a new run of a stage after pretraining starts from, with
     --init_from=resume. `pretrained` is out_dir/ckpt.pt; `state` is the stage's own checkpoint,
@@ -391,7 +414,8 @@ def starting_point(run, stage, differences):
             check_generates(state, path)
         samples = state.get("reward", {}).get("samples")  # which a reward model cannot write anew
         kept = {"reward": {"samples": samples}} if samples else {}
-        return weights_alone(state) | kept | {"started_from": str(path)}
+        start = {"started_from": str(path), "started_id": weights_id(state)}
+        return weights_alone(state) | kept | start
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from
@@ -435,7 +459,15 @@ def move_aside(path, rank):
         dist.barrier()  # all have looked
     if rank == 0 and not files:
         report.unlink(missing_ok=True)  # of a run whose checkpoints have been removed
-    for file in files if rank == 0 else ():
-        replaced = file.with_suffix(f".replaced{file.suffix}")
+    for file, replaced in zip(files, replaced_names(files)) if rank == 0 else ():
         os.replace(file, replaced)
         print(f"{file} of an earlier run is now {replaced}")
+
+
+def replaced_names(files):
+    """The names that files of a run get where others take their places: ckpt.replaced.pt, or
+    ckpt.replaced2.pt if some file of the set has such a name already."""
+    for k in itertools.count(1):
+        names = [f.with_suffix(f".replaced{k if k > 1 else ''}{f.suffix}") for f in files]
+        if not any(name.exists() for name in names):
+            return names

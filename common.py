@@ -387,6 +387,9 @@ def run_main(main):
     (OSError, ValueError) print one line and exit with status 1, Ctrl-C exits with 130. Every other
     exception is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # no text that a model writes ends a command
+        if getattr(stream, "errors", "") == "strict":
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -29,7 +29,6 @@ then silently drops weights.)
 
 import argparse
 import contextlib
-import itertools
 import os
 import struct
 import tempfile
@@ -50,6 +49,7 @@ from checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
     recorded_start,
+    replaced_names,
     save_checkpoint,
 )
 from common import parse_args, read_json, run_main, write_atomic
@@ -587,20 +587,15 @@ def folder_of(path):
     return os.path.dirname(os.path.abspath(path))
 
 
-def replaced_name(path):
-    """The name that a checkpoint at `path` has after another one was written there."""
-    return Path(path).with_suffix(".replaced.pt")
-
-
 def write_checkpoint(path, checkpoint):
     """save_checkpoint, which keeps a file that was there under another name, with a line that says
     so: it may be a trained model."""
-    before = os.path.isfile(path)
+    before, [replaced] = os.path.isfile(path), replaced_names([Path(path)])
     if before:
-        link(path, replaced_name(path))
+        link(path, replaced)
     save_checkpoint(path, checkpoint)
     if before:
-        print(f"{path} was there before and is now {replaced_name(path)}")
+        print(f"{path} was there before and is now {replaced}")
 
 
 def export_model(args):
@@ -1008,12 +1003,9 @@ def main(argv=None):
     if args.version != 3 and args.format:
         raise ValueError(f"version {args.version} has one format, --format is for version 3")
     read = [path for path in (*sources, args.merge_lora, args.tokenizer) if path]
-    written = [args.output] if os.path.exists(args.output) else []
-    if written and args.output.endswith(".pt"):
-        written.append(replaced_name(args.output))
-    for path, other in itertools.product(written, read):
-        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
-            raise ValueError(f"{path} would overwrite what is read: name another file")
+    for path in read if os.path.exists(args.output) else ():
+        if os.path.exists(path) and os.path.samefile(args.output, path):
+            raise ValueError(f"{args.output} would overwrite what is read: name another file")
     if args.output.endswith(".gguf") and args.checkpoint and args.version == 3:
         args.format = args.format or "gguf"
     allowed = {"gguf": ("float32", "q8_0"), "hf": ("float32", "bfloat16", "float16")}.get(

@@ -982,7 +982,8 @@ def make_task(args):
         if len(files) > 1:
             what = f"the {len(files)} small files are read as one: their"
         print(f"note: {what} last {len(val)} stories are for validation")
-    for name, stories in ("val", val), ("sft", rest):
+    parts = []
+    for stories in val, rest:
         records, unique = [], set()
         for story in stories:
             for _ in range(args.per_story):
@@ -998,14 +999,14 @@ def make_task(args):
             )
         rng.shuffle(records)
         del records[args.samples :]
-        if name == "val":
-            write_jsonl(os.path.join(folder, "val.jsonl"), records)
+        parts.append(records)
     pairs = []
     for record, other in zip(records, records[1:]):
         prompt, responses = record["prompt"], [record["response"], other["response"]]
         better, worse = gold([prompt] * 2, responses)
         if better - worse >= args.margin:
             pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
+    write_jsonl(os.path.join(folder, "val.jsonl"), parts[0])
     write_jsonl(os.path.join(folder, "pairs.jsonl"), pairs)
     write_jsonl(os.path.join(folder, "sft.jsonl"), records)  # last, because Makefile looks for it
 

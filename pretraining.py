@@ -806,6 +806,7 @@ class Pretraining(Stage):
                 "optimizers": optimizers[1:],
                 "scaler": self.scaler.state_dict(),
                 "position": self.position,
+                "data_size": [len(self.train), len(self.val)],
                 "tokens": self.tokens,
                 "bad_steps": self.bad_steps,
             },
@@ -815,6 +816,12 @@ class Pretraining(Stage):
     def load_state(self, checkpoint):
         """See Stage.load_state. Of a llama2.c checkpoint only the weights are used."""
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
+        sizes = [len(self.train), len(self.val)]
+        if (saved := checkpoint.get("data_size", sizes)) != sizes and self.run.rank == 0:
+            print(
+                f"note: the data have changed since the checkpoint, from {saved} to {sizes} "
+                "samples for training and validation: the order of the samples is another one"
+            )
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
         try:

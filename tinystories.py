@@ -709,13 +709,16 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
 def bin_files(folder):
     """
     Paths of the .bin files of a folder, by name, without the files for run.c, which are no shards:
-    models, and the vocabularies that tokenizer.py writes beside X.model as X.bin.
+    models, and the vocabularies that tokenizer.py writes beside X.model as X.bin. A file that META
+    lists is a shard, whatever its name is.
     """
+    listed = read_meta(folder).get("sources", {})
     for_run_c = re.compile(r"(tok\d+|tokenizer)(\.[0-9a-f]{8})?\.bin|(\w+_)?model\.bin")
     return [
         path
         for path in sorted(glob.glob(glob.escape(folder) + "/*.bin"))
-        if not for_run_c.fullmatch(os.path.basename(path))
+        if os.path.basename(path) in listed
+        or not for_run_c.fullmatch(os.path.basename(path))
         and not os.path.exists(path.removesuffix("bin") + "model")
     ]
 

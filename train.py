@@ -45,6 +45,7 @@ from checkpoint import (
     link,
     move_aside,
     save_checkpoint,
+    start_has_changed,
     starting_point,
 )
 from common import (
@@ -77,7 +78,7 @@ FREE_FLAGS = {
     *("fsdp", "checkpoint_activations", "offload", "ref_device", "reward_device"),
     *("tensorboard", "wandb_log", "wandb_project", "wandb_run_name", "ppo_debug"),
     *("roof_prompts", "roof_samples", "report_rollouts"),
-    *("plot", "plan", "plan_gpu", "plan_mfu"),
+    *("plot", "plan", "plan_gpu", "plan_mfu", "vocab_source"),
     *MODEL_FLAGS,
 }
 
@@ -235,6 +236,8 @@ def check_ranges(args):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value < 0 and name not in stage.signed:
             raise ValueError(f"--{name} must not be negative, not {value}")
+    if stage is Pretraining and args.max_seq_len < 2:
+        raise ValueError(f"--max_seq_len must be at least 2, not {args.max_seq_len}")
     for name in ("beta1", "beta2"):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
@@ -386,7 +389,7 @@ def start(run):
         # A new pretraining run is not checked: it moves the old files in out_dir aside.
         check_place(tokenizer, args.out_dir)
     # The new checkpoints inherit the description of the text from the initial checkpoint.
-    names = "template", "end_ids", "bos", "started_from"
+    names = "template", "end_ids", "bos", "started_from", "started_id"
     metadata = {k: checkpoint[k] for k in names if k in (checkpoint or ())}
     metadata["tokenizer_hash"] = tokenizer_hash
     template = None
@@ -427,6 +430,9 @@ def describe(stage, checkpoint):
     print(f"{count:,} parameters; {iterations}; {machine}")
     if "started_from" in run.metadata and not run.resumed:
         print(f"a new run, which starts from {run.metadata['started_from']}")
+    if run.resumed and start_has_changed(checkpoint, f"{run.args.out_dir}/{stage.prefix}ckpt.pt"):
+        start = run.metadata["started_from"]
+        note(f"{start} has changed since this run started; --init_from={start} starts a new run")
     changed = differences(run, checkpoint) if run.resumed else ""
     if changed:
         print(f"resumed with other flags than the checkpoint's, which now apply: {changed}")
@@ -444,7 +450,7 @@ def describe(stage, checkpoint):
             "uninterrupted run"
         )
     if run.start_iteration >= run.end_iteration:
-        print("nothing to do: the checkpoint has reached --max_iters")
+        print("nothing to do: the checkpoint has all iterations of the run")
 
 
 # ----------------------------------------------------------------------------
@@ -474,11 +480,11 @@ def save(stage, iteration, best_val_loss, improved):
         **state,
     }
     save_checkpoint(path, checkpoint)
+    if improved:
+        link(path, path.with_name(f"{stage.prefix}best.pt"))
     if "lora" in state:
         adapters = {k: checkpoint[k] for k in ("model_args", "lora", "template", "tokenizer_hash")}
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), adapters)
-    if improved:
-        link(path, path.with_name(f"{stage.prefix}best.pt"))
     if not stage.writes_text:
         return
     names = "template", "end_ids", "bos", "tokenizer_hash"  # what a model.bin has room for
@@ -510,7 +516,12 @@ def train(run):
         nonlocal best_val_loss, saved
         losses = stage.evaluate()
         val = losses.get("loss/val", math.inf)
-        improved, best_val_loss = val < best_val_loss, min(val, best_val_loss)
+        improved = val < best_val_loss
+        # The newest checkpoint is the best one, but a kill may have come before the link to it.
+        unlinked = run.resumed and iteration == run.start_iteration and val == best_val_loss
+        if unlinked and run.rank == 0 and not args.eval_only:
+            link(path, path.with_name(f"{stage.prefix}best.pt"))
+        best_val_loss = val if improved else best_val_loss  # min() would take a NaN
         if losses:
             others = [f", {k} {v:.4g}" for k, v in losses.items() if not k.startswith("loss/")]
             log.line(

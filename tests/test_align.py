@@ -952,6 +952,28 @@ def test_a_new_run_takes_the_weights_of_its_checkpoint_as_reference(home, rm, tm
     assert all(torch.equal(third[stage]["reference"][k], v) for k, v in new.items())
 
 
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_start_that_has_changed_is_named(home, tmp_path, capsys, stage):
+    """With the README's commands PPO follows pretraining in one folder; after another pretraining
+    the PPO run there is of the model before."""
+    flags = {"max_iters": 1, "init_from": "resume"}
+    if stage == "ppo":
+        flags = PPO | dict(reward="length", ppo_iters=1, init_from="resume")
+    else:
+        flags["sft"] = True
+    state = load_checkpoint(home / "ckpt.pt")
+    save_checkpoint(tmp_path / "ckpt.pt", state)
+    run(home, tmp_path, **flags)
+    run(home, tmp_path, **flags)
+    assert "has changed" not in capsys.readouterr().err
+    state["model"]["norm.weight"][3] += 0.1
+    save_checkpoint(tmp_path / "ckpt.pt", state)
+    run(home, tmp_path, **flags)
+    start = tmp_path / "ckpt.pt"
+    line = f"note: {start} has changed since this run started; --init_from={start} starts a new run"
+    assert line in capsys.readouterr().err
+
+
 def test_a_new_run_names_the_model_that_it_starts_from(home, tmp_path, capsys):
     """A run that --init_from=resume cannot continue starts where the run of its own checkpoint
     started; where that is unknown and the folder has several models, it is an error."""

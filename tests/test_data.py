@@ -355,6 +355,23 @@ def test_many_small_files_are_read_as_one(tmp_path, capsys):
     assert len(open_shards(str(tmp_path), "train", 280)) == 19
 
 
+def test_every_story_file_is_trained_on_whatever_its_name(tmp_path):
+    """Names that files for run.c have too, and names of tokenizers."""
+    names = ("a", "language_model", "model", "tok7", "x")
+    texts = {n: [f"{n} saw {i} red balls in the tree." for i in range(60)] for n in names}
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"story": t} for t in texts[name]]))
+    tinystories.train_vocab(str(tmp_path), 280)
+    tinystories.pretokenize(str(tmp_path), 280)
+    (tmp_path / "tok280/x.model").touch()
+    shards = [ids for part in ("val", "train") for ids in open_shards(str(tmp_path), part, 280)]
+    expected = [oracle(texts[n], tmp_path / "tok280.model") for n in names]
+    for found, ids in zip(shards, expected, strict=True):
+        np.testing.assert_array_equal(found, ids)
+    (tmp_path / "tok280/old_model.bin").write_bytes(b"for run.c")  # no story file has this name
+    assert len(open_shards(str(tmp_path), "train", 280)) == len(names) - 1
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [

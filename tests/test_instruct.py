@@ -1200,7 +1200,11 @@ def test_the_task_is_deterministic(task, tmp_path):
     (tmp_path / "x.json").write_text('["Too short.", "Also."]')
     with pytest.raises(ValueError, match="too few stories"):
         instruct.main(["stories", f"--data_dir={tmp_path}"])
-    assert not (tmp_path / "task/sft.jsonl").exists()
+    assert not (tmp_path / "task").exists()
+    (tmp_path / "a.json").write_text((task / "TinyStories_all_data/data00.json").read_text())
+    with pytest.raises(ValueError, match="too few stories"):  # of the second file, after the first
+        instruct.main(["stories", f"--data_dir={tmp_path}"])
+    assert not (tmp_path / "task").exists()
 
 
 def test_an_interrupted_task_lacks_the_file_that_make_looks_for(task, monkeypatch):

@@ -352,6 +352,13 @@ def test_the_lock_does_not_follow_links(tmp_path):
 # Output to a closed pipe
 
 
+def test_text_that_the_terminal_cannot_show_ends_no_command(tmp_path):
+    script = "import common; common.run_main(lambda: print('a “word” or two'))"
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a ?word? or two\n", b"")
+
+
 @pytest.mark.parametrize("both", ["", "2>&1"])
 def test_training_continues_when_the_pipe_is_closed(data, tmp_path, both):
     """train.py | head -1"""

@@ -1126,11 +1126,58 @@ def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
     train.main(command(data, tmp_path, seed=1))
     assert (tmp_path / "ckpt.replaced.pt").read_bytes() == before
     assert "of an earlier run" in capsys.readouterr().out
+    second = (tmp_path / "ckpt.pt").read_bytes()
+    train.main(command(data, tmp_path, seed=2, max_iters=2))
+    assert (tmp_path / "ckpt.replaced.pt").read_bytes() == before
+    assert (tmp_path / "ckpt.replaced2.pt").read_bytes() == second
     there = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for mistake in (dict(learning_rate=-1.0), dict(data="nowhere"), dict(dim=15)):
+    for mistake in (
+        dict(max_seq_len=1),
+        dict(learning_rate=-1.0),
+        dict(data="nowhere"),
+        dict(dim=15),
+    ):
         with pytest.raises((ValueError, FileNotFoundError)):
             train.main(command(**dict(data=data, out=tmp_path) | mistake))
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == there, mistake
+
+
+def test_resuming_with_other_data_is_named(tmp_path, capsys):
+    (tmp_path / f"tok{VOCAB}").mkdir()
+    paths = [tmp_path / f"tok{VOCAB}/data0{i}.bin" for i in range(3)]
+    for i, path in enumerate(paths):
+        np.array(chain(2_000, i), dtype="<u2").tofile(path)
+    train.main(command(tmp_path, tmp_path / "out", max_iters=2))
+    resume = dict(init_from="resume", vocab_source="llama2", vocab_size=32000)
+    line = [x for x in command(tmp_path, tmp_path / "out", **resume) if "vocab_size" not in x]
+    train.main(line)
+    assert "the data have changed" not in (text := capsys.readouterr().out)
+    assert "vocab_source was" not in text  # the vocabulary is the checkpoint's
+    paths[2].unlink()
+    train.main([*line, "--max_iters=14"])
+    n = (2_000 - 1) // 32
+    assert f"from [{2 * n}, {n}] to [{n}, {n}] samples" in capsys.readouterr().out
+
+
+def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypatch):
+    """The next start links it; a loss that is NaN is never the best one."""
+    train.main(command(data, tmp_path, max_iters=8))
+    best, path = tmp_path / "best.pt", tmp_path / "ckpt.pt"
+    assert best.samefile(path)
+    best.unlink()
+    os.link(tmp_path / "ckpt.prev.pt", best)  # as it was before the last link
+    train.main(command(data, tmp_path, max_iters=8, init_from="resume"))
+    assert best.samefile(path)
+    evaluate, values = pretraining.Pretraining.evaluate, iter((math.nan, 5.0, 4.0))
+
+    def told(self):
+        return evaluate(self) | {"loss/val": next(values)}
+
+    lowest = load_checkpoint(path)["best_val_loss"]
+    monkeypatch.setattr(pretraining.Pretraining, "evaluate", told)
+    train.main(command(data, tmp_path, max_iters=16, init_from="resume"))
+    assert load_checkpoint(path)["best_val_loss"] == lowest < 4
+    assert load_checkpoint(best)["iter_num"] == 8
 
 
 def test_a_new_run_leaves_nothing_of_the_earlier_one_to_resume(data, tmp_path):
