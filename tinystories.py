@@ -448,6 +448,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
         )
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2] or str(e)  # without the location in its source
+        reason = reason.partition(" Increase vocab_size")[0]  # nor options of its own program
         raise ValueError(
             f"SentencePiece cannot train a vocabulary of {vocab_size}: {reason}"
         ) from None
@@ -1012,7 +1013,7 @@ COMMANDS = {  # the flags of each command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "stage",
+        "command",
         choices=[*COMMANDS],
         help="command; `tinystories.py download --help` shows the flags of download",
     )
@@ -1038,12 +1039,12 @@ def main(argv=None):
     parser.add_argument("--url", default=URL, help="base URL of the data set")
     parser.add_argument("--stories", type=int, default=20000, help="number of stories")
     parser.add_argument("--seed", type=int, default=1337, help="random seed")
-    args = parse_args(parser, argv, lambda args: flags_of_others(args.stage, COMMANDS))
-    if args.stage == "download":
+    args = parse_args(parser, argv, lambda args: flags_of_others(args.command, COMMANDS))
+    if args.command == "download":
         download(args.data_dir, args.url, args.small)
-    elif args.stage == "synthesize":
+    elif args.command == "synthesize":
         synthesize(args.data_dir, args.stories, args.seed)
-    elif args.stage == "train_vocab":
+    elif args.command == "train_vocab":
         train_vocab(args.data_dir, args.vocab_size)
     else:
         pretokenize(args.data_dir, args.vocab_size, args.tokenizer)

@@ -608,8 +608,9 @@ def test_commands(tmp_path):
     assert run("pretokenize", "--vocab_size=512").returncode == 0
     assert len(Windows(str(tmp_path / "data"), "train", 64, 512)) > 100
     for args, status, message in (
+        ([], 2, "required: command, one of download, "),
         (["train_vocab"], 1, "needs --vocab_size"),
-        (["train_vocab", "--vocab_size=20"], 1, "cannot train a vocabulary of 20"),
+        (["train_vocab", "--vocab_size=20"], 1, "of 20: Vocabulary size is smaller than"),
         (["train_vocab", "--vocab_size=60000"], 1, "cannot train a vocabulary of 60000"),
         (["pretokenize"], 1, "tokenizer.model"),
         (["pretokenize", "--vocab_size=64"], 1, "train_vocab --vocab_size=64"),
