@@ -120,10 +120,10 @@ class PPOConfig:
     )
     vf_coef: float = flag(0.5, "weight of the value loss of a shared critic")
     critic_warmup: int = flag(
-        0, "epochs of the first iteration, in which a separate critic is trained alone"
+        0, "epochs that train only the separate critic, in the first iteration"
     )
     averaging: float = flag(
-        0.0, "decay of the average of the policy's weights that is the result; 0: no average"
+        0.0, "decay of the moving average of the policy's weights, which is saved; 0: no average"
     )
 
     def __post_init__(self):

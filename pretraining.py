@@ -101,7 +101,7 @@ class CompileFlags:
 
     compile: bool = flag(
         None,
-        "use torch.compile (with --ppo on cuda alone); default: true on cuda, else false",
+        "use torch.compile (with --ppo only on cuda); default: true on cuda, else false",
     )
 
 

@@ -391,7 +391,7 @@ class RLHF(Stage):
                 f"--batch_size={8 * run.world} or more"
             )
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
-            print("note: --compile is ignored: PPO compiles on cuda alone, and not with --fsdp")
+            print("note: --compile is ignored: PPO compiles only on cuda, and not with --fsdp")
         if run.rank == 0 and (run.args.reward_scale or run.args.reward_clip):
             print(
                 "note: PPO trains on scaled or clipped rewards; J and J* are of the original ones"

@@ -1,17 +1,17 @@
 """
-How fast run.c is, beside its peers: the table of doc/speed.md.
+The speed of run.c compared with its peers: the table of doc/speed.md.
 
     python bench/bench_run.py                                    # run.c alone
-    python bench/bench_run.py --llama2c=DIR --llama_bench=FILE   # beside llama2.c, llama.cpp
+    python bench/bench_run.py --llama2c=DIR --llama_bench=FILE   # and llama2.c, llama.cpp
 
-Random weights of the published shapes (the 260K model is the real one where it is at hand). DIR
-is a checkout of llama2.c, which is built here with -Ofast -march=native, with OpenMP where there
-are two threads; FILE is llama.cpp's llama-bench, for which the models are written with the
-package `gguf` (pip install gguf). All take turns in one go, since machines differ, and differ
-from minute to minute: the best of --repeat. llama.cpp's llama-bench, like -m bench of run.c,
-times passes through the model alone; llama2.c only tells stories, so that it is beside a story of
-run.c: one process, greedy, sampling and printing included, each position for the first time. On a
-machine that others use, `chrt -f 10` in front helps.
+The models have random weights of the published shapes (the 260K model is the real one if it is
+available). DIR is a checkout of llama2.c, which the script builds with -Ofast -march=native, and
+with OpenMP for two threads; FILE is llama.cpp's llama-bench, for which the models are written with
+the package `gguf` (pip install gguf). All programs run alternately, because the speed of a shared
+machine changes from minute to minute; the table has the best of --repeat. llama-bench, like -m
+bench of run.c, times forward passes alone. llama2.c can only time complete stories, so it is
+compared with a complete story of run.c: one process, greedy, sampling and printing included, each
+position for the first time. On a shared machine, `chrt -f 10` before the command helps.
 """
 
 import argparse

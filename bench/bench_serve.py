@@ -1,4 +1,4 @@
-"""serve.py beside `generate`: tokens per second of clients that ask at the same time.
+"""serve.py compared with `generate`: tokens per second of clients that ask at the same time.
 
     python bench/bench_serve.py --checkpoint=stories260K/ckpt.pt
 

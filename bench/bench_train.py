@@ -4,8 +4,7 @@
 
 Each line is the real training step of train.py (data, forward, backward, clipping, optimizer) for
 one shape, on random tokens. MFU is relative to a matrix product measured on the same machine;
-"data" is the share of the time that reading windows takes. doc/speed.md says how to run llama2.c
-beside it.
+"data" is the share of the time that reading windows takes. doc/speed.md says how to time llama2.c.
 """
 
 import argparse
@@ -51,7 +50,7 @@ SHAPES = [  # title, flags of train.py, whether the CPU is too slow for it
 
 
 def measure(flags, seconds):
-    """Tokens a second, MFU, the share of data loading, milliseconds a step."""
+    """Tokens per second, MFU, the share of data loading, milliseconds per step, peak FLOP/s."""
     args = train.flags(flags)
     with redirect_stdout(StringIO()):
         stage = train.Pretraining(train.setup(args), None)
@@ -79,9 +78,9 @@ def measure(flags, seconds):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench_train.py", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="", help="as in train.py")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a shape")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per shape")
     args = parse_args(parser, argv)
     torch.set_num_threads(args.threads)
     device = train.choose_device(args.device)

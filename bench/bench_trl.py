@@ -1,4 +1,4 @@
-"""Reinforcement learning beside TRL on one task, on the CPU:
+"""Reinforcement learning compared with TRL on one task, on the CPU:
 
     pip install trl==1.16.0      # and, for its last PPO, in an environment of its own:
                                  # trl==0.11.4 transformers==4.46.3 accelerate==1.1.1
@@ -18,8 +18,8 @@ measurements, because the clock means nothing on a shared machine. Its result is
 change), and a row of TRL with more --rollouts continues from its last checkpoint (trl-ppo starts
 anew). The script prints a table and writes all measurements to trl.csv.
 
-With --steps, it times optimizer steps instead: SFT with LoRA beside transformers and peft, and DPO
-beside TRL's DPOTrainer, on the same batches. Each side is a process of its own; the two take turns.
+With --steps, it times optimizer steps instead: SFT with LoRA against transformers and peft, and DPO
+against TRL's DPOTrainer, on the same batches. Each side is its own process; the two take turns.
 
     python bench/bench_trl.py --checkpoint=smollm2/ckpt.pt --steps=sft,dpo \\
         --instructions=instructions.json --preferences=preferences.json

@@ -93,7 +93,7 @@ def show(options, name, figure, peer=""):
 
 
 def pretraining(options):
-    """Tokens/s and MFU of train.py, and of llama2.c's train.py beside it."""
+    """Tokens/s and MFU of train.py, and tokens/s of llama2.c's train.py."""
     batch, length = (2, 32) if options.quick else BATCHES[options.shape]
     args = model_args(options, length)
     with tempfile.TemporaryDirectory() as folder:
@@ -224,8 +224,10 @@ def main(argv=None):
     parser.add_argument("section", choices=SECTIONS, help="what to measure")
     parser.add_argument("--shape", default="260K", choices=SHAPES, help="size of the model")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
-    parser.add_argument("--llama2c", default=os.environ.get("LLAMA2C", ""), help="its checkout")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument(
+        "--llama2c", default=os.environ.get("LLAMA2C", ""), help="checkout of llama2.c"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the script")
     parser.add_argument("--compile", default=None, choices=("True", "False"), help="as in train.py")
     options = parse_args(parser, argv)
     options.device = choose_device(options.device)

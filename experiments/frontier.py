@@ -1,4 +1,4 @@
-"""Reward against KL: PPO beside the best achievable frontier.
+"""Reward against KL: PPO compared with the best achievable frontier.
 
     python experiments/frontier.py --checkpoint=stories260K/ckpt.pt  # 30 minutes or more, 2 cores
     python experiments/frontier.py --checkpoint=... --betas=0.2,0.05,0:200 --seeds=5 --group=

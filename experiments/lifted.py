@@ -9,20 +9,18 @@ trained model, stories260K, is lifted to TinyLlama's shape: other weights, the s
 rounding.
 
 - The residual stream x of 64 numbers becomes U x of 2,048 numbers; U has orthonormal columns.
-RMSNorm
-  is invariant to the rotation, but its mean square is 64/2048 of the original one. The matrices
-  after the norm correct this factor and contain the gains of the norm.
+  RMSNorm is invariant to the rotation, but its mean square is 64/2048 of the original one. The
+  matrices after the norm correct this factor and contain the gains of the norm.
 - Heads of 8 become heads of 64. A pair that RoPE rotates is moved to the pair with the same
   frequency; values are rotated. Heads and hidden units are repeated.
-- Most input directions of a matrix are then unused. Its weights there are random and as large as
-the
-  others. They multiply nothing but rounding errors, which int8 has in all directions, so that each
-  product has the signal-to-error ratio of a full matrix.
+- Most input directions of a matrix are then unused. Its weights for them are random and as large as
+  the others. They multiply nothing but rounding errors, which int8 has in all directions, so that
+  each product has the signal-to-error ratio of a full matrix.
 - The 17 of 22 layers that the small model does not have are silent (wo and w2 are zero). With
-`--idle`
-  they write errors: each is like a layer of the small model, `--idle` times as strong, without the
-  part of wv and w3 that reads x. At full strength, 17 random layers in sequence change the logits
-  completely again (doc/speed.md), which trained layers do not do. The right strength is unknown.
+  `--idle` they write errors: each is like a layer of the small model, `--idle` times as strong,
+  without the part of wv and w3 that reads x. At full strength, 17 random layers in sequence change
+  the logits completely again (doc/speed.md), which trained layers do not do. The right strength is
+  unknown.
 - Tokens above 511 have random embeddings and the classifier row of a byte that occurs in no story.
 """
 
@@ -186,18 +184,18 @@ def main(argv=None):
     parser.add_argument(
         "--data",
         default=os.environ.get("STORIES_DATA", "data"),
-        help="where stories260K/ and TinyStories_all_data/ are",
+        help="folder with stories260K/ and TinyStories_all_data/",
     )
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")
-    parser.add_argument("--stories", type=int, default=10, help="how many to read")
+    parser.add_argument("--stories", type=int, default=10, help="number of stories")
     parser.add_argument(
         "--idle",
         type=float,
         default=0.0,
-        help="strength of the layers that only write errors; 1: that of the others",
+        help="strength of the layers that only write errors; 1: as strong as the other layers",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of run.c")
-    parser.add_argument("--dir", help="where 4.4 GB can be for a while; default: the usual place")
+    parser.add_argument("--threads", type=int, default=2, help="threads of run.c")
+    parser.add_argument("--dir", help="temporary folder with 4.4 GB free; default: the system's")
     options = parse_args(parser, argv)
     for name, changes in (
         ("stories260K", {}),

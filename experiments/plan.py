@@ -59,11 +59,11 @@ def saved_bytes(args, batch, seq_len, dtype, here=False):
 def plan(args, model_args):
     """Prints memory per card, tokens/s and time for 1 to 256 cards, with DDP (a full copy per card;
     activations recomputed with --checkpoint_activations) and with --fsdp (sharded state,
-    activations recomputed). A step is one forward and backward pass
-    of --batch_size sequences per card in --dtype. Arithmetic runs at --plan_mfu of the maker's
-    figure. Communication overlaps with it, so that the slower of the two counts. --plan_gpu=cpu is
-    this machine as one card, with the speed of a measured matrix product, as in a run's log.
-    Returns rows (cards, "ddp" or "fsdp", bytes per card, tokens/s)."""
+    activations recomputed). A step is one forward and backward pass of --batch_size sequences per
+    card in --dtype. Arithmetic runs at --plan_mfu of the maker's figure. Communication overlaps
+    with arithmetic, so that the slower of the two counts. --plan_gpu=cpu is this machine as one
+    card, with the speed of a measured matrix product, as in a run's log. Returns rows (cards,
+    "ddp" or "fsdp", bytes per card, tokens/s)."""
     cpu = args.plan_gpu == "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if cpu else "bfloat16"))
     if cpu:
@@ -93,8 +93,8 @@ def plan(args, model_args):
         f"{args.plan_gpu} at {args.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s"
     )
     print(
-        f"{'cards':>6}{'':4}{'':4}{'GB/card':>10}{'of':>5}{'tokens/s':>14}"
-        f"{'waits for':>11}{'hours per billion tokens':>25}"
+        f"{'cards':>6}{'':4}{'':4}{'GB/card':>10}{'card GB':>9}{'tokens/s':>14}"
+        f"{'limited by':>12}{'hours per billion tokens':>25}"
     )
     # With activations that are computed again, those of one layer at a time exist.
     recomputed = everything - model_args.n_layers * (layer - layer_input) + layer
@@ -115,12 +115,12 @@ def plan(args, model_args):
             compute = B * T * flops * again / (peak * args.plan_mfu)
             network = moved * (cards - 1) / cards / wire
             rate = cards * B * T / max(compute, network)
-            waits = "network" if network > compute else "compute"
+            limit = "network" if network > compute else "compute"
             fits = "" if card_bytes < 0.92 * room else "  does not fit"
             rows.append((cards, kind, card_bytes, rate))
             print(
-                f"{cards:6d}{'':4}{kind:4}{card_bytes / 1e9:10.2f}{room / 1e9:5.0f}{rate:14,.0f}"
-                f"{waits:>11}{1e9 / rate / 3600:25.2f}{fits}"
+                f"{cards:6d}{'':4}{kind:4}{card_bytes / 1e9:10.2f}{room / 1e9:9.0f}{rate:14,.0f}"
+                f"{limit:>12}{1e9 / rate / 3600:25.2f}{fits}"
             )
     return rows
 

@@ -81,7 +81,7 @@ def command(*flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--data", required=True)
+    add("--data", required=True, help="file of rankings")
     add("--val_data", default="")
     add("--out", default="out/reward")
     add("--vocab_size", type=int, default=1024)
@@ -90,10 +90,10 @@ def main():
     add("--pretrain_iters", type=int, default=200)
     add("--sft_iters", type=int, default=50)
     add("--rm_iters", type=int, default=300)
-    add("--learning_rate", type=float, default=1e-3, help="of the reward model")
-    add("--muon_learning_rate", type=float, default=5e-3, help="of its matrices")
-    add("--seed", type=int, default=1337, help="of the reward model")
-    add("--dropout", type=float, default=0.2, help="of the reward model")
+    add("--learning_rate", type=float, default=1e-3, help="reward model: learning rate")
+    add("--muon_learning_rate", type=float, default=5e-3, help="reward model: Muon's, for matrices")
+    add("--seed", type=int, default=1337, help="reward model: random seed")
+    add("--dropout", type=float, default=0.2, help="reward model: dropout probability")
     a = parse_args(parser)
     records = instruct.read(a.data)
     held_out = usable(
