@@ -147,14 +147,14 @@ def load_checkpoint(path, device="cpu", mmap=False):
         what = f"model_args has no number {other[0]!r}" if other else what
         raise ValueError(f"{path} is not a checkpoint of a Llama: {what}")
     checkpoint = {k: v for k, v in checkpoint.items() if v is not None or k not in OPTIONAL}
-    found = {k: x for k, x in checkpoint.items() if k in OPTIONAL}
-    wrong = [k for k, x in found.items() if type(x) is not OPTIONAL[k]]
-    if not wrong and not all(type(i) is int for i in found.get("end_ids", ())):
+    optional = {k: x for k, x in checkpoint.items() if k in OPTIONAL}
+    wrong = [k for k, x in optional.items() if type(x) is not OPTIONAL[k]]
+    if not wrong and not all(type(i) is int for i in optional.get("end_ids", ())):
         wrong = ["end_ids"]
-    if not wrong and not all(type(x or "") is str for x in found.get("template", {}).values()):
+    if not wrong and not all(type(x or "") is str for x in optional.get("template", {}).values()):
         wrong = ["template"]
     if wrong:
-        value = str(found[wrong[0]])[:40]
+        value = str(optional[wrong[0]])[:40]
         raise ValueError(f"{path} is not a checkpoint of a Llama: its {wrong[0]!r} is {value}")
     prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
@@ -176,14 +176,14 @@ def model_from_checkpoint(checkpoint, cls=Transformer, **overrides):
     `overrides` replace fields of its ModelArgs. If `cls` has a value head and the checkpoint does
     not, the head is newly initialized. Raises ValueError if names or shapes do not fit."""
     known = {f.name for f in fields(ModelArgs)}
-    given = {k: v for k, v in checkpoint["model_args"].items() if k in known}
+    stored = {k: v for k, v in checkpoint["model_args"].items() if k in known}
     state = checkpoint["model"]
     try:
         if "tok_embeddings.weight" in state and "output.weight" in state:
-            given.setdefault(
+            stored.setdefault(
                 "tied", torch.equal(state["tok_embeddings.weight"], state["output.weight"])
             )
-        args = ModelArgs(**{**given, **overrides})
+        args = ModelArgs(**{**stored, **overrides})
         check_sizes(args, state)  # before the model is allocated
         model = cls(args)
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -237,10 +237,11 @@ def halve_frozen(models, dtype):
     computes in fp32. Must be called after add_lora. Does nothing if dtype is fp32."""
     masters = {}  # by weight
     for model in models if dtype is not torch.float32 else ():
-        kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
-            if weight is None or weight.requires_grad or id(weight) in kept or name == "value_head":
+            in_fp32 = id(weight) in embeddings or name == "value_head"
+            if weight is None or weight.requires_grad or in_fp32:
                 continue
             if weight not in masters:
                 masters[weight] = weight.data.cpu()
@@ -385,11 +386,11 @@ def start_of_a_new_run(stage, pretrained, state):
     else:
         names = [f"{prefix}ckpt.pt" for prefix in ("sft_", "dpo_", "ppo_")]
         others = [pretrained.with_name(n) for n in names if n != mine.name]
-        found = [str(path) for path in others if has_begun(path)]
-        if not found:
+        begun = [str(path) for path in others if has_begun(path)]
+        if not begun:
             return pretrained
         why = "there is no such checkpoint" if state is None else "its start is unknown"
-        why = f"{mine}: {why}, and the folder has {' and '.join(found)}"
+        why = f"{mine}: {why}, and the folder has {' and '.join(begun)}"
     raise ValueError(
         f"{why}: name the model that the run starts from, such as --init_from={pretrained}"
     )
@@ -413,9 +414,9 @@ def starting_point(run, stage, differences):
         if stage.writes_text:  # a reward model can start a reward model alone
             check_generates(state, path)
         samples = state.get("reward", {}).get("samples")  # which a reward model cannot write anew
-        kept = {"reward": {"samples": samples}} if samples else {}
+        reward = {"reward": {"samples": samples}} if samples else {}
         start = {"started_from": str(path), "started_id": weights_id(state)}
-        return weights_alone(state) | kept | start
+        return weights_alone(state) | reward | start
 
     uncounted = {"iter_num": 0, "best_val_loss": 1e9}
     init_from = args.init_from

@@ -152,10 +152,10 @@ class Text:
     def show(self, text, last):
         """The text that can be shown after `text` was added, which is the `last` or not."""
         text = self.held + text
-        found = [(text.index(s) + len(s), text.index(s)) for s in self.stops if s in text]
+        ends = [(text.index(s) + len(s), text.index(s)) for s in self.stops if s in text]
         begun = [n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])]
-        n = min(found)[1] if found else len(text) - (0 if last else max(begun, default=0))
-        self.held, self.stopped = text[n:], bool(found)
+        n = min(ends)[1] if ends else len(text) - (0 if last else max(begun, default=0))
+        self.held, self.stopped = text[n:], bool(ends)
         return text[:n]
 
 
@@ -193,9 +193,9 @@ def print_samples(model, tokenizer, prompts, args, end_ids=(), bos=True):
     stream = None
     if len(tokens) == 1:  # a single sample is streamed; several are printed when all have ended
         stream = Stream(tokenizer, tokens[0])
-    how = args.temperature, args.top_k, args.top_p
+    sampling = args.temperature, args.top_k, args.top_p
     stops = stop_ids(tokenizer, end_ids=end_ids)
-    out = generate(model, tokens, args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
+    out = generate(model, tokens, args.max_new_tokens, *sampling, stop_ids=stops, on_token=stream)
     if stream is None:
         for prompt, response in zip(tokens, out.responses()):
             print(printable(tokenizer.decode(prompt + response)))
@@ -216,7 +216,7 @@ def read_line(prompt):
 def chat(model, tokenizer, template, end_ids, args):
     """Runs a dialogue on standard input. When the context is full, the oldest turns are dropped.
     The model's replies are kept as ids, because encoding their text again might give other ids."""
-    context, how = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
+    context, sampling = model.args.max_seq_len, (args.temperature, args.top_k, args.top_p)
     if args.system and not template.system:
         raise ValueError(f"the template {template.turn!r} has no place for a system prompt")
     stops = stop_ids(tokenizer, template, end_ids)
@@ -239,7 +239,8 @@ def chat(model, tokenizer, template, end_ids, args):
         prompt = template.prompt(tokenizer, fitting, args.system)
         print("Assistant: ", end="", flush=True)
         stream = Stream(tokenizer, [])
-        out = generate(model, [prompt], args.max_new_tokens, *how, stop_ids=stops, on_token=stream)
+        settings = args.max_new_tokens, *sampling
+        out = generate(model, [prompt], *settings, stop_ids=stops, on_token=stream)
         stream.close()
         [reply], [ended] = out.responses(), out.ended.tolist()
         if not ended:
@@ -345,20 +346,20 @@ class Lane:
         else:
             details = self.one_token(rows)
         lengths, newest = b.lengths.tolist(), b.current.tolist()  # waits for a GPU
-        now, made = time.perf_counter(), max(lengths[i] - row.length for i, row in zip(slots, rows))
-        if now - t0 > 0.08:  # 20 to 80 ms per call: text appears smoothly
+        t1, made = time.perf_counter(), max(lengths[i] - row.length for i, row in zip(slots, rows))
+        if t1 - t0 > 0.08:  # 20 to 80 ms per call: text appears smoothly
             self.steps = max(1, made // 2)
-        elif now - t0 < 0.02 and made == self.steps:  # fewer steps do not show how long these take
+        elif t1 - t0 < 0.02 and made == self.steps:  # fewer steps do not show how long these take
             self.steps = min(128, 2 * made)
         for i, row, token, detail in zip(slots, rows, newest, details):
             row.length = lengths[i]
             row.details.extend(detail)
             reason = "length" if row.length == len(row.uniform) else None
             reason = "stop" if token in self.stops else reason
-            if reason or now >= row.last + row.pause:
+            if reason or t1 >= row.last + row.pause:
                 new = b.tokens[i, row.sent : row.length].tolist()
                 events.append((row, new, row.details, reason))
-                row.sent, row.details, row.last = row.length, [], now
+                row.sent, row.details, row.last = row.length, [], t1
             remaining.append(not reason and not row.cancelled)
         if not all(remaining):
             order = b.cache.keep(torch.tensor(remaining, device=self.device))

@@ -332,10 +332,10 @@ def check_fits(args, model_args):
 def with_dtype(run, checkpoint):
     """The run with the default dtype for the model of a checkpoint: on cuda, float32 for a small
     model, if the stage has such a default."""
-    largest, given = stage_class(run.args).fp32_dim, run.args.dtype
+    largest, dtype = stage_class(run.args).fp32_dim, run.args.dtype
     small = checkpoint is not None and checkpoint["model_args"]["dim"] <= largest
     on_cuda = run.device.partition(":")[0] == "cuda"
-    return replace(run, dtype=torch.float32) if small and on_cuda and not given else run
+    return replace(run, dtype=torch.float32) if small and on_cuda and not dtype else run
 
 
 def differences(run, checkpoint):
@@ -440,9 +440,9 @@ def describe(stage, checkpoint):
         note(line)
     if "always_save_checkpoint" in run.args.given and not run.args.always_save_checkpoint:
         note("--always_save_checkpoint=False has no effect: every evaluation saves")
-    kept = changes(run, checkpoint, stage.kept_flags) if run.resumed else ""
-    if kept:
-        print(f"note: no effect on a resumed run: {kept}")
+    ineffective = changes(run, checkpoint, stage.kept_flags) if run.resumed else ""
+    if ineffective:
+        print(f"note: no effect on a resumed run: {ineffective}")
     saved, current = checkpoint.get("code_version") if run.resumed else None, code_version()
     if saved not in (None, current):
         print(
