@@ -675,13 +675,21 @@ def test_sampling_edges():
     assert generate(small(), [], 5, stop_ids=END).tokens.shape == (0, 5)
 
 
-def test_greedy_is_argmax():
+def test_top_p_keeps_as_few_tokens_as_have_the_mass():
+    found = sampling_probabilities(torch.zeros(1, 8), top_p=0.25)  # each has exactly 1 / 8
+    assert sorted(found[0].tolist()) == [0] * 6 + [0.5] * 2
+
+
+def test_greedy_is_argmax(backend):
+    """Log-probabilities are the model's."""
     model = small()
     out = generate(model, [[1, 5, 9]], 12, temperature=0, stop_ids=())
     tokens = [1, 5, 9]
-    for t in out.responses()[0]:
+    for t, logprob in zip(out.responses()[0], out.logprobs[0]):
         logits = naive_logits(model, torch.tensor(tokens))[-1]
         assert t == int(logits.argmax())
+        expected = logits.log_softmax(-1)[t].float()
+        torch.testing.assert_close(logprob, expected, atol=1e-4, rtol=1e-4)
         tokens.append(t)
 
 
