@@ -71,6 +71,14 @@ def test_several_samples_are_those_of_one_at_a_time(stories260k, capsys, tmp_pat
     assert together == [s for s in alone for _ in range(2)] + [""]
 
 
+def test_top_k_and_top_p_of_one_token_are_greedy(stories260k, capsys):
+    texts = []
+    for flag in "--temperature=0", "--top_k=1", "--top_p=0.000001", "--top_k=3":
+        tell(stories260k, flag, "--seed=4", "--max_new_tokens=60", "--start=One")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
 def test_seeds(stories260k, capsys):
     texts = []
     for seed in (1, 1, 2):

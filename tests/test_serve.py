@@ -279,7 +279,9 @@ def test_score(server, tokenizer):
     assert got["reward"] == pytest.approx(-abs(200 - len(prompt) - len(response)) / 100)
     assert ask(server, "/score", {"prompt": prompt, "response": []})[0] == 400
     assert ask(server, "/score", {"prompt": prompt, "response": [VOCAB]})[0] == 400
-    assert ask(server, "/score", {"prompt": prompt, "response": [3] * CONTEXT})[0] == 400
+    room = CONTEXT + 1 - len(prompt)  # the last token is only predicted
+    assert ask(server, "/score", {"prompt": prompt, "response": [3] * room})[0] == 200
+    assert ask(server, "/score", {"prompt": prompt, "response": [3] * (room + 1)})[0] == 400
 
 
 ON_A_GPU = """
@@ -617,6 +619,11 @@ def test_refusals_say_what_is_waiting():
         asyncio.run(engine.score(None))
     with pytest.raises(Refused, match="5 responses are waiting already"):
         engine.submit(argparse.Namespace(waiting=[], slots=[]), [None] * 6)
+    lane = argparse.Namespace(waiting=[None] * 2, slots=[None, "busy"])
+    engine.submit(lane, [None] * 4)  # five wait, and one can begin
+    assert len(lane.waiting) == 6
+    with pytest.raises(Refused):
+        engine.submit(lane, [None])
 
 
 def test_scores_do_not_hold_up_responses(folder, monkeypatch):
@@ -776,7 +783,8 @@ def test_host_and_origin(server):
         status, answer = ask(server, "/info", Host=host)
         assert status == 403 and "error" in answer
     assert ask(server, "/info", Host=here, Origin=f"http://{here}")[0] == 200
-    for origin in "http://evil.com", "null", f"http://localhost:{server.port}", "http://[":
+    evil = f"http://{here}.evil.com", "http://127.0.0.1.evil.com", "http://127.0.0.1:1"
+    for origin in *evil, "http://evil.com", "null", f"http://localhost:{server.port}", "http://[":
         assert ask(server, "/v1/completions", {"n": 1}, Host=here, Origin=origin)[0] == 403
 
 
