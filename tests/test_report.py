@@ -501,17 +501,35 @@ def test_the_report_fits_the_terminal(monkeypatch):
     assert len(rows) > 40 and max(map(len, rows)) <= 80, max(rows, key=len)
 
 
+def measured(objective, lengths=(9, 10)):
+    """One half of a report."""
+    names = "reward", "kl", "length_mean", "length_std", "ended", "ref_loss", "val_loss"
+    part = dict.fromkeys(names, 1.0)
+    return part | {"objective": objective, "lengths": list(lengths), "story": ""}
+
+
 def test_report_without_any_change(capsys):
-    part = dict.fromkeys(("reward", "kl", "length_mean", "length_std", "ended", "ref_loss"), 1.0)
-    part |= {"lengths": [9], "story": ""}
-    before, after = part | {"objective": -1.0}, part | {"objective": -1.001}
+    before, after = measured(-1.0), measured(-1.001)
     report.print_report(dict(beta=0.1, roof=(-0.5, 0.01), before=before, after=after))
     assert " 0% of the gap closed" in capsys.readouterr().out
 
 
+def test_each_length_is_in_one_row_of_the_report(capsys):
+    """Rows of 20 tokens; the shares of a column add up to 100 %."""
+    before, after = measured(-1.0, [19, 20, 20, 39]), measured(-0.9, [40, 40, 59, 60])
+    report.print_report(dict(beta=0.1, roof=(-0.5, 0.01), before=before, after=after))
+    row = re.compile(r"^ +(\d+)- *(\d+) +█* +(\d+)% +█* +(\d+)%$", re.MULTILINE)
+    assert [tuple(map(int, found)) for found in row.findall(capsys.readouterr().out)] == [
+        (0, 19, 25, 0),
+        (20, 39, 75, 0),
+        (40, 59, 0, 75),
+        (60, 79, 0, 25),
+    ]
+
+
 def test_time_left(tmp_path, monkeypatch):
-    """From the steps after the first, the late ones more than the early ones, by the clock, so that
-    what lies between them counts."""
+    """From the steps after the first, by the clock, so that what lies between them counts. Early
+    steps are forgotten: after n fast steps, 0.98**n of the pace of many slow ones is left."""
     log = report.Log(train.setup(train.flags([f"--out_dir={tmp_path}"])), "")
     clock = [0.0]
     monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
@@ -523,9 +541,9 @@ def test_time_left(tmp_path, monkeypatch):
     assert after(100, 10) == ""
     assert after(2, 1800) == " | left 1:00:00"
     assert after(4, 20) == " | left 0:01:00"
-    for _ in range(300):
-        after(10, 1)
-    assert log.pace == pytest.approx(10, abs=0.05)
+    for seconds in [10] * 500 + [0] * 50:
+        after(seconds, 1)
+    assert log.pace == pytest.approx(10 * 0.98**50, rel=1e-4)
     log.close()
 
 
@@ -542,30 +560,24 @@ LOG = [{"iter": i, "loss/train": 5 - i * 0.1} for i in range(41)]
 
 
 @pytest.mark.parametrize(
-    "roof,j,says",
+    "roof,j,error,says",
     [
-        (-0.5, -0.8, "40% of the gap closed"),
-        (-1.0, -0.8, "as high before PPO"),
-        (-1.2, -0.8, "as high before PPO"),
-        (-0.995, -0.999, "as high before PPO, within the error of J*"),  # a gap of half the error
-        (-0.995, -1.1, "J fell by 0.100"),
-        (-0.5, -1.1, "J fell by 0.100"),
+        (-0.5, -0.8, 0.01, "40% of the gap closed"),
+        (-1.0, -0.8, 0.01, "as high before PPO"),
+        (-1.2, -0.8, 0.01, "as high before PPO"),
+        # a gap of half the error
+        (-0.995, -0.999, 0.01, "as high before PPO, within the error of J*"),
+        (-0.995, -1.1, 0.01, "J fell by 0.100"),
+        (-0.5, -1.1, 0.01, "J fell by 0.100"),
+        # A fall is named if it exceeds the error and a hundredth of the gap, which is 1.
+        (0.0, -1.02, 0.01, "J fell by 0.020"),
+        (0.0, -1.02, 0.03, "-2% of the gap closed"),
+        (0.0, -1.009, 0.001, "-1% of the gap closed"),
+        (0.0, -1.011, 0.001, "J fell by 0.011"),
     ],
 )
-def test_report_without_a_gap(capsys, roof, j, says):
-    part = dict(
-        reward=-1.0,
-        kl=0.0,
-        length_mean=9.0,
-        length_std=1.0,
-        ended=1.0,
-        ref_loss=1.0,
-        val_loss=1.0,
-        lengths=[9, 10],
-        story="",
-    )
-    before, after = part | {"objective": -1.0}, part | {"objective": j}
-    found = dict(beta=0.1, roof=(roof, 0.01), before=before, after=after)
+def test_report_without_a_gap_or_with_a_fall(capsys, roof, j, error, says):
+    found = dict(beta=0.1, roof=(roof, error), before=measured(-1.0), after=measured(j))
     report.print_report(found)
     out = capsys.readouterr().out
     assert says in out and "nan" not in out and "PPO on 2 held-out prompts, beta = 0.1" in out
@@ -592,6 +604,15 @@ def test_plot_on_the_terminal(tmp_path, monkeypatch, capsys):
         line.split("|")[1] for line in text.partition("grad_norm")[2].splitlines() if "|" in line
     ]
     assert curve[0] == " " * 20 + "*" and curve[-1] == "*" * 20 + " " + "*" * 20  # the spike
+
+
+def test_columns_of_a_terminal_curve_are_means():
+    """Eight points in four columns of four rows: pairs with the means 0, 1, 2 and 3."""
+    points = [(i, y) for i, y in enumerate([0, 0, 0, 2, 1, 3, 3, 3])]
+    *rows, axis = report.terminal_curve(points, width=4, height=4).splitlines()
+    assert [row.partition("|")[2] for row in rows] == ["   *", "  *", " *", "*"]
+    assert [float(row.partition("|")[0]) for row in rows] == [3, 2, 1, 0]
+    assert axis.strip() == "iterations 0 to 7"
 
 
 def records(prefix, n, missing=()):
@@ -702,6 +723,40 @@ def test_moving_average():
         near = [values[max(i - width // 2, 0) : i + width // 2 + 1] for i in range(50)]
         means = [v[v == v].mean() if (v == v).any() else np.nan for v in near]
         np.testing.assert_allclose(report.moving_average(values, width), means, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [100, 101, 400])
+def test_long_curves_are_drawn_as_moving_averages(tmp_path, n):
+    """Over the pale values of the log, from 101 points on."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    values, half = [float(i * 7 % 11) for i in range(n)], n // 50
+    rows = [{"iter": i, "grad_norm": y} for i, y in enumerate(values)]
+    axes = report.log_figure(write(tmp_path / "log.jsonl", rows)).axes[0]
+    curves = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == n]
+    near = [values[max(i - half, 0) : i + half + 1] for i in range(n)]
+    smooth = [sum(x) / len(x) for x in near]
+    assert curves == [pytest.approx(y) for y in ([values] if n <= 100 else [values, smooth])]
+
+
+def test_a_legend_has_the_last_value_of_each_curve(tmp_path):
+    """Of a single curve the first value too."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    rows = [{"iter": i, "loss/train": 5.0 - i, "lr": 1 + i / 4} for i in range(3)]
+    rows += [{"iter": 1, "loss/val": 4.5}]
+    loss, rate, *_ = report.log_figure(write(tmp_path / "log.jsonl", rows)).axes
+    texts = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in (loss, rate)]
+    assert texts == [["training 3", "validation 4.5"], ["1 → 1.5"]]
+
+
+def test_the_band_of_a_curve_is_one_standard_deviation(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    rows = list(records("ppo_", 5))
+    figure = report.log_figure(write(tmp_path / "ppo_log.jsonl", rows))
+    (axes,) = (a for a in figure.axes if a.get_title("left") == "length")
+    y = axes.collections[0].get_paths()[0].vertices[:, 1]
+    own = [(r["ppo/length/mean"], r["ppo/length/std"]) for r in rows if "ppo/length/mean" in r]
+    assert min(y) == pytest.approx(min(mean - std for mean, std in own))
+    assert max(y) == pytest.approx(max(mean + std for mean, std in own))
 
 
 def test_numbers_of_pictures():
