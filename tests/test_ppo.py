@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -134,6 +135,9 @@ def test_whitening():
     torch.testing.assert_close(white, torch.tensor([(a - mean) / std for a in x]))
     kept = ppo.whiten(torch.tensor(x), shift_mean=False)
     torch.testing.assert_close(kept, torch.tensor([a / std for a in x]))
+    for equal in (torch.full((4,), 3.0), torch.tensor([-2.0])):  # a variance of 0
+        assert ppo.whiten(equal).tolist() == [0.0] * len(equal)
+        assert torch.isfinite(ppo.whiten(equal, shift_mean=False)).all()
 
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "k3", "full"])
@@ -318,6 +322,16 @@ def test_scores_become_token_rewards():
         rewards([1.0, math.nan])
     rollouts.kl = torch.tensor([0.0, 2.0, 0.0, 4.0, 0.0])  # on every token, and not clipped
     assert rewards([3.0, 1.0], beta=0.5) == ([0, 1, 0, -2, 0.5], [3, 1])
+
+
+def test_scores_are_scaled_before_they_are_clipped():
+    """The standard deviation of 6, 0, 0, 0 is 2.6: 6 becomes 2.3, which is clipped to 1.5."""
+    trainer, zeros = make_trainer(reward_scale=True, reward_clip=1.5), torch.zeros(8)
+    responses, ended = [[4, EOS_ID]] * 4, torch.ones(4).bool()
+    r = Rollouts([[BOS_ID]] * 4, responses, ended, zeros, kl=zeros)
+    trainer.compute_rewards(r, [6.0, 0.0, 0.0, 0.0], beta=0.2)
+    assert r.rewards.tolist() == [0, 1.5, 0, 0, 0, 0, 0, 0]
+    assert r.scores.tolist() == [6, 0, 0, 0]
 
 
 # ----------------------------------------------------------------------------
@@ -583,7 +597,7 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
         total, step = (
             0,
             dict.fromkeys(
-                ("policy", "entropy", "clipfrac", "policykl", "value", "error", "vclip", "ptx"), 0.0
+                "policy entropy clipfrac policykl value error vclip vpred ptx".split(), 0.0
             ),
         )
         for i, (q, r) in enumerate(zip(queries, responses)):
@@ -610,7 +624,9 @@ def by_hand(trainer, queries, responses, scores, ended, texts, rate):
                 worse = (near - target) ** 2 if c.cliprange_value else error
                 loss = 0.5 * torch.maximum(error, worse).sum()
                 total = total + w * loss * (1.0 if critic else c.vf_coef)
-                found |= dict(value=loss, error=error.sum(), vclip=(worse > error).sum())
+                found |= dict(
+                    value=loss, error=error.sum(), vclip=(worse > error).sum(), vpred=new.sum()
+                )
             for name, x in found.items():
                 step[name] += w * x.item()
         if c.ptx_coef:
@@ -705,6 +721,7 @@ def test_an_iteration_is_that_of_the_definitions(config, epochs, rows):
         "policykl": "ppo/policy/policykl",
         "error": "ppo/val/error",
         "vclip": "ppo/val/clipfrac",
+        "vpred": "ppo/val/vpred",
         "ev": "ppo/val/explained_variance",
         "norm": "grad_norm",
         "ref": "ppo/ref_loss",
@@ -741,11 +758,37 @@ def test_split_into_forward_passes_does_not_matter(aggregation, rows):
             assert stats[k] == pytest.approx(found[0][2][k], abs=1e-5)
 
 
+def test_every_epoch_of_every_iteration_has_an_order_of_its_own():
+    trainer, orders = make_trainer(), []
+    responses = [[4, EOS_ID]] * 16
+    r = Rollouts([[BOS_ID]] * 16, responses, torch.ones(16).bool(), torch.zeros(32))
+    for trainer.iteration in (0, 1, 2):
+        epochs = trainer.epochs(r)
+        orders += [tuple(sum(next(epochs), [])) for _ in range(2)]
+    assert all(sorted(order) == list(range(16)) for order in orders) and len(set(orders)) == 6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(advantage="reinforce", reward_scale=True),
+        dict(advantage="rloo"),
+        dict(advantage="grpo", whiten_advantages=False),
+    ],
+)
+def test_a_reward_that_is_always_the_same_teaches_nothing(config):
+    """All advantages are equal: they become 0, not NaN, and the weights stay."""
+    settings = dict(optimizer=torch.optim.SGD, init_kl_coef=0.0, group_size=4)
+    trainer = make_trainer(**settings, **config)
+    before = weights(trainer.policy)
+    iterate(trainer, reward=lambda queries, responses, ended: [1.0] * len(responses))
+    assert torch.equal(weights(trainer.policy), before)
+
+
 def test_logged_numbers():
     """Reward, length, KL and objective against sums over the rollouts; and β follows that KL."""
     trainer = make_trainer(init_kl_coef=0.4, ppo_epochs=1, lr=0.05)
     iterate(trainer, 2)
-    trainer.kl_controller = ppo.KLController(0.4, target=7.0, horizon=100)
     queries, responses, logprobs, ended = sample(trainer, [[BOS_ID, 4]] * 16, seed=9)
     scores = LengthReward(6)(queries, responses, ended)
     kl = 0.0
@@ -756,10 +799,11 @@ def test_logged_numbers():
                 for m in (trainer.policy, trainer.reference)
             )
         kl += float((p.exp() * (p - ref)).sum()) / 16
+    # The KL is a tenth above the target, which is within the ±0.2 of the controller.
+    trainer.kl_controller = ppo.KLController(0.4, target=kl / 1.1, horizon=100)
     s = step(trainer, queries, responses, logprobs, scores, ended)
-    assert 0.05 < kl / 7 - 1 < 0.2
-    beta = 0.4 * (1 + (kl / 7 - 1) * 16 / 100)
-    assert trainer.kl_controller.value == pytest.approx(beta, rel=1e-5)
+    assert kl > 0.1
+    assert trainer.kl_controller.value == pytest.approx(0.4 * (1 + 0.1 * 16 / 100), rel=1e-5)
     assert s["ppo/kl_coef"] == 0.4
     assert s["ppo/kl_ref"] == pytest.approx(kl, rel=1e-4)
     assert s["ppo/reward"] == pytest.approx(sum(scores) / 16, abs=1e-6)
@@ -770,13 +814,53 @@ def test_logged_numbers():
     assert s["ppo/ended"] == pytest.approx(float(ended.float().mean()))
 
 
-def test_explosive_steps_are_skipped_and_epochs_stop_early():
+def test_means_over_rollouts_by_hand():
+    """Two rollouts, of three actions and of one. The KL estimates abs and mse are biased: J has
+    the unbiased one, and ppo/reward_all has the penalty of the rewards."""
+    ended, old = torch.tensor([True, False]), torch.tensor([-1.0, -2.0, -0.5, -3.0])
+    r = Rollouts([[BOS_ID, 5], [BOS_ID]], [[4, 5, EOS_ID], [7]], ended, old)
+    r.ref_logprobs, r.scores = torch.tensor([-1.5, -1.0, -1.0, -2.0]), torch.tensor([2.0, 1.0])
+    r.kl, r.advantages = torch.tensor([0.3, 0.1, 0.0, 0.4]), torch.tensor([0.5, -1.0, 2.0, 0.1])
+    values, returns = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 5.5]
+    r.values, r.returns = torch.tensor(values), torch.tensor(returns)
+    residual = statistics.pvariance([a - b for a, b in zip(returns, values)])
+    want = {
+        "ppo/reward": 1.5,
+        "ppo/kl_coef": 0.5,
+        "ppo/length/mean": 3.5,
+        "ppo/length/std": 1.5,
+        "ppo/ended": 0.5,
+        "ppo/truncated": 0.5,
+        "ppo/ref_loss": 5.5 / 4,
+        "ppo/policy/advantages_mean": 0.4,
+        "ppo/returns/mean": statistics.mean(returns),
+        "ppo/returns/var": statistics.pvariance(returns),
+        "ppo/val/mean": 2.5,
+        "ppo/val/var": 1.25,
+        "ppo/val/explained_variance": 1 - residual / statistics.pvariance(returns),
+    }
+    for kind, kl in [("full", 0.4), ("kl", 0.4), ("k3", 0.4), ("abs", -0.5), ("mse", -0.5)]:
+        want |= {"ppo/kl_ref": kl, "ppo/objective": 1.5 - 0.5 * kl, "ppo/reward_all": 1.3}
+        assert ppo.rollout_statistics(r, 0.5, kind) == pytest.approx(want, abs=1e-6), kind
+
+
+def test_explosive_steps_are_skipped():
+    """Nor is their gradient left to the next step."""
     trainer = make_trainer(ratio_threshold=0.5, ppo_epochs=2)
     before = weights(trainer.policy)
     assert iterate(trainer)["ppo/skipped_steps"] == 8
     assert torch.equal(weights(trainer.policy), before)
-    stats = iterate(make_trainer(lr=0.1, target_kl=1e-4, ppo_epochs=4))
-    assert stats["ppo/epochs"] == 1 and stats["ppo/early_stop"] == 1
+    parameters = itertools.chain(trainer.policy.parameters(), trainer.critic.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in parameters)
+
+
+@pytest.mark.parametrize("moved, epochs", [(0.14, 3), (0.16, 1)])
+def test_epochs_end_beyond_one_and_a_half_times_the_target(moved, epochs, monkeypatch):
+    trainer, backward = make_trainer(target_kl=0.1, ppo_epochs=3), PPOTrainer.backward
+    found = {"ppo/policy/policykl": moved}
+    monkeypatch.setattr(PPOTrainer, "backward", lambda *a, **kw: backward(*a, **kw) | found)
+    stats = iterate(trainer)
+    assert stats["ppo/epochs"] == epochs and stats["ppo/early_stop"] == (epochs == 1)
 
 
 @pytest.mark.parametrize(
@@ -800,6 +884,27 @@ def test_the_critic_starts_at_the_mean_of_what_it_learns(config):
     (r,) = seen
     totals = ppo.sum_per_rollout(r.rewards, r.counts)
     torch.testing.assert_close(r.values, totals.mean().expand_as(r.values))
+
+
+def test_a_critic_that_has_learned_starts_where_it_is():
+    trainer, seen = make_trainer(), []
+    torch.nn.init.constant_(trainer.critic.value_head.bias, 0.75)
+    trainer.update = lambda r: seen.append(r.values) or {}
+    step(trainer, **rollouts(trainer))
+    assert trainer.critic.value_head.bias.item() == 0.75 and set(seen[0].tolist()) == {0.75}
+
+
+def test_the_first_loss_of_the_critic_is_of_the_mean_that_it_starts_at():
+    """Where every value is the mean m, only the last δ is not 0: k tokens before the end of a
+    response with the score s, return − value is λ^k (s − m)."""
+    trainer = make_trainer(mini_batch_size=16, ppo_epochs=1, lam_value=0.8)
+    given = rollouts(trainer)
+    loss = step(trainer, **given)["ppo/loss/value"]
+    m = statistics.mean(given["scores"])
+    errors = [
+        0.8**k * (s - m) for s, r in zip(given["scores"], given["responses"]) for k in range(len(r))
+    ]
+    assert loss == pytest.approx(statistics.mean(e * e for e in errors) / 2, rel=1e-3)
 
 
 def test_critic_warm_up_leaves_the_policy_alone():
@@ -997,6 +1102,26 @@ def test_two_processes_give_the_numbers_of_one(name, two_ranks):
             assert stats[k] == pytest.approx(v, abs=1e-4, rel=1e-3), k
 
 
+@pytest.mark.parametrize(
+    "aggregation, want",
+    [
+        ("token", [1 / 12] * 6),
+        ("sequence", [1 / 12, 1 / 12, 1 / 6, 1 / 18, 1 / 18, 1 / 18]),
+    ],
+)
+def test_weights_of_actions_are_shares_of_the_rollouts_of_all_ranks(aggregation, want, monkeypatch):
+    """Another rank has as many rollouts, of the same lengths: those of this rank weigh a half."""
+    trainer, seen = make_trainer(loss_aggregation=aggregation), []
+    responses = [[4, EOS_ID], [EOS_ID], [4, 5, EOS_ID]]
+    r = Rollouts([[BOS_ID]] * 3, responses, torch.ones(3).bool(), torch.zeros(6))
+    nothing = torch.zeros((), requires_grad=True)
+    trainer.loss = lambda batch, weight, *rest: seen.extend(weight.tolist()) or (nothing, {})
+    doubled = lambda *values: [2 * float(torch.as_tensor(v).sum()) for v in values]  # noqa: E731
+    monkeypatch.setattr(ppo, "all_sum", doubled)
+    trainer.backward(r, [0, 1, 2], True)
+    assert seen == pytest.approx(want)
+
+
 def test_refuses_more_processes_than_groups(monkeypatch):
     monkeypatch.setattr(ppo.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ppo.dist, "get_rank", lambda: 0)
@@ -1091,6 +1216,15 @@ def test_checks_distinguish_rounding_from_mistakes(kind, scale, monkeypatch):
             check(wrong)
     with pytest.raises(Mismatch, match="0.20% of the tokens are clipped"):
         check_ratio(off, torch.arange(n) < n // 500)
+
+
+def test_a_low_temperature_enlarges_the_rounding_errors_that_are_allowed():
+    """Logits that are off by 0.004 are at temperature 0.1 off by 0.04: rounding, not a mistake."""
+    for temperature, allowed in [(1.0, 0.004), (0.1, 0.04), (2.0, 0.004)]:
+        checks = make_trainer(temperature=temperature).checks
+        checks.near_zero("x", ppo.all_sum(*checks.error_sums(torch.tensor([allowed] + [0.0] * 99))))
+        with pytest.raises(Mismatch):
+            checks.near_zero("x", ppo.all_sum(*checks.error_sums(torch.tensor([2 * allowed]))))
 
 
 def round_as(kind, monkeypatch):
@@ -1214,6 +1348,23 @@ def test_refuses_responses_and_log_probabilities_that_do_not_match():
     given = rollouts(trainer)
     given["old_logprobs"][0] = given["old_logprobs"][0][:-1]
     with pytest.raises(Mismatch, match="one log-probability per"):
+        step(trainer, **given)
+
+
+def test_refuses_an_empty_response():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    given["responses"][3] = []
+    given["old_logprobs"][3] = given["old_logprobs"][3][:0]
+    with pytest.raises(Mismatch, match="a response is empty"):
+        step(trainer, **given)
+
+
+def test_refuses_a_probability_above_one():
+    trainer = make_trainer()
+    given = rollouts(trainer)
+    given["old_logprobs"][0][0] = 0.1
+    with pytest.raises(Mismatch, match="is not that of a token"):
         step(trainer, **given)
 
 
@@ -1363,11 +1514,21 @@ def test_refuses_numbers_that_are_not_finite():
         dict(kl_in="reward", kl_penalty="full"),
         dict(critic_warmup=1, value_model="shared"),
         dict(critic_warmup=1, advantage="reinforce"),
+        dict(whiten_rewards=True),
+        dict(ppo_epochs=0),
+        dict(group_size=0),
+        dict(max_gen_len=0),
+        dict(mini_batch_size=0),
     ],
 )
 def test_refuses_settings(wrong):
     with pytest.raises(ValueError, match=list(wrong)[0]):
         PPOConfig(**wrong)
+
+
+def test_rollouts_are_eight_batches_by_default():
+    assert PPOConfig(mini_batch_size=7).rollouts == 56
+    assert PPOConfig(mini_batch_size=7, rollouts=21).rollouts == 21
 
 
 # ----------------------------------------------------------------------------
