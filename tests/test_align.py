@@ -28,7 +28,7 @@ import rlhf
 import sample
 import tinystories
 import train
-from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
+from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
 from common import run_main
 from experiments import preference_data, story_task
 from instruct import Template
@@ -141,6 +141,13 @@ def critic(seed=0):
     return net.eval()
 
 
+def move(model, size):
+    """Adds random numbers to all weights, so that the model is no longer the reference."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(size * torch.randn_like(p))
+
+
 # ----------------------------------------------------------------------------
 # the reward model
 
@@ -189,13 +196,14 @@ def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path, rows):
     loss.backward()
     gradient = [p.grad.clone() for p in stage.model.parameters() if p.grad is not None]
     stage.model.zero_grad()
-    total, margins = 0.0, []
+    total, margins, all_scores = 0.0, [], []
     for prompt, completions in batch:
         assert len(completions) == 3
         scores = []
         for c in completions:
             x = torch.tensor([prompt + c])
             scores.append(stage.model.value_head(stage.model.hidden(x))[0, -1, 0])
+        all_scores += [s.item() for s in scores]
         for a, b in itertools.combinations(scores, 2):
             total = total - torch.log(torch.sigmoid(a - b)) / 3 / len(batch)
             margins.append((a - b).item())
@@ -203,7 +211,9 @@ def test_ranking_loss_is_the_loop_over_pairs(home, tmp_path, rows):
     torch.testing.assert_close(loss, total)
     for p, g in zip((p for p in stage.model.parameters() if p.grad is not None), gradient):
         torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found["rm/margin"], torch.tensor(margins), atol=1e-5, rtol=1e-4)
+    for name, values in (("rm/margin", margins), ("rm/score", all_scores)):
+        torch.testing.assert_close(found[name], torch.tensor(values), atol=1e-5, rtol=1e-4)
+    assert found["rm/length"].tolist() == [len(c) for _, completions in batch for c in completions]
     assert tokens == sum(len(p) + len(c) for p, cs in batch for c in cs)
 
 
@@ -214,9 +224,35 @@ def test_calibration_error():
     sign = torch.where(torch.rand(100_000) < size.sigmoid(), 1.0, -1.0)
     assert preferences.calibration_error(size * sign) < 0.01
     assert preferences.calibration_error(3 * size * sign) > 0.05
-    # two bins by hand: confidence 0.6 and right, 0.9 and wrong
-    x = torch.tensor([math.log(0.62 / 0.38), -math.log(0.92 / 0.08)])
-    assert preferences.calibration_error(x) == pytest.approx((0.38 + 0.92) / 2, abs=1e-5)
+    # by hand, with bins of equal width from 1/2 to 1
+    margins = (torch.randn(300) * 3).tolist()
+    confidence = [1 / (1 + math.exp(-abs(m))) for m in margins]
+    for bins in (10, 4):
+        gaps = [0.0] * bins
+        for m, c in zip(margins, confidence):
+            gaps[min(int((c - 0.5) * 2 * bins), bins - 1)] += (m > 0) - c
+        expected = sum(map(abs, gaps)) / 300
+        found = preferences.calibration_error(torch.tensor(margins), bins)
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_results_on_held_out_pairs():
+    """Accuracy, margin, calibration, and the correlation of score and length with its sign; it is
+    0 where all scores are equal."""
+    margins = torch.tensor([3.0, -1.0])
+    for score, correlation in ([1.0, 3.0], 1), ([-1.0, -3.0], -1), ([2.0, 2.0], 0):
+        logged = {
+            "rm/margin": margins,
+            "rm/accuracy": torch.tensor([1.0, 0.0]),
+            "rm/score": torch.tensor(score),
+            "rm/length": torch.tensor([9.0, 12.0]),
+        }
+        assert preferences.RewardModel.summary(None, [logged]) == {
+            "rm/val/accuracy": 0.5,
+            "rm/val/margin": 1.0,
+            "rm/val/calibration_error": preferences.calibration_error(margins),
+            "rm/val/length_correlation": pytest.approx(correlation),
+        }
 
 
 def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
@@ -233,12 +269,39 @@ def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
     assert len(seen[0]["rm/score"]) == 10 and len(seen[1]["rm/score"]) == 0
 
 
+def test_rewards_are_normalised_without_dropout(home, tmp_path):
+    """And equal scores, such as those of a value head that is still 0, are not divided by 0."""
+    stage, _ = stage_of(preferences.RewardModel, home, tmp_path, rm=True, dropout=0.5)
+    reward = stage.state()["reward"]
+    assert reward["gain"] == 1 and reward["bias"] == 0
+    torch.nn.init.normal_(stage.model.value_head.weight)
+    one, two = (stage.state()["reward"] for _ in range(2))
+    assert one["gain"] == two["gain"] and one["bias"] == two["bias"] and stage.model.training
+
+
 def test_reward_model_learns_and_is_normalised(home, rm):
     accuracy = records(rm, "rm_log.jsonl", "rm/val/accuracy")
     assert accuracy[0] == 0.5 and accuracy[-1] >= 0.9  # all scores are equal at the start
-    for name in ("margin", "calibration_error", "length_correlation"):
-        assert math.isfinite(records(rm, "rm_log.jsonl", f"rm/val/{name}")[-1])
     checkpoint = load_checkpoint(rm / "rm_ckpt.pt")
+    # the logged results against the model of the checkpoint, one held-out completion at a time
+    model = model_from_checkpoint(checkpoint, TransformerWithValueHead).eval()
+    tokenizer = Tokenizer(str(home / f"tok{VOCAB}.model"))
+    template = Template(**checkpoint["template"])
+    val = instruct.Rankings(str(home / "pairs.jsonl"), "val", tokenizer, template, 64)
+    scores, lengths = [], []
+    with torch.no_grad():
+        for prompt, completions in val.batch(0, len(val)):
+            lengths += [float(len(c)) for c in completions]
+            hidden = (model.hidden(torch.tensor([prompt + c]))[0, -1] for c in completions)
+            scores += [model.value_head(h).item() for h in hidden]
+    margins = torch.tensor(scores[::2]) - torch.tensor(scores[1::2])
+    want = {
+        "margin": float(margins.mean()),
+        "calibration_error": preferences.calibration_error(margins),
+        "length_correlation": statistics.correlation(scores, lengths),
+    }
+    found = {name: records(rm, "rm_log.jsonl", f"rm/val/{name}")[-1] for name in want}
+    assert found == pytest.approx(want, rel=1e-3, abs=1e-4) and found["margin"] > 0
     samples = checkpoint["reward"]["samples"]
     assert len(samples) == 16 and not (rm / "rm_model.bin").exists()
     template = checkpoint["template"]
@@ -536,13 +599,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(home, tmp_path, stage, cap
 
 @pytest.mark.parametrize("smoothing,free", [(0.0, False), (0.2, False), (0.0, True)])
 def test_dpo_is_equation_7(home, tmp_path, smoothing, free, rows):
-    """Loss and gradient of Rafailov et al., with the policy away from the reference, written out:
-    one sequence at a time, one token at a time."""
+    """Loss, gradient and logged rewards of Rafailov et al., with the policy away from the
+    reference, written out: one sequence at a time, one token at a time."""
     flags = dict(dpo_label_smoothing=smoothing, dpo_reference_free=free, dpo_beta=0.3)
     stage, batch = stage_of(preferences.DPO, home, tmp_path, dpo=True, **flags)
-    with torch.no_grad():
-        for p in stage.model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+    move(stage.model, 0.05)
     stage.loss(stage.model, batch)[0].backward()
     gradient = {k: p.grad.clone() for k, p in stage.model.named_parameters()}
     stage.model.zero_grad()
@@ -551,21 +612,43 @@ def test_dpo_is_equation_7(home, tmp_path, smoothing, free, rows):
         logits = net(torch.tensor([prompt + completion]))[0].log_softmax(-1)
         return sum(logits[len(prompt) - 1 + i, t] for i, t in enumerate(completion))
 
-    total = 0.0
+    total, rewards = 0.0, []
     for prompt, (chosen, rejected) in batch:
         ratio = []
         for c in (chosen, rejected):
             against = 0.0 if free else logp(stage.reference, prompt, c)
             ratio.append(logp(stage.model, prompt, c) - against)
+        rewards.append([0.3 * x.item() for x in ratio])
         h = 0.3 * (ratio[0] - ratio[1])
         each = (1 - smoothing) * torch.log(1 / (1 + torch.exp(-h)))
         each = each + smoothing * torch.log(1 / (1 + torch.exp(h)))
         total = total - each / len(batch)
     total.backward()
-    torch.testing.assert_close(stage.loss(stage.model, batch)[0], total, atol=1e-5, rtol=1e-5)
+    loss, _, found = stage.loss(stage.model, batch)
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
+    better, worse = torch.tensor(rewards).unbind(1)
+    logged = {"dpo/better": better, "dpo/worse": worse, "dpo/margin": better - worse}
+    for name, want in logged.items():
+        torch.testing.assert_close(found[name], want, atol=1e-4, rtol=1e-3)
+    assert found["dpo/accuracy"].tolist() == (better > worse).float().tolist()
     for k, p in stage.model.named_parameters():
         torch.testing.assert_close(p.grad, gradient[k], atol=2e-5, rtol=1e-3)
     assert all(p.grad is None for p in stage.reference.parameters())
+
+
+def test_dpo_measures_the_kl_of_the_policy_from_the_reference(home, tmp_path):
+    """Not that of the reference from the policy: token by token of the policy's own replies."""
+    stage, _ = stage_of(preferences.DPO, home, tmp_path, dpo=True)
+    move(stage.model, 0.1)
+    nothing = {"dpo/margin": torch.zeros(1), "dpo/accuracy": torch.zeros(1)}
+    with torch.no_grad():
+        found, kl = stage.summary([nothing])["dpo/val/kl_ref"], 0.0
+        replies = stage.replies(stage.model)
+        for q, r in zip(stage.prompts, replies):
+            x, at = torch.tensor([q + r[:-1]]), slice(len(q) - 1, None)
+            p, ref = (net(x)[0, at].log_softmax(-1) for net in (stage.model, stage.reference))
+            kl += float((p.exp() * (p - ref)).sum()) / len(replies)
+    assert found == pytest.approx(kl, rel=1e-3)
 
 
 def test_dpo_learns(home, tmp_path):
@@ -593,6 +676,11 @@ PPO = dict(
     learning_rate=1e-3,
     eval_interval=2,
 )
+
+
+def ppo_stage(home, out, **flags):
+    return train.start(train.setup(train.flags(argv(home, out, **PPO | flags))))
+
 
 FUNCTION = """
 import sys
@@ -659,6 +747,64 @@ def test_ppo_raises_the_score_of_the_reward_model(home, rm, tmp_path):
     assert after["story"] != before["story"] and "texts" not in after  # one that PPO changed
 
 
+def test_numbers_of_the_report_one_response_at_a_time(home, tmp_path):
+    """With a reward per token, which adds up."""
+    stage = ppo_stage(home, tmp_path, report_rollouts=8, temperature=0.7, init_kl_coef=0.3)
+    move(stage.model, 0.1)
+    reference = stage.trainer.reference
+    stage.reward = lambda prompts, responses, ended: [[0.5] * len(r) for r in responses]
+    found, prompts = stage.measure(stage.model, reference), stage.held_out.batch(0, 8)
+    responses, ended = stage.sample(stage.model, prompts)
+    kl = loss = 0.0
+    with torch.no_grad():
+        for q, r in zip(prompts, responses):
+            x, at = torch.tensor([q + r[:-1]]), slice(len(q) - 1, None)
+            p, ref = ((m(x)[0, at] / 0.7).log_softmax(-1) for m in (stage.model, reference))
+            kl += float((p.exp() * (p - ref)).sum()) / 8
+            loss -= float(ref[range(len(r)), r].sum())
+    n, sizes = sum(map(len, responses)), [len(q) + len(r) for q, r in zip(prompts, responses)]
+    want = {
+        "reward": 0.5 * n / 8,
+        "kl": kl,
+        "objective": 0.5 * n / 8 - 0.3 * kl,
+        "ref_loss": loss / n,
+        "length_mean": statistics.mean(sizes),
+        "length_std": statistics.stdev(sizes),
+        "ended": sum(ended.tolist()) / 8,
+    }
+    assert {k: found[k] for k in want} == pytest.approx(want, rel=1e-3)
+    assert found["lengths"] == sizes and found["scores"] == [0.5 * len(r) for r in responses]
+
+
+def test_iterations_have_random_numbers_of_their_own(home, tmp_path):
+    stage, drawn = ppo_stage(home, tmp_path), []
+    rollout = stage.trainer.rollout
+    stage.trainer.rollout = lambda prompts, seed: drawn.append(seed) or rollout(prompts, seed)
+    for i in (0, 1):
+        stage.step(i)
+    assert len(set(drawn)) == 2
+
+
+def test_a_shared_critic_learns_beside_adapters(home, tmp_path):
+    stage = ppo_stage(home, tmp_path, value_model="shared", lora_rank=2)
+    before = stage.model.value_head.weight.detach().clone()
+    for i in (0, 1):
+        stage.step(i)
+    assert not torch.equal(stage.model.value_head.weight, before)
+    trained = {n for n, p in stage.model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-2] for n in trained if ".lora_" not in n} == {"value_head"}
+
+
+def test_the_result_is_the_average_of_the_weights(home, tmp_path):
+    stage = ppo_stage(home, tmp_path, averaging=0.5)
+    for i in (0, 1):
+        stage.step(i)
+    state = stage.state()
+    policy, average = state["ppo"]["policy"], state["ppo"]["average"]
+    assert all(torch.equal(w, average[k]) for k, w in state["model"].items())
+    assert not all(torch.equal(w, policy[k]) for k, w in state["model"].items())
+
+
 def test_frozen_models_are_moved_only_to_work(monkeypatch):
     moves = []
 
@@ -682,8 +828,7 @@ def test_replies_end_with_the_token_of_the_template(home, tmp_path):
     """The template ends replies with another token than EOS: rollouts stop at it and count as
     ended."""
     save_template(home, tmp_path, Template("{bos}{user}\n{reply}{eos}"))
-    args = train.flags(argv(home, tmp_path, init_from=tmp_path / "ckpt.pt", **PPO))
-    stage = train.start(train.setup(args))
+    stage = ppo_stage(home, tmp_path, init_from=tmp_path / "ckpt.pt")
     assert 2 in stage.stop_ids
     stage.stop_ids = stage.trainer.stop_ids = (42,)
     with torch.no_grad():
@@ -720,6 +865,19 @@ def test_ppo_needs_prompts_alone(home, tmp_path, capsys):
         assert ("loss on validation text" in text) == (name == "answered")
         report = json.loads((out / "ppo_report.json").read_text())
         assert ("val_loss" in report["after"]) == (name == "answered")
+
+
+def test_loss_on_held_out_text_is_the_mean_over_its_tokens(home, tmp_path):
+    """Of replies of different lengths, in several batches."""
+    data = sft_data(home, tmp_path)
+    stage = ppo_stage(home, tmp_path / "out", data=data, val_data=data)
+    losses = []
+    with torch.no_grad():
+        for ids, mask in stage.text.samples.batch(0, 64):
+            logp = stage.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+            losses += [-float(logp[i - 1, t]) for i, t in enumerate(ids) if mask[i]]
+        found = stage.text_loss(stage.model)
+    assert found == pytest.approx(statistics.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])
@@ -808,9 +966,7 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
 
 def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):
     """The weighted losses of the parts of two or five ranks add up to the loss of the batch."""
-    flags = PPO | dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
-    args = train.flags(argv(home, tmp_path, **flags))
-    stage = train.start(train.setup(args))
+    stage = ppo_stage(home, tmp_path, reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
     found = []
     for stage.world in (1, 2, 5):
         total = 0
@@ -829,9 +985,8 @@ def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):
 
 def test_line_of_an_iteration(home, rm, tmp_path):
     """Every number of the line; J* belongs to the β that J was computed with."""
-    flags = PPO | dict(reward=rm / "rm_ckpt.pt", adap_kl_ctrl=True, target=0.01, horizon=100)
-    args = train.flags(argv(home, tmp_path, **flags))
-    stage = train.start(train.setup(args))
+    flags = dict(reward=rm / "rm_ckpt.pt", adap_kl_ctrl=True, target=0.01, horizon=100)
+    stage = ppo_stage(home, tmp_path, **flags)
     betas, j_stars = [], []
     for i in range(2):
         stats = stage.step(i)
@@ -878,9 +1033,8 @@ def test_a_reward_that_is_always_the_same_is_named(home, tmp_path, capsys):
 
 def test_no_prompt_counts_twice_in_the_error_of_j_star(home, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(6)))
-    flags = PPO | dict(roof_prompts=64, roof_samples=4, val_data=tmp_path / "p.jsonl")
-    line = argv(home, tmp_path / "out", **flags)
-    stage = train.start(train.setup(train.flags(line)))
+    flags = dict(roof_prompts=64, roof_samples=4, val_data=tmp_path / "p.jsonl")
+    stage = ppo_stage(home, tmp_path / "out", **flags)
     assert stage.reference_scores.shape == (6, 4)
 
 
