@@ -7,7 +7,9 @@ import re
 import pytest
 
 import instruct
+import model
 import tinystories
+from checkpoint import checkpoint_args, save_checkpoint
 from instruct import TEMPLATES, Instructions, InstructPrompts, Rankings, Record, Template, read
 from rlhf import load_reward
 from tokenizer import stop_ids
@@ -955,6 +957,23 @@ def test_an_epoch_is_a_permutation_and_validation_is_held_out(tmp_path):
     assert len(both) == 2 * len(train)
 
 
+def test_dialogues_with_the_same_beginning_are_in_the_same_split(tmp_path):
+    """However they continue, and only if the system prompt is the same too."""
+    records = [
+        {"messages": says(f"A{i}", "B", f"C{j}", f"D{j}")} for i in range(60) for j in range(4)
+    ]
+    path = write(tmp_path / "x.jsonl", records)
+    starts = []
+    for split in ("train", "val"):
+        data = Instructions(path, split, T, PLAIN, 100)
+        texts = [T.text(ids) for ids, _ in data.batch(0, len(data))]
+        starts.append({text.split("\n")[0] for text in texts})
+        assert len(texts) == 4 * len(starts[-1])
+    assert not starts[0] & starts[1] and len(starts[1]) > 2
+    one = instruct.record({"messages": says("A", "B")})
+    assert 2 < sum(instruct.held_out(one._replace(system=f"S{i}")) for i in range(100)) < 30
+
+
 def test_too_long_for_instructions(tmp_path):
     def texts(records, max_len):
         data = Instructions(write(tmp_path / "x.json", records), "all", T, PLAIN, max_len)
@@ -1165,15 +1184,20 @@ def test_gold_is_a_reward_for_ppo():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A data folder of synthesized stories with the task made from them."""
-    import tinystories
-
     folder = tmp_path_factory.mktemp("task")
     tinystories.synthesize(str(folder), 600, 1)
     instruct.main(["stories", f"--data_dir={folder}"])
     return folder
 
 
+def test_an_instruction_has_three_words_where_the_story_has_them():
+    found = {instruct.make_instruction(STORY, random.Random(i)) for i in range(20)}
+    assert len(found) > 5 and all(text.count(",") == 2 for text in found)
+    assert all(text.endswith(" End: home. Length: short.") for text in found)
+
+
 def test_instructions_can_be_fulfilled(task):
+    """The words are in the order of the story, and no record occurs twice."""
     sft, val = (read(str(task / f"task/{n}.jsonl")) for n in ("sft", "val"))
     assert len(sft) > 300 and len(val) > 10
     stories = [{r.completions[0] for r in records} for records in (sft, val)]
@@ -1182,8 +1206,11 @@ def test_instructions_can_be_fulfilled(task):
         prompt = r.turns[0][0]
         assert instruct.gold([prompt], r.completions) == [1.0]
         words = prompt.split(".")[0].removeprefix("Words: ").split(", ")
-        places = [r.completions[0].lower().index(w) for w in words]
-        assert 2 <= len(words) <= 3 and set(words) <= instruct.WORDS and all(p >= 0 for p in places)
+        assert len(set(words)) == len(words) in (2, 3) and set(words) <= instruct.WORDS
+        places = [re.search(rf"\b{w}\b", r.completions[0].lower()).start() for w in words]
+        assert places == sorted(places)
+    for records in (sft, val):
+        assert len({(r.turns[0][0], r.completions[0]) for r in records}) == len(records)
     pairs = [(r.turns[0][0], *r.completions) for r in read(str(task / "task/pairs.jsonl"))]
     for prompt, *stories in pairs:
         better, worse = instruct.gold([prompt] * 2, stories)
@@ -1250,21 +1277,26 @@ def test_the_task_of_many_small_files_holds_out_the_end_of_all(task, tmp_path, c
     assert not tinystories.read_as_one(str(tmp_path))
 
 
-def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch):
-    """With replies that fulfill the instruction to different degrees in place of a model's."""
+def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, monkeypatch):
+    """With stories that fulfill the instruction to different degrees in place of a model's. Empty
+    stories and stories without an end token are left out."""
+    asked, texts = [], [("A cat.", True), (STORY, True), (STORY + " And", False), ("", True)]
 
     def generate_stories(args, prompts, n):
-        texts = [(STORY, True), ("A dog.", True), ("", True), ("cut in the mid", False)]
+        asked[:] = prompts
         return [texts[:n] for _ in prompts]
 
     monkeypatch.setattr(instruct, "generate_stories", generate_stories)
     out = tmp_path / "pairs.jsonl"
     instruct.main(["pairs", f"--data_dir={task}", f"--output={out}", "--prompts=50"])
+    want = {}
+    for prompt in asked:
+        short, long = instruct.gold([prompt] * 2, ["A cat.", STORY])
+        if abs(long - short) >= 0.1:
+            want[prompt] = [STORY, "A cat."] if long > short else ["A cat.", STORY]
     rankings = read(str(out))
-    assert 0 < len(rankings) <= 50
-    for r in rankings:
-        scores = instruct.gold([r.turns[0][0]] * len(r.completions), r.completions)
-        assert all(a - b >= 0.1 for a, b in zip(scores, scores[1:]))
+    assert {r.turns[0][0]: r.completions for r in rankings} == want and len(rankings) == len(want)
+    assert 0 < len(want) <= len(asked) == 50
     before = (task / "task/pairs.jsonl").read_bytes()  # those of `stories`
     instruct.main(["pairs", f"--data_dir={task}", "--prompts=50"])
     assert (task / "task/own_pairs.jsonl").read_bytes() == out.read_bytes()
@@ -1274,5 +1306,51 @@ def test_pairs_of_a_model_are_ranked_by_gold(task, tmp_path, capsys, monkeypatch
     for command in "pairs", "judge":
         with pytest.raises(ValueError, match="--temperature must not be negative"):
             instruct.main([command, f"--data_dir={task}", "--temperature=-1"])
-    instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a,b"])
-    assert capsys.readouterr().out.count("100.0%") == 2
+
+
+def test_the_table_of_judge_by_hand(task, capsys, monkeypatch):
+    """Mean scores over prompts; `all words` counts the stories that have every word."""
+    stories = {}
+
+    def generate_stories(args, prompts, n):
+        assert n == 1 and len(prompts) == 3
+        some = re.search(r"Words: (\w+),", prompts[1])[1]  # one of the words
+        stories.update(zip(prompts, [STORY, some, STORY + " ball bear bell"]))
+        return [[(stories[p], i < 2)] for i, p in enumerate(prompts)]
+
+    monkeypatch.setattr(instruct, "generate_stories", generate_stories)
+    instruct.main(["judge", f"--data_dir={task}", "--checkpoint=a.pt,b.pt", "--prompts=3"])
+    parts = [instruct.judge(p, s) for p, s in stories.items()]
+    words, ending, length = (sum(x) / 3 for x in zip(*parts))
+    gold = words / 4 + ending / 2 + length / 4
+    every = sum(share == 1 for share, *_ in parts) / 3
+    row = f"{gold:.3f} {every:.1%} {words:.1%} {ending:.1%} {length:.1%} {2 / 3:.1%}"
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"{row} a.pt" in rows and f"{row} b.pt" in rows and every < words
+
+
+def test_stories_are_generated_at_the_temperature_given(tmp_path, monkeypatch):
+    """In the whole context, up to an end token."""
+    tinystories.synthesize(str(tmp_path), 100, 1)
+    tinystories.train_vocab(str(tmp_path), 320)
+    shape = dict(dim=16, n_layers=1, n_heads=2, vocab_size=320, multiple_of=8, max_seq_len=40)
+    net = model.Transformer(model.ModelArgs(**shape))
+    parts = {"model": net.state_dict(), "model_args": checkpoint_args(net.args)}
+    save_checkpoint(tmp_path / "ckpt.pt", parts)
+    (tmp_path / "task").mkdir()
+    rows = [{"prompt": f"Words: {w}, cat.", "response": "x"} for w in ("dog", "bird", "ball")]
+    write(tmp_path / "task/val.jsonl", rows)
+    generate, calls = model.generate, []
+
+    def spy(net, ids, room, *how, **more):
+        calls.append((ids, room, how, more["stop_ids"]))
+        return generate(net, ids, room, *how, **more)
+
+    monkeypatch.setattr(model, "generate", spy)
+    for temperature in (0, 0.3):
+        flags = f"judge --data_dir={tmp_path} --checkpoint={tmp_path}/ckpt.pt --device=cpu"
+        flags += f" --tokenizer={tmp_path}/tok320.model --temperature={temperature}"
+        instruct.main(flags.split())
+        ids, room, how, stops = calls.pop()
+        assert how == (temperature,) and len(ids) == 3 and {1, 2} <= set(stops)
+        assert room + max(map(len, ids)) == 40
