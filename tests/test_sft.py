@@ -98,6 +98,11 @@ def command(base, out, **flags):
     return [f"--{k}={v}" for k, v in values.items()]
 
 
+def stage_of(base, out, **flags):
+    """A stage that has not begun."""
+    return train.start(train.setup(train.flags(command(base, out, **flags))))
+
+
 def one_by_one(model, samples):
     """The mean loss over all learnt tokens, each sample alone: no packing, no -1."""
     losses = []
@@ -152,6 +157,15 @@ def test_each_token_counts_the_same_in_any_split(base, tmp_path):
     assert len(shown[0]) == 8 and shown == [pytest.approx(shown[0], rel=1e-3)] * 3
 
 
+def test_only_samples_of_this_rank_count_in_an_evaluation(base):
+    """A rank without samples evaluates one as the others do, with the weight 0."""
+    t = Tokenizer(base / "tok290.model")
+    data = sft.Packed(Instructions(f"{base}/data.jsonl", "val", t, TEMPLATES["plain"], 64))
+    batch = data.batch(0, 3)
+    targets = sum(mask.count(True) for _, mask in data.samples.batch(0, 3))
+    assert [sft.FineTuning.weight(None, batch, rows) for rows in (3, 0)] == [targets, 0]
+
+
 def test_it_learns_and_the_loss_shown_is_that_of_the_replies(base, tmp_path, capsys):
     train.main(command(base, tmp_path / "a", max_iters=150, batch_size=16, eval_interval=150))
     out = capsys.readouterr().out
@@ -166,6 +180,16 @@ def test_it_learns_and_the_loss_shown_is_that_of_the_replies(base, tmp_path, cap
     log = read_log(tmp_path / "a", "sft_")
     assert log[-1]["loss/val"] == pytest.approx(loss, rel=1e-4)
     assert log[-1]["loss/val"] < 0.6 * log[0]["loss/val"]
+
+
+def test_the_sample_is_a_reply_to_the_whole_prompt(base, tmp_path, monkeypatch):
+    stage, asked = stage_of(base, tmp_path), []
+    spy = lambda net, ids, *a, **k: asked.extend(ids) or generate(net, ids, *a, **k)  # noqa: E731
+    monkeypatch.setattr(sft, "generate", spy)
+    texts = stage.sample_texts()
+    ids, mask = stage.val.samples.batch(0, 1)[0]
+    assert asked == [ids[: mask.index(True)]] and ids[0] == stage.tokenizer.bos_id
+    assert texts["prompt"].split() == stage.tokenizer.decode(asked[0]).split()
 
 
 @pytest.mark.parametrize(
@@ -200,8 +224,8 @@ def lora_state(folder):
 def test_adapters_beside_the_checkpoint_give_its_model(base, tmp_path, four_bit):
     if four_bit:
         pytest.importorskip("bitsandbytes")
-    layers = "q,k,v,o,gate,up,down"
-    train.main(command(base, tmp_path / "a", lora_rank=2, lora_4bit=four_bit, lora_layers=layers))
+    flags = dict(lora_rank=2, lora_alpha=3, lora_layers="q,k,v,o,gate,up,down")
+    train.main(command(base, tmp_path / "a", lora_4bit=four_bit, **flags))
     checkpoint, kept = lora_state(tmp_path / "a")
     assert set(kept["lora"]["state"]) == {n for n in checkpoint["unmerged"] if ".lora_" in n}
     start = load_checkpoint(base / "ckpt.pt")
@@ -217,6 +241,15 @@ def test_adapters_beside_the_checkpoint_give_its_model(base, tmp_path, four_bit)
         torch.nn.init.zeros_(p)
     if not four_bit:
         assert torch.equal(unmerged(x), model_from_checkpoint(start).eval()(x))
+
+
+def test_all_layers_can_be_frozen(base):
+    model = model_from_checkpoint(load_checkpoint(base / "ckpt.pt"))
+    sft.freeze_layers(model, 2)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["norm.weight"]
+    for n in (3, -1):
+        with pytest.raises(ValueError, match="the model has 2 layers"):
+            sft.freeze_layers(model, n)
 
 
 def test_adapters_of_another_model_are_refused(base, tmp_path):
@@ -469,6 +502,14 @@ def test_held_out_file(base, tmp_path, capsys):
     train.main(command(base, tmp_path / "a", val_data=tmp_path / "val.jsonl", max_iters=1))
     out = capsys.readouterr().out
     assert "val.jsonl: 9 samples" in out and "data.jsonl: 120 samples" in out
+
+
+def test_the_order_of_held_out_files_does_not_depend_on_the_seed(base, tmp_path):
+    """Otherwise evaluations of two runs would see other samples."""
+    flags = dict(val_data=base / "data.jsonl")
+    one, two = (stage_of(base, tmp_path / str(s), seed=s, **flags) for s in (1, 2))
+    assert one.val.samples.batch(0, 9) == two.val.samples.batch(0, 9)
+    assert one.train.samples.batch(0, 9) != two.train.samples.batch(0, 9)
 
 
 def test_the_summary_names_ignored_keys(base, tmp_path, capsys):
