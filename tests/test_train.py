@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +386,33 @@ def test_schedule():
     assert pretraining.schedule(0, args) == pretraining.schedule(109, args) == 1
 
 
+def test_weights_start_with_the_standard_deviation_that_the_model_documents():
+    """0.5 / sqrt(inputs) in the layers, 0.02 in the embedding; norms are 1."""
+    model = pretraining.Transformer(
+        pretraining.ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=300, multiple_of=4)
+    )
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all()
+            continue
+        std = 0.5 / p.shape[1] ** 0.5 if name.startswith("layers.") else 0.02
+        assert p.std().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_dropout_differs_from_step_to_step_and_from_rank_to_rank(data, tmp_path):
+    args = train.flags(command(data, tmp_path, dropout=0.5, learning_rate=0, weight_decay=0))
+    stage, seen = train.start(train.setup(args)), set()
+    stage.model.layers[0].dropout.register_forward_hook(
+        lambda module, x, y: seen.add(tuple((y == 0).flatten()[:200].tolist()))
+    )
+    for rank in (0, 1):
+        stage.run = replace(stage.run, rank=rank)
+        for iteration in (0, 1):
+            stage.position, stage.ahead = 0, (None, None)
+            stage.step(iteration)
+    assert len(seen) == 2 * 4  # the hook sees attention and feed-forward
+
+
 def test_weight_decay_is_of_matrices_only(data, tmp_path):
     """With gradients of zero, AdamW and Muon shrink each matrix by 1 - rate * decay, and no
     vector."""
@@ -465,6 +493,17 @@ def test_flags_decide_about_the_optimizer_of_a_resumed_run(data, tmp_path, capsy
             assert [g["weight_decay"] for g in optimizer.param_groups] == [0.03, 0]
             for g in optimizer.param_groups:
                 assert (g["peak_lr"], g["betas"][1], g["eps"]) == (0.123, 0.9, 1e-3)
+
+
+def test_counters_continue_when_a_run_is_resumed(data, tmp_path):
+    """Tokens, samples, and steps in a row that were not finite."""
+    train.main(command(data, tmp_path, max_iters=4))
+    state = load_checkpoint(tmp_path / "ckpt.pt")
+    assert state["tokens"] == 4 * 4 * 32 and state["position"] == 16
+    save_checkpoint(tmp_path / "ckpt.pt", state | {"bad_steps": 7})
+    args = train.flags(command(data, tmp_path, max_iters=5, init_from="resume"))
+    stage = train.start(train.setup(args))
+    assert (stage.tokens, stage.position, stage.bad_steps) == (512, 16, 7)
 
 
 def test_ppo_has_no_muon(data, tmp_path, capsys):
@@ -586,7 +625,7 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     assert (tmp_path / "ppo_ckpt.replaced.pt").read_bytes() == longer
 
 
-def test_reference_scores_are_kept_until_the_text_changes(data, tmp_path, monkeypatch):
+def test_reference_scores_are_kept_until_the_text_or_a_flag_changes(data, tmp_path, monkeypatch):
     mine, out, calls = tmp_path / "data", tmp_path / "out", []
     shutil.copytree(data, mine)
     train.main(command(mine, out))
@@ -594,13 +633,18 @@ def test_reference_scores_are_kept_until_the_text_changes(data, tmp_path, monkey
     count = lambda *args: calls.append(0) or sample(*args)  # noqa: E731
     monkeypatch.setattr(train.RLHF, "sample", count)
 
+    flags, changed = {}, dict(temperature=0.7, max_gen_len=9, seed=5, roof_samples=5)
+    changed |= dict(roof_prompts=3, target_len=5)
+
     def samples_of_a_start():
         calls.clear()
-        args = train.flags(command(mine, out, init_from="resume", **PPO))
-        train.start(train.setup(args))
+        ppo_stage(mine, out, **flags)
         return len(calls)
 
     assert [samples_of_a_start() for _ in range(2)] == [1, 0]
+    for name, value in changed.items():
+        flags[name] = value
+        assert samples_of_a_start() == 1, name
     shutil.copy(mine / f"tok{VOCAB}" / "data01.bin", mine / f"tok{VOCAB}" / "data00.bin")
     assert samples_of_a_start() == 1
 
