@@ -223,6 +223,15 @@ def test_group_makes_the_smaller_file():
     assert group(dim=288, hidden_dim=768, vocab_size=32000) == 32  # 288 is no multiple of 64
     assert group(dim=768, n_heads=12, hidden_dim=2048, vocab_size=32000) == 64
     assert group(dim=64, n_heads=8, hidden_dim=172) == 16  # small enough for the cache
+    chosen = set()
+    for dim, hidden, heads in itertools.product((128, 192, 288), (160, 320, 352, 384), (2, 3)):
+        changes = dict(dim=dim, hidden_dim=hidden, n_heads=heads, head_dim=32, multiple_of=4)
+        args = ModelArgs(**{**ARGS, "n_kv_heads": None, "vocab_size": 64, **changes})
+        shapes = [p.shape for p in Transformer(args).parameters() if p.dim() == 2]
+        sizes = {g: sum(rows * -(-cols // g) * (g + 2) for rows, cols in shapes) for g in (64, 32)}
+        assert export.best_group(args) == min(sizes, key=sizes.get)
+        chosen.add(export.best_group(args))
+    assert chosen == {32, 64}
 
 
 def test_version_0_and_back(tmp_path):
