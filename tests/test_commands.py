@@ -153,7 +153,7 @@ def torchrun(flags, more):
 
 def test_torchrun(home, tmp_path):
     child = torchrun("--standalone --nproc_per_node=4", f"{SMALL_MODEL} --out_dir={tmp_path}")
-    text = child.communicate(timeout=100)[0]
+    text = child.communicate(timeout=300)[0]
     assert child.returncode == 0 and "4 processes" in text, text
     state = load_checkpoint(tmp_path / "ckpt.pt")
     assert state["position"] == 2 * 2 * 4 and state["model_args"]["vocab_size"] == 32000
@@ -167,7 +167,7 @@ def test_torchrun_on_two_nodes(home, tmp_path):
         for r in (0, 1)
     ]
     for node in nodes:
-        text = node.communicate(timeout=100)[0]
+        text = node.communicate(timeout=300)[0]
         assert node.returncode == 0, text
     assert load_checkpoint(tmp_path / "ckpt.pt")["position"] == 2 * 2 * 2
 

@@ -1553,7 +1553,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = command(data, tmp_path / "out", **MICRO | dict(eval_interval=4))
     done = subprocess.run(
-        [*torchrun, "--max-restarts=1", script, *argv], capture_output=True, text=True, timeout=120
+        [*torchrun, "--max-restarts=1", script, *argv], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "iterations 4 to 12" in done.stdout
