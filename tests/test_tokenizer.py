@@ -72,6 +72,13 @@ def test_encode_equals_sentencepiece_and_round_trips(model, text):
     assert t.decode(t.encode(text, True, True)) == expected
 
 
+def test_texts_of_tokens_keep_their_spaces(model):
+    t = Tokenizer(model)
+    ids = t.encode("The red ball", False, False)
+    assert "".join(map(t.token_text, ids)) == " The red ball"  # a text begins with a space
+    assert [t.token_text(i) for i in (1, 2, t.n_words)] == ["<s>", "</s>", f"<{t.n_words}>"]
+
+
 def test_every_byte_and_every_token(model):
     t = Tokenizer(model)
     first = t.sp.piece_to_id("<0x00>")
