@@ -20,9 +20,9 @@ RLHF = out/rlhf
 RM = --batch_size=16 --max_iters=700 --optimizer=muon --learning_rate=1e-3 \
      --muon_learning_rate=3e-3 --weight_decay=0.1 --warmup_iters=50 --eval_interval=100 --eval_iters=60
 # β adapts to the KL of the policy that samples; the average of the weights, the result, has less.
-RLHF_PPO = --batch_size=100 --rollouts=200 --ppo_iters=50 --learning_rate=2e-4 \
+RLHF_PPO = --batch_size=100 --rollouts=200 --ppo_iters=100 --learning_rate=2e-4 \
            --value_learning_rate=1e-3 --lam=0.95 --critic_warmup=2 --averaging=0.98 \
-           --init_kl_coef=0.05 --adap_kl_ctrl --target=6.25 --horizon=1000 --missing_eos_penalty=1 \
+           --init_kl_coef=0.05 --adap_kl_ctrl --target=4.25 --horizon=1000 --missing_eos_penalty=1 \
            --roof_prompts=16 --roof_samples=16 --report_rollouts=200
 DPO = --batch_size=8 --max_iters=150 --learning_rate=7e-5 --warmup_iters=10 --eval_iters=25
 
