@@ -520,7 +520,9 @@ def train(run):
         # The newest checkpoint is the best one, but a kill may have come before the link to it.
         unlinked = run.resumed and iteration == run.start_iteration and val == best_val_loss
         if unlinked and run.rank == 0 and not args.eval_only:
-            link(path, path.with_name(f"{stage.prefix}best.pt"))
+            # A damaged newest checkpoint was renamed: the run continues from the one before it.
+            loaded = path if path.exists() else path.with_suffix(".prev.pt")
+            link(loaded, path.with_name(f"{stage.prefix}best.pt"))
         best_val_loss = val if improved else best_val_loss  # min() would take a NaN
         if losses:
             others = [f", {k} {v:.4g}" for k, v in losses.items() if not k.startswith("loss/")]
