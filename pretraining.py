@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ppo
 from checkpoint import halve_frozen, load_checkpoint, model_from_checkpoint
-from common import flag
+from common import flag, note
 from experiments.plan import GPUS, MODELS, plan, plan_stage
 from instruct import Template
 from kernels import accelerate, is_sharded, library, native_attention, to_device
@@ -818,9 +818,9 @@ class Pretraining(Stage):
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         sizes = [len(self.train), len(self.val)]
         if (saved := checkpoint.get("data_size", sizes)) != sizes and self.run.rank == 0:
-            print(
-                f"note: the data have changed since the checkpoint, from {saved} to {sizes} "
-                "samples for training and validation: the order of the samples is another one"
+            note(
+                f"the data have changed since the checkpoint, from {saved} to {sizes} samples for "
+                "training and validation: the order of the samples is another one"
             )
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]

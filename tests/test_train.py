@@ -1195,12 +1195,13 @@ def test_resuming_with_other_data_is_named(tmp_path, capsys):
     resume = dict(init_from="resume", vocab_source="llama2", vocab_size=32000)
     line = [x for x in command(tmp_path, tmp_path / "out", **resume) if "vocab_size" not in x]
     train.main(line)
-    assert "the data have changed" not in (text := capsys.readouterr().out)
-    assert "vocab_source was" not in text  # the vocabulary is the checkpoint's
+    output = capsys.readouterr()
+    assert "the data have changed" not in output.err
+    assert "vocab_source was" not in output.out  # the vocabulary is the checkpoint's
     paths[2].unlink()
     train.main([*line, "--max_iters=14"])
     n = (2_000 - 1) // 32
-    assert f"from [{2 * n}, {n}] to [{n}, {n}] samples" in capsys.readouterr().out
+    assert f"from [{2 * n}, {n}] to [{n}, {n}] samples" in capsys.readouterr().err
 
 
 def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypatch):
