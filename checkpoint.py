@@ -425,9 +425,9 @@ def starting_point(run, stage, differences):
         init_from = "resume"
     if init_from not in ("scratch", "resume"):
         return weights_of(load_checkpoint(init_from), init_from) | uncounted, False
-    if args.eval_only and init_from == "scratch" and "init_from" not in args.given:
-        if stage.from_scratch:
-            load_checkpoint(mine)  # raises an error that names the checkpoints that there are
+    implied = init_from == "scratch" and "init_from" not in args.given
+    if args.eval_only and implied and stage.from_scratch:
+        load_checkpoint(mine)  # raises an error that names the checkpoints that there are
     state = None
     if init_from == "resume" and (has_begun(mine) or stage.from_scratch):
         state = newest(mine, rename=not args.eval_only)
@@ -466,8 +466,8 @@ def move_aside(path, rank):
 
 
 def replaced_names(files):
-    """The names that files of a run get where others take their places: ckpt.replaced.pt, or
-    ckpt.replaced2.pt if some file of the set has such a name already."""
+    """New names for files that would be overwritten: ckpt.pt becomes ckpt.replaced.pt, or
+    ckpt.replaced2.pt if one of the files cannot have the first name because it exists."""
     for k in itertools.count(1):
         names = [f.with_suffix(f".replaced{k if k > 1 else ''}{f.suffix}") for f in files]
         if not any(name.exists() for name in names):

@@ -94,7 +94,7 @@ def write_atomic(path, mode="wb"):
 
 
 def name_file(e, path, temporary):
-    """Puts `path` into an OSError in place of `temporary` or a file in it, a name of ours."""
+    """Replaces the name of `temporary`, or of a file in it, by `path` in an OSError."""
     if not isinstance(e, OSError) or not str(e.filename or temporary).startswith(temporary):
         return
     if e.errno is None:  # as NumPy's tofile raises it
@@ -169,6 +169,15 @@ def lock_folder(folder):
         if locked:
             os.ftruncate(fd, 0)
         os.close(fd)
+
+
+def remove_unused(folder):
+    """Remove a folder that has nothing but the lock file of lock_folder."""
+    with contextlib.suppress(OSError):
+        if not set(os.listdir(folder)) - {LOCK}:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, LOCK))
+            os.rmdir(folder)
 
 
 # ----------------------------------------------------------------------------
@@ -274,7 +283,7 @@ def flags_of_others(mine, commands):
     return reasons
 
 
-# Flags as other projects call them, and the flags here; an unknown one is answered with these.
+# Names of flags in other projects, and of the flags here that the error message then suggests.
 SYNONYMS = {
     "beta": ("init_kl_coef", "dpo_beta"),
     "kl_coef": ("init_kl_coef",),
@@ -368,15 +377,6 @@ def boolean(text):
     return value
 
 
-def remove_unused(folder):
-    """Remove a folder that has nothing but the lock file of lock_folder."""
-    with contextlib.suppress(OSError):
-        if not set(os.listdir(folder)) - {LOCK}:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, LOCK))
-            os.rmdir(folder)
-
-
 # ----------------------------------------------------------------------------
 # Errors and JSON
 
@@ -387,7 +387,7 @@ def run_main(main):
     (OSError, ValueError) print one line and exit with status 1, Ctrl-C exits with 130. Every other
     exception is a bug and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # no text that a model writes ends a command
+    for stream in (sys.stdout, sys.stderr):  # characters that the terminal lacks become "?"
         if getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="replace")
     try:

@@ -590,11 +590,11 @@ def folder_of(path):
 def write_checkpoint(path, checkpoint):
     """save_checkpoint, which keeps a file that was there under another name, with a line that says
     so: it may be a trained model."""
-    before, [replaced] = os.path.isfile(path), replaced_names([Path(path)])
-    if before:
+    replaced = replaced_names([Path(path)])[0] if os.path.isfile(path) else None
+    if replaced:
         link(path, replaced)
     save_checkpoint(path, checkpoint)
-    if before:
+    if replaced:
         print(f"{path} was there before and is now {replaced}")
 
 

@@ -155,7 +155,7 @@ class Uncompiled:
 
 
 class AdamW(Uncompiled, torch.optim.AdamW):
-    """torch.optim.AdamW, which starts faster."""
+    """torch.optim.AdamW that does not import torch.compile."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -647,7 +647,10 @@ class Pretraining(Stage):
     def without_effect(self):
         a = self.args
         if a.decay_lr and a.max_iters <= a.warmup_iters and not a.eval_only:
-            yield f"with --warmup_iters={a.warmup_iters} the learning rate rises until the end"
+            yield (
+                f"the learning rate rises until the end, because --warmup_iters={a.warmup_iters} "
+                f"is not below --max_iters={a.max_iters}"
+            )
 
     def loss(self, model, batch):
         """Returns the mean loss of a batch, its number of tokens, and values to log,
@@ -820,7 +823,7 @@ class Pretraining(Stage):
         if (saved := checkpoint.get("data_size", sizes)) != sizes and self.run.rank == 0:
             note(
                 f"the data have changed since the checkpoint, from {saved} to {sizes} samples for "
-                "training and validation: the order of the samples is another one"
+                "training and validation: the samples now have a different order"
             )
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]

@@ -418,8 +418,8 @@ class RLHF(Stage):
         first = checkpoint["ppo"]["first"] if resumed else checkpoint["iter_num"]
         if not resumed and not args.ppo_iters and args.max_iters <= first:
             raise ValueError(
-                f"--max_iters={args.max_iters} includes the {first} iterations of the checkpoint: "
-                "--ppo_iters=N runs N iterations of PPO"
+                f"--max_iters={args.max_iters} includes the {first} iterations of the checkpoint, "
+                "so that none is left: --ppo_iters=N runs N iterations of PPO"
             )
         return first + args.ppo_iters if args.ppo_iters else args.max_iters
 
@@ -712,8 +712,8 @@ class RLHF(Stage):
         j_star, error = self.estimate_j_star()
         if self.rank == 0:
             scores = self.reference_scores
-            interval = f"±{error:.3f} (95 %), from reference samples"
-            interval = "from one reference sample" if scores.numel() == 1 else interval
+            known = f"±{error:.3f} (95 %), from reference samples"
+            interval = known if scores.numel() > 1 else "from one reference sample"
             print(f"best achievable J* = {j_star:.3f} {interval}")
             if scores.numel() >= 16 and scores.min() == scores.max():
                 print(

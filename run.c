@@ -2296,7 +2296,7 @@ int main(int argc, char **argv) {
         const char *value = argv[i + 1];
         if (!flag || !strchr("tkpsnizmybj", flag) || !value)
             fail(2, "%s: %s; -h lists all", argv[i],
-                 argv[i][0] != '-' ? "a prompt is given with -i, a model first"
+                 argv[i][0] != '-' ? "give the model file first, and the prompt with -i"
                  : value           ? "there is no such option"
                                    : "a value is missing, or no such option");
         if (flag == 't') run.temperature = (float)number(flag, value, 0, 1e6, false);

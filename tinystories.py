@@ -448,7 +448,7 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
         )
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2] or str(e)  # without the location in its source
-        reason = reason.partition(" Increase vocab_size")[0]  # nor options of its own program
+        reason = reason.partition(" Increase vocab_size")[0]  # advice for its own program
         raise ValueError(
             f"SentencePiece cannot train a vocabulary of {vocab_size}: {reason}"
         ) from None

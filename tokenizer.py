@@ -603,7 +603,7 @@ def find_tokenizer(vocab_size, *folders, wanted="", owner=""):
     if owner:  # a newly trained vocabulary would not be the same
         remedy = f"copy the tokenizer of {owner} into its folder, or name it with --tokenizer"
     elif vocab_size == 32000:
-        remedy = "name the size of yours with --vocab_size, or download Llama 2's tokenizer.model"
+        remedy = "name your vocabulary with --vocab_size, or download Llama 2's tokenizer.model"
     else:
         remedy = f"train one with: {train} (for an existing model, copy the model's own instead)"
     raise FileNotFoundError(f"no tokenizer with {vocab_size} tokens (searched {places}); {remedy}")

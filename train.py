@@ -625,7 +625,7 @@ def main(argv=None):
             raise
         raise OSError(f"rank {run.rank}: another process of this run has ended: {e}") from None
     finally:
-        if new and run.rank == 0:  # a command that fails leaves no folder of a mistyped name
+        if new and run.rank == 0:  # after a failed command nothing is in it
             common.remove_unused(folder)
         if dist.is_initialized():
             dist.destroy_process_group()

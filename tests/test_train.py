@@ -1186,6 +1186,19 @@ def test_scratch_does_not_destroy_an_earlier_run(data, tmp_path, capsys):
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == there, mistake
 
 
+def test_flags_of_pretraining_without_their_effect_are_named(data, tmp_path, capsys):
+    flags = dict(max_iters=3, warmup_iters=3, always_save_checkpoint=False)
+    train.main(command(data, tmp_path / "a", **flags))
+    text = capsys.readouterr().err
+    assert "because --warmup_iters=3 is not below --max_iters=3" in text
+    rates = [r["lr"] for r in read_log(tmp_path / "a") if "lr" in r]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075])
+    assert "--always_save_checkpoint=False has no effect" in text
+    train.main(command(data, tmp_path / "b", max_iters=4, warmup_iters=3))
+    train.main(command(data, tmp_path / "c", max_iters=3, decay_lr=False))
+    assert "--warmup_iters" not in capsys.readouterr().err
+
+
 def test_resuming_with_other_data_is_named(tmp_path, capsys):
     (tmp_path / f"tok{VOCAB}").mkdir()
     paths = [tmp_path / f"tok{VOCAB}/data0{i}.bin" for i in range(3)]
