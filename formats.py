@@ -1794,7 +1794,7 @@ KINDS |= dict(max_tokens=(0, 1, 2**31), stream=(False, 0, 1), return_token_ids=(
 STORY = KINDS | dict(logprobs=(-1, 0, 20))
 CHAT = KINDS | dict(logprobs=(False, 0, 1), top_logprobs=(0, 0, 20))
 CHAT |= dict(max_completion_tokens=(0, 1, 2**31))
-OTHERS = {"model", "prompt", "messages", "seed", "stop", "stream_options"}
+OTHERS = {"model", "seed", "stop", "stream_options"}  # and "messages" of a chat, else "prompt"
 STREAM_OPTIONS = {"include_usage", "include_obfuscation"}  # the second has no effect
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Parameters that are accepted with the value that has no effect
@@ -1818,18 +1818,23 @@ def api_value(body, name, default, low=0, high=1):
 def api_parameters(body, chat, limit=2**31, models=(None,)):
     """The parameters of a request as a namespace, checked. limit: the largest max_tokens; models:
     the accepted names, of which the first is the default."""
-    kinds, stop = CHAT if chat else STORY, body.get("stop") or []
+    kinds, stop = CHAT if chat else STORY, body.get("stop")
+    stop = [] if stop is None or stop == "" else stop
     kinds = kinds | {name: (0, 1, limit) for name in kinds if name.startswith("max_")}
-    for name in body.keys() - kinds.keys() - OTHERS - NO_EFFECT:
+    source = "messages" if chat else "prompt"
+    for name in body.keys() - kinds.keys() - OTHERS - NO_EFFECT - {source}:
         if body[name] is not None and body[name] != NEUTRAL.get(name):
             raise Refused(400, f"the parameter {name[:40]!r} is not supported", param=name[:40])
-    stop, options = [stop] if isinstance(stop, str) else stop, body.get("stream_options") or {}
+    stop, options = [stop] if isinstance(stop, str) else stop, body.get("stream_options")
+    options = {} if options is None else options
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object", param="stream_options")
     for name in options.keys() - STREAM_OPTIONS:
         if options[name] is not None:
             why = f"the stream option {name[:40]!r} is not supported"
             raise Refused(400, why, param="stream_options")
+    if not chat and not isinstance(body.get("prompt", ""), (str, list, type(None))):
+        raise Refused(400, "prompt must be text or token ids, or a list of them", param="prompt")
     if not isinstance(stop, list) or len(stop) > 4:
         raise Refused(400, "stop must be a string or up to 4 strings", param="stop")
     if not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
@@ -1845,7 +1850,7 @@ def api_parameters(body, chat, limit=2**31, models=(None,)):
     if chat:
         p.logprobs = p.top_logprobs if p.logprobs else -1
         p.max_tokens = p.max_completion_tokens or p.max_tokens
-    p.model = body.get("model") or models[0]
+    p.model = models[0] if body.get("model") in (None, "") else body["model"]
     if p.model not in models:
         why = f"model must be one of: {', '.join(models)}"
         raise Refused(404, why, "model_not_found", "model")

@@ -544,6 +544,9 @@ def test_openai_errors(client, chat_server):
         {"stop": ["a"] * 5},
         {"stop": [""]},
         {"stop": [5]},
+        {"stop": 0},
+        {"stop": {}},
+        {"stream_options": []},
         {"stream": "yes"},
         {"stream_options": 5},
         {"stream_options": {"include_usage": True}},
@@ -709,6 +712,9 @@ def test_refusals_name_the_numbers_and_the_field(server, chat_server, folder, to
     error = refusal(server, prompt=[VOCAB])
     assert f"token ids below {VOCAB}" in error["message"]
     assert (error["code"], error["param"]) == (None, "prompt")  # not too long
+    for prompt in 0, False, {}:
+        error = refusal(server, prompt=prompt)
+        assert error["param"] == "prompt" and "must be text or token ids" in error["message"]
     for value in "twenty", CONTEXT + 1, 0:
         error = refusal(server, prompt="Tom", max_tokens=value)
         assert error["message"] == f"max_tokens must be a whole number from 1 to {CONTEXT}"
@@ -718,13 +724,16 @@ def test_refusals_name_the_numbers_and_the_field(server, chat_server, folder, to
         chat_server, "/v1/chat/completions", messages=messages, max_completion_tokens=999
     )
     assert error["param"] == "max_completion_tokens" and str(CONTEXT) in error["message"]
+    assert refusal(server, messages=messages)["param"] == "messages"  # of the other endpoint
+    error = refusal(chat_server, "/v1/chat/completions", messages=messages, prompt="Hi")
+    assert error["param"] == "prompt"
     messages[0]["content"] *= 64 * CONTEXT
     error = refusal(chat_server, "/v1/chat/completions", messages=messages)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     bodies = dict(temperature=-1), dict(stop=[""]), dict(stop=5), dict(n=17), dict(stream_options=1)
     for body in *bodies, dict(unknown=1):
         assert refusal(server, **body)["param"] == [*body][0]
-    for model in "gpt", ["gpt"]:
+    for model in "gpt", ["gpt"], []:
         error = refusal(server, model=model)
         assert error["message"].endswith("tuned, tuned-reference") and error["param"] == "model"
     assert refusal(server, "/score", prompt=[1], response=["a"])["param"] == "response"
