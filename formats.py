@@ -1846,6 +1846,9 @@ def api_parameters(body, chat, limit=2**31, models=(None,)):
     for name, other in ("top_logprobs", "logprobs"), ("stream_options", "stream"):
         if body.get(name) and not body.get(other):
             raise Refused(400, f"{name} has no effect without {other}", param=name)
+    if 0 < p.temperature < 1e-6:  # as in sample.py: logits divided by less are not finite
+        why = "temperature must be 0, which is greedy, or at least 1e-6"
+        raise Refused(400, why, param="temperature")
     p.seed = api_value(body, "seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1)
     if chat:
         p.logprobs = p.top_logprobs if p.logprobs else -1

@@ -536,6 +536,7 @@ def test_openai_errors(client, chat_server):
         {"temperature": "hot"},
         {"temperature": float("nan")},
         {"temperature": 1e999},
+        {"temperature": 1e-7},
         {"top_p": 2},
         {"top_k": -1},
         {"n": 0},
