@@ -1879,10 +1879,10 @@ def api_usage(p, items):
     return {"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n}
 
 
-def api_choice(p, tokenizer, i, text, items, reason, sent="", first=True):
+def api_choice(p, tokenizer, i, text, items, reason, offset=0, first=True):
     """An element of `choices`: new text of response i and its tokens, (text, id, log-probability,
-    [(id, log-probability) of alternatives]). `sent` is the text that a stream sent earlier, `first`
-    says whether the element is the first of its response."""
+    [(id, log-probability) of alternatives]). `offset` is the number of characters of the tokens
+    that a stream sent earlier, `first` says whether the element is the first of its response."""
     content, logprobs = {"text": text}, None
     if p.chat:
         role = {"role": "assistant"} if first else {}
@@ -1892,7 +1892,7 @@ def api_choice(p, tokenizer, i, text, items, reason, sent="", first=True):
         likely = [[(tokenizer.token_text(t), q) for t, q in top] for top in likely]
         logprobs = {"content": list(map(api_token, words, chosen, likely))}
         if not p.chat:
-            offsets = list(itertools.accumulate(map(len, words), initial=len(sent)))[:-1]
+            offsets = list(itertools.accumulate(map(len, words), initial=offset))[:-1]
             logprobs = {"tokens": words, "token_logprobs": chosen, "text_offset": offsets}
             logprobs["top_logprobs"] = list(map(dict, likely))
     ids = {"token_ids": [x[1] for x in items]} if p.return_token_ids else {}
@@ -1911,11 +1911,12 @@ def api_head(p):
 async def api_stream(p, tokenizer, pieces):
     """A streamed answer: server-sent events, from an asynchronous generator of the arguments of
     api_choice, (i, text, items, reason)."""
-    head, sent, items = api_head(p), [""] * len(p.rows), [[] for _ in p.rows]
+    head, offsets, items = api_head(p), [0] * len(p.rows), [[] for _ in p.rows]
     try:
         async for i, text, new, reason in pieces:
-            choice = api_choice(p, tokenizer, i, text, new, reason, sent[i], not items[i])
-            sent[i], items[i] = sent[i] + text, items[i] + new
+            choice = api_choice(p, tokenizer, i, text, new, reason, offsets[i], not items[i])
+            offsets[i] += sum(len(word) for word, *_ in new)  # not len(text): stops hold text back
+            items[i] += new
             yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
         if p.usage:
             last = {**head, "choices": [], "usage": api_usage(p, items)}

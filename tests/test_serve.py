@@ -437,6 +437,20 @@ def test_openai_stop(client):
         assert parts[-1].choices[0].finish_reason == "stop"
 
 
+def test_offsets_where_a_stream_holds_text_back(server, client, monkeypatch):
+    """Text that may be the beginning of a stop string is sent later than its tokens."""
+    monkeypatch.setattr(serve, "PAUSE", 0)  # each token is a part
+    settings = dict(model="tuned", prompt="Tom saw", max_tokens=40, seed=5, logprobs=0)
+    text = client.completions.create(**settings).choices[0].text
+    often = sorted(set(text) - {"\ufffd"}, key=text.count)[-4:]
+    settings["stop"] = [f"{c}\0never" for c in often]
+    [whole] = client.completions.create(**settings).choices
+    parts = [p.choices[0] for p in client.completions.create(**settings, stream=True)]
+    assert "".join(p.text for p in parts) == whole.text and len(parts) > 10
+    offsets = [x for p in parts for x in p.logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset
+
+
 def test_openai_chat(chat_server, folder, tokenizer, capsys, monkeypatch):
     openai = pytest.importorskip("openai", reason="needs openai")
     url = f"http://127.0.0.1:{chat_server.port}/v1"
