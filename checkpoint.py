@@ -101,6 +101,12 @@ def kind_of_file(path, but=""):
     return ""
 
 
+def is_template(x):
+    """Whether a dictionary has the keys and types of a chat template; an empty one is none."""
+    texts = all(value is None or type(value) is str for value in x.values())
+    return not x or bool(texts and x.get("turn")) and x.keys() <= {"turn", "system", "next"}
+
+
 def load_checkpoint(path, device="cpu", mmap=False):
     """Reads a checkpoint: llama2.c's dictionary (`model`, `model_args`, ...) with optional keys,
     among them `template`, the chat template ({"turn", "system", "next"}), `end_ids`, the ids that
@@ -149,13 +155,24 @@ def load_checkpoint(path, device="cpu", mmap=False):
     checkpoint = {k: v for k, v in checkpoint.items() if v is not None or k not in OPTIONAL}
     optional = {k: x for k, x in checkpoint.items() if k in OPTIONAL}
     wrong = [k for k, x in optional.items() if type(x) is not OPTIONAL[k]]
-    if not wrong and not all(type(i) is int for i in optional.get("end_ids", ())):
+    ends = optional.get("end_ids", ())
+    if not wrong and not all(type(i) is int and 0 <= i < sizes["vocab_size"] for i in ends):
         wrong = ["end_ids"]
-    if not wrong and not all(type(x or "") is str for x in optional.get("template", {}).values()):
+    if not wrong and not is_template(optional.get("template", {})):
         wrong = ["template"]
     if wrong:
         value = str(optional[wrong[0]])[:40]
         raise ValueError(f"{path} is not a checkpoint of a Llama: its {wrong[0]!r} is {value}")
+    if type(sizes.get("tied", True)) is not bool:
+        value = str(sizes["tied"])[:40]
+        raise ValueError(f"{path} is not a checkpoint of a Llama: in model_args, tied is {value}")
+    for name, w in model.items():
+        dense = isinstance(w, torch.Tensor) and w.layout is torch.strided and not w.is_meta
+        if not dense or not w.is_floating_point():
+            raise ValueError(
+                f"{path} is not a checkpoint of a Llama: its {name[:60]!r} is no tensor of "
+                "floating-point numbers"
+            )
     prefix = "_orig_mod."  # torch.compile puts it before the names
     checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
     return checkpoint

@@ -936,7 +936,7 @@ def test_contents_that_are_no_llama(data, tmp_path):
     """One line for a checkpoint of nanoGPT, whose keys are the same, and for other values."""
     train.main(command(data, tmp_path / "a", max_iters=2))
     good = torch.load(tmp_path / "a/ckpt.pt", weights_only=True)
-    sizes = good["model_args"]
+    sizes, norm = good["model_args"], good["model"]["norm.weight"]
     nano = dict(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=VOCAB)
     for says, other in (
         ("has no number 'dim'", dict(model_args=nano)),
@@ -946,8 +946,19 @@ def test_contents_that_are_no_llama(data, tmp_path):
         ("'model' is not a dictionary of names", dict(model={1: torch.zeros(2)})),
         ("its 'template' is llama2", dict(template="llama2")),
         ("its 'template' is {'turn': 3}", dict(template=dict(turn=3))),
+        ("its 'template' is {'turn': ''}", dict(template=dict(turn=""))),
+        ("its 'template' is {'system': 'x'}", dict(template=dict(system="x"))),
+        ("its 'template' is {'turn': tensor", dict(template=dict(turn=torch.zeros(2)))),
+        ("its 'template' is {'turn': 'x', 'last': 'y'}", dict(template=dict(turn="x", last="y"))),
         ("its 'end_ids' is 7", dict(end_ids=7)),
         (r"its 'end_ids' is \['7'\]", dict(end_ids=["7"])),
+        (r"its 'end_ids' is \[-1\]", dict(end_ids=[-1])),
+        (rf"its 'end_ids' is \[{VOCAB}\]", dict(end_ids=[VOCAB])),
+        ("in model_args, tied is None", dict(model_args=sizes | dict(tied=None))),
+        *(
+            ("'norm.weight' is no tensor", dict(model=good["model"] | {"norm.weight": w}))
+            for w in (norm.to_sparse(), norm.to("meta"), norm.int(), [1.0])
+        ),
         ("its 'bos' is no", dict(bos="no")),
         ("its 'iter_num' is 1.5", dict(iter_num=1.5)),
         ("its 'config' is None, or so", dict(config="None, or so")),
