@@ -104,7 +104,8 @@ class Tokenizer:
                 token["special"] = True
             plain = {**self.json, "truncation": None, "padding": None}
             self.bpe = tokenizers.Tokenizer.from_str(json.dumps(plain))
-            self.special = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
+            ids = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
+            self.special = {t: i for t, i in ids.items() if i is not None}  # an empty text has none
             check_post_processor(self.json.get("post_processor") or {})
         except Exception as e:  # the library raises no narrower class
             raise ValueError(

@@ -342,6 +342,16 @@ def test_control_tokens_of_a_tokenizer_json(tmp_path):
         find_tokenizer(601, str(tmp_path / "a"))
 
 
+def test_an_added_token_without_text_is_none(tmp_path):
+    """The tokenizers library leaves it out."""
+    path = make_bpe(tmp_path / "a")
+    blob, config = tokenizer.byte_level_blob(Tokenizer(path)), json.loads(path.read_text())
+    config["added_tokens"].append(config["added_tokens"][0] | {"id": 600, "content": ""})
+    path.write_text(json.dumps(config))
+    t = Tokenizer(path)
+    assert "" not in t.special and tokenizer.byte_level_blob(t) == blob
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
