@@ -103,6 +103,7 @@ class Tokenizer:
             for token in added:
                 token["special"] = True
             plain = {**self.json, "truncation": None, "padding": None}
+            check_prefix(self.json["model"])
             self.bpe = tokenizers.Tokenizer.from_str(json.dumps(plain))
             ids = {t["content"]: self.bpe.token_to_id(t["content"]) for t in added}
             self.special = {t: i for t, i in ids.items() if i is not None}  # an empty text has none
@@ -225,6 +226,15 @@ class Tokenizer:
         return struct.pack("<I", max(map(len, pieces))) + b"".join(
             struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces)
         )
+
+
+def check_prefix(model):
+    """Raises ValueError if a merge lacks the prefix that continues a word, which the tokenizers
+    library would cut off all the same: between the bytes of a character, the process would end."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges") or () if prefix else ():
+        if not (merge if isinstance(merge, list) else merge.split(" "))[1].startswith(prefix):
+            raise ValueError(f"its merge {merge!r} lacks the prefix {prefix!r}")
 
 
 def check_post_processor(process):

@@ -352,6 +352,18 @@ def test_an_added_token_without_text_is_none(tmp_path):
     assert "" not in t.special and tokenizer.byte_level_blob(t) == blob
 
 
+def test_a_merge_without_its_prefix_is_refused(tmp_path):
+    """The tokenizers library would end the process, so another one opens the file."""
+    path = make_bpe(tmp_path / "a")
+    config = json.loads(path.read_text())
+    config["model"]["continuing_subword_prefix"] = "x"
+    path.write_text(json.dumps(config))
+    code = f"from tokenizer import Tokenizer; Tokenizer({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    assert "lacks the prefix 'x'" in done.stderr
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
