@@ -19,11 +19,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import make_bpe
 from test_export import balanced
 
 import export
 from checkpoint import checkpoint_args
 from common import printable
+from instruct import Template
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
 
@@ -1432,6 +1434,64 @@ def test_n_limits_the_tokens_without_bos(program, own, build, bos):
         int(re.search(rf"{what}: (\d+) tokens", done.err)[1]) for what in ("prompt", "story")
     )
     assert prompt + story == 9 + bos and prompt > 1
+
+
+def test_a_prompt_may_fill_the_limit_or_the_context(program, own, build):
+    """One token follows, as BOS is not counted; with one place less, the prompt is an error."""
+    text, path = "balo mi ra tu", build / "narrow.bin"
+    n = len(own[1].encode(text, True, False))
+    for places in n, n - 1:
+        path.write_bytes(patched(own[0].read_bytes(), 32, "<i", places))
+        for args, what in (
+            ([own[0], "-n", places], f"the limit (-n) is {places}"),
+            ([path], f"the model's context is {places}"),
+            ([path, "-n", 0], f"the model's context is {places}"),
+        ):
+            done = call(program, *args, "-t", 0, "-i", text, ok=int(places < n))
+            if places < n:
+                assert f"the prompt has {n} tokens, {what}" in done.err
+            else:
+                assert f"prompt: {n} tokens" in done.err and "story: 1 tokens" in done.err
+    done = call(program, own[0], "-n", 999, "-t", 0, "-i", text)  # its context is 64
+    assert "stopping at 64" in done.err and f"story: {65 - n} tokens" in done.err
+
+
+def test_a_dialogue_may_leave_room_for_one_token(program, own, build):
+    """In a context with one place less, the first turn is forgotten, or the message refused."""
+
+    def chat(context, *args, stdin="balo mi\n"):
+        path = build / "narrow.bin"
+        path.write_bytes(patched(own[0].read_bytes(), 32, "<i", context))
+        return call(program, path, "-m", "chat", "-t", 0, *args, stdin=stdin).err
+
+    n = int(re.search(r"the message has (\d+) tokens", chat(4))[1])
+    assert f"the message has {n} tokens, the context is {n}: too long" in chat(n)
+    err = chat(n + 1, "-n", 2)  # the second token of the reply needs no place
+    assert f"the context of {n + 1} tokens is full" in err and "cut short" not in err
+    two, stdin = n + 1 + 1 + n, "balo mi\n" * 2  # message, reply of one token, EOS, message
+    err = chat(two + 1, "-n", 1, stdin=stdin)
+    assert err.count("(cut short: -n 1)") == 2 and "forgetting" not in err
+    err = chat(two, "-n", 1, stdin=stdin)
+    assert err.count("(cut short: -n 1)") == 2 and "forgetting the first 1 turns" in err
+    long = "balo mi tu " * 3
+    long_n = int(re.search(r"the message has (\d+) tokens", chat(4, stdin=long))[1])
+    err = chat(long_n + 2 + n, "-n", 1, stdin=f"{long}\n" + stdin)  # which fits without it
+    assert err.count("(cut short: -n 1)") == 3 and err.count("forgetting") == 1
+
+
+def test_a_reply_ends_at_the_token_after_it_in_the_template(program, build):
+    """Which is neither EOS nor among the end ids of the file."""
+    model, t = make("plain", vocab_size=600, tied=False), Tokenizer(make_bpe(build / "ends"))
+    form, stop = "<|start_header_id|>{user}{reply}<|eom_id|>", t.special["<|eom_id|>"]
+    prompt = Template(form).prompt(t, [("hello", None)])
+    with torch.no_grad():
+        h = model.norm(model.hidden(torch.tensor([prompt])))[0, -1]
+        model.output.weight[stop] = 10 * h
+    with open(build / "ends.bin", "wb") as f:
+        export.write_v3(f, model.args, model.state_dict(), "fp32", t, {"turn": form})
+    args = [build / "ends.bin", "-m", "chat", "-t", 0, "-n", 3]
+    done = call(program, *args, "-i", "hello")
+    assert "cut short" not in done.err and done.text.startswith("Assistant: \n")
 
 
 def test_chat_replies_go_on_to_the_end_of_the_context(program, own, build):
