@@ -1479,6 +1479,19 @@ def test_a_dialogue_may_leave_room_for_one_token(program, own, build):
     assert err.count("(cut short: -n 1)") == 3 and err.count("forgetting") == 1
 
 
+def test_llama_2s_template_as_it_is_used(program, own, build):
+    """Without BOS where text does not begin with it; an empty system prompt is none."""
+
+    def size(no_bos, *args):
+        path = build / "narrow.bin"
+        path.write_bytes(patched(patched(own[0].read_bytes(), 32, "<i", 4), 152, "<i", no_bos))
+        err = call(program, path, "-m", "chat", *args, stdin="balo mi\n").err
+        return int(re.search(r"the message has (\d+) tokens", err)[1])
+
+    assert size(True) == size(False) - 1
+    assert size(False, "-y", "") == size(False) < size(False, "-y", "x")
+
+
 def test_a_reply_ends_at_the_token_after_it_in_the_template(program, build):
     """Which is neither EOS nor among the end ids of the file."""
     model, t = make("plain", vocab_size=600, tied=False), Tokenizer(make_bpe(build / "ends"))
