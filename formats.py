@@ -1159,39 +1159,51 @@ def write_hf(path, args, weights, dtype, tokenizer, template, end_ids, bos=True,
     return ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
 
 
-def find_adapters(path):
+def read_adapters(path):
     """
-    ({"rank", "alpha", "layers"}, {name: lora_a or lora_b}, head size, the tokenizer's hash or None)
-    of a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. Raises ValueError
-    if it has no adapters.
+    ({"rank", "alpha", "layers"}, {PEFT's name: lora_a or lora_b}, the tokenizer's hash or None) of
+    a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. Raises ValueError if
+    it has no adapters, or if they do not fit what it says of them.
     """
     checkpoint = open_tensors(path)
-    lora = checkpoint.get("lora") or checkpoint
-    config, adapters = checkpoint.get("config", {}), lora.get("state")
-    if "ppo" in checkpoint:
-        adapters = {k: w for k, w in checkpoint["ppo"]["policy"].items() if ".lora_" in k}
-        lora = {name: config.get(f"lora_{name}") for name in ("rank", "alpha", "layers")}
-    if not adapters or not {"rank", "alpha", "layers"} <= lora.keys():
-        raise ValueError(f"{path} has no LoRA adapters")
-    if "model_args" not in checkpoint:
-        raise ValueError(
-            f"{path} does not say which model it is for: give the checkpoint beside it"
-        )
-    head_dim = ModelArgs(**checkpoint["model_args"]).head_dim
-    return lora, adapters, head_dim, checkpoint.get("tokenizer_hash")
+    try:
+        lora = checkpoint.get("lora", checkpoint)
+        config, adapters = checkpoint.get("config", {}), lora.get("state", {})
+        if "ppo" in checkpoint:
+            adapters = {k: w for k, w in checkpoint["ppo"]["policy"].items() if ".lora_" in k}
+            lora = {name: config.get(f"lora_{name}") for name in ("rank", "alpha", "layers")}
+        if not len(adapters) or not {"rank", "alpha", "layers"} <= lora.keys():
+            raise ValueError(f"{path} has no LoRA adapters")
+        if "model_args" not in checkpoint:
+            raise ValueError(
+                f"{path} does not say which model it is for: give the checkpoint beside it"
+            )
+        head_dim = ModelArgs(**checkpoint["model_args"]).head_dim
+        tensors, rank, names = {}, lora["rank"], set()
+        for name, w in adapters.items():  # layers.0.attention.wq.lora_a
+            matrix, _, letter = name.rpartition(".lora_")
+            if type(rank) is not int or w.shape[{"a": 0, "b": 1}[letter]] != rank:
+                raise TypeError(f"{name} is not of rank {str(rank)[:40]}")
+            if letter == "b" and matrix.endswith(ROTATED):
+                w = halves(w, head_dim)
+            stem = hf_name(f"{matrix}.weight").removesuffix(".weight")
+            tensors[f"base_model.model.{stem}.lora_{letter.upper()}.weight"] = w.contiguous()
+            names.add(stem.rpartition(".")[2].removesuffix("_proj"))
+        if {*lora["layers"].split(",")} != names or type(lora["alpha"]) not in (int, float):
+            raise TypeError("they are of other layers, or have no alpha")
+        tokenizer_hash = checkpoint.get("tokenizer_hash")
+        return lora, tensors, tokenizer_hash if isinstance(tokenizer_hash, str) else None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if str(path) in str(e):
+            raise
+        reason = " ".join(str(e).split())[:120]
+        raise ValueError(f"{path} has no LoRA adapters, or is damaged ({reason})") from None
 
 
 def export_peft(args):
     """Writes the adapters of a checkpoint as a folder for peft.PeftModel.from_pretrained."""
     need("safetensors.torch")  # before the work begins
-    lora, adapters, head_dim, tokenizer_hash = find_adapters(args.checkpoint)
-    tensors = {}
-    for name, w in adapters.items():  # layers.0.attention.wq.lora_a
-        matrix, _, letter = name.rpartition(".lora_")
-        if letter == "b" and matrix.endswith(ROTATED):
-            w = halves(w, head_dim)
-        stem = hf_name(f"{matrix}.weight").removesuffix(".weight")
-        tensors[f"base_model.model.{stem}.lora_{letter.upper()}.weight"] = w.contiguous()
+    lora, tensors, tokenizer_hash = read_adapters(args.checkpoint)
     targets = [f"{name}_proj" for name in lora["layers"].split(",")]
     with write_folder(args.output, ("adapter_config.json", "adapter_model.safetensors")) as folder:
         write_json(

@@ -851,6 +851,38 @@ def test_peft_loads_adapters(tmp_path, layers, stage, head_dim):
     assert "has no LoRA adapters" in done.stderr
 
 
+def test_adapters_that_do_not_fit_are_one_line(tmp_path):
+    def save_to(folder, value):
+        torch.save(value, folder / "lora.pt")
+        return folder / "lora.pt"
+
+    model = checkpoint(tmp_path / "ckpt.pt")
+    add_lora(model, 4, 8.0, 0.0, "q,v")
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    lora, sizes = dict(rank=4, alpha=8.0, layers="q,v", state=state), checkpoint_args(model.args)
+    good, first = {"lora": lora, "model_args": sizes}, next(iter(state))
+    run(tmp_path / "x", f"--checkpoint={save_to(tmp_path, good)}", "--format=peft")
+    for wrong in (
+        dict(lora=[3]),
+        dict(lora=lora | dict(rank=8)),
+        dict(lora=lora | dict(rank="4")),
+        dict(lora=lora | dict(alpha=None)),
+        dict(lora=lora | dict(layers=None)),
+        dict(lora=lora | dict(layers="q,o")),
+        dict(lora=lora | dict(state=[3])),
+        dict(lora=lora | dict(state=torch.zeros(3))),
+        dict(lora=lora | dict(state=state | {first: [3]})),
+        dict(lora=lora | dict(state={"x.lora_a": torch.zeros(4, 4)})),
+        dict(model_args=None),
+        dict(model_args={"a": 1}),
+        dict(ppo={}),  # of another program, or without its policy
+    ):
+        path = save_to(tmp_path, good | wrong)
+        done = run(tmp_path / "y", f"--checkpoint={path}", "--format=peft", ok=1)
+        assert f"{path} has no LoRA adapters" in done.stderr, wrong
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "y").exists()
+
+
 def test_gguf_holds_the_model(tmp_path):
     gguf = pytest.importorskip("gguf")
     for tokenizer, changes in (
