@@ -1277,8 +1277,9 @@ static const Kernels kernels = {ISA_NAME, forward_pass, exps, above, maximum};
 // pairs can be merged:
 //   0, SentencePiece: a text is one word of characters, with a space in front. Two symbols can be
 //      merged if their concatenation is a piece, the piece with the best score first. A symbol that
-//      is not a piece then becomes its bytes. llama2.c's file: u32 longest piece; for each id f32
-//      score, u32 length, bytes; a score of -inf marks a control token.
+//      is not a piece then becomes its bytes or, with its neighbours, one id 0 (unknown) if bytes
+//      are no pieces. llama2.c's file: u32 longest piece; for each id f32 score, u32 length, bytes;
+//      a score of -inf marks a control token.
 //   1, byte-level BPE (GPT-2, Llama 3): a regular expression cuts a text into words of bytes. The
 //      merges are a list in order of rank. The file:
 //      u32 n, n * (u32 first, u32 last, u32 class): Unicode ranges, ascending; class 1 letters
@@ -1578,12 +1579,16 @@ static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *i
         push_merge(m, left->prev);
         push_merge(m, best.left);
     }
-    for (int64_t i = 0; i >= 0 && i < n; i = symbol[i].next)
-        if (symbol[i].id >= 0) ids[count++] = symbol[i].id;
-        else for (int64_t k = 0; k < symbol[i].len; k++) {
-            int byte = t->byte_id[word[symbol[i].at + k]];
-            ids[count++] = byte < 0 ? 0 : byte;
+    bool unknown = false; // whether the last id is that of unknown characters
+    for (int64_t i = 0; i >= 0 && i < n; i = symbol[i].next) {
+        const bool known = symbol[i].id >= 0;
+        if (known) ids[count++] = symbol[i].id, unknown = false;
+        for (int64_t k = 0; k < symbol[i].len && !known; k++) {
+            const int byte = t->byte_id[word[symbol[i].at + k]];
+            if (byte >= 0 || !unknown) ids[count++] = byte < 0 ? 0 : byte;
+            unknown = byte < 0;
         }
+    }
     return count;
 }
 

@@ -904,6 +904,28 @@ def test_encode_with_own_vocabulary(lib, own):
     check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
 
 
+def test_unknown_characters_without_byte_fallback(lib, build):
+    """Neighbours among them are one unknown token, as in SentencePiece."""
+    import sentencepiece
+
+    (build / "few.txt").write_text("abc cab\nbca abcab cc\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(build / "few.txt"),
+        model_prefix=str(build / "few"),
+        model_type="bpe",
+        vocab_size=16,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(build / "few.model")
+    blob = export.tokenizer_blob(tokenizer)
+    assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, 1) == 0
+    for text in ("x", "é", "日本 abc", "abcxyz cab", "é é", "xa日b日", "cab 한글x", "<0x41>"):
+        out = np.zeros(64, np.int32)
+        n = lib.encode_into(text.encode(), len(text.encode()), 1, pointer(out))
+        assert out[:n].tolist() == tokenizer.encode(text, True, False), text
+
+
 # Byte-level BPE, beside the library `tokenizers`
 
 SCRIPTS = {  # (first, last) code points
