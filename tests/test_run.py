@@ -904,6 +904,17 @@ def test_encode_with_own_vocabulary(lib, own):
     check_tokenizer(lib, own[1], ODD + random_strings(300, 5), ())
 
 
+def test_a_piece_of_two_spaces_says_that_text_is_not_squeezed(lib, own):
+    """Where the model file does not say it, as for a tokenizer of -z."""
+    text, n, found = b"balo  mi", own[1].n_words, {}
+    blob = export.tokenizer_blob(own[1]) + struct.pack("<fI", -1e9, 2) + b"  "
+    for squeeze in -1, 0, 1:
+        assert lib.open_tok(blob, len(blob), 0, n + 1, squeeze) == 0
+        out = np.zeros(64, np.int32)
+        found[squeeze] = out[: lib.encode_into(text, len(text), 1, pointer(out))].tolist()
+    assert found[-1] == found[0] != found[1]
+
+
 def test_unknown_characters_without_byte_fallback(lib, build):
     """Neighbours among them are one unknown token, as in SentencePiece."""
     import sentencepiece
@@ -1879,6 +1890,17 @@ def test_a_byte_order_mark_is_no_text(program, own, build):
     assert said[0] == said[1]
     (build / "utf16").write_bytes("balo mi".encode("utf-16"))
     assert "UTF-16" in call(program, own[0], "-m", "perplexity", "-i", build / "utf16", ok=1).err
+
+
+def test_documents_after_the_first_begin_with_bos(program, own, build):
+    """In perplexity, also of a model whose text does not begin with BOS."""
+    (build / "two").write_text("balo mi<|endoftext|>tu ra")
+    texts = [own[1].encode(x, False, False) for x in ("balo mi", "tu ra")]
+    for no_bos in 0, 1:
+        path = build / "no_bos.bin"
+        path.write_bytes(patched(own[0].read_bytes(), 152, "<i", no_bos))
+        done = call(program, path, "-m", "perplexity", "-i", build / "two")
+        assert f" {sum(map(len, texts)) + 1 - no_bos} tokens" in done.text
 
 
 def test_top_p_0_samples_from_all(program, own):
