@@ -501,9 +501,12 @@ class Encoder(dict):
     def __init__(self, model_path):
         self.tokenizer = Tokenizer(model_path)
         sp, n_words = self.tokenizer.sp, self.tokenizer.n_words
-        # True for the vocabularies of train_vocab and Llama 2, but not for every vocabulary
-        self.by_word = sp is not None and not any(
-            "\u2581" in piece.lstrip("\u2581") for piece in map(sp.id_to_piece, range(n_words))
+        # True for the vocabularies of train_vocab and Llama 2, but not for every vocabulary: some
+        # have tokens of several words, others put no space in front of a word that is alone.
+        self.by_word = (
+            sp is not None
+            and not any("\u2581" in sp.id_to_piece(i).lstrip("\u2581") for i in range(n_words))
+            and sp.encode("a a") == 2 * sp.encode("a")
         )
 
     def __missing__(self, text):

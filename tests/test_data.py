@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import ROOT, data_file
 
 import tinystories
@@ -308,6 +309,22 @@ def test_encoder(synthetic, model, by_word):
     stories = [s.strip() for s in ODD] + ["", "b  c", "\u2581b \u2581"]
     for _ in range(2):  # the second time from the cache
         np.testing.assert_array_equal(np.frombuffer(encoder(stories), "<u2"), oracle(stories, path))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(model_type="unigram")], ids=["bpe", "unigram"])
+def test_encoder_of_a_vocabulary_without_a_space_in_front(tmp_path, options):
+    """A SentencePiece model that puts no space in front of a text has other ids for a word alone
+    than for the word after a space."""
+    text = ["Once upon a time there was a cat.", "The  cat sat on   the mat."]
+    model = io.BytesIO()
+    options = dict(model_type="bpe", add_dummy_prefix=False, minloglevel=2) | options
+    options |= dict(remove_extra_whitespaces=False, byte_fallback=True, hard_vocab_limit=False)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=300, **options
+    )
+    (tmp_path / "own.model").write_bytes(model.getvalue())
+    ids = np.frombuffer(tinystories.Encoder(tmp_path / "own.model")(text), "<u2")
+    np.testing.assert_array_equal(ids, oracle(text, tmp_path / "own.model"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
