@@ -218,7 +218,7 @@ def make_optimizers(model, args):
     ]
     adam = dict(betas=(args.beta1, args.beta2), eps=args.adam_eps, fused=True)
     optimizers = [AdamW(groups, lr=args.learning_rate, **adam)]
-    if muon:
+    if inner:  # --freeze_layers may leave no matrix to train
         rate, decay = args.muon_learning_rate, args.weight_decay
         optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
     for group in (g for o in optimizers for g in o.param_groups):

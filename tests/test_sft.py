@@ -252,6 +252,12 @@ def test_all_layers_can_be_frozen(base):
             sft.freeze_layers(model, n)
 
 
+def test_muon_without_a_matrix_to_train(base, tmp_path):
+    train.main(command(base, tmp_path, freeze_layers=2, optimizer="muon", max_iters=1))
+    start, end = (load_checkpoint(tmp_path / f"{name}ckpt.pt")["model"] for name in ("", "sft_"))
+    assert [k for k in end if not torch.equal(start[k], end[k])] == ["norm.weight"]
+
+
 def test_adapters_of_another_model_are_refused(base, tmp_path):
     train.main(command(base, tmp_path / "a", lora_rank=2, max_iters=1))
     _, kept = lora_state(tmp_path / "a")
