@@ -831,13 +831,13 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 def adjust_rewards(rewards, rollouts, config):
     """Scores per token (A,), scaled, clipped, and with the penalty of truncated responses."""
-    c, counts = config, rollouts.counts
-    if c.reward_scale:
-        rewards = rewards / math.sqrt(max(mean_and_variance(rollouts.scores)[1], 1e-12))
-    if c.reward_clip:
-        rewards = rewards.clamp(-c.reward_clip, c.reward_clip)
+    if config.reward_scale:
+        variance = mean_and_variance(rollouts.scores)[1]  # equal scores stay as they are
+        rewards = rewards / math.sqrt(variance if variance > 1e-12 else 1.0)
+    if config.reward_clip:
+        rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
     truncated = (~rollouts.ended.cpu()).float()
-    return rewards - on_last_action(c.missing_eos_penalty * truncated, counts)
+    return rewards - on_last_action(config.missing_eos_penalty * truncated, rollouts.counts)
 
 
 def advantages_without_critic(rewards, counts, config):

@@ -332,6 +332,8 @@ def test_scores_are_scaled_before_they_are_clipped():
     trainer.compute_rewards(r, [6.0, 0.0, 0.0, 0.0], beta=0.2)
     assert r.rewards.tolist() == [0, 1.5, 0, 0, 0, 0, 0, 0]
     assert r.scores.tolist() == [6, 0, 0, 0]
+    trainer.compute_rewards(r, [1.0] * 4, beta=0.2)  # no scale: the critic would learn it
+    assert r.rewards.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
 
 
 # ----------------------------------------------------------------------------
