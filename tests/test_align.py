@@ -1022,6 +1022,13 @@ def test_line_of_an_iteration(home, rm, tmp_path):
     assert "| no policy step | EV  0.79 | norm 0.00 |" in stage.line(17, stats)
 
 
+def test_all_statistics_of_an_iteration_are_json(home, tmp_path, capsys):
+    debug = dict(reward="length", ppo_iters=2, ppo_debug=True, log_interval=1)
+    run(home, tmp_path, **PPO | debug)
+    objects = re.findall(r"^\{.*?^\}$", capsys.readouterr().out, re.MULTILINE | re.DOTALL)
+    assert [json.loads(x)["iter"] for x in objects] == [0, 1]
+
+
 def test_a_reward_that_is_always_the_same_is_named(home, tmp_path, capsys):
     (tmp_path / "r.py").write_text("def same(prompts, responses):\n    return [2] * len(prompts)\n")
     many = PPO | {"ppo_iters": 1, "roof_prompts": 4, "roof_samples": 8}
@@ -1229,6 +1236,9 @@ def test_a_failed_check_is_one_line(home, rm, tmp_path, capsys, monkeypatch):
     assert "log-probabilities of sampling and training differ" in text
     assert f"the last good checkpoint: {tmp_path}/ppo_ckpt.pt has iteration 1" in text
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 1
+    text = error_of(capsys, argv(home, tmp_path, **flags | {"init_from": "resume"}))
+    assert f"{tmp_path}/ppo_ckpt.pt has iteration 1" in text  # and is not saved once more
+    assert not (tmp_path / "ppo_ckpt.prev.pt").exists()
 
 
 def test_refuses_a_reward_model_that_does_not_fit(home, rm, tmp_path, capsys):

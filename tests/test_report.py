@@ -317,8 +317,14 @@ class Letters:
 
 def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     """Each line but the first has the time left, each evaluation has a text of the model, and
-    TensorBoard and Weights & Biases receive the same numbers."""
-    board, logged, tables = {}, [], []
+    TensorBoard and Weights & Biases receive the same numbers. The progress bar arrives."""
+    board, logged, tables, bars, tqdm = {}, [], [], [], report.tqdm
+
+    def shown(**options):
+        bars.append(tqdm(**options | dict(disable=False, file=io.StringIO())))
+        return bars[-1]
+
+    monkeypatch.setattr(report, "tqdm", shown)
     writer = types.SimpleNamespace(
         add_scalar=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
         add_text=lambda k, v, i: board.setdefault(k, {}).update({i: v}),
@@ -373,6 +379,7 @@ def test_what_a_run_shows(tmp_path, monkeypatch, capsys):
     assert len(lines) == 4 and "left" not in lines[0]
     assert all(re.search(r"\| left \d+:\d\d:\d\d$", line) for line in lines[1:])
     assert lines[-1].endswith("| left 0:00:00")
+    assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]
     # the story of the last evaluation is the checkpoint's model's
     model = model_from_checkpoint(load_checkpoint(tmp_path / "out/ckpt.pt"))
     uniform = torch.rand(1, 31, generator=torch.Generator().manual_seed(1337))

@@ -454,6 +454,15 @@ def test_ppo_decays_matrices_only(data, tmp_path, value_model):
             torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
+def test_ppo_counts_iterations_and_prompts_from_its_start(data, tmp_path):
+    """The schedule begins where pretraining ended, and a group of rollouts has one prompt."""
+    train.main(command(data, tmp_path, max_iters=5))
+    stage = ppo_stage(data, tmp_path, schedule="linear", ppo_warmup_steps=1, group_size=2)
+    rates = [stage.step(i)["ppo/learning_rate"] for i in range(5, 9)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert stage.position == 4 * 16 // 2
+
+
 def test_ppo_resumes_checkpoints_with_one_parameter_group(data, tmp_path):
     """Which older versions wrote: the moments go to the parameters that they belong to."""
     train.main(command(data, tmp_path, max_iters=1))
@@ -585,6 +594,50 @@ def test_signals_save_and_resume_to_the_bit(data, tmp_path, capsys, number, stat
         assert_same_run(tmp_path / "whole", folder)
 
 
+def test_a_second_signal_ends_the_run_at_once(monkeypatch):
+    """If it comes more than a second after the first: torchrun forwards a Ctrl-C of the
+    terminal."""
+    clock = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    interrupt = train.Interrupt()
+    assert interrupt.pending() == 0
+    for clock[0], number in ((5.0, signal.SIGINT), (5.9, signal.SIGTERM)):
+        signal.raise_signal(number)
+        assert interrupt.pending() == number
+    clock[0] = 6.1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_does_not_change_which_checkpoint_is_the_best(
+    data, tmp_path, monkeypatch, capsys
+):
+    """The first evaluation saves nothing, an interruption saves what was not evaluated, and the
+    evaluation that a resumed run begins with may make that the best checkpoint."""
+    evaluate, values = pretraining.Pretraining.evaluate, iter((9.0, 5.0, 4.0, 6.0))
+
+    def told(self):
+        return evaluate(self) | {"loss/val": next(values)}
+
+    monkeypatch.setattr(pretraining.Pretraining, "evaluate", told)
+    paths = [tmp_path / f"{name}.pt" for name in ("ckpt", "ckpt.prev", "best")]
+
+    def iterations():
+        return [load_checkpoint(path)["iter_num"] for path in paths if path.exists()]
+
+    assert interrupted(data, tmp_path, 0, signal.SIGINT) == 130
+    assert iterations() == [1]
+    resume = dict(init_from="resume", log_interval=3)
+    capsys.readouterr()
+    assert interrupted(data, tmp_path, 5, signal.SIGINT, **resume) == 130
+    assert iterations() == [6, 4, 4] and load_checkpoint(paths[0])["best_val_loss"] == 5
+    assert re.findall(r"^ +(\d+) \| loss", capsys.readouterr().out, re.MULTILINE) == ["3"]
+    assert interrupted(data, tmp_path, 7, signal.SIGINT, **resume) == 130
+    assert iterations() == [8, 6, 4]
+    train.main(command(data, tmp_path, **resume))
+    assert iterations() == [12, 8, 8] and load_checkpoint(paths[0])["best_val_loss"] == 4
+
+
 def test_ppo_with_lora_changes_the_named_matrices_by_its_rank(data, tmp_path):
     """What differs from the start are wq and wv alone, by a matrix of rank 2; the KL is 0 at
     first."""
@@ -615,9 +668,15 @@ def test_ppo_keeps_an_earlier_run_and_extends_its_own(data, tmp_path, capsys):
     train.main(command(data, tmp_path))
     train.main(command(data, tmp_path, init_from="resume", **PPO))
     first = (tmp_path / "ppo_ckpt.pt").read_bytes()
+    assert "nothing to do" not in capsys.readouterr().out
     train.main(command(data, tmp_path, init_from="resume", **PPO))  # the same: nothing is redone
+    assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "ppo_ckpt.pt").read_bytes() == first
-    train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=6)))
+    more = PPO | dict(ppo_iters=6, init_from="resume", log_interval=2, report_rollouts=8)
+    assert (tmp_path / "ppo_report.json").exists()
+    assert interrupted(data, tmp_path, 16, signal.SIGINT, **more) == 130
+    assert not (tmp_path / "ppo_report.json").exists()  # it was of an earlier policy
+    train.main(command(data, tmp_path, **more))
     assert load_checkpoint(tmp_path / "ppo_ckpt.pt")["iter_num"] == 12 + 6
     longer = (tmp_path / "ppo_ckpt.pt").read_bytes()
     train.main(command(data, tmp_path, init_from="resume", **PPO | dict(target_len=5)))
@@ -782,8 +841,10 @@ def test_ppo_critic_warm_up_and_a_reward_of_tensors(data, tmp_path, capsys):
     assert record["ppo/reward"] > 0 and "ppo/loss/policy" not in record
     out = capsys.readouterr().out
     assert "| no policy step |" in out and "nan" not in out
-    with pytest.raises(ValueError, match="returned 1 scores for 8 responses"):
+    (tmp_path / "ppo_ckpt.pt").unlink()
+    with pytest.raises(ValueError, match="returned 1 scores for 8 responses$"):
         train.main(command(data, tmp_path, reward=f"{reward}:short", **flags))
+    assert not (tmp_path / "ppo_ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("changed", [dict(), dict(averaging=0), dict(lora_rank=2, ptx_coef=0)])
@@ -821,6 +882,7 @@ def test_a_mistake_in_the_reward_loses_no_iteration(data, tmp_path):
     reward.write_text(right)
     train.main(command(data, tmp_path / "stopped", **flags))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", "ppo_")
+    assert not (tmp_path / "stopped/ppo_best.pt").exists()  # J is no validation loss
 
 
 def test_killed_twenty_times(data, tmp_path):
@@ -1235,6 +1297,8 @@ def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypat
     assert best.samefile(path)
     best.unlink()
     os.link(tmp_path / "ckpt.prev.pt", best)  # as it was before the last link
+    train.main(command(data, tmp_path, max_iters=8, init_from="resume", eval_only=True))
+    assert not best.samefile(path)  # a look changes nothing
     train.main(command(data, tmp_path, max_iters=8, init_from="resume"))
     assert best.samefile(path)
     evaluate, values = pretraining.Pretraining.evaluate, iter((math.nan, 5.0, 4.0))
@@ -1367,12 +1431,13 @@ def test_validation_does_not_depend_on_the_number_of_processes(data, tmp_path, a
     assert read_log(tmp_path / "copy") == read_log(alone)
 
 
-def test_evaluation_is_of_the_checkpoint_and_writes_nothing(data, tmp_path, capsys):
+def test_evaluation_is_of_the_checkpoint_and_writes_nothing(data, tmp_path, capsys, monkeypatch):
     """Without --init_from too, with which a run would start from random weights."""
     line = command(data, tmp_path, max_iters=20)
     train.main(line)
     last = re.findall(r"^step 20: .*", capsys.readouterr().out, re.MULTILINE)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    monkeypatch.setattr(train, "plot_at_end", lambda path: pytest.fail("a picture is drawn"))
     train.main([*line, "--eval_only"])
     assert re.findall(r"^step .*", capsys.readouterr().out, re.MULTILINE) == last != []
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
