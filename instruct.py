@@ -814,7 +814,10 @@ class Rankings(Samples):
         t, template = self.tokenizer, self.template
         texts = [c for c in dict.fromkeys(record.completions) if c.strip()]
         end = [template.end(t)]
-        ids = [c + end for c in t.encode(texts, bos=False, eos=False)] if texts else []
+        encoded = t.encode(texts, bos=False, eos=False) if texts else []
+        ids = [[*c, *end] for c in dict.fromkeys(map(tuple, encoded))]
+        if len(texts) > len(ids) == 1:
+            return self.count("left out: chosen equal to rejected")
         longest = max(map(len, ids), default=0)
         turns = template.fit(t, record.turns, record.system, self.max_len - longest)
         turns = turns or record.turns[-1:]

@@ -610,6 +610,18 @@ def test_a_tokenizer_that_drops_spaces_is_named(tok512_model, tmp_path):
     assert not Instructions(write(tmp_path / "x.jsonl", records), "all", T, PLAIN, 99).counts
 
 
+def test_replies_of_equal_tokens_are_not_compared(tok512_model, tmp_path):
+    """A vocabulary that drops spaces makes them equal: their scores would always be equal too."""
+    from tokenizer import Tokenizer
+
+    records = [{"prompt": "p", "completions": c} for c in (["a b", "a  b"], ["a", "b", "a "])]
+    path, t = write(tmp_path / "x.jsonl", records), Tokenizer(tok512_model)
+    data = Rankings(path, "all", t, PLAIN, 99)
+    [(_, completions)] = data.batch(0, len(data))
+    assert [t.decode(c) for c in completions] == ["a", "b"]
+    assert data.counts["left out: chosen equal to rejected"] == 1
+
+
 def test_file_layouts(tmp_path):
     """A sequence of objects with any line breaks, lists, and lists in an object."""
     items = [{"prompt": f"p{i}", "response": "r\n{"} for i in range(5)]
