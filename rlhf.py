@@ -392,10 +392,9 @@ class RLHF(Stage):
             )
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
             print("note: --compile is ignored: PPO compiles only on cuda, and not with --fsdp")
-        if run.rank == 0 and (run.args.reward_scale or run.args.reward_clip):
-            print(
-                "note: PPO trains on scaled or clipped rewards; J and J* are of the original ones"
-            )
+        changed = run.args.reward_scale, run.args.reward_clip, run.args.missing_eos_penalty
+        if run.rank == 0 and any(changed):
+            print("note: PPO trains on changed rewards; J and J* are of the original ones")
         source = run.args.init_from
         if run.args.eval_only and source not in ("scratch", "resume"):
             raise ValueError(f"--eval_only evaluates {run.args.out_dir}/ppo_ckpt.pt, not {source}")

@@ -912,6 +912,12 @@ def test_flags_of_ppo_without_effect_are_named(home, tmp_path, capsys):
     assert "--target_kl" not in text and "--max_iters" not in text
 
 
+@pytest.mark.parametrize("flag", ["reward_scale", "reward_clip", "missing_eos_penalty", ""])
+def test_rewards_that_differ_from_those_of_j_are_named(home, tmp_path, capsys, flag):
+    train.setup(train.flags(argv(home, tmp_path, **PPO | ({flag: 1} if flag else {}))))
+    assert ("; J and J* are of the original ones" in capsys.readouterr().out) == bool(flag)
+
+
 def test_iterations_that_the_checkpoint_has_already_are_an_error(home, tmp_path, capsys):
     """--max_iters of PPO includes the iterations of pretraining."""
     state = load_checkpoint(home / "ckpt.pt")
