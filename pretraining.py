@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -825,6 +825,8 @@ class Pretraining(Stage):
                 f"the data have changed since the checkpoint, from {saved} to {sizes} samples for "
                 "training and validation: the samples now have a different order"
             )
+        if saved[1] != sizes[1]:  # its losses say nothing about those on other samples
+            self.run = replace(self.run, best_val_loss=1e9)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]
         try:
