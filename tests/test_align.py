@@ -748,8 +748,9 @@ def test_ppo_raises_the_score_of_the_reward_model(home, rm, tmp_path):
 
 
 def test_numbers_of_the_report_one_response_at_a_time(home, tmp_path):
-    """With a reward per token, which adds up."""
+    """With a reward per token, which adds up, and the flag's β, whatever it has adapted to."""
     stage = ppo_stage(home, tmp_path, report_rollouts=8, temperature=0.7, init_kl_coef=0.3)
+    stage.trainer.kl_controller.value = 9.0
     move(stage.model, 0.1)
     reference = stage.trainer.reference
     stage.reward = lambda prompts, responses, ended: [[0.5] * len(r) for r in responses]
@@ -774,6 +775,16 @@ def test_numbers_of_the_report_one_response_at_a_time(home, tmp_path):
     }
     assert {k: found[k] for k in want} == pytest.approx(want, rel=1e-3)
     assert found["lengths"] == sizes and found["scores"] == [0.5 * len(r) for r in responses]
+
+
+def test_the_report_shows_a_response_that_changed(home, tmp_path, monkeypatch):
+    stage, texts = ppo_stage(home, tmp_path), iter(([[65], [66], [67]], [[65], [68], [69]]))
+    monkeypatch.setattr(stage, "measure", lambda *_: {"texts": next(texts)})
+    monkeypatch.setattr(rlhf, "print_report", lambda report: None)
+    stage.end()
+    report = json.loads((tmp_path / "ppo_report.json").read_text())
+    stories = [report[name]["story"] for name in ("before", "after")]
+    assert stories == [stage.decode([66]), stage.decode([68])] and stories[0] != stories[1]
 
 
 def test_iterations_have_random_numbers_of_their_own(home, tmp_path):
