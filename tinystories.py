@@ -43,7 +43,7 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from common import boolean, flags_of_others, parse_args, read_json, run_main, write_atomic
+from common import boolean, flags_of_others, note, parse_args, read_json, run_main, write_atomic
 from experiments.grammar import generate_story
 from tokenizer import Tokenizer, find_tokenizer, hashed_name
 
@@ -78,6 +78,16 @@ def story_files(data_dir):
             "python tinystories.py download, or offline: synthesize"
         )
     return files
+
+
+def check_order(files):
+    """Prints a line if the file for validation has more text than those for training."""
+    first, *others = files
+    if others and os.path.getsize(first) > sum(map(os.path.getsize, others)):
+        note(
+            f"{first}, the first file by name, is for validation, but it has more text than "
+            "the other files together; rename it to train on it"
+        )
 
 
 def read_text(path):
@@ -413,6 +423,8 @@ def train_vocab(data_dir, vocab_size, max_chars=100_000_000):
     if not 0 < vocab_size <= 65536:
         raise ValueError("train_vocab needs --vocab_size=N, at most 65536")
     files = story_files(data_dir)
+    if not read_as_one(data_dir):
+        check_order(files)
     stories = itertools.chain.from_iterable(map(read_stories, files[1:] or files))
     lines, chars = [], 0
     for story in stories:
@@ -704,6 +716,8 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
             f"note: the {len(shards)} small shards are read as one, of which the last twentieth is "
             "for validation"
         )
+    else:
+        check_order([*shards])
 
 
 # -----------------------------------------------------------------------------

@@ -349,6 +349,21 @@ def test_user_text_files(tmp_path, kind):
     assert parts[1][0][0] == BOS and 0 < len(parts[1][0]) < len(parts[0][0])
 
 
+def test_a_validation_file_longer_than_the_training_files_is_named(tmp_path, capsys):
+    """train.txt and valid.txt: by name, the first one is for validation."""
+    for name, n in (("train.txt", 300), ("valid.txt", 100)):
+        (tmp_path / name).write_text("\n\n".join(f"Tim had {i} red balls." for i in range(n)))
+    for text in (f"note: {tmp_path}/train.txt, the first file by name, is for validation", ""):
+        tinystories.train_vocab(str(tmp_path), 280)
+        trained = capsys.readouterr().err
+        tinystories.pretokenize(str(tmp_path), 280)
+        for said in trained, capsys.readouterr().err:
+            assert text in said and ("is for validation" in said) == bool(text)
+        if text:
+            (tmp_path / "valid.txt").rename(tmp_path / "a.txt")
+            (tmp_path / "tok280/valid.bin").unlink()
+
+
 def test_many_small_files_are_read_as_one(tmp_path, capsys):
     """A folder with a .txt file per text: no text fills a window, and the first one is too short
     for validation. Every token is in one of the two parts, and prompts begin at texts."""
