@@ -438,12 +438,13 @@ def hf_files(path):
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = [os.path.basename(path)] if os.path.isfile(path) else []
-    for name in names or (
-        "model.safetensors.index.json",
-        "model.safetensors",
-        "pytorch_model.bin.index.json",
-        "pytorch_model.bin",
-    ):
+    for single in "model.safetensors", "pytorch_model.bin":
+        both = f"{single}.index.json", single
+        found = [name for name in both if os.path.isfile(os.path.join(folder, name))]
+        if not names and len(found) > 1:
+            raise ValueError(f"{path} has two sets of weights: name one of {' and '.join(found)}")
+        names = names or found
+    for name in names:
         file = os.path.join(folder, name)
         if os.path.isfile(file) and name.endswith(".json"):
             index = read_json(file).get("weight_map")
@@ -1811,6 +1812,7 @@ STREAM_OPTIONS = {"include_usage", "include_obfuscation"}  # the second has no e
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Parameters that are accepted with the value that has no effect
 NEUTRAL = dict(best_of=1, echo=False, suffix="", frequency_penalty=0, presence_penalty=0, tools=[])
+NEUTRAL |= dict(tool_choice="none", parallel_tool_calls=True)  # OpenAI's defaults without tools
 NEUTRAL |= dict(logit_bias={}, response_format={"type": "text"}, modalities=["text"])
 
 

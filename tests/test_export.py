@@ -1327,6 +1327,11 @@ def replace_tensors(folder, f):
     torch_io.save_file(f(torch_io.load_file(path)), path)
 
 
+def index_instead(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
     "the architecture MixtralForCausalLM": dict(architectures=["MixtralForCausalLM"]),
     "attention_bias true": dict(attention_bias=True),
@@ -1394,10 +1399,13 @@ MISTAKES = {
         d / "model.safetensors", 20000
     ),
     "there is no model.safetensors": lambda d: (d / "model.safetensors").unlink(),
-    "00002-of-00002.safetensors is missing": lambda d: (
+    "00002-of-00002.safetensors is missing": lambda d: index_instead(
+        d, {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+    ),
+    "has no weight_map": lambda d: index_instead(d, {}),
+    "has two sets of weights: name one of": lambda d: (
         d / "model.safetensors.index.json"
-    ).write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})),
-    "has no weight_map": lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+    ).write_text("{}"),
     "'state_dict' is not the name of a tensor": lambda d: (
         (d / "model.safetensors").unlink(),
         torch.save({"state_dict": {"a": torch.zeros(2)}}, d / "pytorch_model.bin"),

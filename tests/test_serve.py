@@ -590,6 +590,7 @@ def test_top_logprobs_need_logprobs(logprobs):
 
 def test_neutral_parameters():
     body = dict(best_of=1, echo=False, presence_penalty=0.0, user="me", seed=None, tools=[])
+    body |= dict(tool_choice="none", parallel_tool_calls=True)
     assert api_parameters(body, False).logprobs == -1
     assert api_parameters({"logprobs": True, "max_completion_tokens": 7}, True).max_tokens == 7
     for options in {}, {"include_usage": None, "other": None}, {"include_obfuscation": False}:
