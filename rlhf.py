@@ -178,6 +178,7 @@ def load_reward(spec, target_len, decode):
     module_spec = importlib.util.spec_from_file_location("reward_file", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass looks for its annotations
+    sys.path.append(str(Path(path).resolve().parent))  # for what it imports from its own folder
 
     def call(code):  # an error in the user's code becomes one line with its location
         try:

@@ -222,7 +222,8 @@ def test_adaptive_kl_controller():
         assert fixed.value == 0.2
 
 
-def test_rewards_of_length_and_of_a_file(tmp_path):
+def test_rewards_of_length_and_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert LengthReward(5)([[1], [1, 4]], [[7, 2], [7, 8, 9, 1]], None) == [-0.02, -0.01]
     file = tmp_path / "mine.py"
     file.write_text(
@@ -237,6 +238,8 @@ def test_rewards_of_length_and_of_a_file(tmp_path):
         "def f(prompts, responses):\n    return [Bonus().size for _ in responses]\n"
     )
     assert load_reward(f"{annotated}:f", 0, str)([[1]], [[3, 4]], None) == [2.0]
+    (tmp_path / "two.py").write_text("from annotated import f\n")  # from the folder of the file
+    assert load_reward(f"{tmp_path}/two.py:f", 0, str)([[1]], [[3, 4]], None) == [2.0]
     decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
     assert load_reward(f"{file}:words", 0, decode)([[1]], [[3, 4]], None) == [2]
     assert load_reward(f"{file}:ids", 0, decode)([[1]], [[3, 4]], None) == [[0.5, 0.5]]
