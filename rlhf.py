@@ -393,9 +393,12 @@ class RLHF(Stage):
             )
         if run.compile and run.rank == 0 and (run.args.fsdp or not run.device.startswith("cuda")):
             print("note: --compile is ignored: PPO compiles only on cuda, and not with --fsdp")
-        changed = run.args.reward_scale, run.args.reward_clip, run.args.missing_eos_penalty
-        if run.rank == 0 and any(changed):
-            print("note: PPO trains on changed rewards; J and J* are of the original ones")
+        names = "reward_scale", "reward_clip", "missing_eos_penalty"
+        flags = ", ".join(f"--{name}" for name in names if getattr(run.args, name))
+        if run.rank == 0 and flags:
+            print(
+                f"note: {flags}: PPO trains on changed rewards; J and J* are of the original ones"
+            )
         source = run.args.init_from
         if run.args.eval_only and source not in ("scratch", "resume"):
             raise ValueError(f"--eval_only evaluates {run.args.out_dir}/ppo_ckpt.pt, not {source}")

@@ -1581,9 +1581,12 @@ static int64_t encode_word(Merger *m, const uint8_t *word, int64_t bytes, int *i
     }
     bool unknown = false; // whether the last id is that of unknown characters
     for (int64_t i = 0; i >= 0 && i < n; i = symbol[i].next) {
-        const bool known = symbol[i].id >= 0;
-        if (known) ids[count++] = symbol[i].id, unknown = false;
-        for (int64_t k = 0; k < symbol[i].len && !known; k++) {
+        if (symbol[i].id >= 0) {
+            ids[count++] = symbol[i].id;
+            unknown = false;
+            continue;
+        }
+        for (int64_t k = 0; k < symbol[i].len; k++) {
             const int byte = t->byte_id[word[symbol[i].at + k]];
             if (byte >= 0 || !unknown) ids[count++] = byte < 0 ? 0 : byte;
             unknown = byte < 0;

@@ -926,7 +926,9 @@ def test_flags_of_ppo_without_effect_are_named(home, tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["reward_scale", "reward_clip", "missing_eos_penalty", ""])
 def test_rewards_that_differ_from_those_of_j_are_named(home, tmp_path, capsys, flag):
     train.setup(train.flags(argv(home, tmp_path, **PPO | ({flag: 1} if flag else {}))))
-    assert ("; J and J* are of the original ones" in capsys.readouterr().out) == bool(flag)
+    text = capsys.readouterr().out
+    assert ("; J and J* are of the original ones" in text) == bool(flag)
+    assert not flag or f"note: --{flag}: PPO trains on changed rewards" in text
 
 
 def test_iterations_that_the_checkpoint_has_already_are_an_error(home, tmp_path, capsys):
