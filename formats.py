@@ -1171,7 +1171,8 @@ def read_adapters(path):
         lora = checkpoint.get("lora", checkpoint)
         config, adapters = checkpoint.get("config", {}), lora.get("state", {})
         if "ppo" in checkpoint:
-            adapters = {k: w for k, w in checkpoint["ppo"]["policy"].items() if ".lora_" in k}
+            policy = checkpoint["ppo"].get("average") or checkpoint["ppo"]["policy"]
+            adapters = {k: w for k, w in policy.items() if ".lora_" in k}
             lora = {name: config.get(f"lora_{name}") for name in ("rank", "alpha", "layers")}
         if not len(adapters) or not {"rank", "alpha", "layers"} <= lora.keys():
             raise ValueError(f"{path} has no LoRA adapters")

@@ -19,6 +19,7 @@ import torch
 from test_train import finish, processes
 
 import export
+import formats
 import instruct
 import kernels
 import ppo
@@ -814,6 +815,21 @@ def test_the_result_is_the_average_of_the_weights(home, tmp_path):
     policy, average = state["ppo"]["policy"], state["ppo"]["average"]
     assert all(torch.equal(w, average[k]) for k, w in state["model"].items())
     assert not all(torch.equal(w, policy[k]) for k, w in state["model"].items())
+
+
+def test_the_adapters_that_are_exported_are_the_average(home, tmp_path):
+    """As the model beside them in the checkpoint is."""
+    stage = ppo_stage(home, tmp_path, averaging=0.5, lora_rank=2)
+    for i in (0, 1):
+        stage.step(i)
+    state = stage.state()
+    parts = {"model_args": checkpoint_args(stage.model.args), "config": stage.run.config}
+    save_checkpoint(tmp_path / "ppo_ckpt.pt", state | parts)
+    _, tensors, _ = formats.read_adapters(tmp_path / "ppo_ckpt.pt")
+    b = tensors["base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"]
+    name = "layers.0.attention.wv.lora_b"
+    policy, average = (state["ppo"][k][name] for k in ("policy", "average"))
+    assert torch.equal(b, average) and not torch.equal(b, policy)
 
 
 def test_frozen_models_are_moved_only_to_work(monkeypatch):
