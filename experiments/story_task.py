@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import parse_args, read_json, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import torch  # noqa: E402
@@ -357,7 +357,7 @@ def main():
     )
     args = parse_args(parser)
     if args.draw:
-        found = read_json(Path(args.out) / "overoptimisation.json")
+        found = json.loads((Path(args.out) / "overoptimisation.json").read_text())
         return draw(found["curves"], Path(args.out) / "overoptimisation.png")
     lab = Lab(args)
     torch.set_grad_enabled(lab.args.overoptimise)

@@ -881,3 +881,13 @@ def test_overoptimisation_is_drawn_from_the_committed_numbers():
         assert list(proxy.get_ydata()) == [p["proxy"] for p in shown]
         assert list(gold.get_ydata()) == [p["gold"] for p in shown]
     assert disjoint(texts_of(figure))
+
+
+@pytest.mark.parametrize("script", [endings, frontier, story_task])
+def test_draw_without_numbers_names_the_file(script, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    folder = f"--{'out' if script is story_task else 'assets'}={tmp_path}"
+    monkeypatch.setattr("sys.argv", ["script.py", "--draw", folder])
+    with pytest.raises(FileNotFoundError) as e:
+        script.main()
+    assert Path(e.value.filename).parent == tmp_path
