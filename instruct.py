@@ -736,7 +736,7 @@ class Samples:
 
     def remedy(self, split):
         """What to change if a split has no samples."""
-        if split == "val":
+        if split == "val" or not self.counts:  # nothing was left out: all records are held out
             return "too few to hold some out: name a validation file with --val_data"
         return "nothing to use: name another file"
 

@@ -969,6 +969,18 @@ def test_an_epoch_is_a_permutation_and_validation_is_held_out(tmp_path):
     assert len(both) == 2 * len(train)
 
 
+def test_too_few_records_for_two_splits(tmp_path):
+    """A single record is in one of the splits; the message for the other one says what to do."""
+    splits = set()
+    for user in "abcdefghijklmnopqrstuvwxyz":
+        path = write(tmp_path / "x.jsonl", [{"prompt": user, "response": "r"}])
+        empty = "train" if instruct.held_out(*read(path)) else "val"
+        with pytest.raises(ValueError, match="0 samples: too few to hold some out: .*--val_data"):
+            Instructions(path, empty, T, PLAIN, 99)
+        splits.add(empty)
+    assert splits == {"train", "val"}
+
+
 def test_dialogues_with_the_same_beginning_are_in_the_same_split(tmp_path):
     """However they continue, and only if the system prompt is the same too."""
     records = [
