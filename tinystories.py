@@ -112,7 +112,7 @@ def items(path, keys):
     JSON.
     """
     text = read_text(path)
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, space = json.JSONDecoder(object_pairs_hook=unique_keys), re.compile(r"\s*")
     is_list = text.lstrip().startswith("[")
     end_mark = "]" if is_list else ""
     at = space.match(text, text.index("[") + 1 if is_list else 0).end()
@@ -145,10 +145,20 @@ def items(path, keys):
             raise json.JSONDecodeError("unexpected text after the list", text, at + 1)
     except json.JSONDecodeError as e:
         # the error may be in a later line than the start of the broken item
-        noticed = f" (noticed in line {e.lineno})" if e.lineno != line else ""
+        noticed = f" (noticed in line {e.lineno})" if e.doc and e.lineno != line else ""
         raise ValueError(f"{path}, line {line}: not JSON: {e.msg}{noticed}") from None
     except RecursionError:
         raise ValueError(f"{path}, line {line}: not JSON: nested too deeply") from None
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict. Raises JSONDecodeError if it has a key twice: json would silently
+    drop the first value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(key, _)] = collections.Counter(k for k, _ in pairs).most_common(1)
+        raise json.JSONDecodeError(f"an object has the key {quoted([key])} twice", "", 0)
+    return value
 
 
 def lists_in(item, keys):
@@ -177,7 +187,7 @@ def story_items(path):
             for n, line in enumerate(f, 1):
                 try:
                     if line := line.decode("utf-8-sig").strip():
-                        yield f"line {n}", json.loads(line)
+                        yield f"line {n}", json.loads(line, object_pairs_hook=unique_keys)
                 except (ValueError, RecursionError) as e:
                     reason = getattr(e, "msg", e)  # `msg` has no line number
                     raise ValueError(f"{path}, line {n}: not JSON: {reason}") from None

@@ -412,6 +412,7 @@ def test_every_story_file_is_trained_on_whatever_its_name(tmp_path):
         ("a.jsonl", '"one"\n\n["two"]\n', r'line 3: expected a string.* not \["two"\]'),
         ("a.jsonl", '"one"\n"\udcff"\n', "line 2: .*utf-8"),
         ("a.jsonl", '"one"\n' + "[" * 100_000, "line 2: not JSON"),
+        ("a.jsonl", '"one"\n{"text": "two", "text": "three"}', 'line 2: not JSON: .* "text" twice'),
         (
             "a.json",
             '["one",\n"two",\n{"texts": "three"}]',

@@ -742,6 +742,8 @@ def test_mistakes_name_file_and_line(item, message, tmp_path):
         ('[{"prompt": "a", "response": "b"},]', 1),
         ('[{"prompt": "a", "response": "b"}] x', 1),
         ("[" * 100_000, 1),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "prompt": "c", "response": "b"}', 2),
+        ('{"prompt": "a",\n"completion": [{"content": "b", "role": "gpt", "content": "c"}]}', 1),
     ],
 )
 def test_broken_files_name_the_line(text, line, tmp_path):
