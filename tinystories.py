@@ -62,7 +62,8 @@ def stories_folder(data_dir):
 
 
 def story_files(data_dir):
-    """Paths of all story files in a data folder, sorted by name. Raises FileNotFoundError."""
+    """Paths of all story files in a data folder, sorted by name. Raises FileNotFoundError, or
+    ValueError for a file."""
     folder = stories_folder(data_dir)
     files = sorted(
         path
@@ -71,6 +72,8 @@ def story_files(data_dir):
         and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json")
     )
     if not files:
+        if os.path.isfile(folder):
+            raise ValueError(f"{folder} is a file: name the folder that it is in")
         if not os.path.isdir(folder):
             folder += ", which does not exist"
         raise FileNotFoundError(
@@ -752,7 +755,13 @@ def bin_files(folder):
 
 
 def shard_paths(folder, vocab_size):
-    """Paths of the shards of a folder (see open_shards), by name. Raises FileNotFoundError."""
+    """Paths of the shards of a folder (see open_shards), by name. Raises FileNotFoundError, or
+    ValueError for a file."""
+    if os.path.isfile(folder):
+        raise ValueError(
+            f"{folder} is a file: text is read from a folder; --sft, --rm, --dpo and --ppo read "
+            ".json or .jsonl files of instructions or rankings"
+        )
     folders = [folder, os.path.join(folder, f"tok{vocab_size}")]
     folders += [os.path.join(folder, "TinyStories_all_data")] * (vocab_size == 32000)
     for candidate in folders:

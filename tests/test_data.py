@@ -627,6 +627,14 @@ def test_bad_stories(synthetic, tmp_path, files, message):
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("A cat sat.")
+    with pytest.raises(ValueError, match="a.txt is a file: name the folder"):
+        tinystories.train_vocab(str(tmp_path / "a.txt"), 300)
+    with pytest.raises(ValueError, match="a.txt is a file: text is read from a folder; --sft"):
+        tinystories.shards_tokenizer(str(tmp_path / "a.txt"), 300)
+
+
 def test_commands(tmp_path):
     def run(*args):
         return subprocess.run(
