@@ -515,10 +515,13 @@ def draw(path):
 def plot(out_dir):
     """Draws the logs in a run's folder, and PPO's report, into PNG files there; without matplotlib
     the first panel of each log and the gradient norm, whose spikes show instabilities, are drawn on
-    the terminal. Raises FileNotFoundError if the folder has no log."""
-    paths = [path for name in PICTURES if (path := Path(out_dir) / f"{name}.jsonl").exists()]
+    the terminal. Raises FileNotFoundError if the folder has no log with an iteration."""
+    paths = [Path(out_dir) / f"{name}.jsonl" for name in PICTURES]
+    paths = [path for path in paths if path.exists() and read_log(path)]
     if not paths:
-        raise FileNotFoundError(f"{out_dir} has no log to draw: train.py writes log.jsonl there")
+        raise FileNotFoundError(
+            f"{out_dir} has no log to draw: train.py writes log.jsonl there, a line per iteration"
+        )
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

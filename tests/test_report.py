@@ -814,6 +814,9 @@ def test_plot_as_a_picture(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {tmp_path / 'ppo_log.png'}\n"
     with pytest.raises(FileNotFoundError, match="no log to draw"):
         train.main(["--plot", f"--out_dir={tmp_path / 'empty'}"])
+    (tmp_path / "ppo_log.jsonl").write_text("")  # of a run in its first iteration
+    with pytest.raises(FileNotFoundError, match="no log to draw"):
+        train.main(["--plot", f"--out_dir={tmp_path}"])
 
 
 def test_a_picture_that_fails_is_a_note(tmp_path, capsys, monkeypatch):
