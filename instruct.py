@@ -85,8 +85,9 @@ class Template(NamedTuple):
     def dialogue(self, tokenizer, turns, system=""):
         """
         The ids of a dialogue and a mask of the same length, True for the tokens to learn: replies
-        and their end tokens. `turns` are pairs (user, reply). A reply is text, or a list of ids
-        without the end token, or None, which ends the dialogue with the prompt.
+        and their end tokens, except for empty replies. `turns` are pairs (user, reply). A reply is
+        text, or a list of ids without the end token, or None, which ends the dialogue with the
+        prompt.
         """
         ids, mask = [], []
 
@@ -101,9 +102,11 @@ class Template(NamedTuple):
             add(tail + before, False)
             if reply is None:
                 break
+            learn = bool(reply)
             if isinstance(reply, str):
+                learn = bool(reply.strip())
                 reply = tokenizer.encode(reply, bos=False, eos=False)
-            add([*reply, after[0]], True)
+            add([*reply, after[0]], learn)
             tail = after[1:]  # the template's text between two exchanges
         return ids, mask
 
@@ -780,6 +783,8 @@ class Instructions(Samples):
         ids, mask = template.dialogue(t, [*turns[:-1], (turns[-1][0], reply)], system)
         if len(ids) - length >= self.max_len:
             return self.count("left out: prompt too long")
+        empty = any(not earlier.strip() for _, earlier in turns[:-1])
+        self.count("with an empty reply, which is not learned", empty)
         self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
         self.count("shortened: reply cut", len(ids) > self.max_len)
         return np.array(ids[: self.max_len], np.int32), np.array(mask[: self.max_len])

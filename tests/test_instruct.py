@@ -948,6 +948,15 @@ def test_the_mask_is_exactly_replies_and_end_tokens(tmp_path):
     assert seen == expected
 
 
+def test_an_empty_reply_within_a_dialogue_is_not_learned(tmp_path):
+    path = write(tmp_path / "x.json", [{"messages": says("a", " ", "c", "d")}])
+    data = Instructions(path, "all", T, PLAIN, 99)
+    [(ids, mask)] = data.batch(0, 1)
+    assert T.text(ids) == "<s>a\n </s><s>c\nd</s>"
+    assert T.text(i for i, m in zip(ids, mask) if m) == "d</s>"
+    assert data.counts == {"with an empty reply, which is not learned": 1}
+
+
 def test_an_epoch_is_a_permutation_and_validation_is_held_out(tmp_path):
     records = [{"prompt": f"p{i // 2}", "response": f"r{i}"} for i in range(400)]
     path = write(tmp_path / "x.jsonl", records)
