@@ -51,6 +51,7 @@ from checkpoint import (
     recorded_start,
     replaced_names,
     save_checkpoint,
+    weights_id,
 )
 from common import parse_args, read_json, run_main, write_atomic
 from formats import (
@@ -550,8 +551,9 @@ def open_model(path):
 
 def open_merged(path, adapters):
     """
-    Like open_model, with adapters merged into the weights and their chat template. Raises
-    ValueError if the checkpoint has adapters merged already.
+    Like open_model, with adapters merged into the weights and their chat template. A line on stderr
+    says so if they were trained on other weights. Raises ValueError if the checkpoint has adapters
+    merged already.
     """
     checkpoint, lora = load_checkpoint(path), open_tensors(adapters)
     check_generates(checkpoint, path)
@@ -567,6 +569,9 @@ def open_merged(path, adapters):
     check_same_tokenizer(
         path, checkpoint.get("tokenizer_hash"), adapters, lora.get("tokenizer_hash")
     )
+    if lora.get("started_id", mine := weights_id(checkpoint)) != mine:
+        start = lora.get("started_from")
+        common.note(f"{adapters} was trained on other weights ({start}) than {path} has now")
     checkpoint.setdefault("tokenizer_hash", lora.get("tokenizer_hash") or "")
     checkpoint = {
         k: checkpoint[k]

@@ -483,7 +483,8 @@ def save(stage, iteration, best_val_loss, improved):
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
     if "lora" in state:
-        adapters = {k: checkpoint[k] for k in ("model_args", "lora", "template", "tokenizer_hash")}
+        names = "model_args", "lora", "template", "tokenizer_hash", "started_from", "started_id"
+        adapters = {k: checkpoint[k] for k in names if k in checkpoint}
         save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), adapters)
     if not stage.writes_text:
         return

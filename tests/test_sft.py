@@ -293,6 +293,10 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
         ]
     )
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "same.bin").read_bytes()
+    assert "was trained on" not in capsys.readouterr().err
+    export.main([str(tmp_path / "b.bin"), f"--checkpoint={out}", merge[1]])
+    other = f"trained on other weights ({folder}/ckpt.pt) than {out} has now"
+    assert other in capsys.readouterr().err
     size = (folder / "sft_lora.pt").stat().st_size
     assert size < (folder / "sft_ckpt.pt").stat().st_size / 3  # of a model of 10,000 weights
     peft = tmp_path / "adapter_model.safetensors"
