@@ -482,16 +482,23 @@ def save(stage, iteration, best_val_loss, improved):
     save_checkpoint(path, checkpoint)
     if improved:
         link(path, path.with_name(f"{stage.prefix}best.pt"))
+    write_results(stage, state)
+
+
+def write_results(stage, state):
+    """Writes the parts of a checkpoint that are for other programs, on rank 0: the adapters, and
+    the model for ./run."""
+    run, prefix = stage.run, os.path.join(stage.run.args.out_dir, stage.prefix)
+    parts = run.metadata | state | {"model_args": checkpoint_args(stage.model.args)}
     if "lora" in state:
         names = "model_args", "lora", "template", "tokenizer_hash", "started_from", "started_id"
-        adapters = {k: checkpoint[k] for k in names if k in checkpoint}
-        save_checkpoint(path.with_name(f"{stage.prefix}lora.pt"), adapters)
+        save_checkpoint(f"{prefix}lora.pt", {k: parts[k] for k in names if k in parts})
     if not stage.writes_text:
         return
     names = "template", "end_ids", "bos", "tokenizer_hash"  # what a model.bin has room for
     metadata = {k: run.metadata[k] for k in names if k in run.metadata}
     try:
-        with write_atomic(path.with_name(f"{stage.prefix}model.bin")) as f:
+        with write_atomic(f"{prefix}model.bin") as f:
             write_v3(f, stage.model.args, state["model"], "fp32", run.tokenizer, **metadata)
     except ValueError as e:  # run.c does not support the tokenizer: training continues
         print(f"warning: no {stage.prefix}model.bin: {e}", file=sys.stderr)
@@ -543,6 +550,10 @@ def train(run):
         if not args.eval_only and (iteration > run.start_iteration or improved and run.resumed):
             save(stage, iteration, best_val_loss, improved)
             saved = iteration
+        elif run.resumed and not args.eval_only and iteration >= run.end_iteration:
+            state = stage.state()  # the run may have been killed after its last checkpoint
+            if run.rank == 0:
+                write_results(stage, state)
 
     try:
         while iteration < run.end_iteration and not args.eval_only:

@@ -1326,6 +1326,22 @@ def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypat
     assert load_checkpoint(best)["iter_num"] == 8
 
 
+def test_a_failure_after_the_last_checkpoint(data, tmp_path, monkeypatch):
+    """The resumed run has nothing to train, but it writes the model for ./run."""
+    train.main(command(data, tmp_path / "whole"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags = dict(eval_interval=100)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(train, "write_v3", full)
+        train.main(command(data, tmp_path / "full", **flags))
+    train.main(command(data, tmp_path / "full", init_from="resume", **flags))
+    whole, resumed = (tmp_path / name / "model.bin" for name in ("whole", "full"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
 def test_a_new_run_leaves_nothing_of_the_earlier_one_to_resume(data, tmp_path):
     """A run that is killed before its first save must not continue the run before it."""
     train.main(command(data, tmp_path, max_iters=4, eval_interval=2))
