@@ -239,7 +239,10 @@ def hf_rope(config, refuse, wrong):
         refuse(f"the RoPE scaling {kind}")
     if rope.pop("partial_rotary_factor", 1 if factor is None else factor) != 1:
         refuse("partial_rotary_factor")
-    theta = rope.pop("rope_theta", config.get("rope_theta", None))
+    other = config.get("rope_theta")
+    theta = rope.pop("rope_theta", other)
+    if other not in (None, theta):
+        refuse(f"rope_theta {other} beside {theta} in rope_parameters")
     theta = 10000.0 if theta is None else theta
     if type(theta) not in (int, float) or not theta > 0:
         wrong("rope_theta", theta, "a number above 0")

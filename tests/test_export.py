@@ -1365,6 +1365,7 @@ CONFIG_MISTAKES = {  # what config.json asks for, and what is said of it
         rope_scaling={"type": "linear", "factor": 2.0}
     ),
     'rope_scaling {"type": ["linear"]}, which': dict(rope_scaling={"type": ["linear"]}),
+    "rope_theta 20000.0 beside 130000.0 in rope_parameters": dict(rope_theta=2e4),
     'rope_theta must be a number above 0, not "x"': dict(rope_parameters={"rope_theta": "x"}),
     "low_freq_factor must be below high": dict(rope_parameters=LLAMA3 | {"low_freq_factor": 8.0}),
     "num_hidden_layers must be a whole number above 0, not 2.0": dict(num_hidden_layers=2.0),
