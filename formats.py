@@ -601,8 +601,11 @@ def template_from_jinja(source, bos, eos):
         start = render(before, system) if before else ""
         prompt = render([*before, (turn[0], None)], system)
         whole = render([*before, turn], system)
-        if not (prompt.startswith(start) and whole.startswith(prompt.rstrip())):
+        if not (prompt.startswith(start) and whole.startswith(start)):
             raise ValueError("it changes earlier replies")
+        reply = whole.removeprefix(prompt.rstrip()).lstrip()  # the same text, if it has another
+        if turn[1] in reply and not reply.startswith(turn[1]):
+            raise ValueError("what it writes before a reply is not its generation prompt")
         prompt, tail = prompt[len(start) :], whole.rpartition(turn[1])[2]
         return prompt + "{reply}" + (tail.lstrip(" ") if tail.strip() else tail)
 

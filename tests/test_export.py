@@ -768,7 +768,8 @@ def test_llama_3s_template_and_one_that_strings_cannot_say():
         "system": f"{{bos}}{head.format('system')}{{system}}{{eos}}{exchange}",
     }
     for source, says in (
-        (COUNTS, "changes earlier replies|otherwise"),
+        (COUNTS, "not its generation prompt"),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "generation"),
         ("{% if %}", "."),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("", "left out"),
