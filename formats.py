@@ -11,6 +11,7 @@ safetensors and gguf are needed for their formats only.
 import base64
 import contextlib
 import gc
+import glob
 import importlib
 import itertools
 import json
@@ -30,7 +31,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from checkpoint import kind_of_file
-from common import Refused, name_file, note, read_json
+from common import Refused, name_file, note, read_json, try_lock
 from instruct import Template, ended
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
 from tokenizer import (
@@ -681,6 +682,32 @@ def template_to_jinja(template):
 # Folders for transformers and PEFT
 
 
+def lock_scratch(folder):
+    """Locks a temporary folder of this user until the result, a file descriptor, is closed or the
+    process ends. None where there are no locks, or if another process has locked it."""
+    if os.name == "nt":
+        return None
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):
+            if os.fstat(fd).st_uid == os.getuid() and try_lock(fd):
+                return fd
+        os.close(fd)
+
+
+def remove_scratch(path):
+    """Removes the temporary folders of killed processes that wrote the folder `path`. If one was
+    killed between its two renames, the old folder is put back."""
+    parent, name = map(glob.escape, os.path.split(path))
+    for scratch in glob.glob(os.path.join(parent, f".{name}.*.tmp")):
+        if (lock := lock_scratch(scratch)) is not None:
+            with contextlib.suppress(OSError):
+                if not os.path.exists(path):
+                    os.rename(os.path.join(scratch, "old"), path)
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
 @contextlib.contextmanager
 def write_folder(path, known):
     """A context in which a folder is written so that `path` is at any time the old folder or the
@@ -696,7 +723,9 @@ def write_folder(path, known):
     # Of this call alone: PATH.tmp or PATH.old could be a folder of the user.
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    remove_scratch(path)
+    scratch = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent)
+    lock = lock_scratch(scratch)
     temporary, old = os.path.join(scratch, "new"), os.path.join(scratch, "old")
     try:
         os.makedirs(temporary)
@@ -714,6 +743,8 @@ def write_folder(path, known):
         if os.path.exists(old) and not os.path.exists(path):
             os.rename(old, path)  # interrupted between the two renames
         shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def write_json(path, value):

@@ -1579,6 +1579,31 @@ def test_a_full_disk_is_one_line(tmp_path):
             assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path):
+    """The folder that one of them was replacing comes back; those of a running process stay."""
+    path = tmp_path / "a[b]"
+
+    def killed(after):
+        if not (child := os.fork()):
+            try:
+                with formats.write_folder(path, ["x"]) as folder:
+                    after(folder)
+            finally:
+                os._exit(9)
+        os.waitpid(child, 0)
+
+    with formats.write_folder(path, ["x"]) as folder:
+        (Path(folder) / "x").write_text("old")
+    killed(lambda folder: os._exit(9))
+    killed(lambda folder: (os.rename(path, Path(folder).with_name("old")), os._exit(9)))
+    assert len(os.listdir(tmp_path)) == 1 and not path.exists()
+    with formats.write_folder(path, ["x"]) as outer:
+        assert (path / "x").read_text() == "old"
+        with formats.write_folder(path, ["x"]):
+            assert os.path.isdir(outer)
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_a_checkpoint_that_was_there_is_kept(tmp_path, small_llama):
     """An import, and a merge of adapters, over a trained model. No source is overwritten."""
     model = checkpoint(tmp_path / "base.pt")
