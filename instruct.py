@@ -592,7 +592,8 @@ def has_ranks(value):
     if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
         return False
     ranks = [x.get("rank") for x in value]
-    return all(isinstance(r, (int, float)) for r in ranks) and len(set(ranks)) == len(ranks)
+    numbers = all(isinstance(r, (int, float)) and r == r for r in ranks)  # NaN has no order
+    return numbers and len(set(ranks)) == len(ranks)
 
 
 def ranking(value, key, ignored):

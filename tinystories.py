@@ -68,7 +68,7 @@ def story_files(data_dir):
     files = sorted(
         path
         for path in glob.glob(glob.escape(folder) + "/*")
-        if path.endswith((".json", ".jsonl", ".txt"))
+        if path.lower().endswith((".json", ".jsonl", ".txt"))
         and os.path.basename(path) not in ("tokenizer.json", "tokenizer_config.json")
     )
     if not files:
@@ -183,9 +183,9 @@ def quoted(keys):
 
 def story_items(path):
     """Yields (position, value) of each item of a story file; the position is "" in a .txt file."""
-    if path.endswith(".json"):
+    if path.lower().endswith(".json"):
         yield from items(path, keys={"story", "text"})
-    elif path.endswith(".jsonl"):  # line by line, as the file may be larger than the memory
+    elif path.lower().endswith(".jsonl"):  # line by line, as the file may be larger than the memory
         with open(path, "rb") as f:
             for n, line in enumerate(f, 1):
                 try:

@@ -627,6 +627,13 @@ def test_pretokenize_with_a_models_tokenizer(here, capsys):
     assert load_checkpoint("outa/ckpt.pt")["tokenizer_hash"] == hash_of("a/tok300.model")
 
 
+def test_suffixes_of_story_files_may_be_in_capital_letters(tmp_path):
+    for name, text in ("A.TXT", "one\n\ntwo"), ("b.Jsonl", '{"story": "three"}\n'):
+        (tmp_path / name).write_text(text)
+    files = tinystories.story_files(str(tmp_path))
+    assert [[*tinystories.read_stories(path)] for path in files] == [["one", "two"], ["three"]]
+
+
 def test_a_tokenizer_json_is_not_a_story_file(tmp_path):
     write_stories(tmp_path, "a")
     make_bpe(tmp_path)

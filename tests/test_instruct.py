@@ -454,6 +454,13 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
         {"prompt": "A", "completions": [{"answer": "B", "rank": 1}, {"answer": "X", "rank": 1}]},
         'different "ra',
     ),
+    "a rank that is no number": (
+        {
+            "prompt": "A",
+            "completions": [{"answer": "B", "rank": 1}, {"answer": "X", "rank": float("nan")}],
+        },
+        'different "ra',
+    ),
     "squad answers": (
         {"question": "A", "context": "K", "answers": {"text": ["B"]}},
         '"response" is missing .*it has "question", "context", "answers"',
