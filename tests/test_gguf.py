@@ -727,11 +727,12 @@ NEW = 10  # tokens of each reply
 
 @pytest.fixture(scope="module")
 def replies(smollm2):
-    """[(prompt, ids, new ids)] of PROMPTS, as the first turn of a chat and as plain text: ours."""
+    """[(prompt, ids, new ids)] of PROMPTS as the first turn of a chat, and of every third one as
+    plain text: ours."""
     path, model, tokenizer = smollm2
     template = Template(**load_checkpoint(path, mmap=True)["template"])
     prompts = [(text, template.prompt(tokenizer, [(text, None)])) for text in PROMPTS]
-    prompts += [(text, tokenizer.encode(text, False, False)) for text in PROMPTS]
+    prompts += [(text, tokenizer.encode(text, False, False)) for text in PROMPTS[::3]]
     new = generate(
         model, [ids for _, ids in prompts], NEW, temperature=0, stop_ids=stop_ids(tokenizer)
     ).responses()
@@ -767,25 +768,22 @@ def test_smollm2_is_transformers_on_prompts_of_all_kinds(smollm2, greedy_replies
     )
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>"
-    for i, (text, ids, new) in enumerate(greedy_replies):
-        plain_ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
-        if i < len(PROMPTS):
-            start = theirs.encode(before, add_special_tokens=False)
-            user = f"user\n{text}"
-            user = theirs.encode(user, add_special_tokens=False, split_special_tokens=True)
-            end = theirs.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
-            assert ids == start + user + end
-        else:
-            assert ids == plain_ids and not {1, 2} & set(ids)
-        assert 0 < len(new) <= NEW
-    assert len({tuple(new) for _, _, new in greedy_replies}) > 15
+    for text, ids, _ in greedy_replies[: len(PROMPTS)]:
+        start = theirs.encode(before, add_special_tokens=False)
+        user = f"user\n{text}"
+        user = theirs.encode(user, add_special_tokens=False, split_special_tokens=True)
+        end = theirs.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+        assert ids == start + user + end
+        plain = tokenizer.encode(text, False, False)
+        assert plain == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert not {1, 2} & set(plain)
+    assert all(0 < len(new) <= NEW for _, _, new in greedy_replies)
+    assert len({tuple(new) for _, _, new in greedy_replies}) > 10
 
 
 def test_smollm2_is_transformers_in_c(smollm2, smollm2_bin, greedy_replies, program):  # noqa: F811
     for i, (text, ids, new) in enumerate(greedy_replies):
         chat = i < len(PROMPTS)
-        if not chat and i % 3:  # every third one as plain text, since each reads the whole file
-            continue
         how = ["-m", "chat", "-n", str(NEW)] if chat else ["-n", str(len(ids) + NEW)]
         done = subprocess.run(
             [str(program), str(smollm2_bin), "-t", "0", *how, "-i", text],
@@ -836,11 +834,10 @@ def test_smollm2_in_llama_cpp(smollm2, replies, tmp_path):
     path, model, tokenizer = smollm2
     run(tmp_path / "m.gguf", f"--checkpoint={path}", "--format=gguf", "--dtype=float32")
     post = llama_cpp(tmp_path / "m.gguf", 128)
-    assert len(replies) == 2 * len(PROMPTS)
-    for i, (text, ids, new) in enumerate(replies):
-        if i >= len(PROMPTS):  # plain text, which has no BOS here
-            tokens = post("tokenize", content=text, add_special=False, parse_special=False)
-            assert tokens == {"tokens": ids}
+    for text in PROMPTS:  # plain text, which has no BOS here
+        tokens = post("tokenize", content=text, add_special=False, parse_special=False)
+        assert tokens == {"tokens": tokenizer.encode(text, False, False)}
+    for text, ids, new in replies:
         got = llama_cpp_greedy(post, ids, NEW)
         if got != new:
             n = next(i for i, (a, b) in enumerate(zip(got, new)) if a != b)
@@ -852,7 +849,7 @@ def test_smollm2_in_llama_cpp(smollm2, replies, tmp_path):
 
 def test_smollm2_loses_little_by_int8(smollm2, lib, tmp_path):  # noqa: F811
     """
-    run.c in int8 beside fp32, on 1,200 tokens: the perplexity is within 0.3 %, and the KL
+    run.c in int8 beside fp32, on 800 tokens: the perplexity is within 0.3 %, and the KL
     divergence, which is a mean over all words and so has a small standard error, is below 1.15e-3
     nats per token. Without balanced_layers, it is 1.5e-3; the perplexities of this text would not
     show the difference.
@@ -862,12 +859,12 @@ def test_smollm2_loses_little_by_int8(smollm2, lib, tmp_path):  # noqa: F811
     rand = random.Random(0).random
     ids = tokenizer.encode("\n\n".join(generate_story(rand) for _ in range(20)), False, False)
     divergences, losses = [], []
-    for part in torch.tensor(ids[:1200]).split(400):
+    for part in torch.tensor(ids[:800]).split(400):
         q = torch.from_numpy(c_logits(lib, tmp_path / "m.bin", part.tolist(), 49152))
         with torch.no_grad():
             p, q = model(part[None])[0].log_softmax(-1), q.log_softmax(-1)
         divergences.append((p.exp() * (p - q)).sum(-1))
         losses.append((p - q)[:-1].gather(1, part[1:, None]))
-    assert sum(map(len, losses)) == 1197
+    assert sum(map(len, losses)) == 798
     assert abs(torch.cat(losses).mean().expm1()) < 3e-3
     assert 0 < torch.cat(divergences).mean() < 1.15e-3
