@@ -364,6 +364,13 @@ def parse_args(parser, argv=None, unused=None):
     return args
 
 
+def positive(text):
+    """argparse type of a number of things."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
+    return value
+
+
 def boolean(text):
     """
     argparse type of a flag that may be written --x, --x=True or --x=False:

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import parse_args, run_main  # noqa: E402
+from common import parse_args, positive, run_main  # noqa: E402
 from tinystories import story_files  # noqa: E402
 from tokenizer import find_tokenizer  # noqa: E402
 
@@ -40,12 +40,12 @@ def measure(script, home, vocab_size):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench_data.py", description=__doc__)
     parser.add_argument("--data_dir", default="data", help="folder of stories")
-    parser.add_argument("--vocab_size", type=int, default=512, help="tokens in the vocabulary")
+    parser.add_argument("--vocab_size", type=positive, default=512, help="tokens in the vocabulary")
     parser.add_argument(
         "--tokenizer", default="", help="default: tok<vocab_size>.model in data_dir"
     )
     parser.add_argument("--peer", default="", help="folder with llama2.c's tinystories.py")
-    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the best counts")
+    parser.add_argument("--repeat", type=positive, default=3, help="runs, of which the best counts")
     args = parse_args(parser, argv)
     files = story_files(args.data_dir)
     if args.peer:  # it reads no other kind

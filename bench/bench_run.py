@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, positive, run_main  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import numpy as np  # noqa: E402
@@ -245,7 +245,9 @@ def main(argv=None):
     parser.add_argument("--dir", default="/tmp/bench_run", help="where the models are kept")
     parser.add_argument("--llama2c", help="checkout of llama2.c")
     parser.add_argument("--llama_bench", help="llama.cpp's llama-bench")
-    parser.add_argument("--repeat", type=int, default=1, help="rounds, of which the best counts")
+    parser.add_argument(
+        "--repeat", type=positive, default=1, help="rounds, of which the best counts"
+    )
     options = parse_args(parser, argv)
     os.makedirs(options.dir, exist_ok=True)
     for shape in options.shapes.split(","):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, positive, run_main  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import torch  # noqa: E402
@@ -98,9 +98,11 @@ class Server:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="out/demo/ckpt.pt")
-    parser.add_argument("--clients", type=int, default=16, help="clients at a time")
-    parser.add_argument("--tokens", type=int, default=256, help="new tokens per request at most")
-    parser.add_argument("--repeat", type=int, default=7, help="measurements of each")
+    parser.add_argument("--clients", type=positive, default=16, help="clients at a time")
+    parser.add_argument(
+        "--tokens", type=positive, default=256, help="new tokens per request at most"
+    )
+    parser.add_argument("--repeat", type=positive, default=7, help="measurements of each")
     a = parse_args(parser, argv)
     here, server = Generate(a), Server(a)
     ways = {

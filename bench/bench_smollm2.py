@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import export  # noqa: E402
-from common import parse_args, run_main  # noqa: E402
+from common import parse_args, positive, run_main  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 PROMPT = "Gravity is a force that pulls things together. " * 12
@@ -145,7 +145,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")
     parser.add_argument("--dir", default="/tmp/bench_smollm2", help="where the files are kept")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; the table has medians")
+    parser.add_argument("--repeat", type=positive, default=3, help="rounds; the table has medians")
     parser.add_argument("--text", default="", help="text file to measure the losses on")
     parser.add_argument("--llama", default="", help=argparse.SUPPRESS)  # the child process
     args = parse_args(parser, argv)

@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, positive, run_main  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import numpy as np  # noqa: E402
@@ -78,7 +78,9 @@ def measure(flags, seconds):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench_train.py", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument(
+        "--threads", type=positive, default=torch.get_num_threads(), help="CPU threads"
+    )
     parser.add_argument("--device", default="", help="as in train.py")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds per shape")
     args = parse_args(parser, argv)

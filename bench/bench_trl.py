@@ -41,7 +41,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, positive, run_main, write_atomic  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import torch  # noqa: E402
@@ -497,22 +497,22 @@ def main(argv=None):
     parser.add_argument("--data", default="data", help="folder with the pretokenized stories")
     parser.add_argument("--out_dir", default="out/trl", help="folder for the results")
     parser.add_argument("--rows", default=",".join(METHODS), help="METHOD or METHOD:LEARNING_RATE")
-    parser.add_argument("--rollouts", type=int, default=12000, help="rollouts per row")
+    parser.add_argument("--rollouts", type=positive, default=12000, help="rollouts per row")
     parser.add_argument("--measure_every", type=int, default=10, help="iterations per measurement")
     parser.add_argument("--curve_rollouts", type=int, default=1024, help="held-out prompts for it")
-    parser.add_argument("--report_rollouts", type=int, default=6144, help="those at the end")
+    parser.add_argument("--report_rollouts", type=positive, default=6144, help="those at the end")
     parser.add_argument(
         "--trl_ppo_python",
         default="",
         help="python of an environment with trl==0.11.4, for trl-ppo (left out without it)",
     )
     parser.add_argument("--our_flags", default="", help="further flags of train.py for our rows")
-    parser.add_argument("--trl_batch", type=int, default=50, help="rollouts per step of TRL")
+    parser.add_argument("--trl_batch", type=positive, default=50, help="rollouts per step of TRL")
     parser.add_argument("--steps", default="", help="sft, dpo, or both: time optimizer steps")
     parser.add_argument("--instructions", default="instructions.json", help="the data for sft")
     parser.add_argument("--preferences", default="preferences.json", help="the data for dpo")
-    parser.add_argument("--step_batch", type=int, default=4, help="samples or pairs per step")
-    parser.add_argument("--repeat", type=int, default=5, help="timed steps")
+    parser.add_argument("--step_batch", type=positive, default=4, help="samples or pairs per step")
+    parser.add_argument("--repeat", type=positive, default=5, help="timed steps")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     a = parse_args(parser, argv)

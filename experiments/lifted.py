@@ -37,7 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import parse_args, run_main  # noqa: E402  (first: it reports missing packages)
+from common import parse_args, positive, run_main  # noqa: E402  (first: it reports missing packages)
 
 # isort: split
 import torch  # noqa: E402
@@ -187,14 +187,14 @@ def main(argv=None):
         help="folder with stories260K/ and TinyStories_all_data/",
     )
     parser.add_argument("--run", default=str(ROOT / "run"), help="the program to measure")
-    parser.add_argument("--stories", type=int, default=10, help="number of stories")
+    parser.add_argument("--stories", type=positive, default=10, help="number of stories")
     parser.add_argument(
         "--idle",
         type=float,
         default=0.0,
         help="strength of the layers that only write errors; 1: as strong as the other layers",
     )
-    parser.add_argument("--threads", type=int, default=2, help="threads of run.c")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of run.c")
     parser.add_argument("--dir", help="temporary folder with 4.4 GB free; default: the system's")
     options = parse_args(parser, argv)
     for name, changes in (

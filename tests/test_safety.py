@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import stat
@@ -416,6 +417,26 @@ def test_missing_packages_are_one_line(script):
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "no torch" in done.stderr
     assert ".venv/bin/activate" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+COUNTS = {
+    "bench/bench_data.py": "repeat",
+    "bench/bench_run.py": "repeat",
+    "bench/bench_serve.py": "repeat",
+    "bench/bench_smollm2.py": "repeat",
+    "bench/bench_train.py": "threads",
+    "bench/bench_trl.py": "repeat",
+    "experiments/lifted.py": "threads",
+}
+
+
+@pytest.mark.parametrize("script", COUNTS)
+def test_no_measurements_or_threads_are_a_mistake_in_usage(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, f"--{COUNTS[script]}=0"])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    error = f"error: argument --{COUNTS[script]}: expected a whole number above 0, not '0'"
+    assert capsys.readouterr().err.startswith(error)
 
 
 def test_needed_packages_are_those_of_requirements_txt():
