@@ -365,10 +365,10 @@ def parse_args(parser, argv=None, unused=None):
 
 
 def positive(text):
-    """argparse type of a number of things."""
-    if (value := int(text)) < 1:
+    """argparse type of a flag that must be a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
-    return value
+    return int(text)
 
 
 def boolean(text):

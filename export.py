@@ -569,7 +569,7 @@ def open_merged(path, adapters):
     check_same_tokenizer(
         path, checkpoint.get("tokenizer_hash"), adapters, lora.get("tokenizer_hash")
     )
-    if lora.get("started_id", mine := weights_id(checkpoint)) != mine:
+    if lora.get("started_id") not in (None, weights_id(checkpoint)):
         start = lora.get("started_from")
         common.note(f"{adapters} was trained on other weights ({start}) than {path} has now")
     checkpoint.setdefault("tokenizer_hash", lora.get("tokenizer_hash") or "")

@@ -102,9 +102,8 @@ class Template(NamedTuple):
             add(tail + before, False)
             if reply is None:
                 break
-            learn = bool(reply)
+            learn = bool(reply.strip() if isinstance(reply, str) else reply)
             if isinstance(reply, str):
-                learn = bool(reply.strip())
                 reply = tokenizer.encode(reply, bos=False, eos=False)
             add([*reply, after[0]], learn)
             tail = after[1:]  # the template's text between two exchanges
@@ -592,8 +591,9 @@ def has_ranks(value):
     if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
         return False
     ranks = [x.get("rank") for x in value]
-    numbers = all(isinstance(r, (int, float)) and r == r for r in ranks)  # NaN has no order
-    return numbers and len(set(ranks)) == len(ranks)
+    if not all(isinstance(r, (int, float)) and r == r for r in ranks):  # NaN has no order
+        return False
+    return len(set(ranks)) == len(ranks)
 
 
 def ranking(value, key, ignored):

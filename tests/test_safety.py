@@ -430,12 +430,13 @@ COUNTS = {
 }
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
 @pytest.mark.parametrize("script", COUNTS)
-def test_no_measurements_or_threads_are_a_mistake_in_usage(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, f"--{COUNTS[script]}=0"])
+def test_counts_are_above_0(script, value, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, f"--{COUNTS[script]}={value}"])
     with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    error = f"error: argument --{COUNTS[script]}: expected a whole number above 0, not '0'"
+    error = f"error: argument --{COUNTS[script]}: expected a whole number above 0, not {value!r}"
     assert capsys.readouterr().err.startswith(error)
 
 
