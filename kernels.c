@@ -865,6 +865,7 @@ typedef struct {
     const float *uniform;    /* (N, max_new) random numbers in [0, 1) */
     const int64_t *prompt;   /* (B) the prompt that each row continues */
     const int64_t *stop_ids; /* (n_stops) tokens that end a text */
+    float *survival;         /* (N) or NULL, see `sample` */
     int B, capacity;         /* rows of the batch, rows that the cache has room for */
     int L, F, H, K, E, T;    /* D = H E */
     int steps;               /* tokens per row */
@@ -1064,20 +1065,42 @@ int decode_hidden(const Decoding *s) {
     return failed;
 }
 
+static int is_stop(const Decoding *s, int64_t token) {
+    for (int j = 0; j < s->n_stops; j++)
+        if (token == s->stop_ids[j]) return 1;
+    return 0;
+}
+
 /* Samples one token per lane from softmax(logits / temperature) by its random number u in [0, 1):
  * the first token at which the sum of the probabilities exceeds u. Overwrites logits (V);
- * *probability becomes the probabilities of the tokens. */
-INLINE ivec sample(vec *logits, vec *probability, int V, vec u, float temperature) {
-    vec top = (vec){0} - INFINITY, total = {0}, sum = {0};
+ * *probability becomes the probabilities of the tokens. With `survival`, the tokens are not among
+ * the stop_ids: *survival is multiplied by the probability of the others, and once it is below 1,
+ * the tokens are among the stop_ids alone. */
+INLINE ivec sample(vec *logits, vec *probability, vec *survival, const Decoding *s, vec u) {
+    const int V = s->V;
+    const float temperature = s->temperature;
+    vec top = (vec){0} - INFINITY, total = {0}, sum = {0}, ends = {0}, range;
     ivec id = {0};
     for (int v = 0; v < V; v++) top = larger(logits[v], top);
     for (int v = 0; v < V; v++) {
         logits[v] = exp2_nonpositive((logits[v] - top) * (LOG2_E / temperature));
         total += logits[v];
     }
+    range = total; /* the sum over the tokens to choose from; the logits of others become 0 */
+    if (survival) {
+        for (int j = 0; j < s->n_stops; j++) ends += logits[s->stop_ids[j]];
+        *survival *= 1 - ends / total;
+        for (int i = 0; i < LANES; i++) {
+            const int over = (*survival)[i] < 1;
+            for (int v = 0; over && v < V; v++)
+                if (!is_stop(s, v)) logits[v][i] = 0;
+            for (int j = 0; !over && j < s->n_stops; j++) logits[s->stop_ids[j]][i] = 0;
+            range[i] = over ? ends[i] : total[i] - ends[i];
+        }
+    }
     for (int v = 0; v < V - 1; v++) { /* the last token if rounding leads beyond the end */
         sum += logits[v];
-        id -= sum <= u * total;
+        id -= sum <= u * range;
     }
     for (int i = 0; i < LANES; i++) (*probability)[i] = logits[id[i]][i] / total[i];
     return id;
@@ -1098,12 +1121,13 @@ int decode_tokens(const Decoding *s) {
         if (!w.x) failed = NO_MEMORY;
         for (int r = 0; r < rows; r++) at[r] = s->positions[first + r];
         for (int step = 0, alive = rows; step < s->steps && alive && !failed; step++) {
-            vec u = {0}, probability;
+            vec u = {0}, probability, survival = (vec){0} + INFINITY;
             for (int r = 0; r < rows; r++) {
                 const int64_t i = s->prompt[first + r];
                 if (at[r] >= s->T) failed = CACHE_FULL, at[r] = -1;
                 if (at[r] < 0) continue;
                 u[r] = s->uniform[i * max_new + lengths[i]];
+                if (s->survival) survival[r] = s->survival[i];
                 memcpy(w.out + r * D, s->embedding + current[first + r] * D, D * sizeof(float));
             }
             for (int d = 0; d < D; d += E) load_tile(w.x + d, w.out + d, D, rows, E);
@@ -1111,16 +1135,17 @@ int decode_tokens(const Decoding *s) {
             tile_norm(w.normed, w.x, s->norm, D, s->eps);
             memset(w.logits, 0, V * sizeof(vec));
             tile_product(w.logits, s->output, w.normed, V, D);
-            const ivec id = sample(w.logits, &probability, V, u, s->temperature);
+            const ivec id =
+                sample(w.logits, &probability, s->survival ? &survival : NULL, s, u);
             for (int r = 0; r < rows; r++) {
                 const int64_t i = s->prompt[first + r], to = i * max_new + lengths[i];
                 if (at[r] < 0) continue;
                 s->tokens[to] = current[first + r] = id[r];
                 s->probabilities[to] = probability[r];
+                if (s->survival) s->survival[i] = survival[r];
                 s->positions[first + r] = ++at[r];
-                int ended = ++lengths[i] >= max_new || at[r] >= s->context;
-                for (int j = 0; j < s->n_stops; j++) ended |= id[r] == s->stop_ids[j];
-                if (ended) at[r] = -1, alive--;
+                const int full = ++lengths[i] >= max_new || at[r] >= s->context;
+                if (full || is_stop(s, id[r])) at[r] = -1, alive--;
             }
         }
         free(w.x);

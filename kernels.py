@@ -47,6 +47,7 @@ from typing import Optional
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
@@ -205,7 +206,7 @@ NORM_QKV = struct(
 DECODING = struct(
     "Decoding",
     "weights cosine sine keys values positions x embedding norm output "
-    "tokens probabilities lengths current uniform prompt stop_ids",
+    "tokens probabilities lengths current uniform prompt stop_ids survival",
     "B capacity L F H K E T steps V max_new n_stops context",
     "eps temperature",
 )
@@ -274,6 +275,53 @@ def to_device(x, device):
 def is_sharded(x):
     """Whether a tensor is a DTensor, of which each process holds a part (--fsdp)."""
     return hasattr(x, "full_tensor")  # to import the class takes a second
+
+
+# ----------------------------------------------------------------------------
+# over all processes
+
+
+def all_sum(*values):
+    """The sum of each tensor's elements on all processes, as floats."""
+    values = [torch.as_tensor(v).detach() for v in values]
+    sums = [(v if v.is_cuda else v.cpu()).double().sum() for v in values]  # MPS has no float64
+    device = next((s.device for s in sums if s.is_cuda), "cpu")
+    packed = torch.stack([to_device(s, device) for s in sums])  # one copy from a GPU, not many
+    if dist.is_initialized():
+        packed = packed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(packed)
+    return packed.tolist()
+
+
+def full(x):
+    """A tensor without its shards: with --fsdp each process holds a part of it."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def mean_and_variance(x, weight=None):
+    """Mean and variance of a tensor's elements, with a weight each, on all processes, as floats."""
+    x = x.detach().cpu()  # one transfer from a GPU, not one per sum; MPS has no float64
+    weight = torch.ones_like(x) if weight is None else weight.cpu()
+    n, total = all_sum(weight, x * weight)
+    return total / n, all_sum((x.double() - total / n).square() * weight)[0] / n
+
+
+BUCKET = 2**24  # numbers per all_reduce, 64 MB in fp32, except for a larger tensor
+
+
+def add_up_over_ranks(tensors):
+    """Adds up each tensor over all processes, in place, with one all_reduce for many of them."""
+    start, size = 0, 0
+    for i, x in enumerate(tensors):
+        size += x.numel()
+        if size < BUCKET and i + 1 < len(tensors):
+            continue
+        part = tensors[start : i + 1]
+        flat = torch.cat([t.flatten() for t in part])
+        dist.all_reduce(flat)
+        pieces = flat.split([t.numel() for t in part])
+        torch._foreach_copy_(part, [p.view_as(t) for p, t in zip(pieces, part)])
+        start, size = i + 1, 0
 
 
 # ----------------------------------------------------------------------------
@@ -772,13 +820,14 @@ class StaticKVCache(KVCache):
         if (P, stops) not in self.batches:
             shapes = (P,), (P,), (P, WINDOW), (P, WINDOW), (P,), (P,), (P, WINDOW), (stops,), (P,)
             kinds = [torch.long] * 3 + [torch.float] + [torch.long] * 2 + [torch.float, torch.long]
-            kinds = zip(shapes, [*kinds, torch.bool])
+            kinds = zip((*shapes, (P,)), [*kinds, torch.float, torch.bool])
             tensors = [torch.zeros(shape, dtype=kind, device=device) for shape, kind in kinds]
             tensors[0] += torch.arange(P, device=device)  # row r is its own prompt
             self.fixed(*tensors)
             self.batches[P, stops] = tensors
-        *tensors, active = self.batches[P, stops]
-        return Batch(self, *tensors, b.sampling), active
+        *tensors, survival, active = self.batches[P, stops]
+        survival = None if b.survival is None else survival
+        return Batch(self, *tensors, b.sampling, survival), active
 
     def sample_tokens(self, model, b, steps):
         """Transformer.sample_tokens: copies the state of each row of the Batch b into a batch of
@@ -792,6 +841,8 @@ class StaticKVCache(KVCache):
         fixed.limits[:R] = b.limits[row] - b.lengths[row]
         fixed.current[:R] = b.current
         fixed.lengths.zero_()
+        if b.survival is not None:
+            fixed.survival[:R] = b.survival[row]
         fixed.stop_ids.copy_(b.stop_ids)
         active.copy_(fixed.prompt < R)
         self.length[R : len(active)].clamp_(min=1)  # a row that is not in use attends to something
@@ -803,6 +854,8 @@ class StaticKVCache(KVCache):
         for x, y in (b.tokens, fixed.tokens), (b.probabilities, fixed.probabilities):
             x[row] = torch.where(new, y[:R].gather(1, at), x[row])
         b.lengths[row] += fixed.lengths[:R]
+        if b.survival is not None:
+            b.survival[row] = fixed.survival[:R]
         b.current = fixed.current[:R].clone()
 
     def step(self, model, batch, active):
@@ -1027,6 +1080,7 @@ class FastTransformer(Transformer):
             uniform=b.uniform,
             prompt=b.prompt,
             stop_ids=b.stop_ids,
+            survival=b.survival,
             B=len(b.prompt),
             V=V,
             steps=steps,

@@ -4,10 +4,8 @@ Parameter names, shapes and mathematics are those of llama2.c: its published che
 and ours load there. This file needs nothing but PyTorch and can be copied alone. For speed,
 `kernels.accelerate(model)` replaces the modules by faster ones with the same parameters.
 
-There is one forward pass, `Transformer.hidden`. Its N tokens are those of S sequences, packed one
-after the other without padding, as a `Layout` describes: a (B, T) batch is B sequences of equal
-length, a generation step is one new token for each of R sequences.
-
+There is one forward pass, `Transformer.hidden`. Its N tokens are those of S sequences without
+padding, see `Layout`: a (B, T) batch is B sequences, a generation step one token of R sequences.
 Letters: B batch, T time, S sequences, N packed tokens, D dim, H query heads, K key/value heads,
 E head dim, V vocabulary, L layers, R rows of the KV cache in use.
 """
@@ -42,16 +40,13 @@ class ModelArgs:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        for name, largest in LARGEST.items():
+        for name, most in LARGEST.items():
             value = getattr(self, name)
             unset = name == "hidden_dim" and value is None
-            if not unset and (type(value) is not int or not 1 <= value <= largest):
-                raise ValueError(
-                    f"{name} must be a whole number from 1 to {largest}, not {value!r}"
-                )
+            if not unset and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
         for name, largest in ("norm_eps", 1), ("rope_theta", 1e30), ("dropout", 1):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < largest:
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < largest:
                 raise ValueError(f"{name} must be in [0, {largest}), not {value!r}")
         H, K = self.n_heads, self.n_kv_heads
         if not self.head_dim and self.dim % (2 * H):
@@ -67,8 +62,7 @@ class ModelArgs:
     @property
     def ffn_dim(self):
         """Width of the feed-forward layer: hidden_dim, or Llama's rule."""
-        rule = -(-int(2 * (4 * self.dim) / 3) // self.multiple_of) * self.multiple_of
-        return rule if self.hidden_dim is None else self.hidden_dim
+        return self.hidden_dim or -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
 
 
 LARGEST = dict(dim=2**16, n_layers=2**10, n_heads=2**14, n_kv_heads=2**14, vocab_size=2**22)
@@ -92,7 +86,6 @@ def check_rope_scaling(scaling):
 
 def rope_frequencies(args):
     """The angle in radians per position of each pair of a head, theta^(-2i / E): (E/2,).
-
     Models whose context was extended after pretraining set rope_scaling. {"factor": f} divides all
     frequencies by f (Chen et al., 2023). In Llama 3, pairs that make more than high_freq_factor
     turns within the original context keep their frequency, pairs that make fewer turns than
@@ -266,8 +259,7 @@ class Transformer(nn.Module):
         # With llama2.c's 0.02 layers of width 64 start nearly silent and learn less (doc/speed.md).
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                std = 0.5 / math.sqrt(p.shape[1]) if name.startswith("layers.") else 0.02
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=0.5 / math.sqrt(p.shape[1]) if "layers." in name else 0.02)
 
     def hidden(self, tokens, lengths=None, cache=None, lower=None):
         """The forward pass up to the final norm: the input of the output layer and the value head.
@@ -337,11 +329,18 @@ class Transformer(nn.Module):
     def sample_step(self, b, active):
         """Samples a token for each `active` row (R,) of a Batch, in place and with fixed shapes."""
         b.cache.length[: len(active)] -= (~active).long()
-        logits = self(b.current, cache=b.cache)  # (R, V)
+        logits, share = self(b.current, cache=b.cache), 1.0  # (R, V)
+        if b.survival is not None:
+            p = sampling_probabilities(logits, *b.sampling)[:, b.stop_ids].sum(-1)  # of an end
+            b.survival[b.prompt] *= 1 - active * p
+            over = b.survival[b.prompt] < 1
+            ends = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, b.stop_ids, True)
+            logits = logits.masked_fill(ends != over[:, None], -math.inf)
+            share = torch.where(over, p, 1 - p)
         at = b.prompt, b.lengths[b.prompt].clamp_max(b.tokens.shape[1] - 1)
         token, probability = choose_tokens(logits, b.uniform[at], *b.sampling)
         b.tokens[at] = torch.where(active, token, b.tokens[at])
-        b.probabilities[at] = torch.where(active, probability, b.probabilities[at])
+        b.probabilities[at] = torch.where(active, probability * share, b.probabilities[at])
         b.lengths[b.prompt] += active
         b.current.copy_(torch.where(active, token, b.current))
         active &= ~b.ended()
@@ -421,6 +420,7 @@ class Batch:
     uniform: torch.Tensor  # (n, max_new_tokens) a random number in [0, 1) for each token
     stop_ids: torch.Tensor  # (number of ids,)
     sampling: tuple  # temperature, top_k, top_p
+    survival: torch.Tensor = None  # (n,) see `generate`: the probability over the limit
 
     def stopped(self):
         """(R,) whether a row's newest token is one of stop_ids."""
@@ -444,20 +444,20 @@ def generate(
     uniform=None,
     max_batch=256,
     on_token=None,
+    survival_limit=0.0,
 ):
     """Continues each of `prompts`, lists of token ids that may differ in length. Rows do not depend
     on each other: each has its own random numbers, and the next prompt takes its place when it has
     one of stop_ids or max_new_tokens tokens, or fills the model's context. temperature 0 is greedy.
-
     uniform    (n, max_new_tokens) random numbers in [0, 1); default: from PyTorch's generator
     max_batch  number of rows that are generated at a time
     on_token   on_token(row, token) is called for each token as soon as it is sampled
-    Returns a Generation. Raises ValueError for a prompt that is empty or leaves no room.
-    """
+    survival_limit  if above 0, a row goes on without an end until the probability that none would
+               have been sampled is below the limit; then it ends
+    Returns a Generation. Raises ValueError for a prompt that is empty or leaves no room."""
     device, context, n = model.output.weight.device, model.args.max_seq_len, len(prompts)
-    for size in map(len, prompts):
-        if not 0 < size < context:
-            raise ValueError(f"a prompt has {size} tokens; the context holds 1 to {context - 1}")
+    if wrong := [len(p) for p in prompts if not 0 < len(p) < context]:
+        raise ValueError(f"a prompt has {wrong[0]} tokens; the context holds 1 to {context - 1}")
     if uniform is None:
         uniform = (torch.rand if temperature > 0 else torch.zeros)(n, max_new_tokens)
     if uniform.shape != (n, max_new_tokens):
@@ -476,8 +476,8 @@ def generate(
         uniform=uniform,
         stop_ids=torch.tensor(sorted(stop_ids), **long),
         sampling=(temperature, top_k, top_p),
+        survival=torch.full((n,), 1 / survival_limit, device=device) if survival_limit else None,
     )
-    ended = torch.zeros(n, dtype=torch.bool, device=device)
     begun, was_training = 0, model.training  # begun: number of prompts that have been started
     model.eval()
     while max_new_tokens and (len(batch.prompt) or begun < n):
@@ -493,8 +493,8 @@ def generate(
         if on_token:
             for row, token in zip(batch.prompt.tolist(), batch.current.tolist()):
                 on_token(row, token)
-        ended[batch.prompt] = batch.stopped()
         order = batch.cache.keep(~batch.ended())
         batch.prompt, batch.current = batch.prompt[order], batch.current[order]
     model.train(was_training)
+    ended = torch.isin(batch.tokens, batch.stop_ids).any(1)
     return Generation(batch.tokens, batch.lengths, batch.probabilities.log(), ended)

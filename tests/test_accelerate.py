@@ -247,6 +247,8 @@ PROMPTS = [[1] + text(n).tolist() for n in range(40)]
         (dict(temperature=0.7), "decode_tokens"),
         (dict(top_k=5), "decode_hidden"),
         (dict(top_p=0.8), "decode_hidden"),
+        (dict(temperature=0.7, survival_limit=0.3), "decode_tokens"),
+        (dict(top_k=40, survival_limit=0.3), "decode_hidden"),
     ],
 )
 def test_accelerated_generation(calls, how, function):

@@ -44,6 +44,7 @@ def agree(got, expected):
 
 
 HOW = [dict(temperature=0), dict(temperature=0.6, top_k=9), dict(top_p=0.8)]
+HOW += [dict(survival_limit=0.3)]
 CASES = [(*shape, {}) for shape in SHAPES] + [(4, 2, 8, how) for how in HOW]
 
 
@@ -104,14 +105,16 @@ def test_rows_that_were_never_used(gpu):
     assert cache.length.tolist() == [4] + [1] * 7
 
 
+@pytest.mark.parametrize("survival_limit", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_steps(gpu, monkeypatch, backend):
+def test_compiled_steps(gpu, monkeypatch, backend, survival_limit):
     """Without a graph break; one graph per size of the batch; the next generation, whose cache has
     the same size, adds none and has the same numbers; so has one with another temperature."""
     counter = CompileCounterWithBackend(backend)
     compile_with(counter, monkeypatch)
     model = small(n_layers=1)
     prompts, options = prompts_of(33), dict(uniform=torch.rand(33, 45), stop_ids=END, max_batch=33)
+    options["survival_limit"] = survival_limit
     plain = generate(model, prompts, 45, **options)
     gpu(True)
     model.compiled_decoding = True

@@ -704,6 +704,28 @@ def test_uniform_numbers_at_the_ends(backend, top_k):
         assert torch.isfinite(out.logprobs).all() and out.logprobs.exp().min() > 1e-8
 
 
+def test_generation_goes_on_past_possible_ends(backend):
+    """Token by token: drawn from the distribution without ends, until it is unlikely that there
+    would not have been one; then from that of the ends. Probabilities are those of the model."""
+    model, n, ends = small(), 12, [2, 5, 40]
+    uniform = torch.rand(n, 30)
+    out = generate(model, [[1, 3 + i] for i in range(n)], 30, 0.7, stop_ids=ends, uniform=uniform,
+                   survival_limit=0.4, max_batch=5)  # fmt: skip
+    for i, (row, logprobs) in enumerate(zip(out.responses(), out.logprobs)):
+        p = (naive_logits(model, torch.tensor([1, 3 + i, *row])) / 0.7).softmax(-1)[1:]
+        survival = 1.0
+        for t, token in enumerate(row):
+            survival *= 1 - float(p[t, ends].sum())
+            allowed = torch.zeros(48, dtype=torch.bool).index_fill(0, torch.tensor(ends), True)
+            share = p[t] * (allowed == (survival < 0.4))
+            above = share.cumsum(0)[token] / share.sum()
+            below = above - share[token] / share.sum()
+            assert below - 1e-5 < uniform[i, t] < above + 1e-5
+            assert float(logprobs[t]) == pytest.approx(float(p[t, token].log()), abs=1e-4)
+            assert (token in ends) == (survival < 0.4) == (t == len(row) - 1 and bool(out.ended[i]))
+    assert out.ended.any() and len(set(out.lengths.tolist())) > 3
+
+
 def test_a_very_low_temperature_is_greedy(backend):
     """Differences of thousands between logits overflow nothing."""
     prompts = [[1, i] for i in range(3, 23)]
