@@ -20,6 +20,7 @@ import re
 import secrets
 import stat
 import sys
+import time
 
 try:
     import fcntl
@@ -447,3 +448,16 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
+
+
+class Stopwatch:
+    """Seconds from one lap to the next, and in total."""
+
+    def __init__(self, total):
+        self.total, self.seconds = total, {}
+        self.start = self.last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+        self.seconds[self.total] = now - self.start

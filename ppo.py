@@ -17,8 +17,10 @@ it is the state, and the reward arrives with the last token. One iteration has f
 
 The KL is exact, a sum over the vocabulary. Its gradient through the distribution of the current
 token is in the loss, its effect on later tokens is in the rewards. (A KL that is estimated from the
-sampled tokens is in the rewards alone.) References: step 4 is Schulman et al., 2016 (GAE), step 5
-is Schulman et al., 2017 (PPO), PPO of language models is Ouyang et al., 2022 (InstructGPT).
+sampled tokens is in the rewards alone.) With exact_end, no end is sampled: in each state, the end
+and the sampled token count with their probabilities (score_ends). References: step 4 is Schulman et
+al., 2016 (GAE), step 5 is Schulman et al., 2017 (PPO), PPO of language models is Ouyang et al.,
+2022 (InstructGPT).
 
 Letters in shapes: B rollouts, each a prompt and its response; A actions, which are the response
 tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabulary; D dim.
@@ -26,7 +28,6 @@ tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabu
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -35,8 +36,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common import flag
-from kernels import TokenTerms, in_chunks, is_sharded, switched_on, to_device
+from common import Stopwatch, flag
+from kernels import (
+    TokenTerms,
+    add_up_over_ranks,
+    all_sum,
+    full,
+    in_chunks,
+    is_sharded,
+    mean_and_variance,
+    switched_on,
+    to_device,
+)
 from model import generate
 
 # ----------------------------------------------------------------------------
@@ -53,29 +64,21 @@ class PPOConfig:
 
     # the objective
     init_kl_coef: float = flag(0.2, "β, the weight of the KL penalty in J")
-    kl_penalty: str = flag(
-        "full",
-        "estimate of the KL: kl (k1), abs, mse (k2), k3, or full (exact, over the vocabulary)",
-    )
+    kl_penalty: str = flag("full", "estimate of the KL: kl (k1), abs, mse (k2), k3; full: exact")
     kl_in: str = flag(
         "both",
         "where the KL penalty acts: reward (any estimate but full), loss (full or mse), or both "
         "(full in both; the other estimates in the reward alone)",
     )
-    adap_kl_ctrl: bool = flag(
-        False, "adapt β so that the KL per rollout stays near --target (--horizon)"
-    )
+    adap_kl_ctrl: bool = flag(False, "adapt β so that the KL per rollout stays near --target")
     target: float = flag(6.0, "KL that adap_kl_ctrl aims at, nats per rollout")
-    horizon: float = flag(
-        10000.0, "rollouts in which β changes by a factor of 1.22 if the KL is far from --target"
-    )
+    horizon: float = flag(10000.0, "rollouts in which β changes by a factor of up to 1.22")
     # rollouts
     rollouts: int = flag(0, "rollouts per iteration; 0 means 8 × batch_size")
     max_gen_len: int = flag(300, "tokens per response, at most")
     temperature: float = flag(1.0, "temperature of the policy, in rollouts and in training")
-    missing_eos_penalty: float = flag(
-        0.0, "number subtracted from the score of a response that max_gen_len cut off"
-    )
+    missing_eos_penalty: float = flag(0.0, "subtracted from the score of a response without an end")
+    exact_end: bool = flag(False, "average over the ends that a response may have, sample none")
     # advantages
     advantage: str = flag(
         "gae",
@@ -88,30 +91,22 @@ class PPOConfig:
     lam_value: float = flag(0.95, "GAE λ of the critic's targets; 1 means plain returns")
     whiten_rewards: bool = flag(False, "divide the tokens' rewards by their standard deviation")
     whiten_advantages: bool = flag(True, "scale and shift advantages to variance 1 and mean 0")
-    reward_clip: float = flag(
-        0.0, "bound to which scores are clipped, ±reward_clip; 0: no clipping"
-    )
+    reward_clip: float = flag(0.0, "bound to which scores are clipped, ±reward_clip; 0: none")
     reward_scale: bool = flag(False, "divide scores by their standard deviation in the batch")
     # the update
     ppo_epochs: int = flag(1, "passes over the rollouts")
     mini_batch_size: int = 50  # rollouts per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     cliprange: float = flag(0.2, "PPO clip range ε of the ratio")
-    cliprange_high: float = flag(
-        0.0, "upper clip range where it differs (clip-higher); 0 means cliprange"
-    )
+    cliprange_high: float = flag(0.0, "upper clip range (clip-higher); 0 means cliprange")
     cliprange_value: float = 0.0  # largest change of a value per iteration; 0: no clipping
     loss_aggregation: str = flag("token", "unit with equal weight in the loss: token or sequence")
     entropy_coef: float = flag(0.0, "weight of the entropy bonus")
     max_grad_norm: float = 1.0  # of policy and critic separately
     early_stopping: bool = True  # end the epochs when the policy has moved 1.5 * target_kl
-    target_kl: float = flag(
-        0.1, "the epochs end early when the policy has moved 1.5 × target_kl, nats per token"
-    )
+    target_kl: float = flag(0.1, "epochs end when the policy has moved 1.5 × this, nats per token")
     ratio_threshold: float = 10.0  # skip a step whose mean ratio is above it
-    ptx_coef: float = flag(
-        0.0, "weight of the pretraining loss mixed in (PPO-ptx, InstructGPT; --ptx_data)"
-    )
+    ptx_coef: float = flag(0.0, "weight of the loss on --ptx_data that is mixed in (PPO-ptx)")
     # the critic
     value_model: str = flag(
         "separate",
@@ -119,9 +114,7 @@ class PPOConfig:
         "separate critic starts from",
     )
     vf_coef: float = flag(0.5, "weight of the value loss of a shared critic")
-    critic_warmup: int = flag(
-        0, "epochs that train only the separate critic, in the first iteration"
-    )
+    critic_warmup: int = flag(0, "epochs of the first iteration, which train the critic alone")
     averaging: float = flag(
         0.0, "decay of the moving average of the policy's weights, which is saved; 0: no average"
     )
@@ -155,6 +148,9 @@ class PPOConfig:
             raise ValueError("critic_warmup is for a critic of its own: advantage=gae, not shared")
         if self.whiten_rewards and self.kl_in != "reward":  # it scales the KL in the rewards
             raise ValueError("whiten_rewards needs kl_in=reward, with kl_penalty=kl for example")
+        exact = (self.advantage, self.kl_penalty, self.kl_in) == ("gae", "full", "both")
+        if self.exact_end and (not exact or self.reward_scale):
+            raise ValueError("exact_end needs a critic, kl_penalty=full, no reward_scale")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs group_size=2 or more")
         if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
@@ -180,52 +176,11 @@ class PPOConfig:
 # numbers over all processes; numbers per rollout (B,) and per action (A,)
 
 
-def all_sum(*values):
-    """The sum of each tensor's elements on all processes, as floats."""
-    values = [torch.as_tensor(v).detach() for v in values]
-    sums = [(v if v.is_cuda else v.cpu()).double().sum() for v in values]  # MPS has no float64
-    device = next((s.device for s in sums if s.is_cuda), "cpu")
-    packed = torch.stack([to_device(s, device) for s in sums])  # one copy from a GPU, not many
-    if dist.is_initialized():
-        packed = packed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(packed)
-    return packed.tolist()
-
-
-def full(x):
-    """A tensor without its shards: with --fsdp each process holds a part of it."""
-    return x.full_tensor() if is_sharded(x) else x
-
-
-def mean_and_variance(x):
-    """Mean and variance of a tensor's elements on all processes, as floats."""
-    x = x.detach().cpu()  # one transfer from a GPU, not one per sum; MPS has no float64
-    n, total = all_sum(torch.tensor(x.numel()), x)
-    return total / n, all_sum((x.double() - total / n).square())[0] / n
-
-
-BUCKET = 2**24  # numbers per all_reduce, 64 MB in fp32, except for a larger tensor
-
-
-def add_up_over_ranks(tensors):
-    """Adds up each tensor over all processes, in place, with one all_reduce for many of them."""
-    start, size = 0, 0
-    for i, x in enumerate(tensors):
-        size += x.numel()
-        if size < BUCKET and i + 1 < len(tensors):
-            continue
-        part = tensors[start : i + 1]
-        flat = torch.cat([t.flatten() for t in part])
-        dist.all_reduce(flat)
-        pieces = flat.split([t.numel() for t in part])
-        torch._foreach_copy_(part, [p.view_as(t) for p, t in zip(pieces, part)])
-        start, size = i + 1, 0
-
-
-def whiten(x, shift_mean=True):
-    """x over its standard deviation and, if shift_mean, with mean 0, over all processes."""
-    mean, variance = mean_and_variance(x)
-    return (x - mean if shift_mean else x) / math.sqrt(variance + 1e-8)
+def whiten(x, weight=None):
+    """x with mean 0 and variance 1, over all processes, and the factor that it was scaled by."""
+    mean, variance = mean_and_variance(x, weight)
+    scale = 1 / math.sqrt(variance + 1e-8)
+    return (x - mean) * scale, scale
 
 
 def expand(x, counts):
@@ -271,19 +226,28 @@ class Rollouts:
     ref_hidden: torch.Tensor = None  # (A, D) the reference's hidden states, which give its logits
     lower: torch.Tensor = None  # (N, D) output of the frozen layers that all models have in common
     kl: torch.Tensor = None  # (A,) KL penalty in nats
+    end_logprobs: torch.Tensor = None  # (A, end tokens) log π_old(end | state), with exact_end
     values: torch.Tensor = None  # (A,) V(state) of the critic before the update; 0 without a critic
     graph: tuple = None  # PPOTrainer.forward's result for the first minibatch of the update
     # step 3
     scores: torch.Tensor = None  # (B,) the reward of each response before scaling and penalties
     rewards: torch.Tensor = None  # (A,) the reward of each action, KL penalty included
+    survival: torch.Tensor = None  # (A,) the weight of the state: 1, or as score_ends explains
+    ending: torch.Tensor = None  # (A,) the probability that this action is the last one
+    truncated: torch.Tensor = None  # (B,) the probability that the response is truncated
+    end_probability: torch.Tensor = None  # (A,) of an end in place of the action, with exact_end
+    end_scores: torch.Tensor = None  # (A,) its reward
     # step 4
     advantages: torch.Tensor = None  # (A,)
+    end_advantages: torch.Tensor = None  # (A,) of an end in place of the action, with exact_end
     returns: torch.Tensor = None  # (A,) targets of the critic
     kl_weight: float = 0.0  # weight of the KL in the loss
 
     def __post_init__(self):
         self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
         self.actions = torch.tensor([token for r in self.responses for token in r])  # (A,) ids
+        self.survival, self.truncated = torch.ones(len(self.actions)), 1 - self.ended.cpu().float()
+        self.ending = on_last_action(torch.ones(len(self.counts)), self.counts)
 
     def minibatch(self, which):
         """The rollouts with the indices `which`, as a Minibatch."""
@@ -292,7 +256,8 @@ class Rollouts:
         check_actions(batch, self.actions[span])
         for name in "tokens state_ends actions".split():
             setattr(batch, name, to_device(getattr(batch, name), self.old_logprobs.device))
-        for name in "old_logprobs ref_logprobs ref_hidden values advantages returns".split():
+        names = "old_logprobs ref_logprobs ref_hidden values advantages returns survival "
+        for name in (names + "end_logprobs end_probability end_advantages").split():
             x = getattr(self, name)
             setattr(batch, name, None if x is None else x[to_device(span, x.device)])
         if self.lower is not None:
@@ -331,6 +296,10 @@ class Minibatch:
     values: torch.Tensor = None  # (A,)
     advantages: torch.Tensor = None  # (A,)
     returns: torch.Tensor = None  # (A,)
+    survival: torch.Tensor = None  # (A,)
+    end_logprobs: torch.Tensor = None  # (A, end tokens)
+    end_probability: torch.Tensor = None  # (A,)
+    end_advantages: torch.Tensor = None  # (A,)
 
 
 def pack(queries, responses, device):
@@ -385,14 +354,15 @@ def terms_of(model):
 def gae(rewards, values, counts, gamma, lam):
     """Generalized advantage estimation (Schulman et al., 2016, equation 16) of episodes that end
     with their last action: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
-    rewards, values (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values."""
+    rewards, values (A,), counts (B,) -> advantages (A,), returns (A,) = advantages + values.
+    gamma is a number, or one per action (A,)."""
     B, T = len(counts), int(counts.max())
     inside = torch.arange(T + 1) < counts.cpu()[:, None]
-    r, v, adv = torch.zeros(3, B, T + 1)  # on the CPU: T tiny steps, on any device of the model
-    r[inside], v[inside] = rewards.cpu(), values.cpu()
+    r, v, g, adv = torch.zeros(4, B, T + 1)  # on the CPU: T tiny steps, on any device of the model
+    r[inside], v[inside], g[inside] = rewards.cpu(), values.cpu(), torch.as_tensor(gamma).cpu()
     for t in reversed(range(T)):
-        delta = r[:, t] + gamma * v[:, t + 1] - v[:, t]
-        adv[:, t] = (delta + gamma * lam * adv[:, t + 1]) * inside[:, t]
+        delta = r[:, t] + g[:, t] * v[:, t + 1] - v[:, t]
+        adv[:, t] = (delta + g[:, t] * lam * adv[:, t + 1]) * inside[:, t]
     adv = adv[inside].to(values.device)
     return adv, adv + values
 
@@ -476,6 +446,7 @@ class PPOTrainer:
         uniform = torch.rand(len(prompts), c.max_gen_len, generator=generator)[which]
         queries = [prompts[i] for i in which]
         options = dict(stop_ids=self.stop_ids, uniform=uniform, max_batch=512)
+        options["survival_limit"] = SURVIVAL_LIMIT if c.exact_end else 0.0
         with self.autocast():
             out = generate(self.policy, queries, c.max_gen_len, c.temperature, **options)
         logprobs = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())])
@@ -483,9 +454,10 @@ class PPOTrainer:
 
     def step(self, rollouts, scores):
         """Steps 2 to 5 with this rank's rollouts. scores: one number per response, or one list per
-        response with a number per token. Returns statistics over all ranks; raises Mismatch or
-        FloatingPointError where to continue would be silently wrong."""
-        watch, beta = Stopwatch(), self.kl_controller.value
+        response with a number per token; with exact_end the reward function itself. Returns
+        statistics over all ranks; raises Mismatch or FloatingPointError where to continue would be
+        silently wrong."""
+        watch, beta = Stopwatch("time/ppo/total"), self.kl_controller.value
         for model in filter(None, (self.policy, self.critic, self.reference)):
             model.eval()  # no dropout: the ratio must be 1 before the first optimizer step
         check_rollouts(rollouts, self.stop_ids)
@@ -527,10 +499,11 @@ class PPOTrainer:
                     self.compare, self.policy.args.vocab_size, hidden, batch.actions, ref_hidden
                 )
             rollouts.graph = (*terms, values) if keep else None
-            logprobs, _, kl = terms
+            logprobs, _, kl, *ends = terms
             kl = kl if c.exact_kl else kl_estimate(logprobs, ref_logprobs, c.kl_penalty)
             found = dict(logprobs=logprobs, kl=kl, values=values, ref_logprobs=ref_logprobs)
             found |= dict(ref_hidden=ref_hidden, lower=batch.lower)
+            found |= dict(end_logprobs=torch.stack(ends, 1) if ends else None)
             if which:
                 rollouts.collect(results, which, found)
         logprobs = results.pop("logprobs")
@@ -582,8 +555,17 @@ class PPOTrainer:
             self.logits(model, x)
             for model, x in ((self.policy, hidden), (self.reference, ref_hidden))
         )
-        terms = terms_of(self.policy)
-        return *terms(logits, actions, ref_logits), terms(ref_logits, actions)[0]
+        terms = self.policy_terms(logits, actions, ref_logits)
+        return *terms, terms_of(self.policy)(ref_logits, actions)[0]
+
+    def policy_terms(self, logits, actions, ref_logits):
+        """logprob_entropy_kl, and with exact_end log π of each end token, (A,) each."""
+        terms = terms_of(self.policy)(logits, actions, ref_logits)
+        if not self.config.exact_end:
+            return terms
+        ends = to_device(torch.tensor(self.stop_ids), logits.device).expand(len(actions), -1)
+        chosen, *ends = logits.gather(1, torch.cat([actions[:, None], ends], 1)).float().unbind(1)
+        return *terms, *(terms[0] + end - chosen for end in ends)
 
     def values(self, batch, hidden):
         """V(state) (A,) of the critic; of a shared one from the policy's hidden states."""
@@ -598,31 +580,43 @@ class PPOTrainer:
     def compute_rewards(self, rollouts, scores, beta):
         """Sets scores and rewards."""
         c, counts = self.config, rollouts.counts
-        rewards = token_scores(scores, counts)  # (A,), on the last action unless one per token
-        rollouts.scores = sum_per_rollout(rewards, counts)
-        rewards = adjust_rewards(rewards, rollouts, c).to(self.device)
+        if c.exact_end:
+            rewards = score_ends(rollouts, scores, self.stop_ids, c)
+        else:
+            rewards = token_scores(scores, counts)  # (A,), on the last action unless one per token
+            rollouts.scores = sum_per_rollout(rewards, counts)
+            rewards = adjust_rewards(rewards, rollouts, c)
+        rewards = rewards.to(self.device)
         if c.kl_in_rewards:
             rewards = rewards - beta * rollouts.kl
-        rollouts.rewards = whiten(rewards, shift_mean=False) if c.whiten_rewards else rewards
+        rollouts.rewards = rewards * whiten(rewards)[1] if c.whiten_rewards else rewards
 
     # ---- step 4
 
     def compute_advantages(self, rollouts, beta):
         """Sets advantages, returns and kl_weight."""
         c, rewards, counts = self.config, rollouts.rewards, rollouts.counts
+        p, weight, kl_scale = rollouts.end_probability, rollouts.survival, 1.0
         if c.uses_values and self.iteration == 0:
-            rollouts.values += self.start_values_at(sum_per_rollout(rewards, counts))
+            totals = sum_per_rollout(to_device(weight, self.device) * rewards, counts)
+            rollouts.values += self.start_values_at(totals)
         if c.uses_values:
-            advantages, returns = gae(rewards, rollouts.values, counts, c.gamma, c.lam)
+            gamma = c.gamma * (1 - p) if c.exact_end else c.gamma
+            advantages, rollouts.returns = gae(rewards, rollouts.values, counts, gamma, c.lam)
             if c.lam_value != c.lam:
-                _, returns = gae(rewards, rollouts.values, counts, c.gamma, c.lam_value)
+                rollouts.returns = gae(rewards, rollouts.values, counts, gamma, c.lam_value)[1]
         else:
-            advantages, returns = advantages_without_critic(rewards, counts, c)
-        kl_scale = 1.0
+            advantages, rollouts.returns = advantages_without_critic(rewards, counts, c)
+        if c.exact_end:  # they are means over the end and the action, of which both are trained
+            end = rollouts.end_scores.to(self.device) - beta * rollouts.kl - rollouts.values
+            q = to_device(p, self.device)
+            action = (advantages - q * end) / (1 - q).clamp(min=1e-6)
+            advantages, weight = torch.cat([action, end]), torch.cat([weight * (1 - p), weight * p])
         if c.whiten_advantages:  # The KL in the loss must have the scale of the KL in the rewards.
-            kl_scale = 1 / math.sqrt(mean_and_variance(advantages)[1] + 1e-8)
-            advantages = whiten(advantages)
-        rollouts.advantages, rollouts.returns = advantages, returns
+            advantages, kl_scale = whiten(advantages, weight)
+        rollouts.advantages, *ends = advantages.split(len(rewards))
+        if ends:  # where a response was made to end, nothing else could happen
+            rollouts.end_advantages = torch.where(q < 1, ends[0], 0.0)
         rollouts.kl_weight = kl_scale * beta
 
     # ---- step 5
@@ -652,17 +646,18 @@ class PPOTrainer:
         """Adds up the gradients of one optimizer step on the rollouts with the indices `which`, in
         forward passes of mini_batch_size rollouts. Returns statistics over all ranks."""
         c = self.config
-        n_actions, n_rollouts = all_sum(rollouts.counts[which], torch.tensor(len(which)))
+        sizes = sum_per_rollout(rollouts.survival, rollouts.counts)  # (B,) actions, weighted
+        n_actions, n_rollouts = all_sum(sizes[which], torch.tensor(len(which)))
         names = ["ppo/loss/total", *POLICY_STATISTICS * train_policy]
         sums = dict.fromkeys([*names, *VALUE_STATISTICS * c.uses_values], 0.0)
         for part in self.passes(which):
             batch = rollouts.minibatch(part or [0])
             weight = torch.full((len(batch.counts),), 1 / n_actions)
             if c.loss_aggregation == "sequence":
-                weight = 1 / (n_rollouts * batch.counts)
+                weight = 1 / (n_rollouts * sizes[part])
             if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
-            weight = to_device(expand(weight, batch.counts), self.device)
+            weight = to_device(expand(weight, batch.counts) * batch.survival, self.device)
             kl_weight, graph, rollouts.graph = rollouts.kl_weight, rollouts.graph, None
             loss, stats = self.loss(batch, weight, kl_weight, train_policy, graph)
             loss.backward()
@@ -691,7 +686,7 @@ class PPOTrainer:
         split. If train_policy is False, it is the critic's part alone. graph: the result of
         `forward` on this minibatch, if it is known."""
         c, loss, stats = self.config, 0.0, {}
-        logprobs, entropy, kl, values = graph or self.forward(batch, train_policy)
+        logprobs, entropy, kl, *ends, values = graph or self.forward(batch, train_policy)
 
         def mean(x):
             return (x.float() * weight).sum()
@@ -699,6 +694,11 @@ class PPOTrainer:
         if train_policy:
             clip = c.cliprange, c.cliprange_high or c.cliprange
             surrogate, clipped = policy_loss(logprobs, batch.old_logprobs, batch.advantages, *clip)
+            if c.exact_end:
+                new, old = torch.stack(ends, 1).logsumexp(1), batch.end_logprobs.logsumexp(1)
+                at_end, _ = policy_loss(new, old, batch.end_advantages, *clip)
+                p = to_device(batch.end_probability, self.device)
+                surrogate = (1 - p) * surrogate + p * at_end
             loss = mean(surrogate) - c.entropy_coef * mean(entropy)
             if c.kl_in_loss:
                 if not c.exact_kl:
@@ -724,7 +724,7 @@ class PPOTrainer:
         if ref_hidden is not None:
             with torch.no_grad(), self.autocast():
                 ref_logits = self.logits(self.reference, ref_hidden)
-        return terms_of(self.policy)(logits, actions, ref_logits)
+        return self.policy_terms(logits, actions, ref_logits)
 
     def ptx_backward(self, sums):
         """Adds the gradient of the pretraining loss (PPO-ptx, Ouyang et al., 2022), and its value
@@ -824,9 +824,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
         return log_ratio.abs()
     if kind == "mse":
         return 0.5 * log_ratio.square()
-    if kind == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"unknown KL estimate {kind!r}")
+    return torch.expm1(-log_ratio) + log_ratio  # k3
 
 
 def adjust_rewards(rewards, rollouts, config):
@@ -838,6 +836,42 @@ def adjust_rewards(rewards, rollouts, config):
         rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
     truncated = (~rollouts.ended.cpu()).float()
     return rewards - on_last_action(config.missing_eos_penalty * truncated, rollouts.counts)
+
+
+SURVIVAL_LIMIT = 0.02  # exact_end: a response goes on until it would have ended but for this chance
+RARE = 1e-3  # exact_end: ends that are less likely do not count
+
+
+def score_ends(r, score, stop_ids, config):
+    """With exact_end, the expected reward of each action (A,): an action that may be an end instead
+    has the probability of the end times its reward. `score`, the reward function, is called once
+    for all responses and all ends. Sets of the rollouts: end_probability; survival, the probability
+    that a response has not ended before an action, so the weight of the action's state; truncated,
+    scores (the mean over the ends of a response) and end_scores."""
+    p, likely = r.end_logprobs.cpu().exp().sum(1), r.end_logprobs.argmax(1).tolist()
+    last, ended = r.counts.cumsum(0) - 1, r.ended.cpu()
+    p[p < RARE], p[last[ended]] = 0.0, 0.0  # the latter are the responses themselves
+    at = p.nonzero()[:, 0].tolist()
+    places = [(i, n) for i, count in enumerate(r.counts.tolist()) for n in range(count)]
+    queries = r.queries + [r.queries[places[a][0]] for a in at]
+    prefixes = [r.responses[i][:n] for i, n in map(places.__getitem__, at)]
+    responses = r.responses + [x + [stop_ids[likely[a]]] for x, a in zip(prefixes, at)]
+    scores = score(queries, responses, torch.cat([ended, torch.ones(len(at), dtype=torch.bool)]))
+    counts = torch.tensor([len(response) for response in responses])
+    scores = sum_per_rollout(token_scores(scores, counts), counts)
+    whole, ends = scores[: len(ended)], torch.zeros_like(p)
+    ends[at] = scores[len(ended) :]
+    p[last[ended]], ends[last[ended]] = 1.0, whole[ended]
+    stay = (1 - p).clamp(min=1e-30).double().log()  # log probabilities
+    before = stay.cumsum(0) - stay
+    r.survival = (before - expand(before[last - r.counts + 1], r.counts)).exp().float()
+    r.end_probability, r.truncated = p, (r.survival * (1 - p))[last]
+    r.ending = r.survival * p + on_last_action(r.truncated, r.counts)
+    r.scores = sum_per_rollout(r.survival * p * ends, r.counts) + r.truncated * whole
+    limit = config.reward_clip or math.inf
+    r.end_scores = ends.clamp(-limit, limit)
+    whole = whole.clamp(-limit, limit) - config.missing_eos_penalty * ~ended
+    return p * r.end_scores + on_last_action((1 - p)[last] * whole, r.counts)
 
 
 def advantages_without_critic(rewards, counts, config):
@@ -1065,16 +1099,18 @@ def update_statistics(history, epochs, skipped, stopped):
 
 def rollout_statistics(r, beta, kl_penalty):
     """Means over the rollouts of all ranks."""
-    counts = r.counts.double()
-    lengths = torch.tensor([float(len(query)) for query in r.queries]).double() + counts
-    length, length_variance = mean_and_variance(lengths)
-    reward, ended, actions = (mean_and_variance(x)[0] for x in (r.scores, r.ended, counts))
-    penalty = kl = actions * mean_and_variance(r.kl)[0]
+    weight, counts = r.survival.double(), r.counts
+    actions = sum_per_rollout(weight, counts)  # (B,) expected numbers
+    asked = torch.tensor([float(len(query)) for query in r.queries]).double()
+    lengths = expand(asked + counts - counts.cumsum(0), counts) + torch.arange(1, len(weight) + 1)
+    length, length_variance = mean_and_variance(lengths, r.ending)
+    reward, truncated, actions = (mean_and_variance(x)[0] for x in (r.scores, r.truncated, actions))
+    penalty = kl = actions * mean_and_variance(r.kl, weight)[0]
     if kl_penalty in ("abs", "mse"):  # These are biased; the log has the unbiased estimate.
         kl = actions * mean_and_variance(r.old_logprobs - r.ref_logprobs)[0]
-    returns, returns_variance = mean_and_variance(r.returns)
-    value, value_variance = mean_and_variance(r.values)
-    residual = mean_and_variance(r.returns - r.values)[1]
+    returns, returns_variance = mean_and_variance(r.returns, weight)
+    value, value_variance = mean_and_variance(r.values, weight)
+    residual = mean_and_variance(r.returns - r.values, weight)[1]
     return {
         "ppo/reward": reward,
         "ppo/kl_ref": kl,
@@ -1083,49 +1119,13 @@ def rollout_statistics(r, beta, kl_penalty):
         "ppo/reward_all": reward - beta * penalty,
         "ppo/length/mean": length,
         "ppo/length/std": math.sqrt(length_variance),
-        "ppo/ended": ended,
-        "ppo/truncated": 1 - ended,
-        "ppo/ref_loss": -mean_and_variance(r.ref_logprobs)[0],
-        "ppo/policy/advantages_mean": mean_and_variance(r.advantages)[0],
+        "ppo/ended": 1 - truncated,
+        "ppo/truncated": truncated,
+        "ppo/ref_loss": -mean_and_variance(r.ref_logprobs, weight)[0],
+        "ppo/policy/advantages_mean": mean_and_variance(r.advantages, weight)[0],
         "ppo/returns/mean": returns,
         "ppo/returns/var": returns_variance,
         "ppo/val/mean": value,
         "ppo/val/var": value_variance,
         "ppo/val/explained_variance": 1 - residual / max(returns_variance, 1e-12),
     }
-
-
-class Stopwatch:
-    """Seconds from one lap to the next, and in total."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.seconds = {}
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-        self.seconds["time/ppo/total"] = now - self.start
-
-
-@torch.no_grad()
-def kl_to_reference(policy, reference, queries, responses, batch_size, temperature=1.0):
-    """KL(policy ‖ reference) of each response in nats, exact over the vocabulary at each token, and
-    the reference's log-probability of each response, (B,) both."""
-    kls, ref_logprobs = [], []
-    for i in range(0, len(queries), batch_size):
-        part, states = slice(i, i + batch_size), []
-        for model in (reference, policy):
-            batch = pack(queries[part], responses[part], model.output.weight.device)
-            states.append(model.hidden(batch.tokens, batch.lengths)[batch.state_ends])
-
-        def compare(ref_hidden, hidden, actions):
-            logits = policy.output(hidden).float() / temperature
-            ref_logits = (reference.output(ref_hidden).float() / temperature).to(logits.device)
-            ref_logprobs = logprob_entropy_kl(ref_logits, actions)[0]
-            return logprob_entropy_kl(logits, actions, ref_logits)[2], ref_logprobs
-
-        terms = in_chunks(compare, policy.args.vocab_size, *states, batch.actions)
-        for results, x in zip((kls, ref_logprobs), terms):
-            results.append(sum_per_rollout(x, batch.counts))
-    return torch.cat(kls), torch.cat(ref_logprobs)

@@ -310,7 +310,7 @@ class DPO(Preferences):
             out[f"dpo/val/{name}"] = float(gathered_over_ranks(values).mean())
         self.held_out_replies = self.replies(self.model)
         with self.run.autocast():
-            kl, _ = ppo.kl_to_reference(
+            kl, _ = kl_to_reference(
                 self.model,
                 self.reference,
                 self.prompts,
@@ -328,3 +328,26 @@ class DPO(Preferences):
     def state(self):
         reference = gathered(self.reference.state_dict(), keep=self.run.rank == 0)
         return super().state() | {"dpo": {"reference": reference}}
+
+
+@torch.no_grad()
+def kl_to_reference(policy, reference, queries, responses, batch_size, temperature=1.0):
+    """KL(policy ‖ reference) of each response in nats, exact over the vocabulary at each token, and
+    the reference's log-probability of each response, (B,) both."""
+    kls, ref_logprobs = [], []
+    for i in range(0, len(queries), batch_size):
+        part, states = slice(i, i + batch_size), []
+        for model in (reference, policy):
+            batch = ppo.pack(queries[part], responses[part], model.output.weight.device)
+            states.append(model.hidden(batch.tokens, batch.lengths)[batch.state_ends])
+
+        def compare(ref_hidden, hidden, actions):
+            logits = policy.output(hidden).float() / temperature
+            ref_logits = (reference.output(ref_hidden).float() / temperature).to(logits.device)
+            ref_logprobs = ppo.logprob_entropy_kl(ref_logits, actions)[0]
+            return ppo.logprob_entropy_kl(logits, actions, ref_logits)[2], ref_logprobs
+
+        terms = in_chunks(compare, policy.args.vocab_size, *states, batch.actions)
+        for results, x in zip((kls, ref_logprobs), terms):
+            results.append(ppo.sum_per_rollout(x, batch.counts))
+    return torch.cat(kls), torch.cat(ref_logprobs)

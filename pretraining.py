@@ -20,12 +20,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-import ppo
 from checkpoint import halve_frozen, load_checkpoint, model_from_checkpoint
 from common import flag, note
 from experiments.plan import GPUS, MODELS, plan, plan_stage
 from instruct import Template
-from kernels import accelerate, is_sharded, library, native_attention, to_device
+from kernels import (
+    accelerate,
+    add_up_over_ranks,
+    all_sum,
+    full,
+    is_sharded,
+    library,
+    native_attention,
+    to_device,
+)
 from model import ModelArgs, Transformer, generate
 from report import flops_per_token, peak_matmul_flops
 from tinystories import Windows
@@ -197,7 +205,7 @@ class Muon(Uncompiled, torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         update = p.grad.lerp(buffer, group["momentum"]).bfloat16()
-        update = ppo.full(update)
+        update = full(update)
         return update.T if p.shape[0] > p.shape[1] else update
 
 
@@ -684,12 +692,12 @@ class Pretraining(Stage):
         for o in self.optimizers:
             self.scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip or math.inf)
-        norm = ppo.full(norm)
+        norm = full(norm)
         # All numbers of the step at once, because each transfer makes Python wait for a GPU.
         values = [torch.cat([x[k] for x in logged]) for k in logged[0]]
         counts = [torch.tensor(x.numel()) for x in values]
         tokens = torch.tensor(tokens)
-        loss, norm, tokens, *sums = ppo.all_sum(loss_sum, norm, tokens, *values, *counts)
+        loss, norm, tokens, *sums = all_sum(loss_sum, norm, tokens, *values, *counts)
         loss, norm = loss / self.run.world, norm / self.run.world
         means = [x / n for x, n in zip(sums, sums[len(values) :])]
         self.bad_steps = 0 if math.isfinite(norm + loss) else self.bad_steps + 1
@@ -741,7 +749,7 @@ class Pretraining(Stage):
     def average_gradients(self):
         """Averages the gradients over the processes for stages without DistributedDataParallel."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        ppo.add_up_over_ranks(grads)
+        add_up_over_ranks(grads)
         torch._foreach_div_(grads, self.run.world)
 
     def line(self, iteration, s):
@@ -770,7 +778,7 @@ class Pretraining(Stage):
                 if weight:
                     total, weights = total + float(loss) * weight, weights + weight
                 logged.append({k: v if rows else v[:0] for k, v in values.items()})
-            total, weights = ppo.all_sum(*torch.tensor([total, weights], dtype=torch.float64))
+            total, weights = all_sum(*torch.tensor([total, weights], dtype=torch.float64))
             out[name] = total / weights
         out |= self.summary(logged)
         self.model.train()

@@ -30,9 +30,9 @@ from checkpoint import (
 )
 from common import flag, flag_names, printable, read_json, write_atomic
 from instruct import Instructions, InstructPrompts, OptionalInstructions
-from kernels import to_device
+from kernels import full, to_device
 from model import Transformer, TransformerWithValueHead, generate
-from preferences import score
+from preferences import kl_to_reference, score
 from pretraining import (
     MODEL_FLAGS,
     AdamW,
@@ -518,7 +518,7 @@ class RLHF(Stage):
             self.optimizers[1] if critic else None,
             run.autocast,
             self.ptx_batch,
-            stop_ids=self.stop_ids,
+            stop_ids=tuple(sorted(self.stop_ids)),
             common_layers=0 if args.fsdp else frozen_layers_in_common(*models),
         )
         if args.reward.endswith(".pt"):
@@ -666,7 +666,7 @@ class RLHF(Stage):
         responses, ended = self.sample(model, prompts)
         scores = self.scores(prompts, responses, ended)
         with t.autocast():
-            kl, ref = ppo.kl_to_reference(
+            kl, ref = kl_to_reference(
                 model, reference, prompts, responses, size, t.config.temperature
             )
         kl = float(kl.mean())
@@ -769,8 +769,8 @@ class RLHF(Stage):
         that they depend on."""
         a, c = self.args, self.trainer.config
         reference, names = self.trainer.reference, dict(self.trainer.reference.named_parameters())
-        full = [ppo.full(p) for k, p in reference.state_dict().items() if k in names]
-        weights = float(sum(p.cpu().double().abs().sum() for p in full))
+        shown = [full(p) for k, p in reference.state_dict().items() if k in names]
+        weights = float(sum(p.cpu().double().abs().sum() for p in shown))
         # Prompts that are drawn twice would count as independent in the error of J*.
         prompts = self.held_out.batch(0, n_prompts := min(a.roof_prompts, len(self.held_out)))
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
@@ -815,10 +815,12 @@ class RLHF(Stage):
             rollouts = self.trainer.rollout(prompts, a.seed + iteration)
         policy.compiled_decoding = False
         t1 = time.perf_counter()
-        scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
-        self.last = rollouts.queries[0], rollouts.responses[0], scores[0]
+        scores = self.reward  # with exact_end the trainer calls it for each end
+        if not c.exact_end:
+            scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
         with on_device(self.trainer.reference, self.ref_device, self.offload):
             stats = self.trainer.step(rollouts, scores)
+        self.last = rollouts.queries[0], rollouts.responses[0], rollouts.scores[0]
         t2 = time.perf_counter()
         # Advanced last, so that the prompts are used again after an error of the reward function.
         self.position += n_prompts

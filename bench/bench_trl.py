@@ -47,11 +47,11 @@ from common import parse_args, positive, run_main, write_atomic  # noqa: E402  (
 import torch  # noqa: E402
 
 import export  # noqa: E402
-import ppo  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from instruct import Instructions, Rankings, find_template  # noqa: E402
 from model import generate  # noqa: E402
+from preferences import kl_to_reference  # noqa: E402
 from rlhf import LengthReward  # noqa: E402
 from tinystories import Prompts  # noqa: E402
 from tokenizer import load_tokenizer, stop_ids  # noqa: E402
@@ -101,7 +101,7 @@ class Meter:
         out = generate(model, prompts, MAX_NEW, **options)
         responses = out.responses()
         rewards = torch.tensor(LengthReward(200)(prompts, responses, out.ended)).double()
-        kl = ppo.kl_to_reference(model, self.reference, prompts, responses, 50)[0].double()
+        kl = kl_to_reference(model, self.reference, prompts, responses, 50)[0].double()
         j = rewards - BETA * kl
         self.curve.append(
             dict(

@@ -23,10 +23,10 @@ from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it 
 # isort: split
 import torch  # noqa: E402
 
-import ppo  # noqa: E402
 import rlhf  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from model import generate  # noqa: E402
+from preferences import kl_to_reference  # noqa: E402
 from report import BLUE, GREEN, GREY  # noqa: E402
 from tinystories import Prompts  # noqa: E402
 from tokenizer import stop_ids  # noqa: E402
@@ -127,7 +127,7 @@ def main(argv=None):
     responses, lengths, ended, logprobs = sample(policy, prompts, 2)
     columns["PPO"] = end_probability(lengths, ended, equal, edges)
     scores = torch.tensor(rlhf.LengthReward(200)(prompts, responses, ended)).double()
-    _, ref_logprobs = ppo.kl_to_reference(policy, reference, prompts, responses, 50)
+    _, ref_logprobs = kl_to_reference(policy, reference, prompts, responses, 50)
     log_ratio = logprobs - ref_logprobs.double()
     shape = a.prompts, a.samples
     weights, log_sums = optimum_weights(scores.view(shape), log_ratio.view(shape), a.beta)

@@ -252,12 +252,14 @@ def stage_bytes(args, model_args, dtype, fsdp):
             apart = args.lora_rank or fsdp or args.offload or args.ref_device
             apart = apart or args.value_model not in ("separate", "shared")
             common = dict(common_layers=0 if apart else args.freeze_layers)
-            trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=(), **common)
+            trainer = ppo.PPOTrainer(config, *three, None, None, autocast, stop_ids=(1,), **common)
             if trainer.common_layers:
                 batch.lower = torch.zeros(B * (T - 1), model_args.dim)
             batch.ref_hidden = torch.zeros(A, model_args.dim, dtype=dtype)
-            for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
+            names = "old_logprobs ref_logprobs values advantages returns end_probability"
+            for name in (names + " end_advantages").split():
                 setattr(batch, name, torch.zeros(A))
+            batch.end_logprobs = torch.zeros(A, 1)
             loss, _ = trainer.loss(batch, torch.ones(A), 0.1, train_policy=True)
         else:
             with autocast():

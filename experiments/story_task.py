@@ -26,11 +26,11 @@ from common import parse_args, run_main, write_atomic  # noqa: E402  (first: it 
 import torch  # noqa: E402
 
 import instruct  # noqa: E402
-import ppo  # noqa: E402
 import rlhf  # noqa: E402
 import train  # noqa: E402
 from checkpoint import load_checkpoint, model_from_checkpoint  # noqa: E402
 from model import generate  # noqa: E402
+from preferences import kl_to_reference  # noqa: E402
 from report import BLUE, GREY, ORANGE  # noqa: E402
 from tokenizer import Tokenizer, find_tokenizer, stop_ids  # noqa: E402
 
@@ -83,7 +83,7 @@ class Lab:
             texts, prompts, responses, ended = self.sample(model, self.args.replies)
             gold, replies = self.gold(texts, responses)
             means[name] = gold.view(len(self.texts), -1).mean(1)
-            kl, _ = ppo.kl_to_reference(model, self.reference, prompts, responses, 64)
+            kl, _ = kl_to_reference(model, self.reference, prompts, responses, 64)
             parts = [instruct.judge(t, r) for t, r in zip(texts, replies)]
             n = len(texts)
             rows.append(

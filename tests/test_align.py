@@ -263,7 +263,7 @@ def test_more_processes_than_held_out_rankings(home, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(type(stage.val), "__len__", lambda self: 5)
     # The sums of both processes, of whom each sees the other's part alone here.
-    monkeypatch.setattr(ppo, "all_sum", lambda *values: [float(v) + 1 for v in values])
+    monkeypatch.setattr(pretraining, "all_sum", lambda *values: [float(v) + 1 for v in values])
     for rank in (0, 1):
         stage.run = replace(stage.run, rank=rank, world=2)
         seen[rank] = stage.evaluate()
@@ -1351,7 +1351,7 @@ def test_kl_to_reference_is_the_plain_sum():
     torch.manual_seed(3)
     nets = [accelerate(Transformer(ModelArgs(vocab_size=VOCAB, **ARGS))) for _ in range(2)]
     queries, responses = sequences(5, 1, 9), sequences(5, 2, 9)
-    kl, logp = ppo.kl_to_reference(*nets, queries, responses, 2, temperature=0.7)
+    kl, logp = preferences.kl_to_reference(*nets, queries, responses, 2, temperature=0.7)
     for i, (q, r) in enumerate(zip(queries, responses)):
         with torch.no_grad():
             p, ref = ((net(torch.tensor([q + r]))[0] / 0.7).log_softmax(-1) for net in nets)

@@ -363,6 +363,7 @@ PPO_EFFECTS = (
         "max_gen_len": (6, {}),
         "temperature": (0.5, {}),
         "missing_eos_penalty": (1, {}),
+        "exact_end": (True, {}),
         "advantage": ("reinforce", {}),
         "group_size": (2, {}),
         "gamma": (0.5, {}),

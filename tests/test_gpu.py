@@ -75,6 +75,7 @@ RUNS = {
     "sft, adapters": dict(BASE["--sft"], lora_rank=2),
     "ppo": BASE["--ppo"],
     "ppo, bfloat16": dict(BASE["--ppo"], dtype="bfloat16"),
+    "ppo, exact end": dict(BASE["--ppo"], exact_end=True),
     "dpo": dict(COMMON, dpo=True, max_iters=2, eval_iters=1, warmup_iters=0, max_gen_len=4)
     | dict(reference_samples=2, data="{}/pairs.jsonl", learning_rate=1e-3),
 }

@@ -23,6 +23,7 @@ from experiments import endings, frontier
 from kernels import accelerate
 from model import ModelArgs, Transformer, TransformerWithValueHead
 from ppo import Mismatch, PPOConfig, PPOTrainer, Rollouts
+from preferences import kl_to_reference
 from rlhf import LengthReward, best_achievable_objective, load_reward
 from sft import add_lora, freeze_layers, frozen_layers_in_common
 from tokenizer import BOS_ID, EOS_ID
@@ -86,7 +87,7 @@ def iterate(trainer, iterations=1, reward=None, prompt=(BOS_ID,)):
     for _ in range(iterations):
         prompts = [list(prompt)] * c.rollouts
         queries, responses, logprobs, ended = sample(trainer, prompts, trainer.iteration)
-        scores = reward(queries, responses, ended)
+        scores = reward if c.exact_end else reward(queries, responses, ended)
         stats = step(trainer, queries, responses, logprobs, scores, ended)
     return stats
 
@@ -127,17 +128,18 @@ def test_gae_is_equation_16(gamma, lam):
     torch.testing.assert_close(returns, torch.tensor(expected) + values)
 
 
-def test_whitening():
+@pytest.mark.parametrize("times", [[1, 1, 1, 1], [2, 1, 3, 0]])
+def test_whitening(times):
+    """A number with weight n counts as often as n equal numbers."""
     x = [1.0, 2.0, 4.0, 9.0]
-    mean = sum(x) / 4
-    std = math.sqrt(sum((a - mean) ** 2 for a in x) / 4)
-    white = ppo.whiten(torch.tensor(x))
+    every = [a for a, n in zip(x, times) for _ in range(n)]
+    mean, std = statistics.mean(every), statistics.pstdev(every)
+    white, scale = ppo.whiten(torch.tensor(x), torch.tensor(times).float())
     torch.testing.assert_close(white, torch.tensor([(a - mean) / std for a in x]))
-    kept = ppo.whiten(torch.tensor(x), shift_mean=False)
-    torch.testing.assert_close(kept, torch.tensor([a / std for a in x]))
+    assert scale == pytest.approx(1 / std)
     for equal in (torch.full((4,), 3.0), torch.tensor([-2.0])):  # a variance of 0
-        assert ppo.whiten(equal).tolist() == [0.0] * len(equal)
-        assert torch.isfinite(ppo.whiten(equal, shift_mean=False)).all()
+        white, scale = ppo.whiten(equal)
+        assert white.tolist() == [0.0] * len(equal) and math.isfinite(scale)
 
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "k3", "full"])
@@ -300,11 +302,11 @@ def test_packing_is_the_loop_over_rollouts(seed):
 def test_few_reductions_add_up_many_tensors(sizes, calls, monkeypatch):
     """At most as many as there are buckets, of 100 numbers or of one larger tensor."""
     reduced = []
-    monkeypatch.setattr(ppo, "BUCKET", 100)
-    monkeypatch.setattr(ppo.dist, "all_reduce", lambda x: reduced.append(x.mul_(3)))
+    monkeypatch.setattr(kernels, "BUCKET", 100)
+    monkeypatch.setattr(kernels.dist, "all_reduce", lambda x: reduced.append(x.mul_(3)))
     tensors = [torch.randn(n, 1) for n in sizes]
     want = [3 * x for x in tensors]
-    ppo.add_up_over_ranks(tensors)
+    kernels.add_up_over_ranks(tensors)
     assert all(map(torch.equal, tensors, want)) and len(reduced) == calls
 
 
@@ -373,7 +375,7 @@ def score(response):
     return math.sin(sum((i + 2) * (t + 1) for i, t in enumerate(response)))
 
 
-def objective(policy, reference, config):
+def objective(policy, reference, config, score=score):
     """J, summed over all sequences: differentiable. The sampled penalties are constants that a
     reward has, but for k1, whose expectation is the KL; in the loss alone, a penalty is the KL of
     each state's distribution, and where the states come from is not its business."""
@@ -443,6 +445,133 @@ def learn_from(trainer, sequences):
     step(trainer, [[BOS_ID]] * len(sequences), sequences, logps, scores, ended)
     trainer.iteration = 1
     return float(torch.cat(logps).sum().exp())
+
+
+def score_of_any_end(response):
+    """A score that does not depend on which end token ends the response."""
+    return score([EOS_ID if token in END else token for token in response])
+
+
+def every_story(trainer):
+    """With exact_end, an iteration with each response that has no end, 8 of 3 tokens, alone. Yields
+    the probability of its tokens given that they are not ends, its expected number of tokens, and
+    the statistics. The reward has seen the response and its ends."""
+    for tokens in itertools.product([t for t in range(4) if t not in END], repeat=3):
+        with torch.no_grad():
+            logp = log_distributions(trainer.policy, tokens)
+        chosen, stay = logp[range(3), tokens], 1 - logp[:, END].exp().sum(1)
+        seen, size = [], float(1 + stay[0] + stay[0] * stay[1])
+        reward = lambda q, r, ended: seen.append((q, r, ended)) or [*map(score_of_any_end, r)]  # noqa: E731
+        r = Rollouts([[BOS_ID]], [list(tokens)], torch.tensor([False]), chosen)
+        stats = trainer.step(r, reward)
+        ((queries, responses, ended),) = seen
+        assert queries == [[BOS_ID]] * 4 and ended.tolist() == [False, True, True, True]
+        assert [x[:-1] for x in responses] == [list(tokens[:n]) for n in (2, 0, 1, 2)]
+        assert responses[0] == list(tokens) and all(x[-1] in END for x in responses[1:])
+        yield float((chosen.sum() - stay.log().sum()).exp()), size, stats
+
+
+@pytest.mark.parametrize("value_model", ["separate", "shared"])
+def test_expected_gradient_with_exact_ends(value_model):
+    """Every response without an end, weighted by its probability: the expected gradient, and the
+    means of the statistics, are those of all sequences."""
+    config = dict(exact_end=True, value_model=value_model, vf_coef=0.0)
+    trainer = tiny(lam=1.0, whiten_advantages=False, init_kl_coef=0.3, ppo_epochs=1, **config)
+    J = objective(trainer.policy, trainer.reference, trainer.config, score_of_any_end)
+    exact = flat_gradient(J, trainer.policy)
+    kept, mean, found = capture_gradient(trainer), torch.zeros_like(exact), {}
+    torch.nn.init.normal_((trainer.critic or trainer.policy).value_head.weight)
+    for p, size, stats in every_story(trainer):
+        mean += p * size * kept.pop()
+        for name in "objective reward length/mean ended".split():
+            found[name] = found.get(name, 0) + p * stats[f"ppo/{name}"]
+        found["square"] = found.get("square", 0) + p * (
+            stats["ppo/length/std"] ** 2 + stats["ppo/length/mean"] ** 2
+        )
+    torch.testing.assert_close(-mean, exact, atol=2e-5, rtol=1e-3)
+    want = dict.fromkeys(found, 0.0) | {"objective": J.item()}
+    for s in all_sequences():
+        with torch.no_grad():
+            p = float(log_distributions(trainer.policy, s)[range(len(s)), s].sum().exp())
+        want["reward"] += p * score_of_any_end(s)
+        want["length/mean"] += p * (1 + len(s))
+        want["square"] += p * (1 + len(s)) ** 2
+        want["ended"] += p * (s[-1] in END)
+    assert found == pytest.approx(want, abs=1e-5)
+
+
+def test_advantages_with_exact_ends():
+    """Of three responses, one of which was made to end, against a recursion over the two things
+    that can happen in a state: an end, or the action."""
+    c = dict(lam=0.8, lam_value=0.9, gamma=0.97, init_kl_coef=0.3, missing_eos_penalty=0.25)
+    trainer = tiny(exact_end=True, reward_clip=0.9, longest=4, **c)
+    responses = [[0, 3, 0, 3], [3, 0, EOS_ID], [3, 3, 0, 0]]
+    ended = torch.tensor([False, True, False])
+    with torch.no_grad():
+        logps = [log_distributions(trainer.policy, r) for r in responses]
+        refs = [log_distributions(trainer.reference, r) for r in responses]
+        old = torch.cat([x[range(len(r)), r] for x, r in zip(logps, responses)])
+    torch.nn.init.normal_(trainer.critic.value_head.weight)
+    r = Rollouts([[BOS_ID]] * 3, responses, ended, old)
+    trainer.step(r, lambda q, responses, ended: [*map(score_of_any_end, responses)])
+
+    values, at = r.values.tolist(), 0
+    clip = lambda x: max(-0.9, min(0.9, x))  # noqa: E731
+    weights, end_weights, pairs, returns = [], [], [], []
+    for response, logp, ref, done in zip(responses, logps, refs, ended.tolist()):
+        n, v = len(response), values[at : at + len(response)]
+        kl = (logp.exp() * (logp - ref)).sum(1).tolist()
+        p = logp[:, END].exp().sum(1).tolist()
+        final = clip(score_of_any_end(response)) - (0 if done else 0.25)
+        p = [*p[:-1], 1.0] if done else p
+        ends = [clip(score_of_any_end(response[:t] + [EOS_ID])) for t in range(n)]
+
+        def both(t, lam):
+            """The returns of an end and of the action in state t."""
+            if t == n - 1:
+                return ends[t] - 0.3 * kl[t], final - 0.3 * kl[t]
+            e, a = both(t + 1, lam)
+            later = (1 - lam) * v[t + 1] + lam * (p[t + 1] * e + (1 - p[t + 1]) * a)
+            return ends[t] - 0.3 * kl[t], 0.97 * later - 0.3 * kl[t]
+
+        alive = 1.0
+        for t in range(n):
+            e, a = both(t, 0.8)
+            weights.append(alive)
+            end_weights.append(p[t])
+            pairs.append((e - v[t], a - v[t]))
+            e, a = both(t, 0.9)
+            returns.append(p[t] * e + (1 - p[t]) * a)
+            alive *= 1 - p[t]
+        at += n
+    torch.testing.assert_close(r.survival, torch.tensor(weights))
+    torch.testing.assert_close(r.end_probability, torch.tensor(end_weights))
+    torch.testing.assert_close(r.returns, torch.tensor(returns), atol=1e-5, rtol=1e-4)
+    shares = [(w * p, w * (1 - p)) for w, p in zip(weights, end_weights)]
+    flat = [(share, x) for both in zip(shares, pairs) for share, x in zip(*both)]
+    mean = sum(w * x for w, x in flat) / sum(weights)
+    std = math.sqrt(sum(w * (x - mean) ** 2 for w, x in flat) / sum(weights))
+    for i, (e, a) in enumerate(pairs):
+        made_to_end = end_weights[i] == 1
+        assert float(r.end_advantages[i]) == pytest.approx(
+            0 if made_to_end else (e - mean) / std, abs=1e-4
+        )
+        if not made_to_end:
+            assert float(r.advantages[i]) == pytest.approx((a - mean) / std, abs=1e-4)
+    assert r.kl_weight == pytest.approx(0.3 / std, rel=1e-5)
+
+
+def test_rare_ends_do_not_count(monkeypatch):
+    trainer, seen = tiny(exact_end=True), []
+    with torch.no_grad():
+        p = log_distributions(trainer.policy, [0, 3, 0])[:, END].exp().sum(1).tolist()
+        old = log_distributions(trainer.policy, [0, 3, 0])[range(3), [0, 3, 0]]
+    monkeypatch.setattr(ppo, "RARE", sorted(p)[1])
+    r = Rollouts([[BOS_ID]], [[0, 3, 0]], torch.tensor([False]), old)
+    trainer.step(r, lambda q, responses, ended: seen.extend(responses) or [0.0] * len(q))
+    common = [i for i in range(3) if p[i] >= ppo.RARE]
+    assert len(common) == 2 and len(seen) == 3
+    assert [i for i in range(3) if r.end_probability[i] > 0] == common
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -742,8 +871,11 @@ def test_an_iteration_is_that_of_the_definitions(config, epochs, rows):
         assert want["vclip"] > 0 or not trainer.config.cliprange_value
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_split_into_forward_passes_does_not_matter(aggregation, rows):
+@pytest.mark.parametrize(
+    "aggregation, exact",
+    [("token", False), ("sequence", False), ("token", True), ("sequence", True)],
+)
+def test_split_into_forward_passes_does_not_matter(aggregation, exact, rows):
     found = []
     for size, accumulate in [(16, 1), (4, 4), (2, 8)]:
         trainer = make_trainer(
@@ -751,6 +883,7 @@ def test_split_into_forward_passes_does_not_matter(aggregation, rows):
             gradient_accumulation_steps=accumulate,
             ppo_epochs=2,
             loss_aggregation=aggregation,
+            exact_end=exact,
             optimizer=torch.optim.SGD,
             lr=0.1,
         )
@@ -1024,9 +1157,10 @@ def test_average_of_weights():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rloo"])
-def test_resume_to_the_bit(advantage, tmp_path):
+@pytest.mark.parametrize("advantage, exact", [("gae", False), ("rloo", False), ("gae", True)])
+def test_resume_to_the_bit(advantage, exact, tmp_path):
     config = dict(advantage=advantage, group_size=4, averaging=0.9, adap_kl_ctrl=True)
+    config |= dict(exact_end=exact)
     whole = make_trainer(**config)
     iterate(whole, 4)
     first = make_trainer(**config)
@@ -1048,6 +1182,7 @@ def test_resume_to_the_bit(advantage, tmp_path):
 
 SPLIT = {
     "early stop": dict(ppo_epochs=4, target_kl=0.2),
+    "exact end": dict(exact_end=True, reward_scale=False),
     "grpo": dict(advantage="grpo", group_size=3),
     # Rank 1 has one pass, whose graph it keeps; rank 0 has two.
     "rloo": dict(advantage="rloo", group_size=4, mini_batch_size=6, gradient_accumulation_steps=2),
@@ -1173,7 +1308,7 @@ def test_refuses_a_reference_that_is_near_at_each_token_only(kind):
     given = rollouts(trainer)
     with torch.no_grad():
         trainer.reference.norm.weight.mul_(1.25)
-        far = ppo.kl_to_reference(
+        far = kl_to_reference(
             trainer.policy, trainer.reference, given["queries"], given["responses"], 16
         )[0]
     assert 0.02 < float(far.mean()) < 0.19
@@ -1524,6 +1659,10 @@ def test_refuses_numbers_that_are_not_finite():
         dict(group_size=0),
         dict(max_gen_len=0),
         dict(mini_batch_size=0),
+        dict(exact_end=True, advantage="rloo", group_size=4),
+        dict(exact_end=True, kl_penalty="kl", kl_in="reward"),
+        dict(exact_end=True, kl_in="loss"),
+        dict(exact_end=True, reward_scale=True),
     ],
 )
 def test_refuses_settings(wrong):
