@@ -1088,15 +1088,18 @@ INLINE ivec sample(vec *logits, vec *probability, vec *survival, const Decoding 
     }
     range = total; /* the sum over the tokens to choose from; the logits of others become 0 */
     if (survival) {
-        for (int j = 0; j < s->n_stops; j++) ends += logits[s->stop_ids[j]];
+        for (int j = 0; j < s->n_stops; j++)
+            if (s->stop_ids[j] < V) ends += logits[s->stop_ids[j]];
         *survival *= 1 - ends / total;
         for (int i = 0; i < LANES; i++) {
             const int over = (*survival)[i] < 1;
             for (int v = 0; over && v < V; v++)
                 if (!is_stop(s, v)) logits[v][i] = 0;
-            for (int j = 0; !over && j < s->n_stops; j++) logits[s->stop_ids[j]][i] = 0;
-            range[i] = over ? ends[i] : total[i] - ends[i];
+            for (int j = 0; !over && j < s->n_stops; j++)
+                if (s->stop_ids[j] < V) logits[s->stop_ids[j]][i] = 0;
         }
+        range = (vec){0}; /* not total - ends, which is rounded differently from `sum` */
+        for (int v = 0; v < V; v++) range += logits[v];
     }
     for (int v = 0; v < V - 1; v++) { /* the last token if rounding leads beyond the end */
         sum += logits[v];

@@ -18,9 +18,8 @@ it is the state, and the reward arrives with the last token. One iteration has f
 The KL is exact, a sum over the vocabulary. Its gradient through the distribution of the current
 token is in the loss, its effect on later tokens is in the rewards. (A KL that is estimated from the
 sampled tokens is in the rewards alone.) With exact_end, no end is sampled: in each state, the end
-and the sampled token count with their probabilities (score_ends). References: step 4 is Schulman et
-al., 2016 (GAE), step 5 is Schulman et al., 2017 (PPO), PPO of language models is Ouyang et al.,
-2022 (InstructGPT).
+and the sampled token count with their probabilities (score_ends). References: Schulman et al., 2016
+(GAE); Schulman et al., 2017 (PPO); Ouyang et al., 2022 (PPO of language models, InstructGPT).
 
 Letters in shapes: B rollouts, each a prompt and its response; A actions, which are the response
 tokens of all B rollouts, one rollout after the other; N packed tokens; V vocabulary; D dim.
@@ -150,7 +149,7 @@ class PPOConfig:
             raise ValueError("whiten_rewards needs kl_in=reward, with kl_penalty=kl for example")
         exact = (self.advantage, self.kl_penalty, self.kl_in) == ("gae", "full", "both")
         if self.exact_end and (not exact or self.reward_scale):
-            raise ValueError("exact_end needs a critic, kl_penalty=full, no reward_scale")
+            raise ValueError("exact_end needs gae, kl_penalty=full, kl_in=both, no reward_scale")
         if self.advantage in ("rloo", "grpo") and self.group_size < 2:
             raise ValueError(f"advantage={self.advantage} needs group_size=2 or more")
         if self.adap_kl_ctrl and min(self.target, self.init_kl_coef) <= 0:
@@ -247,7 +246,6 @@ class Rollouts:
         self.counts = torch.tensor([len(r) for r in self.responses])  # (B,) actions per rollout
         self.actions = torch.tensor([token for r in self.responses for token in r])  # (A,) ids
         self.survival, self.truncated = torch.ones(len(self.actions)), 1 - self.ended.cpu().float()
-        self.ending = on_last_action(torch.ones(len(self.counts)), self.counts)
 
     def minibatch(self, which):
         """The rollouts with the indices `which`, as a Minibatch."""
@@ -586,6 +584,7 @@ class PPOTrainer:
             rewards = token_scores(scores, counts)  # (A,), on the last action unless one per token
             rollouts.scores = sum_per_rollout(rewards, counts)
             rewards = adjust_rewards(rewards, rollouts, c)
+            rollouts.ending = on_last_action(torch.ones(len(counts)), counts)
         rewards = rewards.to(self.device)
         if c.kl_in_rewards:
             rewards = rewards - beta * rollouts.kl
@@ -614,9 +613,8 @@ class PPOTrainer:
             advantages, weight = torch.cat([action, end]), torch.cat([weight * (1 - p), weight * p])
         if c.whiten_advantages:  # The KL in the loss must have the scale of the KL in the rewards.
             advantages, kl_scale = whiten(advantages, weight)
-        rollouts.advantages, *ends = advantages.split(len(rewards))
-        if ends:  # where a response was made to end, nothing else could happen
-            rollouts.end_advantages = torch.where(q < 1, ends[0], 0.0)
+        halves = *advantages.split(len(rewards)), None  # the second one is None without exact_end
+        rollouts.advantages, rollouts.end_advantages = halves[:2]
         rollouts.kl_weight = kl_scale * beta
 
     # ---- step 5
@@ -654,7 +652,7 @@ class PPOTrainer:
             batch = rollouts.minibatch(part or [0])
             weight = torch.full((len(batch.counts),), 1 / n_actions)
             if c.loss_aggregation == "sequence":
-                weight = 1 / (n_rollouts * sizes[part])
+                weight = 1 / (n_rollouts * sizes[part or [0]])
             if not part:  # this rank takes part for the sake of the others alone
                 weight = torch.zeros_like(weight)
             weight = to_device(expand(weight, batch.counts) * batch.survival, self.device)
@@ -688,23 +686,25 @@ class PPOTrainer:
         c, loss, stats = self.config, 0.0, {}
         logprobs, entropy, kl, *ends, values = graph or self.forward(batch, train_policy)
 
-        def mean(x):
-            return (x.float() * weight).sum()
+        def mean(x):  # of numbers per action, or with exact_end per action and then per end
+            x = x.float() if len(x) == len(weight) else torch.lerp(*x.float().chunk(2), p)
+            return (x * weight).sum()
 
         if train_policy:
             clip = c.cliprange, c.cliprange_high or c.cliprange
-            surrogate, clipped = policy_loss(logprobs, batch.old_logprobs, batch.advantages, *clip)
+            new, old, advantages = logprobs, batch.old_logprobs, batch.advantages
             if c.exact_end:
-                new, old = torch.stack(ends, 1).logsumexp(1), batch.end_logprobs.logsumexp(1)
-                at_end, _ = policy_loss(new, old, batch.end_advantages, *clip)
                 p = to_device(batch.end_probability, self.device)
-                surrogate = (1 - p) * surrogate + p * at_end
+                new = torch.cat([new, torch.stack(ends, 1).logsumexp(1)])
+                old = torch.cat([old, batch.end_logprobs.logsumexp(1)])
+                advantages = torch.cat([advantages, batch.end_advantages])
+            surrogate, clipped = policy_loss(new, old, advantages, *clip)
             loss = mean(surrogate) - c.entropy_coef * mean(entropy)
             if c.kl_in_loss:
                 if not c.exact_kl:
                     kl = kl_estimate(logprobs, batch.ref_logprobs, c.kl_penalty)
                 loss = loss + kl_weight * mean(kl)
-            log_ratio = (logprobs - batch.old_logprobs).detach()
+            log_ratio = (new - old).detach()
             stats |= policy_statistics(mean, surrogate, entropy, clipped, log_ratio)
             stats |= self.checks.ratio_sums(log_ratio, clipped)
         if c.uses_values:
@@ -839,35 +839,33 @@ def adjust_rewards(rewards, rollouts, config):
 
 
 SURVIVAL_LIMIT = 0.02  # exact_end: a response goes on until it would have ended but for this chance
-RARE = 1e-3  # exact_end: ends that are less likely do not count
+RARE = 0.03  # exact_end: ends that are less likely than this / max_gen_len do not count
 
 
 def score_ends(r, score, stop_ids, config):
-    """With exact_end, the expected reward of each action (A,): an action that may be an end instead
-    has the probability of the end times its reward. `score`, the reward function, is called once
-    for all responses and all ends. Sets of the rollouts: end_probability; survival, the probability
-    that a response has not ended before an action, so the weight of the action's state; truncated,
-    scores (the mean over the ends of a response) and end_scores."""
+    """With exact_end, the expected reward of each action (A,), the probability of an end times its
+    score. `score`, the reward function, is called once, for all responses and all ends. Sets
+    end_probability; survival, the probability that a response has not ended before an action, which
+    is the weight of its state; scores, means over the ends; end_scores, truncated and ending."""
     p, likely = r.end_logprobs.cpu().exp().sum(1), r.end_logprobs.argmax(1).tolist()
     last, ended = r.counts.cumsum(0) - 1, r.ended.cpu()
-    p[p < RARE], p[last[ended]] = 0.0, 0.0  # the latter are the responses themselves
-    at = p.nonzero()[:, 0].tolist()
+    p[p < RARE / config.max_gen_len] = 0.0
+    at = p.index_fill(0, last[ended], 0).nonzero()[:, 0].tolist()  # those are scored as they are
     places = [(i, n) for i, count in enumerate(r.counts.tolist()) for n in range(count)]
     queries = r.queries + [r.queries[places[a][0]] for a in at]
-    prefixes = [r.responses[i][:n] for i, n in map(places.__getitem__, at)]
-    responses = r.responses + [x + [stop_ids[likely[a]]] for x, a in zip(prefixes, at)]
-    scores = score(queries, responses, torch.cat([ended, torch.ones(len(at), dtype=torch.bool)]))
-    counts = torch.tensor([len(response) for response in responses])
-    scores = sum_per_rollout(token_scores(scores, counts), counts)
+    responses = [r.responses[i][:n] + [stop_ids[likely[a]]] for a in at for i, n in [places[a]]]
+    responses, certain = r.responses + responses, torch.ones(len(at), dtype=torch.bool)
+    scores = score(queries, responses, torch.cat([ended, certain]))
+    scores = token_scores(scores, torch.ones(len(responses), dtype=torch.long))  # one per text
     whole, ends = scores[: len(ended)], torch.zeros_like(p)
-    ends[at] = scores[len(ended) :]
-    p[last[ended]], ends[last[ended]] = 1.0, whole[ended]
+    ends[at], ends[last[ended]] = scores[len(ended) :], whole[ended]
     stay = (1 - p).clamp(min=1e-30).double().log()  # log probabilities
     before = stay.cumsum(0) - stay
     r.survival = (before - expand(before[last - r.counts + 1], r.counts)).exp().float()
-    r.end_probability, r.truncated = p, (r.survival * (1 - p))[last]
-    r.ending = r.survival * p + on_last_action(r.truncated, r.counts)
-    r.scores = sum_per_rollout(r.survival * p * ends, r.counts) + r.truncated * whole
+    goes_on = (r.survival * (1 - p))[last]  # a response that was made to end would end too
+    r.end_probability, r.truncated = p, goes_on * ~ended
+    r.ending = r.survival * p + on_last_action(goes_on, r.counts)
+    r.scores = sum_per_rollout(r.survival * p * ends, r.counts) + goes_on * whole
     limit = config.reward_clip or math.inf
     r.end_scores = ends.clamp(-limit, limit)
     whole = whole.clamp(-limit, limit) - config.missing_eos_penalty * ~ended
@@ -1111,6 +1109,8 @@ def rollout_statistics(r, beta, kl_penalty):
     returns, returns_variance = mean_and_variance(r.returns, weight)
     value, value_variance = mean_and_variance(r.values, weight)
     residual = mean_and_variance(r.returns - r.values, weight)[1]
+    advantages, p = r.advantages.cpu(), r.end_probability
+    advantages = advantages if p is None else advantages.lerp(r.end_advantages.cpu(), p)
     return {
         "ppo/reward": reward,
         "ppo/kl_ref": kl,
@@ -1122,7 +1122,7 @@ def rollout_statistics(r, beta, kl_penalty):
         "ppo/ended": 1 - truncated,
         "ppo/truncated": truncated,
         "ppo/ref_loss": -mean_and_variance(r.ref_logprobs, weight)[0],
-        "ppo/policy/advantages_mean": mean_and_variance(r.advantages, weight)[0],
+        "ppo/policy/advantages_mean": mean_and_variance(advantages, weight)[0],
         "ppo/returns/mean": returns,
         "ppo/returns/var": returns_variance,
         "ppo/val/mean": value,

@@ -523,7 +523,6 @@ def test_advantages_with_exact_ends():
         kl = (logp.exp() * (logp - ref)).sum(1).tolist()
         p = logp[:, END].exp().sum(1).tolist()
         final = clip(score_of_any_end(response)) - (0 if done else 0.25)
-        p = [*p[:-1], 1.0] if done else p
         ends = [clip(score_of_any_end(response[:t] + [EOS_ID])) for t in range(n)]
 
         def both(t, lam):
@@ -552,13 +551,59 @@ def test_advantages_with_exact_ends():
     mean = sum(w * x for w, x in flat) / sum(weights)
     std = math.sqrt(sum(w * (x - mean) ** 2 for w, x in flat) / sum(weights))
     for i, (e, a) in enumerate(pairs):
-        made_to_end = end_weights[i] == 1
-        assert float(r.end_advantages[i]) == pytest.approx(
-            0 if made_to_end else (e - mean) / std, abs=1e-4
-        )
-        if not made_to_end:
-            assert float(r.advantages[i]) == pytest.approx((a - mean) / std, abs=1e-4)
+        assert float(r.end_advantages[i]) == pytest.approx((e - mean) / std, abs=1e-4)
+        assert float(r.advantages[i]) == pytest.approx((a - mean) / std, abs=1e-4)
     assert r.kl_weight == pytest.approx(0.3 / std, rel=1e-5)
+    means = ppo.rollout_statistics(r, 0.3, "full")
+    assert means["ppo/policy/advantages_mean"] == pytest.approx(0, abs=1e-5)
+
+
+def test_statistics_of_the_update_count_ends():
+    """Where a step has moved the end tokens alone: the mean ratio is 1, the KL to the policy that
+    sampled is that of the two distributions, and clipped ends are counted."""
+    trainer = tiny(exact_end=True, whiten_advantages=False)
+    responses = [[0, 3, 0], [3, 3, 0], [0, 0, 3], [3, 0, 3]]
+    with torch.no_grad():
+        before = [log_distributions(trainer.policy, r) for r in responses]
+        old = torch.cat([x[range(3), r] for x, r in zip(before, responses)])
+    r = Rollouts([[BOS_ID]] * 4, responses, torch.zeros(4).bool(), old)
+    trainer.step(r, lambda q, responses, ended: [*map(score_of_any_end, responses)])
+    with torch.no_grad():
+        trainer.policy.output.weight[list(END)] *= 1.6
+        after = [log_distributions(trainer.policy, r) for r in responses]
+    stats = trainer.backward(r, [0, 1, 2, 3], True)
+    total, clipped, weight = 0.0, 0.0, float(r.survival.sum())
+    at = iter(range(12))
+    for x, y, response in zip(before, after, responses):
+        for t, token in enumerate(response):
+            i = next(at)
+            p, q = x[t, END].logsumexp(0).exp(), y[t, END].logsumexp(0).exp()
+            moved = (y[t, token] - x[t, token]).exp(), q / p
+            A = r.advantages[i], r.end_advantages[i]
+            beyond = [float(m * a > m.clamp(0.8, 1.2) * a) for m, a in zip(moved, A)]
+            w = float(r.survival[i]) / weight
+            total += w * float((1 - p) * (moved[0] - 1 - moved[0].log()))
+            total += w * float(p * (moved[1] - 1 - moved[1].log()))
+            clipped += w * float((1 - p) * beyond[0] + p * beyond[1])
+    assert stats["ppo/policy/policykl"] == pytest.approx(total, rel=1e-3)
+    assert stats["ppo/policy/clipfrac"] == pytest.approx(clipped, rel=1e-3) and clipped > 0
+
+
+def test_an_end_that_is_nearly_certain_has_a_gradient():
+    """A policy whose responses end at once can learn that longer ones are better."""
+    trainer = tiny(exact_end=True, init_kl_coef=0.0, whiten_advantages=False)
+    with torch.no_grad():
+        hidden = trainer.policy.hidden(torch.tensor([[BOS_ID]]))[0, 0]
+        trainer.policy.output.weight[EOS_ID] += 12 * hidden / hidden.square().sum()
+        p = log_distributions(trainer.policy, [EOS_ID])[0].exp()
+    assert p[EOS_ID] > 0.99
+    kept = capture_gradient(trainer)
+    trainer.step(
+        trainer.rollout([[BOS_ID]] * 16, seed=1),
+        lambda q, responses, ended: [float(len(r)) for r in responses],
+    )
+    trainer.iteration = 1
+    assert kept[0].norm() > 1e-4
 
 
 def test_rare_ends_do_not_count(monkeypatch):
@@ -566,10 +611,11 @@ def test_rare_ends_do_not_count(monkeypatch):
     with torch.no_grad():
         p = log_distributions(trainer.policy, [0, 3, 0])[:, END].exp().sum(1).tolist()
         old = log_distributions(trainer.policy, [0, 3, 0])[range(3), [0, 3, 0]]
-    monkeypatch.setattr(ppo, "RARE", sorted(p)[1])
+    between = sum(sorted(p)[:2]) / 2
+    monkeypatch.setattr(ppo, "RARE", between * trainer.config.max_gen_len)
     r = Rollouts([[BOS_ID]], [[0, 3, 0]], torch.tensor([False]), old)
     trainer.step(r, lambda q, responses, ended: seen.extend(responses) or [0.0] * len(q))
-    common = [i for i in range(3) if p[i] >= ppo.RARE]
+    common = [i for i in range(3) if p[i] > between]
     assert len(common) == 2 and len(seen) == 3
     assert [i for i in range(3) if r.end_probability[i] > 0] == common
 
@@ -958,6 +1004,7 @@ def test_means_over_rollouts_by_hand():
     ended, old = torch.tensor([True, False]), torch.tensor([-1.0, -2.0, -0.5, -3.0])
     r = Rollouts([[BOS_ID, 5], [BOS_ID]], [[4, 5, EOS_ID], [7]], ended, old)
     r.ref_logprobs, r.scores = torch.tensor([-1.5, -1.0, -1.0, -2.0]), torch.tensor([2.0, 1.0])
+    r.ending = torch.tensor([0.0, 0.0, 1.0, 1.0])
     r.kl, r.advantages = torch.tensor([0.3, 0.1, 0.0, 0.4]), torch.tensor([0.5, -1.0, 2.0, 0.1])
     values, returns = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 5.5]
     r.values, r.returns = torch.tensor(values), torch.tensor(returns)
@@ -1260,6 +1307,20 @@ def test_weights_of_actions_are_shares_of_the_rollouts_of_all_ranks(aggregation,
     monkeypatch.setattr(ppo, "all_sum", doubled)
     trainer.backward(r, [0, 1, 2], True)
     assert seen == pytest.approx(want)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_pass_without_rollouts_has_no_gradient(aggregation):
+    """As with --fsdp on a rank that takes part in a pass for the sake of the others alone."""
+    trainer = make_trainer(loss_aggregation=aggregation)
+    r = trainer.rollout([[BOS_ID]] * 16, seed=1)
+    trainer.evaluate(r)
+    trainer.compute_rewards(r, LengthReward(6)(r.queries, r.responses, r.ended), 0.2)
+    trainer.compute_advantages(r, 0.2)
+    trainer.passes = lambda which: [[]]
+    trainer.backward(r, [0, 1], True)
+    models = (trainer.policy, trainer.critic)
+    assert not any(p.grad.any() for m in models for p in m.parameters() if p.grad is not None)
 
 
 def test_refuses_more_processes_than_groups(monkeypatch):
