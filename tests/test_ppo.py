@@ -467,7 +467,8 @@ def every_story(trainer):
         ((queries, responses, ended),) = seen
         assert queries == [[BOS_ID]] * 4 and ended.tolist() == [False, True, True, True]
         assert [x[:-1] for x in responses] == [list(tokens[:n]) for n in (2, 0, 1, 2)]
-        assert responses[0] == list(tokens) and all(x[-1] in END for x in responses[1:])
+        likely = [END[i] for i in logp[:, END].argmax(1).tolist()]
+        assert responses[0] == list(tokens) and [x[-1] for x in responses[1:]] == likely
         yield float((chosen.sum() - stay.log().sum()).exp()), size, stats
 
 
@@ -1069,6 +1070,18 @@ def test_the_critic_starts_at_the_mean_of_what_it_learns(config):
     (r,) = seen
     totals = ppo.sum_per_rollout(r.rewards, r.counts)
     torch.testing.assert_close(r.values, totals.mean().expand_as(r.values))
+
+
+def test_the_critic_starts_at_the_mean_over_the_ends():
+    trainer, seen = make_trainer(exact_end=True, missing_eos_penalty=3.0), []
+    for p in trainer.critic.value_head.parameters():
+        torch.nn.init.zeros_(p)
+    trainer.update = lambda r: seen.append(r) or {}
+    trainer.step(trainer.rollout([[BOS_ID]] * 16, seed=3), LengthReward(6))
+    (r,) = seen
+    assert 0.01 < float(r.truncated.mean()) < 1 and float(r.survival.min()) < 0.5
+    mean = (r.scores - 3 * r.truncated).mean()
+    torch.testing.assert_close(r.values, mean.expand_as(r.values), atol=1e-4, rtol=1e-4)
 
 
 def test_a_critic_that_has_learned_starts_where_it_is():
