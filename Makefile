@@ -10,7 +10,8 @@ MODEL = --vocab_source=custom --vocab_size=512 --dim=64 --n_layers=5 --n_heads=8
         --multiple_of=4 --max_seq_len=512
 # 200 rollouts per iteration, each used once. Frozen layers are computed once for all models.
 PPO = --batch_size=50 --rollouts=200 --learning_rate=3e-4 --value_learning_rate=1e-3 \
-      --beta2=0.99 --weight_decay=0 --averaging=0.95 --freeze_layers=2 --eval_interval=10
+      --beta2=0.99 --weight_decay=0 --averaging=0.95 --freeze_layers=2 --exact_end --lam=0.85 \
+      --eval_interval=10
 RESUME = $(if $(wildcard $(DEMO)/ckpt.pt),--init_from=resume)
 
 # The model that `make frontier` aligns.

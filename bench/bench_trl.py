@@ -62,6 +62,8 @@ OURS = """--ppo --rollouts=200 --beta2=0.99 --weight_decay=0 --averaging=0.95 --
     --init_kl_coef=0.2 --roof_prompts=1 --roof_samples=2 --report_rollouts=1""".split()
 METHODS = {  # the flags of experiments/frontier.py
     "ours-ppo": "--batch_size=50 --learning_rate=3e-4 --value_learning_rate=1e-3 --freeze_layers=2",
+    "ours-ppo-exact": "--batch_size=50 --learning_rate=3e-4 --value_learning_rate=1e-3"
+    " --freeze_layers=2 --exact_end --lam=0.85",
     "ours-rloo": "--advantage=rloo --batch_size=100 --group_size=4 --learning_rate=5e-5",
     "ours-grpo": "--advantage=grpo --batch_size=100 --group_size=4 --learning_rate=3e-5",
     "trl-rloo": "3e-5",  # the best of those that were tried, see doc/ppo.md

@@ -86,6 +86,7 @@ def run(a, beta, iters, seed, kind="PPO"):
     # entropy bonus a text repeats the same few words. Without a critic the gradient is noisier, so
     # the learning rate is lower.
     flags = [f"--freeze_layers={a.freeze_layers}"] if a.freeze_layers else []
+    flags += [] if a.sampled_end else ["--exact_end", "--lam=0.85"]
     common = FLAGS
     if not beta:
         flags = "--batch_size=25 --lam=0.95 --lam_value=1 --entropy_coef=0.002".split()
@@ -271,6 +272,9 @@ def main(argv=None):
     parser.add_argument("--iters", type=int, default=50, help="iterations of 200 rollouts")
     parser.add_argument(
         "--freeze_layers", type=int, default=2, help="lower layers that PPO freezes, if β > 0"
+    )
+    parser.add_argument(
+        "--sampled_end", action="store_true", help="PPO without --exact_end --lam=0.85"
     )
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for the optimum")
     parser.add_argument("--samples", type=int, default=256, help="reference samples per prompt")
