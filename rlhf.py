@@ -769,8 +769,8 @@ class RLHF(Stage):
         that they depend on."""
         a, c = self.args, self.trainer.config
         reference, names = self.trainer.reference, dict(self.trainer.reference.named_parameters())
-        shown = [full(p) for k, p in reference.state_dict().items() if k in names]
-        weights = float(sum(p.cpu().double().abs().sum() for p in shown))
+        tensors = [full(p) for k, p in reference.state_dict().items() if k in names]
+        weights = float(sum(p.cpu().double().abs().sum() for p in tensors))
         # Prompts that are drawn twice would count as independent in the error of J*.
         prompts = self.held_out.batch(0, n_prompts := min(a.roof_prompts, len(self.held_out)))
         key = [a.reward, a.target_len, prompts, a.roof_samples, a.seed, sorted(self.stop_ids)]
