@@ -98,7 +98,7 @@ STAGES = {
     "DPO": (dict(dpo=True, data="pairs.jsonl"), 3),
     "PPO": (PPO, 47),
     "PPO, float16": (PPO | dict(dtype="float16"), 47),
-    "PPO, exact end": (PPO | dict(exact_end=True), 48),
+    "PPO, exact end": (PPO | dict(exact_end=True), 49),
     "PPO, shared critic": (PPO | dict(value_model="shared"), 43),
     "PPO, no critic": (PPO | dict(advantage="rloo", group_size=2), 36),
     "PPO, averaged": (PPO | dict(averaging=0.9, ptx_coef=0.1, lora_rank=2), 47),
