@@ -420,7 +420,7 @@ class Batch:
     uniform: torch.Tensor  # (n, max_new_tokens) a random number in [0, 1) for each token
     stop_ids: torch.Tensor  # (number of ids,)
     sampling: tuple  # temperature, top_k, top_p
-    survival: torch.Tensor = None  # (n,) see `generate`: the probability over the limit
+    survival: torch.Tensor = None  # (n,) the probability in `generate`, over survival_limit
 
     def stopped(self):
         """(R,) whether a row's newest token is one of stop_ids."""
@@ -453,7 +453,7 @@ def generate(
     max_batch  number of rows that are generated at a time
     on_token   on_token(row, token) is called for each token as soon as it is sampled
     survival_limit  if above 0, a row goes on without an end until the probability that none would
-               have been sampled is below the limit; then it ends (needs plain sampling)
+               have been sampled is below the limit; then it ends. Not with top_k or top_p
     Returns a Generation. Raises ValueError for a prompt that is empty or leaves no room."""
     device, context, n = model.output.weight.device, model.args.max_seq_len, len(prompts)
     if wrong := [len(p) for p in prompts if not 0 < len(p) < context]:

@@ -71,13 +71,13 @@ class PPOConfig:
     )
     adap_kl_ctrl: bool = flag(False, "adapt β so that the KL per rollout stays near --target")
     target: float = flag(6.0, "KL that adap_kl_ctrl aims at, nats per rollout")
-    horizon: float = flag(10000.0, "rollouts in which β changes by a factor of up to 1.22")
+    horizon: float = flag(10000.0, "rollouts in which adap_kl_ctrl changes β by at most 1.22 times")
     # rollouts
     rollouts: int = flag(0, "rollouts per iteration; 0 means 8 × batch_size")
     max_gen_len: int = flag(300, "tokens per response, at most")
     temperature: float = flag(1.0, "temperature of the policy, in rollouts and in training")
     missing_eos_penalty: float = flag(0.0, "subtracted from the score of a response without an end")
-    exact_end: bool = flag(False, "average over the ends that a response may have, sample none")
+    exact_end: bool = flag(False, "average over possible ends of a response; do not sample one")
     # advantages
     advantage: str = flag(
         "gae",
@@ -838,7 +838,7 @@ def adjust_rewards(rewards, rollouts, config):
     return rewards - on_last_action(config.missing_eos_penalty * truncated, rollouts.counts)
 
 
-SURVIVAL_LIMIT = 0.02  # exact_end: a response goes on until it would have ended but for this chance
+SURVIVAL_LIMIT = 0.02  # exact_end: a response stops below this probability of not having ended
 RARE = 0.03  # exact_end: ends that are less likely than this / max_gen_len do not count
 
 
@@ -862,7 +862,7 @@ def score_ends(r, score, stop_ids, config):
     stay = (1 - p).clamp(min=1e-30).double().log()  # log probabilities
     before = stay.cumsum(0) - stay
     r.survival = (before - expand(before[last - r.counts + 1], r.counts)).exp().float()
-    goes_on = (r.survival * (1 - p))[last]  # a response that was made to end would end too
+    goes_on = (r.survival * (1 - p))[last]  # probability that the response is a whole one
     r.end_probability, r.truncated = p, goes_on * ~ended
     r.ending = r.survival * p + on_last_action(goes_on, r.counts)
     r.scores = sum_per_rollout(r.survival * p * ends, r.counts) + goes_on * whole
