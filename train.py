@@ -238,9 +238,11 @@ def check_ranges(args):
             raise ValueError(f"--{name} must not be negative, not {value}")
     if stage is Pretraining and args.max_seq_len < 2:
         raise ValueError(f"--max_seq_len must be at least 2, not {args.max_seq_len}")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "lora_dropout"):
         if getattr(args, name) >= 1:
             raise ValueError(f"--{name} must be below 1, not {getattr(args, name)}")
+    if args.lora_rank and not args.lora_alpha:
+        raise ValueError("--lora_alpha must be above 0: with 0, the adapters learn nothing")
     if args.seed >= 2**32:  # of larger ones, the products that seed an iteration exceed 64 bits
         raise ValueError(f"--seed must be below 2^32, not {args.seed}")
     if args.plan and not args.plan_mfu:

@@ -494,6 +494,14 @@ def test_mistakes(base, tmp_path, monkeypatch):
         )
     )
     assert "[INST]" in load_checkpoint(tmp_path / "b/sft_ckpt.pt")["template"]["turn"]
+    for name, value, why in (
+        ("lora_alpha", 0, "must be above 0"),
+        ("lora_alpha", -1, "must not be negative"),
+        ("lora_dropout", 1, "must be below 1"),
+        ("lora_rank", -1, "must not be negative"),
+    ):
+        refused(f"--{name} {why}", **{"lora_rank": 2, name: value})
+    refused("--lora_alpha must be above 0", lora_rank=2, lora_alpha=0, sft=False, ppo=True)
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     refused("pip install bitsandbytes", lora_rank=2, lora_4bit=True)
 
