@@ -61,6 +61,7 @@ from sft import (
     frozen_layers_in_common,
     instructions,
     merged_state,
+    note_of_frozen,
 )
 from tinystories import Prompts, Windows
 from tokenizer import check_same_tokenizer, stop_ids
@@ -707,7 +708,8 @@ class RLHF(Stage):
             lines.append("--max_iters has no effect with --ppo_iters")
         if "target_kl" in given and self.args.ppo_epochs == 1:
             lines.append("--target_kl has no effect with --ppo_epochs=1")
-        return lines
+        trained = self.trainer.critic if self.args.lora_rank else self.model
+        return [*lines, *note_of_frozen(trained, self.args.freeze_layers)]
 
     def begin(self):
         """Estimates J*. A resumed run removes the report, which is of an earlier policy; that of an

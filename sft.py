@@ -259,6 +259,14 @@ def freeze_layers(model, n):
     return model
 
 
+def note_of_frozen(model, n):
+    """Yields a line that names what --freeze_layers=n trains, if it freezes all layers of a
+    model."""
+    if n and n == len(model.layers):
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        yield f"--freeze_layers={n} freezes all layers: only {', '.join(names)} will be trained"
+
+
 def frozen_layers_in_common(*models):
     """The number of lower layers that are frozen and equal in all models that are not None. It is 0
     unless the embeddings are so, too."""
@@ -341,6 +349,10 @@ class InstructionStage(Pretraining):
     def build(self, checkpoint):
         model = model_from_checkpoint(checkpoint, self.model_class, dropout=self.args.dropout)
         return freeze_layers(model, self.args.freeze_layers)
+
+    def without_effect(self):
+        yield from super().without_effect()
+        yield from note_of_frozen(self.model, self.args.freeze_layers)
 
     def samples(self, kind, split, max_len):
         """The samples of a split as `kind`, one of the sample classes of instruct.py."""

@@ -337,6 +337,24 @@ def test_frozen_layers_stay(home, tmp_path, stage):
     assert frozen == first
 
 
+@pytest.mark.parametrize(
+    "extra, trained",
+    [
+        (dict(rm=True), "norm.weight, value_head.weight, value_head.bias"),
+        (dict(ppo=True, ppo_iters=1, max_gen_len=4), "norm.weight"),
+        (
+            dict(ppo=True, ppo_iters=1, max_gen_len=4, lora_rank=2),
+            "norm.weight, value_head.weight, value_head.bias",
+        ),
+    ],
+    ids=["rm", "ppo", "critic"],
+)
+def test_what_is_trained_if_all_layers_are_frozen_is_named(home, tmp_path, capsys, extra, trained):
+    run(home, tmp_path, freeze_layers=2, max_iters=1, data=home / "pairs.jsonl", **extra)
+    line = f"note: --freeze_layers=2 freezes all layers: only {trained} will be trained\n"
+    assert line in capsys.readouterr().err
+
+
 def test_a_resumed_reward_model_keeps_its_samples(home, tmp_path, capsys):
     """Its gain and bias are of the samples in the checkpoint, and the line says so."""
     flags = dict(rm=True, eval_iters=1)

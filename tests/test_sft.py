@@ -252,8 +252,12 @@ def test_all_layers_can_be_frozen(base):
             sft.freeze_layers(model, n)
 
 
-def test_muon_without_a_matrix_to_train(base, tmp_path):
+def test_muon_without_a_matrix_to_train(base, tmp_path, capsys):
     train.main(command(base, tmp_path, freeze_layers=2, optimizer="muon", max_iters=1))
+    line = "note: --freeze_layers=2 freezes all layers: only norm.weight will be trained\n"
+    assert line in capsys.readouterr().err
+    train.main(command(base, tmp_path, freeze_layers=1, max_iters=1))
+    assert "--freeze_layers" not in capsys.readouterr().err
     start, end = (load_checkpoint(tmp_path / f"{name}ckpt.pt")["model"] for name in ("", "sft_"))
     assert [k for k in end if not torch.equal(start[k], end[k])] == ["norm.weight"]
 
