@@ -338,10 +338,6 @@ def read(path, replies=True, lenient=False):
     real conversations contain, are read as irregular records unless all records of the file are so.
     Raises ValueError that names file and line, and OSError.
     """
-    if os.path.isdir(path):
-        raise ValueError(
-            f"{path} is a folder: name a JSON or JSONL file of instructions with --data"
-        )
 
     def parse(position, item, lenient):
         try:

@@ -9,6 +9,7 @@ files that hold adapters alone.
 import itertools
 import logging
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -293,11 +294,16 @@ def equal_and_frozen(modules):
 def instructions(kind, args, split, tokenizer, template, max_len):
     """The samples of a split of the instruction data that the flags name. `kind` is one of the
     sample classes of instruct.py."""
-    path, seed = args.data, args.seed
+    name, seed = "data", args.seed
     if args.val_data:
         if split == "val":  # the order must not depend on the seed of the run
-            path, seed = args.val_data, 0
+            name, seed = "val_data", 0
         split = "all"
+    path = getattr(args, name)
+    for folder in filter(os.path.isdir, path.split(",")):
+        raise ValueError(
+            f"{folder} is a folder: name a JSON or JSONL file of instructions with --{name}"
+        )
     return kind(path, split, tokenizer, template, max_len, seed)
 
 
