@@ -356,13 +356,17 @@ def read(path, replies=True, lenient=False):
     return records
 
 
-def text_of(value, key):
-    """A text, or the text of a list of parts {"type": "text", "text": ...}. Raises ValueError."""
+def text_of(value, key, ignored):
+    """
+    A text, or the text of a list of parts {"type": "text", "text": ...}. Appends the unused keys of
+    the parts to `ignored`. Raises ValueError.
+    """
     if isinstance(value, list) and value and all(isinstance(x, dict) for x in value):
         others = [x.get("type") for x in value if x.get("type") != "text"]
         if others:
             raise ValueError(f'"{key}" has a part of type {others[0]!r}: only text can be learned')
-        return "".join(text_of(x.get("text"), "text") for x in value)
+        ignored += [k for x in value for k in unused(x, {"type", "text"}, key)]
+        return "".join(text_of(x.get("text"), "text", ignored) for x in value)
     if value is None:
         raise ValueError(f'"{key}" is missing')
     if not isinstance(value, str):
@@ -397,14 +401,14 @@ def record(item, replies=True, lenient=False):
         if isinstance(item[prompt], (list, dict)):
             context += read_messages(item[prompt], prompt, ignored)
         else:
-            user = text_of(item[prompt], prompt)
+            user = text_of(item[prompt], prompt, ignored)
             if not user.strip():
                 raise ValueError("the prompt is empty")
             space = user.lstrip().startswith("Human:")
             context += read_dialogue(user, last="user") if space else [("user", user)]
         if extra:
             question = [context.pop()[1]] if context and context[-1][0] == "user" else []
-            text = "\n".join([*question, *(text_of(item[k], k) for k in extra)])
+            text = "\n".join([*question, *(text_of(item[k], k, ignored) for k in extra)])
             context.append(("user", text))
     elif main == "chosen" and messages:
         question = read_messages(item[messages], messages, ignored)
@@ -417,7 +421,7 @@ def record(item, replies=True, lenient=False):
         is_list = isinstance(value, list) and not is_parts(value)
         if is_list or isinstance(value, dict) or k in KEYS["messages"]:
             return read_messages(value, k, ignored)
-        value = text_of(value, k)
+        value = text_of(value, k, ignored)
         if main == "chosen" and (not context or value.lstrip().startswith("Human:")):
             return read_dialogue(value, last="assistant")
         if space or k == "completion" and value[1:2].strip():
@@ -443,7 +447,7 @@ def record(item, replies=True, lenient=False):
 
     # 3. One dialogue per reply, as messages and then as exchanges.
     dialogues = [joined(context, read_reply(value, k)) for value, k in values] or [context]
-    system = text_of(item[system_key], system_key) if system_key else ""
+    system = text_of(item[system_key], system_key, ignored) if system_key else ""
     for d in [context, *dialogues]:
         while d and d[0][0] == "system":
             if system not in ("", d[0][1]):
@@ -523,15 +527,15 @@ def read_messages(value, key, ignored):
     result, strings = [], key in (*KEYS["messages"], *KEYS["history"])
     for m in value if isinstance(value, list) else [value]:
         if isinstance(m, str) and strings and isinstance(value, list):
-            result.append(("assistant" if len(result) % 2 else "user", text_of(m, key)))
+            result.append(("assistant" if len(result) % 2 else "user", text_of(m, key, ignored)))
         elif isinstance(m, list) and len(m) == 2 and strings:
-            result += zip(("user", "assistant"), (text_of(x, key) for x in m))
+            result += zip(("user", "assistant"), (text_of(x, key, ignored) for x in m))
         elif not isinstance(m, dict):
             raise ValueError(f'"{key}" must be a list of objects with "role" and "content"')
         elif {"input", "output"} <= m.keys():
             names = {"input": "user", "output": "assistant"}
             ignored += unused(m, names, key)
-            result += [(role, text_of(m[k], k)) for k, role in names.items()]
+            result += [(role, text_of(m[k], k, ignored)) for k, role in names.items()]
         else:
             role = m.get("role", m.get("from"))
             content = next((k for k in ("content", "value", "text") if k in m), "content")
@@ -540,7 +544,7 @@ def read_messages(value, key, ignored):
                 raise ValueError(
                     f'"{key}" has a message of role {role!r}: expected user, assistant or system'
                 )
-            result.append((ROLES[role.lower()], text_of(m.get(content), content)))
+            result.append((ROLES[role.lower()], text_of(m.get(content), content, ignored)))
     return result
 
 

@@ -192,6 +192,15 @@ PUBLIC = {  # records as data sets of these names have them
         },
         ONE,
     ),
+    "keys of text parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "A", "mood": "x"}]},
+                {"from": "gpt", "value": [{"type": "text", "text": "B", "id": 1, "image": None}]},
+            ]
+        },
+        ONE._replace(ignored=("content.mood",)),
+    ),
     "message keys": (
         {
             "messages": [
@@ -414,6 +423,10 @@ REFUSED = {  # those whose meaning would change, and those of another shape: whi
         },
         "part of type 'image_url': only text",
     ),
+    "image in a text part": (
+        {"prompt": "A", "response": [{"type": "text", "text": "B", "image_url": {"url": "x"}}]},
+        '"image_url" changes the meaning of a message: only text',
+    ),
     "two systems": (
         {"system": "T", "messages": [SYSTEM, *says("A", "B")]},
         "two different system prompts",
@@ -528,6 +541,7 @@ def test_no_text_disappears_silently():
             {"role": "assistant", "content": "B", "mood": "x"},
             [{"answer": "B", "rank": 1, "mood": "x"}, {"answer": "X", "rank": 2}],
             [{"type": "text", "text": "A"}],
+            [{"type": "text", "text": "B", "mood": "x"}],
             [{"input": "A", "output": "B"}],
         ]
         return rng.choice(kinds)

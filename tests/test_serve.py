@@ -788,6 +788,7 @@ def test_refusals_of_messages_name_the_field(server, chat_server):
         [hello, hello],
         [hello, {**hello, "role": "assistant"}],
         [{**hello, "content": [{"type": "image_url"}]}],
+        [{**hello, "content": [{"type": "text", "text": "Hello", "mood": "x"}]}],
     ):
         assert refusal(chat_server, path, messages=messages)["param"] == "messages"
     assert refusal(server, path, messages=[hello])["param"] == "messages"  # no template
