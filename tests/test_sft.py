@@ -480,7 +480,7 @@ def test_mistakes(base, tmp_path, monkeypatch):
             train.main(command(base, tmp_path / "x", **flags))
 
     refused("one stage at a time", ppo=True)
-    refused(f"{base} is a folder: name a JSON or JSONL file of instructions with --data$", data=base)
+    refused(f"{base} is a folder: name a JSON or JSONL file .* with --data$", data=base)
     refused(f"{base} is a folder: name .* with --val_data$", val_data=base)
     refused(f"{base} is a folder: name .* with --val_data$", val_data=f"{base}/data.jsonl,{base}")
     refused("No such file", data=base / "none.json")
