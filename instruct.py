@@ -18,8 +18,9 @@ one of these formats:
     {"chosen", "rejected"}                       complete dialogues with Human: and Assistant: turns
     {"prompt", "completions"}                    two or more, from best to worst
 
-Each format may also have "system" and "history". A key that is neither used nor known to be
-harmless is counted in the summary of the data, or refused if it changes the meaning of a record.
+Each format may also have "system" and "history". A prompt may be a dialogue with Human: and
+Assistant: turns. A key that is neither used nor known to be harmless is counted in the summary of
+the data, or refused if it changes the meaning of a record.
 """
 
 import argparse
@@ -404,7 +405,7 @@ def record(item, replies=True, lenient=False):
             user = text_of(item[prompt], prompt, ignored)
             if not user.strip():
                 raise ValueError("the prompt is empty")
-            space = user.lstrip().startswith("Human:")
+            space = is_dialogue(user, last="user")
             context += read_dialogue(user, last="user") if space else [("user", user)]
         if extra:
             question = [context.pop()[1]] if context and context[-1][0] == "user" else []
@@ -422,7 +423,7 @@ def record(item, replies=True, lenient=False):
         if is_list or isinstance(value, dict) or k in KEYS["messages"]:
             return read_messages(value, k, ignored)
         value = text_of(value, k, ignored)
-        if main == "chosen" and (not context or value.lstrip().startswith("Human:")):
+        if main == "chosen" and (not context or is_dialogue(value, last="assistant")):
             return read_dialogue(value, last="assistant")
         if space or k == "completion" and value[1:2].strip():
             value = value.removeprefix(" ")
@@ -584,6 +585,16 @@ def read_dialogue(text, last):
     if parts[0].strip() or not messages or messages[0][0] != "user" or messages[-1][0] != last:
         raise ValueError("a dialogue must begin with Human: and end with a text by Assistant:")
     return messages
+
+
+def is_dialogue(text, last):
+    """Whether the whole of a text is a dialogue of both sides in the format of hh-rlhf. Ordinary
+    text may begin with "Human:" too."""
+    try:
+        read_dialogue(text, last)
+    except ValueError:
+        return False
+    return "\n\nAssistant:" in text
 
 
 def has_ranks(value):

@@ -590,6 +590,32 @@ def test_no_text_disappears_silently():
 CODE = "    return x\n\n"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: nature is complex.",
+        "\n\nHuman: A",
+        "Human: A\nAssistant: B",
+        "Human: A\n\nHuman: B",
+        "Human: A\n\nAssistant: B",
+        "What follows?\n\nHuman: A\n\nAssistant:",
+        "Assistant: A\n\nHuman: B",
+    ],
+)
+def test_text_that_begins_with_human_is_no_dialogue(text):
+    """Only a prompt is one that alternates throughout, and asks for a text by the assistant."""
+    for other in {"response": " B"}, {"chosen": " B", "rejected": " X"}:
+        found = instruct.record({"prompt": text, **other})
+        assert found.turns == [(text, None)] and found.completions == list(other.values())
+    for reply in "Human: nature is complex.", "Human: A\n\nAnd B":
+        found = instruct.record({"prompt": "A", "chosen": reply, "rejected": "X"})
+        assert found == PAIR._replace(completions=[reply, "X"])
+    start = "\n\nHuman: A\n\nAssistant: B\n\nHuman: C"
+    for text in start, f"{start}\n\nAssistant:", f"{start}\n\nAssistant: ":
+        found = instruct.record({"prompt": text, "response": " D"})
+        assert found.turns == [("A", "B"), ("C", None)] and found.completions == ["D"]
+
+
 def test_replies_stay_unchanged(tmp_path):
     """Indentation, trailing newlines and spaces are learned; only what a format adds is not."""
     shapes = [
