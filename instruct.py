@@ -817,8 +817,9 @@ class Rankings(Samples):
     from best to worst, which include their end tokens. Prompt and completion together have at most
     max_len tokens.
 
-    A dialogue that is too long loses its oldest turns. Completions that are still too long, empty
-    or duplicates are left out, because reward models score complete replies.
+    Completions are left out if they are empty, duplicates, or too long even after the last turn
+    alone, because reward models score complete replies. A dialogue that is too long with the
+    longest of the others loses its oldest turns, for all of them: they share one prompt.
     """
 
     def sample(self, record):
@@ -835,14 +836,14 @@ class Rankings(Samples):
         ids = [[*c, *end] for c in dict.fromkeys(map(tuple, encoded))]
         if len(texts) > len(ids) == 1:
             return self.count("left out: chosen equal to rejected")
-        longest = max(map(len, ids), default=0)
-        turns = template.fit(t, record.turns, record.system, self.max_len - longest)
-        turns = turns or record.turns[-1:]
-        prompt = template.prompt(t, turns, record.system)
-        ids = [c for c in ids if len(prompt) + len(c) <= self.max_len]
+        room = self.max_len - len(template.prompt(t, record.turns[-1:], record.system))
+        ids = [c for c in ids if len(c) <= room]  # before the oldest turns make room for the rest
         if len(ids) < 2:
             reason = "empty response" if len(texts) < 2 else "too long"
             return self.count(f"left out: {reason}")
+        longest = max(map(len, ids))
+        turns = template.fit(t, record.turns, record.system, self.max_len - longest)
+        prompt = template.prompt(t, turns, record.system)
         self.count("shortened: oldest turns dropped", len(turns) < len(record.turns))
         self.count("shortened: fewer completions", len(ids) < len(record.completions))
         return np.array(prompt, np.int32), [np.array(c, np.int32) for c in ids]

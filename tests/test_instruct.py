@@ -1190,7 +1190,15 @@ def test_rankings(tmp_path):
     chat = SHAPES[5][0]
     n = len("-A\nB--C\nE\n\nE-")
     assert found([chat], n)[0] == [("<s>A\nB</s><s>C\n", ["D</s>", "E\n\nE</s>"])]
-    assert found([chat], n - 1)[0] == [("<s>C\n", ["D</s>", "E\n\nE</s>"])]
+    newest = [("<s>C\n", ["D</s>", "E\n\nE</s>"])]
+    assert found([chat], n - 1) == (newest, {"shortened: oldest turns dropped": 1})
+    # a completion that is too long even without them costs the others no turns
+    system = {"role": "system", "content": "S" * 5}
+    for messages in says("A", "B", "C"), [system, *says("A", "B", "C")]:
+        long = {"prompt": messages, "completions": ["D", "F" * 99, "E"]}
+        [(prompt, completions)], counts = found([long], 30)
+        assert prompt.endswith("A\nB</s><s>C\n") and completions == ["D</s>", "E</s>"]
+        assert counts == {"shortened: fewer completions": 1}
 
 
 def test_prompts(tmp_path):
