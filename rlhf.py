@@ -583,9 +583,12 @@ class RLHF(Stage):
             self.text = Windows(args.data, "val", min(context_length, 256), vocab)
         if config.ptx_coef:
             if is_instruction_file(ptx):
-                self.ptx_text = Packed(
-                    Instructions(ptx, "train", *texts, context_length, args.seed + 1)
-                )
+                held_out = is_instruction_file(args.data) and not args.val_data  # 10 % of it
+                split = "train" if held_out else "all"
+                samples = Instructions(ptx, split, *texts, context_length, args.seed + 1)
+                self.ptx_text = Packed(samples)
+                if self.rank == 0:
+                    print(f"ptx: {samples.summary()}")
             else:
                 self.ptx_text = Windows(ptx, "train", context_length, vocab, args.seed + 1)
 

@@ -1017,6 +1017,17 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
     assert all(x > 0 for x in records(tmp_path, "ppo_log.jsonl", "ppo/loss/ptx"))
 
 
+def test_instructions_are_held_out_of_the_pretraining_text_once(home, rm, tmp_path, capsys):
+    """With --val_data, which holds the others, all of them are trained on."""
+    data = sft_data(home, tmp_path)
+    flags = dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, ptx_data=data)
+    n = len(data.read_text().splitlines())
+    for val_data in dict(), dict(val_data=home / "pairs.jsonl"):
+        stage = ppo_stage(home, tmp_path / "out", **flags, **val_data)
+        assert len(stage.ptx_text) == n if val_data else 0.8 * n < len(stage.ptx_text) < n
+        assert f"ptx: {data}: {len(stage.ptx_text):,} samples" in capsys.readouterr().out
+
+
 def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):
     """The weighted losses of the parts of two or five ranks add up to the loss of the batch."""
     stage = ppo_stage(home, tmp_path, reward=rm / "rm_ckpt.pt", ptx_coef=0.5, batch_size=24)
