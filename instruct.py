@@ -40,7 +40,7 @@ import common  # noqa: F401  first: it reports missing packages
 import numpy as np
 
 from common import Refused, flags_of_others, note, parse_args, printable, run_main, write_atomic
-from tinystories import Sampler, items, quoted, read_as_one, read_stories, story_files
+from tinystories import Sampler, checksum, items, quoted, read_as_one, read_stories, story_files
 from tokenizer import own_tokenizer, stop_ids
 
 # -----------------------------------------------------------------------------
@@ -757,6 +757,10 @@ class Samples:
 
     def __len__(self):
         return len(self.samples)
+
+    def checksum(self):
+        """A number that identifies the samples."""
+        return checksum(self.samples)
 
     def batch(self, position, n):
         """The n samples from `position` on."""

@@ -581,6 +581,7 @@ class Pretraining(Stage):
             halve_frozen([self.model], run.dtype)
         place(self.model, run)
         self.train, self.val = self.data("train"), self.data("val")
+        self.val_checksum = self.val.checksum()
         self.position = self.tokens = 0  # samples, and tokens, read so far by all processes
         self.ahead = None, None  # the next position, and the batch that was prefetched for it
         self.micro_steps = max(args.gradient_accumulation_steps // run.world, 1)
@@ -648,7 +649,8 @@ class Pretraining(Stage):
         return accelerate(Transformer(ModelArgs(**values)))
 
     def data(self, split):
-        """The samples of a split, "train" or "val", with __len__ and batch(position, n)."""
+        """The samples of a split, "train" or "val", with __len__, batch(position, n) and
+        checksum()."""
         model = self.model.args
         return Windows(self.args.data, split, model.max_seq_len, model.vocab_size, self.args.seed)
 
@@ -818,6 +820,7 @@ class Pretraining(Stage):
                 "scaler": self.scaler.state_dict(),
                 "position": self.position,
                 "data_size": [len(self.train), len(self.val)],
+                "val_checksum": self.val_checksum,
                 "tokens": self.tokens,
                 "bad_steps": self.bad_steps,
             },
@@ -828,12 +831,16 @@ class Pretraining(Stage):
         """See Stage.load_state. Of a llama2.c checkpoint only the weights are used."""
         self.position, self.tokens = checkpoint.get("position", 0), checkpoint.get("tokens", 0)
         sizes = [len(self.train), len(self.val)]
-        if (saved := checkpoint.get("data_size", sizes)) != sizes and self.run.rank == 0:
+        saved = checkpoint.get("data_size", sizes)
+        other = checkpoint.get("val_checksum", self.val_checksum) != self.val_checksum
+        if saved != sizes and self.run.rank == 0:
             note(
                 f"the data have changed since the checkpoint, from {saved} to {sizes} samples for "
                 "training and validation: the samples now have a different order"
             )
-        if saved[1] != sizes[1]:  # its losses say nothing about those on other samples
+        elif other and self.run.rank == 0:
+            note("the validation data have changed since the checkpoint: best.pt is chosen anew")
+        if other or saved[1] != sizes[1]:  # its losses say nothing about those on other samples
             self.run = replace(self.run, best_val_loss=1e9)
         self.bad_steps = checkpoint.get("bad_steps", 0)
         states = [checkpoint.get("optimizer"), *checkpoint.get("optimizers", [])]

@@ -318,6 +318,9 @@ class Packed:
     def __len__(self):
         return len(self.samples)
 
+    def checksum(self):
+        return self.samples.checksum()
+
     def batch(self, position, n):
         """n samples from `position` on: tokens (N,), targets (N,), the lengths of the samples, the
         expected number of targets in a batch of n samples, and their number in this one."""

@@ -18,6 +18,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -944,6 +945,13 @@ class Sampler:
         return folder, shard, item
 
 
+def checksum(x, value=0):
+    """The CRC-32 of an array, or of the arrays in nested lists and tuples."""
+    if isinstance(x, np.ndarray):
+        return zlib.crc32(np.ascontiguousarray(x), value)
+    return functools.reduce(lambda value, part: checksum(part, value), x, value)
+
+
 class Windows:
     """
     Samples windows of seq_len tokens and their targets, for training and validation.
@@ -978,6 +986,10 @@ class Windows:
 
     def __len__(self):
         return self.sampler.epoch
+
+    def checksum(self):
+        """A number that identifies the text."""
+        return checksum(self.shards)
 
     def batch(self, position, batch_size):
         """The batch_size windows from `position` on: x and y, int64 (B,T)."""

@@ -1295,19 +1295,24 @@ def test_resuming_with_other_data_is_named(tmp_path, capsys):
     assert f"from [{2 * n}, {n}] to [{n}, {n}] samples" in capsys.readouterr().err
 
 
-def test_losses_on_other_validation_text_are_not_compared(tmp_path):
+@pytest.mark.parametrize("size", [2_000, 3_000], ids=["same size", "other size"])
+def test_losses_on_other_validation_text_are_not_compared(tmp_path, capsys, size):
     """After a change of the validation text the best checkpoint is that of the lowest new loss."""
     (tmp_path / f"tok{VOCAB}").mkdir()
-    easy, hard = chain(2_000, 0), np.random.default_rng(0).integers(3, VOCAB, 3_000)
+    easy, hard = chain(2_000, 0), np.random.default_rng(0).integers(3, VOCAB, size)
     for i, ids in enumerate((easy, chain(2_000, 1))):
         np.array(ids, dtype="<u2").tofile(tmp_path / f"tok{VOCAB}/data0{i}.bin")
     train.main(command(tmp_path, tmp_path / "out", max_iters=4))
     hard.astype("<u2").tofile(tmp_path / f"tok{VOCAB}/data00.bin")
+    capsys.readouterr()
     train.main(command(tmp_path, tmp_path / "out", max_iters=8, init_from="resume"))
+    what = "validation data" if size == 2_000 else "data"
+    assert f"note: the {what} have changed since the checkpoint" in capsys.readouterr().err
     losses = {r["iter"]: r["loss/val"] for r in read_log(tmp_path / "out") if "loss/val" in r}
     assert losses[0] > losses[4] and min(losses[4], losses[8]) > 3
     best = load_checkpoint(tmp_path / "out/best.pt")
-    assert best["data_size"] == [62, 93] and losses[best["iter_num"]] == best["best_val_loss"]
+    assert best["data_size"] == [62, (size - 1) // 32]
+    assert losses[best["iter_num"]] == best["best_val_loss"]
 
 
 def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypatch):
