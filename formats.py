@@ -1906,10 +1906,17 @@ def api_parameters(body, chat, limit=2**31, models=(None,)):
         p.logprobs = p.top_logprobs if p.logprobs else -1
         p.max_tokens = p.max_completion_tokens or p.max_tokens
     p.model = models[0] if body.get("model") in (None, "") else body["model"]
-    if p.model not in models:
-        why = f"model must be one of: {', '.join(models)}"
-        raise Refused(404, why, "model_not_found", "model")
+    api_models(models, p.model)  # raises Refused
     return p
+
+
+def api_models(names, name=None):
+    """The answer to GET /v1/models, or to GET /v1/models/{name}. Raises Refused for a name that is
+    not one of `names`."""
+    if name is not None and name not in names:
+        raise Refused(404, f"model must be one of: {', '.join(names)}", "model_not_found", "model")
+    data = [dict(id=x, object="model", created=0, owned_by="fable") for x in names]
+    return {"object": "list", "data": data} if name is None else data[list(names).index(name)]
 
 
 def api_error(e):

@@ -6,8 +6,8 @@ python serve.py --checkpoint=out/sft_ckpt.pt --reference=out/ckpt.pt --port=8000
 The page colors each token by its probability, by what training changed (log policy / reference), or
 by the critic's value, lists the alternatives to a token, and compares both models at the same seed.
 
-GET  /v1/models; POST /v1/completions, /v1/chat/completions    as in OpenAI's API, and top_k
-GET  /info; POST /score    for the page: log-probabilities, KL, values and reward of a response
+GET  /v1/models[/NAME]; POST /v1/completions, /v1/chat/completions: OpenAI's API, and top_k
+GET  /info; POST /score: for the page, log-probabilities, KL, values and reward of a response
 
 One thread computes, the event loop does the rest. Requests share a batch (sample.Lane): rows join
 as others end. A seed gives the same text alone, among others, and in sample.py.
@@ -191,8 +191,7 @@ class Service:
         return JSONResponse({**formats.api_head(p), "choices": choices, "usage": usage})
 
     async def list_models(self, request, body):
-        data = [dict(id=x, object="model", created=0, owned_by="fable") for x in self.lanes]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse(formats.api_models(list(self.lanes), request.path_params.get("name")))
 
     async def info(self, request, body):
         a, t = self.args, self.template
@@ -278,6 +277,7 @@ def application(service, args):
         route("/info", service.info),
         route("/score", service.score, "POST"),
         route("/v1/models", service.list_models),
+        route("/v1/models/{name}", service.list_models),
         route("/v1/completions", service.complete, "POST"),
         route("/v1/chat/completions", service.complete, "POST", chat=True),
     ]

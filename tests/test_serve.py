@@ -330,6 +330,11 @@ def test_on_a_gpu(folder):
 
 def test_the_reference_generates_too(server, tokenizer):
     names = [m["id"] for m in ask(server, "/v1/models")[1]["data"]]
+    assert [ask(server, f"/v1/models/{x}")[1]["id"] for x in names] == names
+    for path in "/v1/models/other", "/v1/models/%20", "/v1/models/%ff":
+        status, answer = ask(server, path)
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
+        assert answer["error"]["message"] == f"model must be one of: {', '.join(names)}"
     assert names == ["tuned", "tuned-reference"] == ask(server, "/info")[1]["models"]
     texts = []
     for name, seed in zip(names, (1, 2)):
@@ -395,7 +400,9 @@ def client(server):
 
 
 def test_openai_completions(client, tokenizer):
-    assert [m.id for m in client.models.list()] == ["tuned", "tuned-reference"]
+    listed = list(client.models.list())
+    assert [m.id for m in listed] == ["tuned", "tuned-reference"]
+    assert [client.models.retrieve(m.id) for m in listed] == listed
     settings = dict(model="tuned", prompt="Tom saw", max_tokens=40, seed=5)
     whole = client.completions.create(**settings, logprobs=2)
     prompt = tokenizer.encode("Tom saw", bos=True, eos=False)
