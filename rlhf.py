@@ -825,7 +825,11 @@ class RLHF(Stage):
             scores = self.reward(rollouts.queries, rollouts.responses, rollouts.ended)
         with on_device(self.trainer.reference, self.ref_device, self.offload):
             stats = self.trainer.step(rollouts, scores)
-        self.last = rollouts.queries[0], rollouts.responses[0], rollouts.scores[0]
+        response = rollouts.responses[0]
+        if c.exact_end:  # it goes on past its ends
+            end = int(rollouts.ending[: len(response)].argmax())
+            response = response if end == len(response) - 1 else response[:end]
+        self.last = rollouts.queries[0], response, rollouts.scores[0]
         t2 = time.perf_counter()
         # Advanced last, so that the prompts are used again after an error of the reward function.
         self.position += n_prompts
@@ -857,7 +861,8 @@ class RLHF(Stage):
         )
 
     def sample_texts(self):
-        """The first rollout of the last iteration, and its reward."""
+        """The first rollout of the last iteration, and its reward. With exact_end the rollout is
+        shown up to its most likely end, and the reward is the mean over its ends."""
         if self.tokenizer is None or not hasattr(self, "last"):
             return {}
         query, response, score = self.last

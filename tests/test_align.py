@@ -30,7 +30,7 @@ import sample
 import tinystories
 import train
 from checkpoint import checkpoint_args, load_checkpoint, model_from_checkpoint, save_checkpoint
-from common import run_main
+from common import printable, run_main
 from experiments import preference_data, story_task
 from instruct import Template
 from kernels import accelerate
@@ -1045,6 +1045,24 @@ def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):
 
 # ----------------------------------------------------------------------------
 # what one sees
+
+
+def test_with_exact_end_the_response_shown_stops_at_its_most_likely_end(home, tmp_path):
+    stage = ppo_stage(home, tmp_path, exact_end=True, lam=0.85, max_gen_len=24)
+    stage.trainer.stop_ids = tuple(range(40))  # ends that are likely
+    step, seen = stage.trainer.step, []
+    stage.trainer.step = lambda r, scores: seen.append(r) or step(r, scores)
+    lengths = []
+    for i in range(4):
+        stage.step(i)
+        whole, ending = seen[-1].responses[0], seen[-1].ending.tolist()
+        n = max(range(len(whole)), key=ending.__getitem__)  # actions before the end
+        query, shown, score = stage.last
+        assert shown == (whole[:n] if n < len(whole) - 1 else whole)
+        assert (query, score) == (seen[-1].queries[0], seen[-1].scores[0])
+        lengths.append((len(shown), len(whole)))
+    assert any(a < b for a, b in lengths), lengths
+    assert stage.sample_texts()["response"] == printable(stage.decode(shown))
 
 
 def test_line_of_an_iteration(home, rm, tmp_path):
