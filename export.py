@@ -60,7 +60,6 @@ from formats import (
     floats,
     json_to_sentencepiece,
     model_shapes,
-    note_ordinary,
     open_tensors,
     ranks_to_json,
     read_gguf,
@@ -86,6 +85,7 @@ from tokenizer import (
     check_same_tokenizer,
     copy_tokenizer,
     disagree,
+    note_ordinary,
     own_tokenizer,
 )
 

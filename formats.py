@@ -41,6 +41,7 @@ from tokenizer import (
     byte_alphabet,
     byte_level_blob,
     check_plain_bpe,
+    note_ordinary,
     render_chats,
     sentencepiece_identity,
 )
@@ -1153,16 +1154,6 @@ def token_text(config, name):
     value = config.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
-
-
-def note_ordinary(texts):
-    """Prints a note about added tokens that text can become in the source of an import."""
-    if texts:
-        names = ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
-        note(
-            f"added tokens that are not special become control tokens here: {names}. Text never "
-            "becomes one of them, and decoding leaves them out"
-        )
 
 
 def same_template(config, template):

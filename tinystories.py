@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from common import boolean, flags_of_others, note, parse_args, read_json, run_main, write_atomic
 from experiments.grammar import generate_story
-from tokenizer import Tokenizer, find_tokenizer, hashed_name
+from tokenizer import Tokenizer, find_tokenizer, hashed_name, note_ordinary
 
 META = "shards.meta"  # JSON file in the folder of the shards, see read_meta
 BOS = 1  # id of the token before every story in a shard
@@ -664,6 +664,7 @@ def pretokenize(data_dir, vocab_size=0, tokenizer_path=""):
     model_path = tokenizer_path or find_tokenizer(vocab_size or 32000, data_dir)
     tokenizer = Tokenizer(model_path)
     check_fits_shards(tokenizer, vocab_size or 32000)
+    note_ordinary(tokenizer.ordinary)
     folder = os.path.join(data_dir, f"tok{vocab_size}") if vocab_size else stories_folder(data_dir)
     shards = planned_shards(data_dir, folder)
     sums = {}

@@ -57,6 +57,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id   special ids, -1 where the tokenizer has none
         special                  {text: id} of the other control tokens; for a tokenizer.json, of
                                  all of them
+        ordinary                 texts of those that a tokenizer.json does not call special
 
     Encoding never turns text into a control token, and decoding omits control tokens. Raises
     OSError for a missing file and ValueError for a corrupt one.
@@ -66,7 +67,7 @@ class Tokenizer:
         self.model_path = str(model_path)
         with open(self.model_path, "rb") as f:
             self.data = data = f.read()
-        self.special, self.sp, self.bpe, self.config = {}, None, None, {}
+        self.special, self.sp, self.bpe, self.config, self.ordinary = {}, None, None, {}, []
         if self.model_path.endswith(".json"):
             self._open_json(data)
             return
@@ -100,6 +101,7 @@ class Tokenizer:
         try:
             self.json = json.loads(data)
             added = self.json.get("added_tokens") or []
+            ordinary = [token["content"] for token in added if token.get("special") is False]
             for token in added:
                 token["special"] = True
             plain = {**self.json, "truncation": None, "padding": None}
@@ -126,6 +128,8 @@ class Tokenizer:
         self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
         self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
         self.pad_id = find("pad_token")
+        named = -1, self.bos_id, self.eos_id, self.pad_id
+        self.ordinary = [text for text in ordinary if self.special.get(text, -1) not in named]
 
     @property
     def adds_bos(self):
@@ -225,6 +229,16 @@ class Tokenizer:
         scores = [-math.inf if i in control else self.sp.get_score(i) for i in range(len(pieces))]
         return struct.pack("<I", max(map(len, pieces))) + b"".join(
             struct.pack("<fI", score, len(piece)) + piece for score, piece in zip(scores, pieces)
+        )
+
+
+def note_ordinary(texts):
+    """Print a note about added tokens that text can become in another project."""
+    if texts:
+        names = ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
+        note(
+            f"added tokens that are not special become control tokens here: {names}. Text never "
+            "becomes one of them, and decoding leaves them out"
         )
 
 

@@ -18,6 +18,7 @@ from test_export import program, run  # noqa: F401
 import export
 import formats
 import sample
+import tinystories
 import tokenizer
 from checkpoint import load_checkpoint
 from common import run_main
@@ -344,7 +345,7 @@ def test_tokens_that_are_added_to_a_sentencepiece_model(tmp_path, where):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_added_tokens_that_are_not_special_are_named(tmp_path, kind):
+def test_added_tokens_that_are_not_special_are_named(tmp_path, kind, capsys):
     """transformers finds them in text; here they are control tokens, and an import says so."""
     folder = tmp_path / "in"
     if kind == "bpe":
@@ -363,6 +364,11 @@ def test_added_tokens_that_are_not_special_are_named(tmp_path, kind):
     ours = Tokenizer(path)
     assert size - 2 in theirs.encode("a <gene>") and ours.special["<gene>"] == size - 2
     assert size - 2 not in ours.encode("a <gene>", True, False)
+    if kind == "bpe":  # and so does the command that makes shards
+        (tmp_path / "a.txt").write_text("a <gene>")
+        capsys.readouterr()
+        tinystories.pretokenize(str(tmp_path), size, str(path))
+        assert "control tokens here: '<gene>', '<think>'. Text" in capsys.readouterr().err
     run(tmp_path / "out", f"--checkpoint={tmp_path}/c/c.pt", "--format=hf")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again.convert_tokens_to_ids("<think>") == size - 1
