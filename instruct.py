@@ -405,7 +405,7 @@ def record(item, replies=True, lenient=False):
             user = text_of(item[prompt], prompt, ignored)
             if not user.strip():
                 raise ValueError("the prompt is empty")
-            space = is_dialogue(user, last="user")
+            space = is_dialogue(user)
             context += read_dialogue(user, last="user") if space else [("user", user)]
         if extra:
             question = [context.pop()[1]] if context and context[-1][0] == "user" else []
@@ -423,7 +423,7 @@ def record(item, replies=True, lenient=False):
         if is_list or isinstance(value, dict) or k in KEYS["messages"]:
             return read_messages(value, k, ignored)
         value = text_of(value, k, ignored)
-        if main == "chosen" and (not context or is_dialogue(value, last="assistant")):
+        if main == "chosen" and (not context or is_dialogue(value)):
             return read_dialogue(value, last="assistant")
         if space or k == "completion" and value[1:2].strip():
             value = value.removeprefix(" ")
@@ -583,18 +583,15 @@ def read_dialogue(text, last):
     if last == "user" and messages and not messages[-1][1].strip():
         messages.pop()
     if parts[0].strip() or not messages or messages[0][0] != "user" or messages[-1][0] != last:
-        raise ValueError("a dialogue must begin with Human: and end with a text by Assistant:")
+        name = "Human" if last == "user" else "Assistant"
+        raise ValueError(f"a dialogue must begin with Human: and end with a text by {name}:")
     return messages
 
 
-def is_dialogue(text, last):
-    """Whether the whole of a text is a dialogue of both sides in the format of hh-rlhf. Ordinary
-    text may begin with "Human:" too."""
-    try:
-        read_dialogue(text, last)
-    except ValueError:
-        return False
-    return "\n\nAssistant:" in text
+def is_dialogue(text):
+    """Whether a text is a dialogue in the format of hh-rlhf: it begins with Human:, as ordinary
+    text may do too, and a paragraph that begins with Assistant: follows."""
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def has_ranks(value):

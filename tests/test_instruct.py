@@ -597,13 +597,12 @@ CODE = "    return x\n\n"
         "\n\nHuman: A",
         "Human: A\nAssistant: B",
         "Human: A\n\nHuman: B",
-        "Human: A\n\nAssistant: B",
         "What follows?\n\nHuman: A\n\nAssistant:",
         "Assistant: A\n\nHuman: B",
     ],
 )
 def test_text_that_begins_with_human_is_no_dialogue(text):
-    """Only a prompt is one that alternates throughout, and asks for a text by the assistant."""
+    """It is one only if Assistant: follows in a paragraph of its own."""
     for other in {"response": " B"}, {"chosen": " B", "rejected": " X"}:
         found = instruct.record({"prompt": text, **other})
         assert found.turns == [(text, None)] and found.completions == list(other.values())
@@ -762,6 +761,8 @@ MISTAKES = [
     ({"prompt": "x", "completions": ["y"]}, "two or more"),
     ({"prompt": "x", "completions": ["y", None]}, "completions"),
     ({"chosen": "Hello", "rejected": "b"}, "must begin with Human:"),
+    ({"prompt": "Human: A\n\nAssistant: B", "response": "C"}, "end with a text by Human:"),
+    ({"chosen": "Human: A\n\nAssistant: B\n\nHuman: C", "rejected": "D"}, "by Assistant:"),
     ({"messages": "x"}, "list of objects"),
     ({"messages": [{"role": "user", "content": "x"}]}, "in turn, not user"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "in turn"),
