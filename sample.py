@@ -244,7 +244,7 @@ def chat(model, tokenizer, template, end_ids, args):
         stream.close()
         [reply], [ended] = out.responses(), out.ended.tolist()
         if not ended:
-            full = len(prompt) + len(reply) >= context
+            full = len(prompt) + len(reply) > context  # the last token is not fed back
             why = f"the context of {context} tokens is full" if full else "--max_new_tokens"
             print(f"(cut short: {why})", file=sys.stderr)
         turns = [*fitting[:-1], (user, reply[:-1] if ended else reply)]

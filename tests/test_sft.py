@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from instruct import TEMPLATES, Instructions
-from model import ModelArgs, Transformer, generate
+from model import Generation, ModelArgs, Transformer, generate
 from sft import FourBitLoRALinear, load_adapters
 from tokenizer import Tokenizer
 
@@ -453,6 +454,44 @@ def test_chat_forgets_the_oldest_turns_and_says_so(tuned, monkeypatch, capsys):
     assert err.count("that is too long for the context of 64 tokens") == 1
     _, err, _ = talk(tuned, monkeypatch, capsys, ["cat dog sun"], "--max_new_tokens=1")
     assert err == "(cut short: --max_new_tokens)\n"
+
+
+@pytest.mark.parametrize("system", ["", "big hat"])
+def test_chat_has_the_longest_dialogue_that_leaves_room_for_one_token(
+    base, monkeypatch, capsys, system
+):
+    """Against a search that encodes whole dialogues; replies have random lengths."""
+    t, template, rng = Tokenizer(base / "tok290.model"), TEMPLATES["plain"], random.Random(1)
+    lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(150)]
+    turns, sizes, cut, forgot, full = [], [], [], [], "the context of 64 tokens is full"
+
+    def reply(model, prompts, most, *sampling, stop_ids, on_token):
+        turns.append((lines[len(turns)], None))
+        first, prompt = len(turns), []
+        while first and len(more := template.prompt(t, turns[first - 1 :], system)) < 64:
+            first, prompt = first - 1, more
+        assert prompts == [prompt] and stop_ids == {1, 2, 99}
+        limit = min(most, 65 - len(prompt))  # the last token is not fed back
+        ids, ended = [5] * rng.randint(0, limit), rng.random() < 0.7
+        ids = [*ids[: limit - 1], 2] if ended else [5] * limit
+        turns[-1] = lines[len(turns) - 1], ids[:-1] if ended else ids
+        sizes.append(len(prompt))
+        if first > max(forgot, default=0):
+            forgot.append(first)
+        if not ended:
+            cut.append("--max_new_tokens" if limit < 65 - len(prompt) else full)
+        lengths, none = torch.tensor([len(ids)]), torch.zeros(1, 0)
+        return Generation(torch.tensor([ids]), lengths, none, torch.tensor([ended]))
+
+    monkeypatch.setattr(sample, "generate", reply)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    args = SimpleNamespace(system=system, max_new_tokens=9, temperature=0, top_k=0, top_p=1)
+    model = SimpleNamespace(args=SimpleNamespace(max_seq_len=64))
+    sample.chat(model, t, template, [99], args)
+    err = capsys.readouterr().err
+    assert re.findall(r"cut short: (.*)\)", err) == cut and len(set(cut)) == 2
+    assert [int(n) for n in re.findall(r"forgetting the first (\d+)", err)] == forgot
+    assert len(turns) == 150 and {62, 63} < set(sizes)
 
 
 def test_chat_mistakes(tuned, tmp_path, monkeypatch, capsys):
