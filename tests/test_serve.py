@@ -715,6 +715,22 @@ def test_limits_of_tokens(folder):
         assert ask(s, "/info")[1]["max_new_tokens"] == 11
 
 
+def test_number_of_tokens_by_default(server, monkeypatch):
+    """256, or what --max_new_tokens or the rest of the context allows if that is less."""
+
+    def lengths(**body):
+        parsed = server.service.parse({"prompt": [5] * 9, **body}, False, None)
+        return [len(row.uniform) for row in parsed.rows]
+
+    assert lengths() == [CONTEXT + 1 - 9] and lengths(max_tokens=3, n=2) == [3, 3]
+    for name, value in ("context", 1000), ("longest", 999):
+        monkeypatch.setattr(server.service, name, value)
+    for limit, tokens in (1000, 256), (257, 256), (256, 256), (200, 200):
+        monkeypatch.setattr(server.service, "limit", limit)
+        assert lengths() == [tokens]
+    assert lengths(prompt=[5] * 900) == [101]
+
+
 def refusal(server, path="/v1/completions", **body):
     status, answer = ask(server, path, body)
     assert status in (400, 404), answer
