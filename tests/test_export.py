@@ -1686,6 +1686,33 @@ def test_id_0_ends_a_text(tmp_path, program):
     ]
 
 
+@pytest.mark.parametrize("kind", ["made", "llama3"])
+def test_the_tokens_that_end_a_text_in_c(tmp_path, program, kind):
+    """A model that always writes one token stops at once if that is BOS, EOS or an end id."""
+    if kind == "made":
+        path, size, ends = sentencepiece_model(tmp_path / "data", kind), 512, {1, 2, 7}
+    else:  # its BOS and EOS are not 1 and 2
+        path, size = make_bpe(tmp_path / "data"), 600
+        t = Tokenizer(path)
+        ends = {t.bos_id, t.eos_id, 7}
+    model = checkpoint(tmp_path / "c.pt", vocab_size=size, tied=False)
+    state = load_checkpoint(tmp_path / "c.pt") | {"end_ids": [7]}
+    for written in {1, 2, 7, 8, *ends}:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+            model.tok_embeddings.weight.fill_(1)
+            model.norm.weight.fill_(1)
+            model.output.weight[written] = 1
+        save_checkpoint(tmp_path / "c.pt", state | {"model": model.state_dict()})
+        run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", f"--tokenizer={path}")
+        done = subprocess.run(
+            [program, tmp_path / "m.bin", "-t", "0", "-n", "8"], capture_output=True, text=True
+        )
+        tokens = re.search(r"story: (\d+) tokens", done.stderr)[1]
+        assert tokens == ("1" if written in ends else "8"), (written, done.stderr)
+
+
 def test_an_empty_source_is_no_source(tmp_path):
     for flags in (["--checkpoint="], [], ["--checkpoint=a.pt", "--hf=b"]):
         assert "give either --checkpoint" in run(tmp_path / "m.bin", *flags, ok=2).stderr
