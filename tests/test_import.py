@@ -22,6 +22,7 @@ import tinystories
 import tokenizer
 from checkpoint import load_checkpoint
 from common import run_main
+from instruct import find_template
 from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -201,6 +202,34 @@ def test_an_empty_prompt_begins_with_bos(tmp_path, program):  # noqa: F811
     want = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert our_text(tmp_path / "c.pt", "") == want
     assert plain(want).startswith(c_text(program, tmp_path / "m.bin", "", "-n", "13")[:-6])
+
+
+def test_a_tokenizer_without_bos(tmp_path, program):  # noqa: F811
+    """Its text begins with nothing, also if the checkpoint does not say so; EOS, here id 0, stands
+    for BOS where there must be a token, and no template has one."""
+    folder = tmp_path / "in"
+    bpe_folder(folder, False, changes={"bos_token_id": None}, bos_token=None)
+    want = [their_text(folder, prompt) for prompt in PROMPTS]
+    run(tmp_path / "c.pt", f"--hf={folder}")
+    state = load_checkpoint(tmp_path / "c.pt")
+    for bos in False, True:
+        torch.save(state | {"bos": bos}, tmp_path / "c.pt")
+        run(tmp_path / "m.bin", f"--checkpoint={tmp_path}/c.pt", "--format=fp32")
+        data = (tmp_path / "m.bin").read_bytes()
+        assert struct.unpack_from("<2i", data, 48) == (0, 0)
+        assert struct.unpack_from("<2i", data, 152) == (1, 0)
+        assert [our_text(tmp_path / "c.pt", prompt) for prompt in PROMPTS] == want
+        got = c_text(program, tmp_path / "m.bin", PROMPTS[0], "-n", "15")
+        assert want[0].startswith(got[:-6]) and len(got) > len(PROMPTS[0]) + 6
+    t = Tokenizer(tmp_path / "tokenizer.json")
+    assert (t.bos_id, t.eos_id) == (-1, 0) and tokenizer.stop_ids(t) == {0} and not t.adds_bos
+    plain_ids = t.encode("The dog", False, False)
+    assert t.encode("The dog", True, True) == [*plain_ids, 0]
+    assert sample.encode_prompt(t, "") == [0] and sample.encode_prompt(t, "The dog") == plain_ids
+    for name in "plain", "llama2":
+        template = find_template(name, {}, t)
+        ids, _ = template.dialogue(t, [("The dog", "ran"), ("to", "the park")], "")
+        assert min(ids) == 0 and ids.count(0) == 2 and ids[0] > 0
 
 
 def test_perplexity_without_bos_is_transformers_loss(tmp_path, program):  # noqa: F811
