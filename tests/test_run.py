@@ -1415,6 +1415,24 @@ def test_sampling_edges(lib):
     assert draw([-inf, 1, nan, -80, -90], 3, 1, 9999, k=3) == {1}  # fewer are at all possible
 
 
+def test_random_numbers_are_xorshift(lib):
+    """Vigna's xorshift64*, seeded by his splitmix64: of 256 equal logits, a token is 8 of its bits.
+    A seed must give the same text in each version of run.c."""
+    bits, seed = 2**64 - 1, 11
+    z = seed + 0x9E3779B97F4A7C15
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & bits
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & bits
+    x, want, out = (z ^ z >> 31) | 1, [], np.zeros(500, np.int32)
+    for _ in out:
+        x ^= x >> 12
+        x = x ^ x << 25 & bits
+        x ^= x >> 27
+        want.append((x * 0x2545F4914F6CDD1D & bits) >> 56)
+    one = ctypes.c_float(1)
+    lib.samples(pointer(floats([0] * 256)), 256, one, 0, one, seed, pointer(out), len(out))
+    assert out.tolist() == want
+
+
 # -----------------------------------------------------------------------------
 # The program
 
