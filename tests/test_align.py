@@ -775,11 +775,16 @@ def test_numbers_of_the_report_one_response_at_a_time(home, tmp_path):
     stage.reward = lambda prompts, responses, ended: [[0.5] * len(r) for r in responses]
     found, prompts = stage.measure(stage.model, reference), stage.held_out.batch(0, 8)
     responses, ended = stage.sample(stage.model, prompts)
+    uniform = torch.rand(8, 12, generator=torch.Generator().manual_seed(stage.args.seed))
     kl = loss = 0.0
     with torch.no_grad():
-        for q, r in zip(prompts, responses):
+        for q, r, u, end in zip(prompts, responses, uniform, ended.tolist()):
             x, at = torch.tensor([q + r[:-1]]), slice(len(q) - 1, None)
             p, ref = ((m(x)[0, at] / 0.7).log_softmax(-1) for m in (stage.model, reference))
+            # samples at that temperature: u is between the sums before and after each token
+            after = p.exp().cumsum(-1)[range(len(r)), r] - u[: len(r)]
+            before = after - p.exp()[range(len(r)), r]
+            assert before.max() < 1e-5 and after.min() > -1e-5 and (end or len(r) == 12)
             kl += float((p.exp() * (p - ref)).sum()) / 8
             loss -= float(ref[range(len(r)), r].sum())
     n, sizes = sum(map(len, responses)), [len(q) + len(r) for q, r in zip(prompts, responses)]
@@ -873,8 +878,9 @@ def test_replies_end_with_the_token_of_the_template(home, tmp_path):
     """The template ends replies with another token than EOS: rollouts stop at it and count as
     ended."""
     save_template(home, tmp_path, Template("{bos}{user}\n{reply}{eos}"))
-    stage = ppo_stage(home, tmp_path, init_from=tmp_path / "ckpt.pt")
-    assert 2 in stage.stop_ids
+    save_checkpoint(tmp_path / "a.pt", load_checkpoint(tmp_path / "ckpt.pt") | {"end_ids": [43]})
+    stage = ppo_stage(home, tmp_path, init_from=tmp_path / "a.pt")
+    assert {2, 43} <= stage.stop_ids == set(stage.trainer.stop_ids)
     stage.stop_ids = stage.trainer.stop_ids = (42,)
     with torch.no_grad():
         stage.model.output.weight[42] *= 4

@@ -265,11 +265,12 @@ def test_ppo_prompts_of_a_model_without_bos(tmp_path):
     )
 
 
-def test_training_keeps_the_flag(tmp_path):
+def test_training_keeps_the_flag_and_the_end_ids(tmp_path):
     import train
 
     bpe_folder(tmp_path / "in", False)
     run(tmp_path / "c.pt", f"--hf={tmp_path}/in")
+    torch.save(load_checkpoint(tmp_path / "c.pt") | {"end_ids": [9, 7]}, tmp_path / "c.pt")
     lines = [json.dumps({"prompt": f"the dog {i}", "response": f"ran {i}"}) for i in range(60)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     train.main(
@@ -284,8 +285,11 @@ def test_training_keeps_the_flag(tmp_path):
             "--eval_iters=1",
         ]
     )
-    assert load_checkpoint(tmp_path / "out/sft_ckpt.pt")["bos"] is False
-    assert struct.unpack_from("<i", (tmp_path / "out/sft_model.bin").read_bytes(), 152) == (1,)
+    state = load_checkpoint(tmp_path / "out/sft_ckpt.pt")
+    assert state["bos"] is False and state["end_ids"] == [9, 7]
+    data = (tmp_path / "out/sft_model.bin").read_bytes()
+    assert struct.unpack_from("<4i", data, 128) == (9, 7, 0, 0)
+    assert struct.unpack_from("<i", data, 152) == (1,)
 
 
 @pytest.mark.parametrize(

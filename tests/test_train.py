@@ -710,6 +710,11 @@ def test_reference_scores_are_kept_until_the_text_or_a_flag_changes(data, tmp_pa
         assert samples_of_a_start() == 1, name
     shutil.copy(mine / f"tok{VOCAB}" / "data01.bin", mine / f"tok{VOCAB}" / "data00.bin")
     assert samples_of_a_start() == 1
+    state = load_checkpoint(out / "ckpt.pt")  # nor are they kept with other end ids or weights
+    for change in {"end_ids": [5]}, {"model": {k: 1.01 * w for k, w in state["model"].items()}}:
+        state |= change
+        save_checkpoint(out / "ckpt.pt", state)
+        assert [samples_of_a_start() for _ in range(2)] == [1, 0], change.keys()
 
 
 def test_cached_j_star_depends_on_the_code_of_a_built_in_reward(data, tmp_path, monkeypatch):
