@@ -183,7 +183,8 @@ def load_reward(spec, target_len, decode):
 
     def call(code):  # an error in the user's code becomes one line with its location
         try:
-            return code()
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # which it may switch off
+                return code()
         except Exception as e:
             frames = traceback.extract_tb(e.__traceback__)
             lines = [f", line {f.lineno}" for f in frames if f.filename == module_spec.origin]
@@ -199,9 +200,9 @@ def load_reward(spec, target_len, decode):
         return x.tolist() if hasattr(x, "tolist") else x
 
     def reward(prompts, responses, ended):
-        if not getattr(function, "tokens", False):
-            prompts, responses = ([decode(x) for x in xs] for xs in (prompts, responses))
-        scores = call(lambda: function(prompts, responses))
+        read = list if getattr(function, "tokens", False) else decode  # copies: it may change them
+        texts = [[read(x) for x in xs] for xs in (prompts, responses)]
+        scores = call(lambda: function(*texts))
         if scores is None:
             raise ppo.RewardError(
                 f"--reward={spec}: {name} returned None, not one number per response: a `return` "

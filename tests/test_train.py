@@ -760,6 +760,35 @@ def test_only_errors_of_the_reward_are_reported_as_such(data, tmp_path, monkeypa
         train.main(command(data, tmp_path, **flags))
 
 
+@pytest.mark.parametrize("exact_end", [False, True])
+def test_a_reward_may_change_its_arguments_and_pytorchs_mode(data, tmp_path, exact_end):
+    """`p += r`, `r.pop()` and torch.set_grad_enabled(False) change nothing outside of the reward:
+    the run is that of a reward which returns the same scores without them."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import torch\n"
+        "def plain(prompts, responses):\n"
+        "    return [float(len(p) + 2 * len(r)) for p, r in zip(prompts, responses)]\n"
+        "def careless(prompts, responses):\n"
+        "    torch.set_grad_enabled(False)\n"
+        "    scores = []\n"
+        "    while responses:\n"
+        "        p, r = prompts.pop(0), responses.pop(0)\n"
+        "        p += r\n"
+        "        scores.append(float(len(p) + len(r)))\n"
+        "        r.pop()\n"
+        "    return scores\n"
+        "plain.tokens = careless.tokens = True\n"
+    )
+    flags = PPO | dict(init_from="resume", ppo_iters=2, ptx_coef=0, exact_end=exact_end)
+    for name in ("plain", "careless"):
+        train.main(command(data, tmp_path / name, max_iters=1))
+        train.main(command(data, tmp_path / name, reward=f"{reward}:{name}", **flags))
+        assert torch.is_grad_enabled()
+    models = [load_checkpoint(tmp_path / n / "ppo_ckpt.pt")["model"] for n in ("plain", "careless")]
+    assert equal(*models) == []
+
+
 def test_times_of_an_iteration_have_their_published_names(data, tmp_path):
     train.main(command(data, tmp_path, max_iters=1))
     train.main(command(data, tmp_path, init_from="resume", **PPO | dict(ppo_iters=1)))
