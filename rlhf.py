@@ -191,6 +191,7 @@ def load_reward(spec, target_len, decode):
             line = lines[-1] if lines else ""
             raise ppo.RewardError(f"--reward={spec}{line}: {type(e).__name__}: {e}") from e
 
+    largest = torch.finfo(torch.float32).max
     call(lambda: module_spec.loader.exec_module(module))
     function = getattr(module, name, None)
     if not callable(function):
@@ -208,15 +209,21 @@ def load_reward(spec, target_len, decode):
                 f"--reward={spec}: {name} returned None, not one number per response: a `return` "
                 "is missing"
             )
-        scores = call(lambda: [plain(x) for x in plain(scores)])
+        scores = call(lambda: plain(scores))
+        if isinstance(scores, (dict, set, str, int, float)):
+            raise ppo.RewardError(
+                f"--reward={spec}: {name} returned {type(scores).__name__}, not a list with one "
+                "number per response"
+            )
+        scores = call(lambda: [plain(x) for x in scores])
         if len(scores) != len(prompts):
             raise ppo.RewardError(
                 f"--reward={spec} returned {len(scores)} scores for {len(prompts)} responses"
             )
         for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
-            if not isinstance(x, (int, float)) or not math.isfinite(x):
+            if not isinstance(x, (int, float)) or not abs(x) <= largest:
                 raise ppo.RewardError(
-                    f"--reward={spec} returned {x!r} as a score, not a finite number"
+                    f"--reward={spec} returned {repr(x)[:40]} as a score, not a finite number"
                 )
         return scores
 
