@@ -856,7 +856,8 @@ def score_ends(r, score, stop_ids, config):
     responses = [r.responses[i][:n] + [stop_ids[likely[a]]] for a in at for i, n in [places[a]]]
     responses, certain = r.responses + responses, torch.ones(len(at), dtype=torch.bool)
     scores = score(queries, responses, torch.cat([ended, certain]))
-    scores = token_scores(scores, torch.ones(len(responses), dtype=torch.long))  # one per text
+    one_each = torch.ones(len(responses), dtype=torch.long)
+    scores = token_scores(scores, one_each, " with exact_end")
     whole, ends = scores[: len(ended)], torch.zeros_like(p)
     ends[at], ends[last[ended]] = scores[len(ended) :], whole[ended]
     stay = (1 - p).clamp(min=1e-30).double().log()  # log probabilities
@@ -1018,7 +1019,7 @@ def check_actions(batch, actions):
         raise Mismatch("the mask is wrong: the trained tokens are not the response tokens")
 
 
-def token_scores(scores, counts):
+def token_scores(scores, counts, other=" or one per token"):
     """Scores, one per response or one list per response with a number per token, as one number per
     action (A,); a response's score is on its last action. Raises RewardError or FloatingPointError
     where scores are anything else."""
@@ -1032,10 +1033,9 @@ def token_scores(scores, counts):
         sizes = [1] * len(scores)
         flat = torch.as_tensor(scores, dtype=torch.float32)
     if sizes not in ([1] * len(counts), counts.tolist()):
-        raise RewardError(
-            f"the reward returned {len(flat)} numbers for {len(counts)} responses of "
-            f"{int(counts.sum())} tokens: it must be one per response or one per token"
-        )
+        tokens = f" of {int(counts.sum())} tokens" if counts.max() > 1 else ""
+        numbers = f"{len(flat)} numbers for {len(counts)} responses{tokens}"
+        raise RewardError(f"the reward returned {numbers}: it must be one per response{other}")
     if not torch.isfinite(flat).all():
         raise FloatingPointError("the reward returned a score that is not a finite number")
     if sizes == counts.tolist():

@@ -1088,6 +1088,12 @@ def test_the_critic_starts_at_the_mean_over_the_ends():
     torch.testing.assert_close(r.values, mean.expand_as(r.values), atol=1e-4, rtol=1e-4)
 
 
+def test_the_exact_end_refuses_one_score_per_token():
+    trainer = make_trainer(exact_end=True)
+    with pytest.raises(ppo.RewardError, match=r"for \d+ responses: .* one per response with exact"):
+        iterate(trainer, reward=lambda queries, responses, _: [[0.5] * len(r) for r in responses])
+
+
 def test_a_critic_that_has_learned_starts_where_it_is():
     trainer, seen = make_trainer(), []
     torch.nn.init.constant_(trainer.critic.value_head.bias, 0.75)
