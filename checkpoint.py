@@ -78,10 +78,13 @@ def kind_of_file(path, but=""):
         return "safetensors of Hugging Face: import their folder with export.py ckpt.pt --hf=FOLDER"
     if head[:1] == b"\n" and b"<unk>" in head[:32]:
         return "a SentencePiece tokenizer"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            ours = any(name.endswith("data.pkl") for name in z.namelist())
-        return "" if ours else "a zip archive of something else"
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as z:
+                ours = any(name.endswith("data.pkl") for name in z.namelist())
+            return "" if ours else "a zip archive of something else"
+    except Exception:  # damage raises many kinds
+        return "a damaged zip archive"
     dim, hidden, layers, heads, kv, vocab, context = struct.unpack(
         "<7i", head[:28].ljust(28, b"\0")
     )
@@ -107,12 +110,25 @@ def is_template(x):
     return not x or bool(texts and x.get("turn")) and x.keys() <= {"turn", "system", "next"}
 
 
-def load_checkpoint(path, device="cpu", mmap=False):
+def verify_archive(path):
+    """Raises ValueError if a checksum of an archive of torch.save, which torch.load ignores, is
+    wrong."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+    except Exception:  # damage raises many kinds: zip, zlib, operating system
+        raise ValueError(f"{path} is damaged: a checksum is wrong") from None
+
+
+def load_checkpoint(path, device="cpu", mmap=False, verify=True):
     """Reads a checkpoint: llama2.c's dictionary (`model`, `model_args`, ...) with optional keys,
     among them `template`, the chat template ({"turn", "system", "next"}), `end_ids`, the ids that
     end a text besides the tokenizer's EOS, and `bos`, whether text begins with BOS. Only tensors
     and plain values are unpickled. With `mmap`, a tensor is read from the file when it is used.
-    Raises FileNotFoundError, or ValueError if the file is not a checkpoint."""
+    Without `verify`, which reads the whole file, flipped bits are not noticed. Raises
+    FileNotFoundError, or ValueError if the file is not a checkpoint, or is damaged."""
     path = Path(path)
     if path.is_dir():
         hint = ": import it with export.py ckpt.pt --hf" if (path / "config.json").exists() else ""
@@ -140,6 +156,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
         raise ValueError(
             f"{path} is not a readable checkpoint, or is cut short ({reason})"
         ) from None
+    if verify:
+        verify_archive(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
         what = next((text for key, text in KEYS.items() if key in keys), "")
@@ -320,29 +338,17 @@ def newest(path, rename=True):
     """The checkpoint at path or, if it is damaged, the one before it, with a warning. The damaged
     file is renamed: the next save would otherwise keep it as the one before."""
     try:
-        return load_verified(path)
+        return load_checkpoint(path)
     except (ValueError, FileNotFoundError) as e:
         previous = path.with_suffix(".prev.pt")
         if not previous.exists():
             raise
         print(f"warning: {e}; continuing from {previous}", file=sys.stderr)
-        state = load_verified(previous)
+        state = load_checkpoint(previous)
         if rename:
             with suppress(FileNotFoundError):
                 os.replace(path, path.with_suffix(".damaged.pt"))
         return state
-
-
-def load_verified(path):
-    """load_checkpoint, which does not notice flipped bits, after the checksums of the archive."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise zipfile.BadZipFile
-    except Exception:  # damage raises many kinds: zip, zlib, operating system
-        raise ValueError(f"{path} is damaged: a checksum is wrong") from None
-    return load_checkpoint(path)
 
 
 def another_stage(state):
@@ -383,7 +389,7 @@ def start_has_changed(state, path):
     if mine is None or not Path(start).is_file() or Path(start).absolute() == Path(path).absolute():
         return False
     try:
-        return weights_id(load_checkpoint(start, mmap=True)) != mine
+        return weights_id(load_checkpoint(start, mmap=True, verify=False)) != mine
     except (OSError, ValueError):
         return False
 

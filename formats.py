@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from checkpoint import kind_of_file
+from checkpoint import kind_of_file, verify_archive
 from common import Refused, name_file, note, read_json, try_lock
 from instruct import Template, ended
 from model import LLAMA3_SCALING, ModelArgs, Transformer, rope_frequencies
@@ -379,6 +379,7 @@ def tensor_shapes(path):
     """{name: shape} of the weights in a file for open_tensors. Raises ValueError, which names it,
     for a value that is not a tensor of floating-point numbers."""
     tensors = open_tensors(path)
+    verify_archive(path)
     for name, w in tensors.items():
         if not isinstance(w, torch.Tensor) or not isinstance(name, str):
             raise ValueError(f"{path}: {str(name)[:60]!r} is not the name of a tensor")

@@ -1416,6 +1416,13 @@ MISTAKES = {
         (d / "model.safetensors").unlink(),
         torch.save({3: torch.zeros(2)}, d / "pytorch_model.bin"),
     ),
+    "pytorch_model.bin is damaged: a checksum is wrong": lambda d: (
+        (d / "model.safetensors").unlink(),
+        torch.save({"a": torch.full((50,), 3.0)}, d / "pytorch_model.bin"),
+        (d / "pytorch_model.bin").write_bytes(
+            (d / "pytorch_model.bin").read_bytes().replace(b"@@\0\0" * 9, b"@C\0\0" * 9)
+        ),
+    ),
     "generation_config.json is not JSON": lambda d: (d / "generation_config.json").write_text(
         '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
     ),

@@ -10,7 +10,7 @@ import torch
 
 import export
 import sample
-from checkpoint import checkpoint_args, save_checkpoint
+from checkpoint import checkpoint_args, load_checkpoint, save_checkpoint
 from common import run_main
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer
@@ -211,6 +211,9 @@ def test_errors(tiny, tmp_path, capsys, tok512_model):
     blob = tiny.read_bytes()
     (tmp_path / "short.pt").write_bytes(blob[: len(blob) // 2])
     (tmp_path / "noise.pt").write_bytes(os.urandom(1000))
+    weights = load_checkpoint(tiny)["model"]["norm.weight"].numpy().tobytes()
+    flipped = weights[:-1] + bytes([weights[-1] ^ 64])
+    (tmp_path / "flipped.pt").write_bytes(blob.replace(weights, flipped))
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
     cases = [
@@ -221,6 +224,7 @@ def test_errors(tiny, tmp_path, capsys, tok512_model):
             "not a readable checkpoint, or is cut short",
         ),
         ((f"--checkpoint={tmp_path / 'noise.pt'}",), 1, "not a readable checkpoint"),
+        ((f"--checkpoint={tmp_path / 'flipped.pt'}",), 1, "is damaged: a checksum is wrong"),
         ((here, tok), 1, "has 512 tokens, the model 48: it is not this model's tokenizer"),
         ((here,), 1, "no tokenizer with 48 tokens"),
         ((here, "--tokenizer=none.model"), 1, "none.model: No such file"),

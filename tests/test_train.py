@@ -29,7 +29,7 @@ import kernels
 import pretraining
 import rlhf
 import train
-from checkpoint import load_checkpoint, load_verified, move_aside, newest, save_checkpoint
+from checkpoint import load_checkpoint, move_aside, newest, save_checkpoint
 from common import run_main
 from kernels import FastTransformerBlock
 
@@ -947,7 +947,7 @@ def test_killed_twenty_times(data, tmp_path):
             continue
         kills += 1
         if (folder / "ckpt.pt").exists():
-            where.append(load_verified(folder / "ckpt.pt")["iter_num"])
+            where.append(load_checkpoint(folder / "ckpt.pt")["iter_num"])
     argv = command(data, folder, init_from="resume" if where else "scratch", **flags)
     assert finish(spawn(argv, tmp_path / "log.txt")) == 0
     assert_same_run(tmp_path / "whole", folder)
@@ -1030,6 +1030,10 @@ def test_each_flipped_bit_is_noticed(tmp_path):
     blob = path.read_bytes()
     for i in range(len(blob) - 300, len(blob)):
         path.write_bytes(blob[:i] + bytes([blob[i] ^ 1 << i % 8]) + blob[i + 1 :])
+        try:
+            assert torch.equal(load_checkpoint(path)["model"]["a"], torch.ones(3))
+        except ValueError as e:
+            assert str(e).startswith(f"{path} is ")
         assert torch.equal(newest(path)["model"]["a"], torch.ones(3))
 
 
@@ -1118,7 +1122,7 @@ def test_full_file_system(data, tmp_path):
         assert finish(spawn(command(data, disk), log)) == 1
         assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
         for path in disk.glob("ckpt*.pt"):
-            load_verified(path)
+            load_checkpoint(path)
         assert not list(disk.glob(".*tmp"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -1701,7 +1705,7 @@ def test_dead_worker_ends_the_run(data, tmp_path):
     both[0].join(20)
     assert both[0].exitcode == 1 and time.time() - t < 10, (tmp_path / "rank0.txt").read_text()
     assert "another process of this run has ended" in (tmp_path / "rank0.txt").read_text()
-    assert load_verified(tmp_path / "ckpt.pt")["iter_num"] == 3
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 3
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(data, tmp_path):
@@ -1753,5 +1757,5 @@ def test_training_continues_if_run_c_does_not_support_the_tokenizer(
     monkeypatch.setattr(train, "write_v3", refuse)
     train.main(command(data, tmp_path))
     assert "warning: no model.bin: run.c knows no such tokenizer" in capsys.readouterr().err
-    assert load_verified(tmp_path / "ckpt.pt")["iter_num"] > 0
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] > 0
     assert not list(tmp_path.glob("*.bin*"))
