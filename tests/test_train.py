@@ -1364,6 +1364,8 @@ def test_a_kill_before_the_link_to_the_best_checkpoint(data, tmp_path, monkeypat
     assert not best.samefile(path)  # a look changes nothing
     train.main(command(data, tmp_path, max_iters=8, init_from="resume"))
     assert best.samefile(path)
+    previous = load_checkpoint(tmp_path / "ckpt.prev.pt")
+    assert previous["iter_num"] == 4  # the same loss is no better one: nothing is saved again
     evaluate, values = pretraining.Pretraining.evaluate, iter((math.nan, 5.0, 4.0))
 
     def told(self):
