@@ -441,20 +441,23 @@ def ppo_stage(data, out, **flags):
     return train.start(train.setup(args))
 
 
-@pytest.mark.parametrize("value_model", ["separate", "shared"])
-def test_ppo_decays_matrices_only(data, tmp_path, value_model):
-    """With gradients of zero a step shrinks each matrix of policy and critic, and no norm or
-    bias."""
+@pytest.mark.parametrize(
+    "flags", [dict(), dict(value_learning_rate=4e-3), dict(value_model="shared")]
+)
+def test_ppo_decays_matrices_only(data, tmp_path, flags):
+    """With gradients of zero a step shrinks each matrix of policy and critic, each at its own rate,
+    and no norm or bias."""
     train.main(command(data, tmp_path, max_iters=1))
-    stage = ppo_stage(data, tmp_path, weight_decay=0.5, ppo_warmup_steps=1, value_model=value_model)
+    stage = ppo_stage(data, tmp_path, weight_decay=0.5, ppo_warmup_steps=1, **flags)
     models = [m for m in (stage.model, stage.trainer.critic) if m is not None]
-    for model, optimizer in zip(models, stage.optimizers, strict=True):
+    rates = (1e-3, flags.get("value_learning_rate", 1e-3))[: len(models)]
+    for model, optimizer, rate in zip(models, stage.optimizers, rates, strict=True):
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         for name, p in model.named_parameters():
-            factor = 1 if p.dim() == 1 else 1 - 1e-3 * 0.5
+            factor = 1 if p.dim() == 1 else 1 - rate * 0.5
             torch.testing.assert_close(p.detach(), before[name] * factor)
 
 
