@@ -918,13 +918,16 @@ def test_ppo_needs_prompts_alone(home, tmp_path, capsys):
         assert ("val_loss" in report["after"]) == (name == "answered")
 
 
-def test_loss_on_held_out_text_is_the_mean_over_its_tokens(home, tmp_path):
-    """Of replies of different lengths, in several batches."""
-    data = sft_data(home, tmp_path)
-    stage = ppo_stage(home, tmp_path / "out", data=data, val_data=data)
+@pytest.mark.parametrize("n", [21, 150])
+def test_loss_on_held_out_text_is_the_mean_over_its_tokens(home, tmp_path, n):
+    """Of the first 64 replies, of different lengths, in several batches, or of all there are."""
+    data, val = sft_data(home, tmp_path), tmp_path / "val.jsonl"
+    val.write_text("\n".join(data.read_text().splitlines()[:n]))
+    stage = ppo_stage(home, tmp_path / "out", data=data, val_data=val)
+    assert len(stage.text) == n
     losses = []
     with torch.no_grad():
-        for ids, mask in stage.text.samples.batch(0, 64):
+        for ids, mask in stage.text.samples.batch(0, min(n, 64)):
             logp = stage.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
             losses += [-float(logp[i - 1, t]) for i, t in enumerate(ids) if mask[i]]
         found = stage.text_loss(stage.model)
