@@ -802,13 +802,29 @@ def test_numbers_of_the_report_one_response_at_a_time(home, tmp_path):
 
 
 def test_the_report_shows_a_response_that_changed(home, tmp_path, monkeypatch):
-    stage, texts = ppo_stage(home, tmp_path), iter(([[65], [66], [67]], [[65], [68], [69]]))
-    monkeypatch.setattr(stage, "measure", lambda *_: {"texts": next(texts)})
+    """It compares the model at the start with the result, the average of the weights."""
+    stage = ppo_stage(home, tmp_path, averaging=0.5)
+    for i in (0, 1):
+        stage.step(i)
+    texts, measured = iter(([[65], [66], [67]], [[65], [68], [69]])), []
+
+    def measure(*models):
+        measured.append([m.state_dict() for m in models])
+        return {"texts": next(texts)}
+
+    monkeypatch.setattr(stage, "measure", measure)
     monkeypatch.setattr(rlhf, "print_report", lambda report: None)
     stage.end()
     report = json.loads((tmp_path / "ppo_report.json").read_text())
     stories = [report[name]["story"] for name in ("before", "after")]
     assert stories == [stage.decode([66]), stage.decode([68])] and stories[0] != stories[1]
+    start = load_checkpoint(home / "ckpt.pt")["model"]
+    average = stage.state()["ppo"]["average"]
+    for found, want in zip(measured, [(start, start), (average, start)], strict=True):
+        for a, b in zip(found, want):
+            assert a.keys() == b.keys() and all(torch.equal(w, b[k]) for k, w in a.items())
+    policy = stage.model.state_dict()
+    assert not any(torch.equal(average["norm.weight"], m["norm.weight"]) for m in (start, policy))
 
 
 def test_iterations_have_random_numbers_of_their_own(home, tmp_path):
