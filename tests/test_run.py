@@ -915,11 +915,12 @@ def test_a_piece_of_two_spaces_says_that_text_is_not_squeezed(lib, own):
     assert found[-1] == found[0] != found[1]
 
 
-def test_unknown_characters_without_byte_fallback(lib, build):
-    """Neighbours among them are one unknown token, as in SentencePiece."""
+def test_a_vocabulary_without_byte_fallback(lib, build):
+    """Neighbouring unknown characters are one unknown token, and of equal pairs that overlap the
+    first is merged, as in SentencePiece."""
     import sentencepiece
 
-    (build / "few.txt").write_text("abc cab\nbca abcab cc\n" * 50)
+    (build / "few.txt").write_text("abc cab\nbca abcab ccc\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
         input=str(build / "few.txt"),
         model_prefix=str(build / "few"),
@@ -931,7 +932,8 @@ def test_unknown_characters_without_byte_fallback(lib, build):
     tokenizer = Tokenizer(build / "few.model")
     blob = export.tokenizer_blob(tokenizer)
     assert lib.open_tok(blob, len(blob), 0, tokenizer.n_words, 1) == 0
-    for text in ("x", "é", "日本 abc", "abcxyz cab", "é é", "xa日b日", "cab 한글x", "<0x41>"):
+    unknown = ("x", "é", "日本 abc", "abcxyz cab", "é é", "xa日b日", "cab 한글x", "<0x41>")
+    for text in (*unknown, "ccc", "abccccc", "b" + "c" * 9):
         out = np.zeros(64, np.int32)
         n = lib.encode_into(text.encode(), len(text.encode()), 1, pointer(out))
         assert out[:n].tolist() == tokenizer.encode(text, True, False), text
