@@ -116,7 +116,8 @@ def verify_archive(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
+                # PyTorch can save without checksums: then all of them are 0
+                if any(x.CRC for x in archive.infolist()) and archive.testzip():
                     raise zipfile.BadZipFile
     except Exception:  # damage raises many kinds: zip, zlib, operating system
         raise ValueError(f"{path} is damaged: a checksum is wrong") from None
@@ -140,6 +141,8 @@ def load_checkpoint(path, device="cpu", mmap=False, verify=True):
         elif below := sorted(map(str, path.parent.glob("*/*ckpt.pt")))[:4]:
             hint = f"there is {', '.join(below)}"
         raise FileNotFoundError(f"{path}: there is no such checkpoint; {hint}")
+    if verify:  # first: a damaged file is not in memory while `newest` reads the one before it
+        verify_archive(path)
     try:
         mmap = mmap and zipfile.is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
@@ -156,8 +159,6 @@ def load_checkpoint(path, device="cpu", mmap=False, verify=True):
         raise ValueError(
             f"{path} is not a readable checkpoint, or is cut short ({reason})"
         ) from None
-    if verify:
-        verify_archive(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
         what = next((text for key, text in KEYS.items() if key in keys), "")

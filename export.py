@@ -51,6 +51,7 @@ from checkpoint import (
     recorded_start,
     replaced_names,
     save_checkpoint,
+    verify_archive,
     weights_id,
 )
 from common import parse_args, read_json, run_main, write_atomic
@@ -556,6 +557,7 @@ def open_merged(path, adapters):
     merged already.
     """
     checkpoint, lora = load_checkpoint(path), open_tensors(adapters)
+    verify_archive(adapters)
     check_generates(checkpoint, path)
     if "lora" in checkpoint or "unmerged" in checkpoint:
         base = recorded_start(checkpoint) or os.path.join(os.path.dirname(path), "ckpt.pt")

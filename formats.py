@@ -376,8 +376,9 @@ def open_tensors(path):
 
 
 def tensor_shapes(path):
-    """{name: shape} of the weights in a file for open_tensors. Raises ValueError, which names it,
-    for a value that is not a tensor of floating-point numbers."""
+    """{name: shape} of the weights in a file for open_tensors. A file of torch.save is read as a
+    whole, to verify its checksums. Raises ValueError, which names the file, if one is wrong, or for
+    a value that is not a tensor of floating-point numbers."""
     tensors = open_tensors(path)
     verify_archive(path)
     for name, w in tensors.items():
@@ -1193,9 +1194,10 @@ def read_adapters(path):
     """
     ({"rank", "alpha", "layers"}, {PEFT's name: lora_a or lora_b}, the tokenizer's hash or None) of
     a checkpoint of --sft or --ppo with --lora_rank, or of a file of adapters. Raises ValueError if
-    it has no adapters, or if they do not fit what it says of them.
+    it has no adapters, if they do not fit what it says of them, or if it is damaged.
     """
     checkpoint = open_tensors(path)
+    verify_archive(path)
     try:
         lora = checkpoint.get("lora", checkpoint)
         config, adapters = checkpoint.get("config", {}), lora.get("state", {})

@@ -309,6 +309,16 @@ def test_export_merges_adapters(base, tmp_path, capsys, four_bit):
     for other in base / "ckpt.pt", peft:
         with pytest.raises(ValueError, match="has no adapters of train.py --sft"):
             export.main([str(out), merge[0], f"--merge_lora={other}"])
+    [*_, weights] = torch.load(folder / "sft_lora.pt")["lora"]["state"].values()
+    part = weights.numpy().tobytes()
+    blob = (folder / "sft_lora.pt").read_bytes()
+    (tmp_path / "hit.pt").write_bytes(blob.replace(part, part[:-1] + bytes([part[-1] ^ 64])))
+    for kind in (
+        (merge[0], f"--merge_lora={tmp_path}/hit.pt"),
+        (f"--checkpoint={tmp_path}/hit.pt", "--format=peft"),
+    ):
+        with pytest.raises(ValueError, match="hit.pt is damaged: a checksum is wrong"):
+            export.main([str(tmp_path / "x"), *kind])
     # The checkpoint of the run has them merged already.
     with pytest.raises(ValueError, match=f"merged already: .*trained on, {folder}/ckpt.pt, or"):
         export.main([str(tmp_path / "b.pt"), f"--checkpoint={folder}/sft_ckpt.pt", merge[1]])

@@ -1040,6 +1040,17 @@ def test_each_flipped_bit_is_noticed(tmp_path):
         assert torch.equal(newest(path)["model"]["a"], torch.ones(3))
 
 
+def test_a_file_without_checksums(tmp_path):
+    """PyTorch has an option to write none."""
+    sizes = dict(dim=4, n_layers=1, n_heads=1, vocab_size=8, max_seq_len=8)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": {"a": torch.ones(3)}, "model_args": sizes}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(tmp_path / "x.pt")["model"]["a"], torch.ones(3))
+
+
 def test_contents_that_are_no_llama(data, tmp_path):
     """One line for a checkpoint of nanoGPT, whose keys are the same, and for other values."""
     train.main(command(data, tmp_path / "a", max_iters=2))
