@@ -18,9 +18,9 @@ one of these formats:
     {"chosen", "rejected"}                       complete dialogues with Human: and Assistant: turns
     {"prompt", "completions"}                    two or more, from best to worst
 
-Each format may also have "system" and "history". A prompt may be a dialogue with Human: and
-Assistant: turns. A key that is neither used nor known to be harmless is counted in the summary of
-the data, or refused if it changes the meaning of a record.
+Each format may also have "system" and "history". A prompt may be a dialogue as in hh-rlhf: it
+begins with Human:, and Assistant: begins a paragraph. A key that is neither used nor known to be
+harmless is counted in the summary of the data, or refused if it changes the meaning of a record.
 """
 
 import argparse
@@ -589,9 +589,11 @@ def read_dialogue(text, last):
 
 
 def is_dialogue(text):
-    """Whether a text is a dialogue in the format of hh-rlhf: it begins with Human:, as ordinary
-    text may do too, and a paragraph that begins with Assistant: follows."""
-    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+    """Whether a text is a dialogue in the format of hh-rlhf: it begins with an empty line and
+    Human:, or with Human: alone, as ordinary text may do too, and has a paragraph that begins with
+    Assistant:. It may still be a faulty one."""
+    marked = re.match(r"(\r?\n){2}\s*Human:", text)
+    return bool(marked or re.match(r"\s*Human:.*\n\r?\nAssistant:", text, re.DOTALL))
 
 
 def has_ranks(value):
@@ -818,9 +820,10 @@ class Rankings(Samples):
     from best to worst, which include their end tokens. Prompt and completion together have at most
     max_len tokens.
 
-    Completions are left out if they are empty, duplicates, or too long even after the last turn
-    alone, because reward models score complete replies. A dialogue that is too long with the
-    longest of the others loses its oldest turns, for all of them: they share one prompt.
+    Completions are left out if they are empty, duplicates, or too long even with the last turn
+    alone, because reward models score complete replies. If the dialogue and the longest remaining
+    completion exceed max_len, the oldest turns are dropped, for all completions, because they share
+    one prompt.
     """
 
     def sample(self, record):

@@ -594,7 +594,7 @@ CODE = "    return x\n\n"
     "text",
     [
         "Human: nature is complex.",
-        "\n\nHuman: A",
+        "\nHuman: A",
         "Human: A\nAssistant: B",
         "Human: A\n\nHuman: B",
         "What follows?\n\nHuman: A\n\nAssistant:",
@@ -613,6 +613,8 @@ def test_text_that_begins_with_human_is_no_dialogue(text):
     for text in start, f"{start}\n\nAssistant:", f"{start}\n\nAssistant: ":
         found = instruct.record({"prompt": text, "response": " D"})
         assert found.turns == [("A", "B"), ("C", None)] and found.completions == ["D"]
+    pair = {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: X"}
+    assert instruct.record({"prompt": "\n\nHuman: A", **pair}) == PAIR
 
 
 def test_replies_stay_unchanged(tmp_path):
@@ -762,6 +764,7 @@ MISTAKES = [
     ({"prompt": "x", "completions": ["y", None]}, "completions"),
     ({"chosen": "Hello", "rejected": "b"}, "must begin with Human:"),
     ({"prompt": "Human: A\n\nAssistant: B", "response": "C"}, "end with a text by Human:"),
+    ({"prompt": "\r\n\r\nHuman: A\r\n\r\nAssistant:", "response": "B"}, "must begin with Human:"),
     ({"chosen": "Human: A\n\nAssistant: B\n\nHuman: C", "rejected": "D"}, "by Assistant:"),
     ({"messages": "x"}, "list of objects"),
     ({"messages": [{"role": "user", "content": "x"}]}, "in turn, not user"),
