@@ -222,8 +222,9 @@ def load_reward(spec, target_len, decode):
             )
         for x in (plain(x) for s in scores for x in (s if isinstance(s, (list, tuple)) else [s])):
             if not isinstance(x, (int, float)) or not abs(x) <= largest:
+                x = "a number beyond float32" if isinstance(x, int) else repr(x)[:40]
                 raise ppo.RewardError(
-                    f"--reward={spec} returned {repr(x)[:40]} as a score, not a finite number"
+                    f"--reward={spec} returned {x} as a score, not a finite number"
                 )
         return scores
 
@@ -591,7 +592,8 @@ class RLHF(Stage):
             self.text = Windows(args.data, "val", min(context_length, 256), vocab)
         if config.ptx_coef:
             if is_instruction_file(ptx):
-                held_out = is_instruction_file(args.data) and not args.val_data  # 10 % of it
+                # Without --val_data, 10 % of --data are held out; --ptx_data may have them too.
+                held_out = is_instruction_file(args.data) and not args.val_data
                 split = "train" if held_out else "all"
                 samples = Instructions(ptx, split, *texts, context_length, args.seed + 1)
                 self.ptx_text = Packed(samples)

@@ -1043,7 +1043,7 @@ def test_pretraining_loss_is_mixed_in(home, rm, tmp_path):
 
 
 def test_instructions_are_held_out_of_the_pretraining_text_once(home, rm, tmp_path, capsys):
-    """With --val_data, which holds the others, all of them are trained on."""
+    """With --val_data, which holds the others, or prompts from text, all of them are trained on."""
     data = sft_data(home, tmp_path)
     flags = dict(reward=rm / "rm_ckpt.pt", ptx_coef=0.5, ptx_data=data)
     n = len(data.read_text().splitlines())
@@ -1051,6 +1051,11 @@ def test_instructions_are_held_out_of_the_pretraining_text_once(home, rm, tmp_pa
         stage = ppo_stage(home, tmp_path / "out", **flags, **val_data)
         assert len(stage.ptx_text) == n if val_data else 0.8 * n < len(stage.ptx_text) < n
         assert f"ptx: {data}: {len(stage.ptx_text):,} samples" in capsys.readouterr().out
+    tinystories.synthesize(tmp_path / "text", 100, 1)
+    tinystories.pretokenize(str(tmp_path / "text"), VOCAB, str(home / f"tok{VOCAB}.model"))
+    text = tmp_path / f"text/tok{VOCAB}"
+    stage = ppo_stage(home, tmp_path / "out", data=text, start_len=3, ptx_coef=0.5, ptx_data=data)
+    assert len(stage.ptx_text) == n
 
 
 def test_pretraining_text_is_split_over_ranks(home, rm, tmp_path):

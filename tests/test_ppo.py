@@ -259,7 +259,7 @@ def test_rewards_of_length_and_of_a_file(tmp_path, monkeypatch):
         ("return ['good', 'bad']", "returned 'good' as a score, not a finite number"),
         ("return [1.0, float('nan')]", "returned nan as a score, not a finite number"),
         ("return [[1.0, 2.0], [0.0, None]]", "returned None as a score, not a finite number"),
-        ("return [1.0, 10**400]", "returned 1" + 39 * "0" + " as a score, not a finite number"),
+        ("return [1.0, 10**5000]", "returned a number beyond float32 as a score, not a finite"),
         ("return [1.0, 1e39]", "returned 1e+39 as a score, not a finite number"),
         ("return {0: 1.0, 1: 2.0}", "f returned dict, not a list with one number per response"),
         ("return 1.0", "f returned float, not a list with one number per response"),
