@@ -972,7 +972,7 @@ class Windows:
 
     def __init__(self, data, split, seq_len, vocab_size, seed=1337):
         folders, weights = parse_data(data)
-        self.seq_len = seq_len
+        self.seq_len, self.weights = seq_len, weights
         self.shards = [open_shards(folder, split, vocab_size) for folder in folders]
         windows = [[(len(ids) - 1) // seq_len for ids in shards] for shards in self.shards]
         for folder, shards, n in zip(folders, self.shards, windows):
@@ -989,8 +989,8 @@ class Windows:
         return self.sampler.epoch
 
     def checksum(self):
-        """A number that identifies the text."""
-        return checksum(self.shards)
+        """A number that identifies the text, and in which shares its folders are read."""
+        return checksum([np.array(self.weights, float), self.shards])
 
     def batch(self, position, batch_size):
         """The batch_size windows from `position` on: x and y, int64 (B,T)."""

@@ -750,8 +750,10 @@ def test_weighted_folders(tmp_path):
     assert len(w) == 142 and len(set(first[:142].tolist())) == 142  # then folder a starts over
     epoch = first[first < 3000][:100].tolist()
     assert sorted(epoch) == list(range(1000, 2000, 10))
-    even = Windows(f"{a},{b}", "train", 10, 5000).batch(0, 100)[0][:, 0]
-    assert (even < 3000).sum() == 50
+    even = Windows(f"{a},{b}", "train", 10, 5000)
+    assert (even.batch(0, 100)[0][:, 0] < 3000).sum() == 50
+    again = Windows(f"{a}:0.7,{b}:0.3", "train", 10, 5000, seed=3)
+    assert even.checksum() != w.checksum() == again.checksum()
     for bad in (f"{a}:0,{b}:1", f"{a}:-1,{b}:1", f"{a}:nan,{b}:1", f"{a}:0.0001,{b}:1"):
         with pytest.raises(ValueError, match="weight"):
             Windows(bad, "train", 10, 5000)
