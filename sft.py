@@ -300,9 +300,9 @@ def instructions(kind, args, split, tokenizer, template, max_len):
             name, seed = "val_data", 0
         split = "all"
     path = getattr(args, name)
-    for folder in filter(os.path.isdir, path.split(",")):
+    if folders := [x for x in path.split(",") if os.path.isdir(x)]:
         raise ValueError(
-            f"{folder} is a folder: name a JSON or JSONL file of instructions with --{name}"
+            f"{folders[0]} is a folder: name a JSON or JSONL file of instructions with --{name}"
         )
     return kind(path, split, tokenizer, template, max_len, seed)
 

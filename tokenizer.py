@@ -128,7 +128,7 @@ class Tokenizer:
         self.bos_id = find("bos_token", "<|begin_of_text|>", "<s>", "<|endoftext|>")
         self.eos_id = find("eos_token", "<|end_of_text|>", "</s>", "<|endoftext|>")
         self.pad_id = find("pad_token")
-        named = -1, self.bos_id, self.eos_id, self.pad_id
+        named = -1, self.bos_id, self.eos_id, self.pad_id, find("unk_token")
         self.ordinary = [text for text in ordinary if self.special.get(text, -1) not in named]
 
     @property
@@ -233,7 +233,7 @@ class Tokenizer:
 
 
 def note_ordinary(texts):
-    """Print a note about added tokens that text can become in another project."""
+    """Prints a note about added tokens that text can become where the tokenizer comes from."""
     if texts:
         names = ", ".join(map(repr, texts[:5])) + f" and {len(texts) - 5} more" * (len(texts) > 5)
         note(
