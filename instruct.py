@@ -18,9 +18,9 @@ one of these formats:
     {"chosen", "rejected"}                       complete dialogues with Human: and Assistant: turns
     {"prompt", "completions"}                    two or more, from best to worst
 
-Each format may also have "system" and "history". A prompt may be a dialogue as in hh-rlhf: it
-begins with Human:, and Assistant: begins a paragraph. A key that is neither used nor known to be
-harmless is counted in the summary of the data, or refused if it changes the meaning of a record.
+Each format may also have "system" and "history". A prompt may be a dialogue as in hh-rlhf, see
+is_dialogue. A key that is neither used nor known to be harmless is counted in the summary of the
+data, or refused if it changes the meaning of a record.
 """
 
 import argparse
@@ -589,9 +589,9 @@ def read_dialogue(text, last):
 
 
 def is_dialogue(text):
-    """Whether a text is a dialogue in the format of hh-rlhf: it begins with an empty line and
-    Human:, or with Human: alone, as ordinary text may do too, and has a paragraph that begins with
-    Assistant:. It may still be a faulty one."""
+    """Whether a text is meant as a dialogue of hh-rlhf: it begins with an empty line and Human:, or
+    it begins with Human: and has a paragraph that begins with Assistant:. (Ordinary text may begin
+    with Human: too.) read_dialogue raises an error if the dialogue is faulty."""
     marked = re.match(r"(\r?\n){2}\s*Human:", text)
     return bool(marked or re.match(r"\s*Human:.*\n\r?\nAssistant:", text, re.DOTALL))
 

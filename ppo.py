@@ -863,7 +863,7 @@ def score_ends(r, score, stop_ids, config):
     stay = (1 - p).clamp(min=1e-30).double().log()  # log probabilities
     before = stay.cumsum(0) - stay
     r.survival = (before - expand(before[last - r.counts + 1], r.counts)).exp().float()
-    goes_on = (r.survival * (1 - p))[last]  # probability that the response is a whole one
+    goes_on = (r.survival * (1 - p))[last]  # of no end before, or in place of, the last action
     r.end_probability, r.truncated = p, goes_on * ~ended
     r.ending = r.survival * p + on_last_action(goes_on, r.counts)
     r.scores = sum_per_rollout(r.survival * p * ends, r.counts) + goes_on * whole

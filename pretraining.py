@@ -449,7 +449,7 @@ def initial_checkpoint(args):
 def checkpoint_model(path):
     """The ModelArgs of a checkpoint file."""
     known = {f.name for f in fields(ModelArgs)}
-    model_args = load_checkpoint(path)["model_args"]
+    model_args = load_checkpoint(path, mmap=True, verify=False)["model_args"]
     return ModelArgs(**{k: v for k, v in model_args.items() if k in known})
 
 
